@@ -1,0 +1,1 @@
+"""Switchable sparse-dense learning (SSD): one set of Transformer weights, two ways to multiply it."""

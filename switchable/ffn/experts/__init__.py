@@ -1,0 +1,83 @@
+"""Expert compute by name: the same function, `y_t = Σ_k gate_tk · FFN_e(t,k)(x_t)`, computed in different ways.
+
+`eager` is the reference; the others exist because they are faster somewhere. Names shared with transformers
+(`eager`, `grouped_mm`, `batched_mm`) mean the same there.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from switchable.errors import InputError, nearest
+from switchable.ffn.experts.eager import eager
+from switchable.ffn.experts.weights import FFNWeights
+
+__all__ = ["IMPLEMENTATIONS", "ExpertCompute", "FFNWeights", "expert_ffn"]
+
+
+class ExpertCompute(Protocol):
+    """The signature that all implementations share."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weights: FFNWeights,
+        expert_ids_TK: Tensor,
+        gates_TK: Tensor | None,
+        *,
+        num_experts: int,
+        activation: str,
+        unit_gates: bool = False,
+    ) -> Tensor: ...
+
+
+IMPLEMENTATIONS: dict[str, ExpertCompute] = {"eager": eager}
+
+
+def expert_ffn(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None = None,
+    *,
+    num_experts: int,
+    activation: str = "relu",
+    unit_gates: bool = False,
+    implementation: str = "eager",
+) -> Tensor:
+    """Apply to each token its own K experts and add them up.
+
+    Args:
+        x_TD: the FFN's input, one row per token, any strides.
+        weights: the FFN's weights, neurons in cluster order.
+        expert_ids_TK: the selected experts, distinct within a row, int64 in [0, num_experts).
+        gates_TK: the factor of each selected expert, or None for 1. Gradients flow to it.
+        num_experts: E; divides F.
+        activation: a name in transformers' `ACT2FN`.
+        unit_gates: promises that every gate *is* 1 (straight-through gates): the multiplication may be left out;
+            the gates' gradient is still computed.
+        implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+        y_TD, without the bias of the output projection.
+
+    Raises:
+        InputError: unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation={implementation!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}"
+            + nearest(implementation, IMPLEMENTATIONS)
+        )
+    compute = IMPLEMENTATIONS[implementation]
+    return compute(
+        x_TD,
+        weights,
+        expert_ids_TK,
+        gates_TK,
+        num_experts=num_experts,
+        activation=activation,
+        unit_gates=unit_gates,
+    )

@@ -1,0 +1,48 @@
+"""The reference: a loop over experts in plain autograd, as short as it can be. Every fast path must agree with it.
+
+    y_t = Σ_k gate_tk · FFN_{e(t,k)}(x_t)
+
+Shapes: T tokens, D d_model, E experts, I neurons per expert, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from switchable.ffn.experts.weights import FFNWeights
+
+
+def eager(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    *,
+    num_experts: int,
+    activation: str,
+    unit_gates: bool = False,  # noqa: ARG001 - the reference multiplies by the gates even when they are one
+) -> Tensor:
+    """Return y_TD, computing only the selected experts of each token (see `expert_ffn` for the arguments)."""
+    act = ACT2FN[activation]
+    y_TD = torch.zeros_like(x_TD)
+    neurons = weights.up_FD.shape[0] // num_experts
+    for e in range(num_experts):
+        own = slice(e * neurons, (e + 1) * neurons)
+        tokens, slots = torch.where(expert_ids_TK == e)
+        x = x_TD[tokens]
+        hidden = torch.nn.functional.linear(x, weights.up_FD[own], _part(weights.up_bias_F, own))
+        if weights.gate_FD is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(torch.nn.functional.linear(x, weights.gate_FD[own], _part(weights.gate_bias_F, own))) * hidden
+        y = hidden @ weights.down_FD[own]
+        if gates_TK is not None:
+            y = y * gates_TK[tokens, slots].unsqueeze(-1)
+        y_TD = y_TD.index_add(0, tokens, y.to(y_TD.dtype))
+    return y_TD
+
+
+def _part(bias_F: Tensor | None, own: slice) -> Tensor | None:
+    return None if bias_F is None else bias_F[own]
