@@ -1,0 +1,230 @@
+"""What a run is made of: frozen dataclasses whose fields carry their unit, filled from YAML and flags.
+
+    defaults  <  YAML file (one section per dataclass)  <  command-line flags
+
+Field names are unique over all sections, so a flag needs no prefix: `model.d_model` is `--d-model`. An unknown key
+is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchable.data.tokens import DataConfig
+from switchable.errors import InputError, nearest
+from switchable.switching.config import SwitchConfig
+
+
+def option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """Declare a config field with its default and its help text (which names the unit)."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
+
+    family: str = option("gpt2", "model type of transformers to build; this version pre-trains gpt2")
+    d_model: int = option(256, "width of the residual stream")
+    d_ff: int | None = option(None, "neurons per FFN; default 4 x d_model")
+    num_layers: int = option(4, "Transformer blocks")
+    num_heads: int = option(4, "attention heads per block; divides d_model")
+    max_positions: int | None = option(
+        None, "longest sequence in tokens; default: the training sequence length"
+    )
+    activation: str = option("relu", "activation of the FFN", choices=("relu", "relu2"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained. One optimizer step sees batch_size x sequence_length tokens."""
+
+    steps: int = option(500, "optimizer steps in all")
+    batch_size: int = option(8, "sequences per optimizer step")
+    sequence_length: int = option(256, "tokens per sequence")
+    optimizer: str = option("adamw", "optimizer of torch.optim", choices=("adamw", "sgd"))
+    learning_rate: float = option(1e-3, "peak learning rate")
+    router_learning_rate: float = option(1e-2, "peak learning rate of the routers")
+    warmup_fraction: float = option(0.05, "fraction of all steps with linearly rising learning rate")
+    decay_fraction: float = option(
+        0.4, "fraction of all steps, at the end, with linearly falling learning rate"
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (none for biases, norms, routers)")
+    beta1: float = option(0.9, "AdamW's first-moment decay, or SGD's momentum")
+    beta2: float = option(0.95, "AdamW's second-moment decay")
+    grad_clip: float = option(1.0, "largest global gradient norm, routers apart; 0 = never clip")
+    seed: int = option(0, "random seed of initial weights and data order")
+    threads: int | None = option(None, "CPU threads; default: torch's choice")
+    device: str | None = option(None, "torch device; default: cuda if there is one, else cpu")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    eval_every: int = option(100, "steps between validations in both modes; 0 = only at the end")
+    eval_tokens: int = option(65_536, "validation tokens used each time, the same ones every time")
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    keep: int = option(3, "checkpoints to keep, newest first; 0 = all")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run. Saved as `config.yaml` in the run's folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
+
+
+def sections() -> dict[str, type]:
+    """Return the sections of a run's configuration: YAML key -> dataclass."""
+    hints = typing.get_type_hints(RunConfig)
+    return {f.name: hints[f.name] for f in dataclasses.fields(RunConfig)}
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the configuration as plain nested dicts, lists and scalars (for YAML and JSON)."""
+    plain = dataclasses.asdict(config)
+    return {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        for section, fields in plain.items()
+    }
+
+
+def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunConfig:
+    """Build a configuration from nested dicts; missing keys keep their defaults.
+
+    Raises:
+        InputError: an unknown section or key (the nearest known one is named), or a value of the wrong type.
+    """
+    known = sections()
+    built = {}
+    for section, values in given.items():
+        if section not in known:
+            raise InputError(
+                f"{where}: unknown section {section!r}; allowed: {', '.join(known)}{nearest(section, known)}"
+            )
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: section {section!r} must hold `key: value` lines, not {values!r}")
+        built[section] = _build(known[section], values, f"{where}, section {section!r}")
+    return RunConfig(**built)
+
+
+def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it.
+
+    Raises:
+        InputError: file missing or not YAML, unknown key, wrong type.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        given = read_yaml(path)
+    for section, cls in sections().items():
+        for f in dataclasses.fields(cls):
+            if f.name in flags:
+                given.setdefault(section, {})[f.name] = flags[f.name]
+    return from_dict(given, str(path) if path else "the flags")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections; an empty file is an empty configuration.
+
+    Raises:
+        InputError: file missing, not UTF-8 or not YAML, or not a mapping.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise InputError(
+            f"config file {path} must hold sections ({', '.join(sections())}), not {type(given).__name__}"
+        )
+    return given
+
+
+def changed(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return one `section.key: old -> new` line per field in which two configurations differ."""
+    a, b = to_dict(old), to_dict(new)
+    return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise InputError(
+                f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
+            )
+    coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    built = cls(**coerced)
+    for f in dataclasses.fields(built):
+        choices = f.metadata.get("choices")
+        value = getattr(built, f.name)
+        if choices and value not in choices:
+            raise InputError(
+                f"{where}: {f.name}={value!r} is not known; use one of {', '.join(map(str, choices))}"
+            )
+    return built
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """Turn a YAML or flag value into the field's type (`1e-3`, which YAML reads as text, into a float, and so on).
+
+    Raises:
+        InputError: the value does not fit.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        return coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerce(item, args[0], where) for item in items)
+    if hint is bool:
+        return _coerce_bool(value, where)
+    if hint is str and not isinstance(value, str):
+        raise InputError(f"{where}={value!r} must be text")
+    if isinstance(value, bool):
+        raise InputError(f"{where}={value!r} must be {_article(hint)}")
+    try:
+        number = hint(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}={value!r} must be {_article(hint)}") from None
+    if hint is int and isinstance(value, float) and value != number:
+        raise InputError(f"{where}={value!r} must be a whole number")
+    return number
+
+
+def _coerce_bool(value: Any, where: str) -> bool:
+    named = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in named:
+        return named[str(value).lower()]
+    raise InputError(f"{where}={value!r} must be true or false")
+
+
+def _article(hint: type) -> str:
+    return {"int": "a whole number", "float": "a number", "str": "text"}.get(hint.__name__, hint.__name__)
+
+
+def to_flat(path: Path) -> dict[str, Any]:
+    """Read a YAML file into field name -> value, the form flags have.
+
+    Raises:
+        InputError: as `read_yaml` and `from_dict`.
+    """
+    given = read_yaml(path)
+    from_dict(given, str(path))
+    return {key: value for values in given.values() for key, value in values.items()}

@@ -1,0 +1,126 @@
+"""convert(model): the same model, its FFNs made switchable; set_mode(model): how they multiply from now on.
+
+`convert` changes no logits in dense mode and says how many FFNs it changed, all of them or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchable.errors import InputError
+from switchable.ffn.families import Family, family_of, find_ffns
+from switchable.ffn.layer import SwitchableFFN
+from switchable.switching.config import SwitchConfig
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did."""
+
+    converted: int
+    """FFNs made switchable."""
+    names: tuple[str, ...]
+    """Their names in the model."""
+    num_experts: int
+    """E, the same in every layer."""
+    d_ff: int
+    """Neurons of the first FFN."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.converted} of {len(self.names)} FFNs are switchable: "
+            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons"
+        )
+
+
+def convert(
+    model: nn.Module, config: SwitchConfig | None = None, family: Family | None = None
+) -> ConversionReport:
+    """Make every FFN of a transformers model switchable, in place; the model stays in dense mode.
+
+    Args:
+        model: a transformers model, on any device.
+        config: experts and router; default `SwitchConfig()`.
+        family: where the FFNs are, for a model that `families.py` does not know.
+
+    Raises:
+        InputError: unknown family, not all FFNs found, the model is converted already, or E does not divide F.
+            The model is unchanged then.
+    """
+    config = config or SwitchConfig()
+    if layers_of(model):
+        raise InputError(
+            f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
+        )
+    family = family or family_of(model)
+    found = find_ffns(model, family)
+    built = [(name, _switchable(ffn, family, name, config)) for name, ffn in found]
+    for name, layer in built:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    names = tuple(name for name, _ in found)
+    return ConversionReport(len(built), names, config.num_experts, built[0][1].d_ff)
+
+
+def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> SwitchableFFN:
+    layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
+    layer.router_learns = config.router == "learned"
+    layer.router_token_fraction = config.router_token_fraction
+    layer.expert_compute = config.expert_compute
+    layer.train(ffn.training)
+    return layer
+
+
+def layers_of(model: nn.Module) -> list[SwitchableFFN]:
+    """Return the switchable FFNs of a model in its own order; empty if it is not converted."""
+    return [module for module in model.modules() if isinstance(module, SwitchableFFN)]
+
+
+def set_mode(model: nn.Module, mode: str, experts_per_token: int | None = None) -> None:
+    """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
+
+    Layers that do not take part in sparse mode (`layer.takes_part`, set by the schedule) stay dense.
+
+    Args:
+        model: a converted model.
+        mode: `"dense"` or `"sparse"`.
+        experts_per_token: K, 1 to E; None keeps each layer's own.
+
+    Raises:
+        InputError: unknown mode, impossible K, or the model is not converted.
+    """
+    found = layers_of(model)
+    if not found:
+        raise InputError("the model has no switchable FFNs; call convert(model) first")
+    if mode not in ("dense", "sparse"):
+        raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
+    for layer in found:
+        if experts_per_token is not None:
+            layer.set_experts_per_token(experts_per_token)
+        layer.mode = mode if layer.takes_part else "dense"
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
+    """Within the `with` block modes may be changed at will; afterwards everything is as it was.
+
+    Kept are each FFN's mode and K, whether its router learns, and the model's training or evaluation mode.
+    """
+    layers = layers_of(model)
+    kept = [(layer.mode, layer.experts_per_token, layer.router_learns) for layer in layers]
+    training = model.training
+    try:
+        yield layers
+    finally:
+        for layer, (mode, experts_per_token, learns) in zip(layers, kept, strict=True):
+            layer.mode, layer.experts_per_token, layer.router_learns = mode, experts_per_token, learns
+        model.train(training)
+
+
+def is_router_parameter(name: str) -> bool:
+    """Return whether a parameter's name is that of a router: what we add to a model, and what an export drops."""
+    return ".router." in name

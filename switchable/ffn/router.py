@@ -1,0 +1,99 @@
+"""The router: which experts of an FFN a token needs.
+
+    scores = x · Wᵀ + b             (linear, one score per expert)
+    ids    = the K highest scores
+    gate   = 1 + p - stop_gradient(p),   p = softmax over the selected scores
+
+The gate is exactly 1, so that "all experts selected" *is* the dense layer; the router still learns in sparse steps
+through p (a straight-through gate). Its input is detached there too: no gradient that the function does not have
+reaches the model. In dense steps every expert's true importance is at hand, so the
+router is trained on it directly, its input detached:
+
+    mass_e = Σ_{i in e} |a_i| · ‖down_i‖,      loss = cross-entropy(softmax(scores), mass / Σ mass)
+
+Initialisation: the mean of an expert's normalised neurons (Zhang et al. 2024, public clustering code), scaled to the
+mean norm of a neuron.
+
+Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+
+class Router(nn.Linear):
+    """A linear map from a token to one score per expert."""
+
+    def __init__(self, d_model: int, num_experts: int, device: torch.device | None = None) -> None:
+        super().__init__(d_model, num_experts, bias=True, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start at zero without drawing random numbers: `initialise` gives the rows their values."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def initialise(self, up_FD: Tensor) -> None:
+        """Set each row to the mean direction of its expert's neurons, which must stand in cluster order."""
+        rows_EID = nnf.normalize(up_FD.float(), dim=1).view(self.out_features, -1, self.in_features)
+        self.weight.copy_(rows_EID.mean(dim=1) * up_FD.float().norm(dim=1).mean())
+        self.bias.zero_()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return scores_TE, in float32 whatever the autocast: a choice must not hang on a rounding of 8 bits."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return nnf.linear(x_TD.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+def select(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Return the K best experts of each token and their gates.
+
+    Returns:
+        ids_TK, int64, and gates_TK, whose values are exactly 1 and whose gradient reaches the scores.
+    """
+    top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
+    p_TK = top_TK.softmax(dim=-1)
+    return ids_TK, 1.0 + (p_TK - p_TK.detach())
+
+
+def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
+    """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
+    norms_EI = down_FD.float().norm(dim=1).view(num_experts, -1)
+    hidden_TEI = hidden_TF.float().abs().view(hidden_TF.shape[0], num_experts, -1)
+    return torch.einsum("tei,ei->te", hidden_TEI, norms_EI)
+
+
+def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
+    """Return the mean cross-entropy (nats per token) of the router against each expert's share of the mass.
+
+    A token none of whose neurons is active has no share to learn and counts as zero.
+    """
+    share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
+    return -(share_TE * scores_TE.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
+    """Pass `y` through unchanged and add `loss` to whatever is minimised downstream.
+
+    So a router learns in any training loop, without the loop having to collect its loss.
+    """
+    attached: Tensor = _AttachLoss.apply(y, loss)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        (one,) = ctx.saved_tensors
+        return grads[0], one

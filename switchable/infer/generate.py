@@ -1,0 +1,77 @@
+"""Text from either mode of one model, through transformers' `generate` with its KV cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from switchable.errors import InputError
+from switchable.ffn.convert import set_mode
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 100
+    """Tokens to write at most."""
+    temperature: float = 0.8
+    """0 = always the most probable token."""
+    top_k: int = 50
+    """Draw among so many most probable tokens; 0 = all."""
+    seed: int = 0
+    """Random seed of the draw."""
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    mode: str = "dense",
+    experts_per_token: int | None = None,
+    sampling: Sampling | None = None,
+) -> str:
+    """Return the prompt and what the model writes after it.
+
+    Args:
+        model: a converted causal language model.
+        tokenizer: its tokenizer.
+        prompt: text to continue; may be empty.
+        mode: `"dense"` or `"sparse"`.
+        experts_per_token: K in sparse mode; None keeps the model's own.
+        sampling: how tokens are drawn.
+
+    Raises:
+        InputError: impossible mode or K, or no room for a new token within the model's positions.
+    """
+    sampling = sampling or Sampling()
+    set_mode(model, mode, experts_per_token)
+    device = next(model.parameters()).device
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    room = min(sampling.max_new_tokens, positions - len(ids))
+    if room < 1:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
+            f"use a prompt of at most {positions - 1} tokens"
+        )
+    torch.manual_seed(sampling.seed)
+    choice = (
+        {"do_sample": False}
+        if sampling.temperature == 0
+        else {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    )
+    input_ids = torch.tensor([ids], device=device)
+    written = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=room,
+        use_cache=True,
+        pad_token_id=tokenizer.eos_token_id,
+        **choice,
+    )
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

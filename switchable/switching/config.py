@@ -1,0 +1,76 @@
+"""The settings of switching: experts, router, and when to change between dense and sparse steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from switchable.errors import InputError
+
+
+def _option(default: Any, help_text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass(frozen=True)
+class SwitchConfig:
+    """How FFNs are cut into experts, how tokens choose them, and the schedule of dense and sparse steps."""
+
+    num_experts: int = _option(32, "experts per FFN; divides d_ff")
+    experts_per_token: int = _option(6, "experts that each token computes in sparse mode")
+    router: str = _option(
+        "learned",
+        "learned: trained in dense steps on each expert's share of the activation mass; "
+        "weight_mean: mean of an expert's neurons, as the paper's authors do",
+        choices=("learned", "weight_mean"),
+    )
+    router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
+    expert_compute: str = _option("sorted", "implementation of the experts by name; auto = fastest here")
+    schedule: str = _option(
+        "ssd", "ssd: dense, then alternating, then dense; dense: never sparse", choices=("ssd", "dense")
+    )
+    monitor_every: int = _option(25, "optimizer steps between measurements on the probe")
+    probe_tokens: int = _option(4096, "validation tokens on which everything is measured")
+    min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
+    final_dense_fraction: float = _option(0.1, "fraction of all steps, at the end, that are always dense")
+    stability_threshold: float = _option(
+        0.4, "adjusted Rand index of successive structures from which a layer counts as stable"
+    )
+    max_activation_ratio: float = _option(
+        0.3, "largest activation ratio at which a layer counts as sparse; others stay dense"
+    )
+    sparse_steps: int = _option(3, "sparse steps in a row before the next return to dense")
+    dense_steps: int = _option(1, "dense steps at each return")
+    regroup_below: float = _option(
+        0.5, "a layer is regrouped when its structure's similarity to a fresh one falls below this; 0 = never"
+    )
+
+    def __post_init__(self) -> None:
+        self._check_whole("num_experts", 1)
+        self._check_whole("experts_per_token", 1)
+        self._check_whole("monitor_every", 1)
+        self._check_whole("probe_tokens", 1)
+        self._check_whole("sparse_steps", 1)
+        self._check_whole("dense_steps", 0)
+        if self.experts_per_token > self.num_experts:
+            raise InputError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; "
+                f"use 1 to {self.num_experts}"
+            )
+        names = (
+            "min_dense_fraction",
+            "final_dense_fraction",
+            "router_token_fraction",
+            "max_activation_ratio",
+        )
+        for name in (*names, "stability_threshold", "regroup_below"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name}={getattr(self, name)} is out of range; use a number from 0 to 1")
+        if self.router_token_fraction == 0.0:
+            raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
+
+    def _check_whole(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise InputError(
+                f"{name}={getattr(self, name)} is out of range; use a whole number of at least {least}"
+            )

@@ -1,0 +1,171 @@
+"""The object that a training loop calls once per step: measure -> decide -> regroup -> set the mode.
+
+    report = convert(model, config)
+    controller = Controller(model, probe, total_steps=10_000, config=config)
+    for batch in batches:                      # any loop
+        model(**batch).loss.backward()
+        optimizer.step(); optimizer.zero_grad()
+        controller.step(optimizer)             # decides the mode of the next step
+
+Its state (`state_dict`) is all that a resumed run needs besides weights and optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of, set_mode
+from switchable.switching.config import SwitchConfig
+from switchable.switching.monitor import Batch, LayerMeasures, measure
+from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
+from switchable.switching.switch import regroup
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one measurement found and what was done about it."""
+
+    step: int
+    """Optimizer steps done."""
+    layers: tuple[LayerMeasures, ...]
+    regrouped: tuple[bool, ...]
+    """Whether each layer was given the structure just found."""
+    takes_part: tuple[bool, ...]
+    """Whether each layer is sparse in sparse steps from now on."""
+
+
+class Controller:
+    """Switches a converted model between dense and sparse training.
+
+    Args:
+        model: a converted model.
+        probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model
+            inputs) or several.
+        total_steps: optimizer steps of the whole run.
+        config: the settings; those of experts and router must be the ones given to `convert`.
+        seed: seed of the clustering.
+
+    Raises:
+        InputError: the model is not converted, or total_steps is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Tensor | Batch | Sequence[Batch],
+        total_steps: int,
+        config: SwitchConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.layers = layers_of(model)
+        if not self.layers:
+            raise InputError("the model has no switchable FFNs; call convert(model, config) first")
+        if total_steps < 1:
+            raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
+        self.model, self.total_steps, self.seed = model, total_steps, seed
+        self.config = config or SwitchConfig()
+        self.probe = _as_batches(probe)
+        self.steps_done = 0
+        self.state: ScheduleState = initial(len(self.layers))
+        self.last: list[Tensor | None] = [None] * len(self.layers)
+        self.switches = 0
+        self.regroupings = 0
+        self._apply_mode()
+
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens on which everything is measured."""
+        return sum(batch["input_ids"].numel() for batch in self.probe)
+
+    @property
+    def mode(self) -> str:
+        """The mode of the next step."""
+        return mode_at(self.steps_done, self.state, self.total_steps, self.config)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the next step: `"dense"`, `"alternating"` or `"final dense"`."""
+        return phase_at(self.steps_done, self.state, self.total_steps, self.config)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
+        """Count one optimizer step, measure if it is time, and set the mode of the next step.
+
+        Args:
+            optimizer: the one that has just stepped; its state moves with the neurons.
+
+        Returns:
+            The measurement, if one was taken.
+
+        Raises:
+            InputError: the optimizer holds state that cannot move with the neurons.
+        """
+        if self.steps_done == 0:
+            self._check_covers_routers(optimizer)
+        before = self.mode
+        self.steps_done += 1
+        due = self.steps_done % self.config.monitor_every == 0
+        measurement = self._measure(optimizer) if due else None
+        self.switches += before != self.mode
+        self._apply_mode()
+        return measurement
+
+    def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
+        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done)
+        decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
+        wanted = [labels if again else None for labels, again in zip(found, decision.regroup, strict=True)]
+        perms = regroup(self.layers, wanted, optimizer)
+        self.last = [
+            labels if perm is None else labels[perm] for labels, perm in zip(found, perms, strict=True)
+        ]
+        if self.config.router == "weight_mean":
+            for layer, again in zip(self.layers, decision.regroup, strict=True):
+                if again:
+                    layer.router.initialise(layer.weights.up_FD)
+        self.regroupings += sum(decision.regroup)
+        self.state = decision.state
+        return Measurement(self.steps_done, tuple(measures), decision.regroup, decision.state.takes_part)
+
+    def _apply_mode(self) -> None:
+        for layer, part in zip(self.layers, self.state.takes_part, strict=True):
+            layer.takes_part = part
+        set_mode(self.model, self.mode)
+
+    def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [layer.name for layer in self.layers if id(layer.router.weight) not in trained]
+        if missing:
+            raise InputError(
+                f"the optimizer does not train the routers of {missing[0]} and {len(missing) - 1} more; "
+                "build it after convert(model), from model.parameters()"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs: plain values and one int64 tensor of labels per layer."""
+        return {
+            "steps_done": self.steps_done,
+            "switches": self.switches,
+            "regroupings": self.regroupings,
+            "takes_part": list(self.state.takes_part),
+            "began": self.state.began,
+            "last": list(self.last),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.steps_done, self.switches = state["steps_done"], state["switches"]
+        self.regroupings = state["regroupings"]
+        self.state = ScheduleState(tuple(state["takes_part"]), state["began"])
+        self.last = list(state["last"])
+        self._apply_mode()
+
+
+def _as_batches(probe: Tensor | Batch | Sequence[Batch]) -> list[Batch]:
+    if isinstance(probe, Tensor):
+        return [{"input_ids": probe}]
+    return [probe] if isinstance(probe, Mapping) else list(probe)

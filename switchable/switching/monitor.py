@@ -1,0 +1,153 @@
+"""What the schedule decides on: a no-grad pass over fixed probe tokens, apart from training.
+
+Per layer, over all probe tokens t:
+
+    activation ratio    share of (token, neuron) pairs with a_i(t) ≠ 0
+    mass caught         Σ mass of the K experts chosen / Σ mass of all,   mass_e = Σ_{i in e} |a_i| ‖down_i‖
+                        by the router, and by the best possible choice
+    load imbalance      busiest expert's share of the choices x E (1 = all alike)
+    similarity          adjusted Rand index of this measurement's structure with the last one's, and with the one in use
+
+The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.router import expert_mass
+from switchable.ffn.structure import cluster_layers, similarity, weight_features
+from switchable.switching.switch import current_structure
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """The measures of one layer at one step; all are shares or ratios without unit."""
+
+    activation_ratio: float
+    """Share of neurons whose activation is not zero, 0 to 1."""
+    mass_caught: float
+    """Share of the activation mass in the router's K experts, 0 to 1."""
+    mass_best: float
+    """Share of the activation mass in the best K experts, 0 to 1."""
+    load_imbalance: float
+    """Load of the busiest expert over the mean load, 1 to E."""
+    similarity: float
+    """Adjusted Rand index of the structure just found and the one found last time, -0.5 to 1; 0 the first time."""
+    similarity_in_use: float
+    """Adjusted Rand index of the structure just found and the one in use, -0.5 to 1."""
+
+
+class _Tally:
+    """Sums over the probe for one layer."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.active = self.caught = self.best = self.mass = torch.zeros((), dtype=torch.float64)
+        self.load_E: Tensor | None = None
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        x_TD = x.reshape(-1, layer.d_model)
+        hidden_TF = layer.activations(x_TD)
+        mass_TE = expert_mass(hidden_TF, layer.weights.down_FD, layer.num_experts)
+        ids_TK = layer.router(x_TD).topk(layer.experts_per_token, dim=-1).indices
+        self.tokens += x_TD.shape[0]
+        # One host sync per layer and probe batch: the sums are kept in float64 on the host.
+        sums = torch.stack(
+            [
+                hidden_TF.count_nonzero().double(),
+                mass_TE.gather(1, ids_TK).sum(dtype=torch.float64),
+                mass_TE.topk(layer.experts_per_token, dim=-1).values.sum(dtype=torch.float64),
+                mass_TE.sum(dtype=torch.float64),
+            ]
+        ).cpu()
+        self.active, self.caught = self.active + sums[0], self.caught + sums[1]
+        self.best, self.mass = self.best + sums[2], self.mass + sums[3]
+        load_E = torch.bincount(ids_TK.reshape(-1), minlength=layer.num_experts).cpu()
+        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+
+
+@torch.no_grad()
+def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
+    """Run the probe through the model in dense, evaluation mode and sum up what each switchable FFN does."""
+    layers = layers_of(model)
+    tallies = [_Tally() for _ in layers]
+
+    def hook_for(tally: _Tally, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
+        return lambda _module, args: tally.add(layer, args[0])
+
+    hooks = [
+        layer.register_forward_pre_hook(hook_for(tally, layer))
+        for tally, layer in zip(tallies, layers, strict=True)
+    ]
+    try:
+        with kept_modes(model):
+            set_mode(model, "dense")
+            model.eval()
+            for batch in probe:
+                model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tallies
+
+
+def find_structures(
+    layers: Sequence[SwitchableFFN], last: Sequence[Tensor | None], random_state: int
+) -> list[Tensor]:
+    """Cluster the neurons of every layer, from the last structure and from scratch, the better one kept.
+
+    Returns:
+        labels_F per layer, on the CPU.
+    """
+    rows = [weight_features(layer.weights.up_FD.detach()) for layer in layers]
+    warm = None if any(labels is None for labels in last) else list(last)
+    num_experts = layers[0].num_experts
+    return [
+        labels.cpu() for labels in cluster_layers(rows, num_experts, warm=warm, random_state=random_state)
+    ]
+
+
+def measure(
+    model: nn.Module, probe: Sequence[Batch], last: Sequence[Tensor | None], random_state: int
+) -> tuple[list[LayerMeasures], list[Tensor]]:
+    """Measure every switchable FFN on the probe and find its present structure.
+
+    Args:
+        model: a converted model.
+        probe: fixed batches of model inputs.
+        last: labels_F of the structure found last time per layer, for the neurons in their present order; or None.
+        random_state: seed of the clustering.
+
+    Returns:
+        Measures per layer, and labels_F of the structures found (in the neurons' present order).
+    """
+    layers = layers_of(model)
+    tallies = watch(model, probe)
+    found = find_structures(layers, last, random_state)
+    measures = [
+        _summarise(tally, layer, before, labels)
+        for tally, layer, before, labels in zip(tallies, layers, last, found, strict=True)
+    ]
+    return measures, found
+
+
+def _summarise(tally: _Tally, layer: SwitchableFFN, last: Tensor | None, found: Tensor) -> LayerMeasures:
+    assert tally.load_E is not None, "the probe never reached the layer"
+    mass = max(float(tally.mass), torch.finfo(torch.float64).tiny)
+    return LayerMeasures(
+        activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
+        mass_caught=float(tally.caught) / mass,
+        mass_best=float(tally.best) / mass,
+        load_imbalance=float(tally.load_E.max() / tally.load_E.double().mean()),
+        similarity=0.0 if last is None else similarity(last, found),
+        similarity_in_use=similarity(current_structure(layer), found),
+    )

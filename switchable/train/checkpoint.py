@@ -1,0 +1,218 @@
+"""Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
+
+    model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
+    switchable.safetensors, .json     routers; experts, K and which layers are sparse
+    training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
+    manifest.json                     size and SHA-256 of each file above
+
+The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.train.rundir import TEMPORARY, is_no_space, write_json
+
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, model: nn.Module, training: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+    """Write a checkpoint, atomically; an older one of the same name is replaced.
+
+    Args:
+        folder: where it shall stand.
+        model: a converted transformers model.
+        training: tensors and plain values a resumed run needs (`training_state`), or None for a model only.
+
+    Raises:
+        InputError: no space left on the device. What was there before is untouched.
+    """
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_model(temporary, model)
+        if training is not None:
+            save_file(training[0], temporary / "training.safetensors")
+            write_json(temporary / "training.json", training[1])
+        seal(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if not is_no_space(error):
+            raise
+        raise InputError(
+            f"no space left on the device while saving {folder}; nothing was damaged and earlier checkpoints stand. "
+            "Free some space (or lower --keep) and go on with --resume"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_router_parameter(name)}
+    with _no_progress_bars():
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
+    save_file(routers, folder / "switchable.safetensors")
+    layers = layers_of(model)
+    write_json(
+        folder / "switchable.json",
+        {
+            "num_experts": layers[0].num_experts,
+            "layers": {
+                layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
+                for layer in layers
+            },
+        },
+    )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every file; its setting is put back afterwards."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder and flush every file to disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, {"format": 1, "files": files})
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> str | None:
+    """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, expected in files:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def training_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller_state: Mapping[str, Any],
+    counters: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gather what a resumed run needs besides the model, as tensors and as plain values.
+
+    Args:
+        model: the model trained.
+        optimizer: its optimizer; states are stored under their parameter's name.
+        controller_state: `Controller.state_dict()`.
+        counters: plain values of the loop.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    values: dict[str, Any] = {"counters": dict(counters), "optimizer": {}}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            full = f"{names[id(parameter)]}:{key}"
+            if isinstance(value, Tensor):
+                tensors[f"optimizer:{full}"] = value.detach().contiguous()
+            elif value is not None:
+                values["optimizer"][full] = value
+    plain = dict(controller_state)
+    for i, labels in enumerate(plain.pop("last")):
+        if labels is not None:
+            tensors[f"structure:{i}"] = labels
+    values["controller"] = plain
+    return tensors, values
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load a verified checkpoint into a converted model and its optimizer.
+
+    Returns:
+        The controller's state and the loop's counters.
+    """
+    restore_model(folder, model)
+    device = next(model.parameters()).device
+    tensors = load_file(folder / "training.safetensors")
+    values = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    cuda = tensors.pop("random.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer:"):
+            _, parameter_name, key = name.split(":")
+            # AdamW keeps its step count on the CPU; moments live beside their parameter.
+            home = tensor if tensor.ndim == 0 else tensor.to(device)
+            optimizer.state[parameters[parameter_name]][key] = home
+    for full, value in values["optimizer"].items():
+        parameter_name, key = full.split(":")
+        optimizer.state[parameters[parameter_name]][key] = value
+    controller_state = values["controller"]
+    controller_state["last"] = [tensors.get(f"structure:{i}") for i in range(len(layers_of(model)))]
+    return controller_state, values["counters"]
+
+
+def restore_model(folder: Path, model: nn.Module) -> None:
+    """Load weights and routers of a checkpoint into a converted model of the same shape.
+
+    Raises:
+        InputError: names or shapes do not fit.
+    """
+    state = load_file(folder / "model.safetensors") | load_file(folder / "switchable.safetensors")
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise InputError(
+            f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
+            f"e.g. {(missing + unexpected)[0]}"
+        )

@@ -1,0 +1,221 @@
+"""The training loop: plain torch, read from top to bottom.
+
+    for each step:
+        forward, backward, clip, optimizer step          (in the mode the controller set)
+        controller.step                                  (measure? regroup? which mode comes next?)
+        once in a while: log, validate, save
+
+Everything that continues a run bitwise is in the checkpoint; the batch of a step is a function of its number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from switchable.data.batches import bits_per_byte
+from switchable.errors import InputError
+from switchable.infer.evaluate import loss_in_mode
+from switchable.train import checkpoint
+from switchable.train.flops import StepFlops
+from switchable.train.log import RunLog
+from switchable.train.optim import clip_gradients, set_learning_rate
+from switchable.train.rundir import RunDir
+from switchable.train.setup import Job
+from switchable.train.signals import StopRequest
+
+
+@dataclass
+class Counters:
+    """What a run adds up; saved with every checkpoint."""
+
+    data: str = ""
+    """Checksum of the training tokens."""
+    steps: int = 0
+    """Optimizer steps done; the data position too, since a step's batch is a function of its number."""
+    sparse_steps: int = 0
+    flops: float = 0.0
+    """FLOPs so far, measurements included."""
+    seconds_dense: float = 0.0
+    """Wall-clock of dense steps."""
+    seconds_sparse: float = 0.0
+    """Wall-clock of sparse steps."""
+    seconds_measure: float = 0.0
+    """Wall-clock of measuring, clustering and regrouping."""
+    seconds_other: float = 0.0
+    """Wall-clock of validation and saving."""
+    window_loss: float = 0.0
+    """Sum of the losses (nats per token) since the last train line."""
+    window_steps: int = 0
+    window_sparse: int = 0
+    window_seconds: float = 0.0
+
+
+class TrainingStopped(Exception):
+    """The run was asked to stop and has saved a checkpoint; `args[0]` is the signal's number."""
+
+
+class Trainer:
+    """Trains a job to its last step.
+
+    Args:
+        job: what to train.
+        rundir: where to save, already locked.
+        log: where numbers go.
+        flops: cost of a step.
+        counters: where the run stands.
+        stop: says when the user wants the run to stop.
+    """
+
+    def __init__(
+        self, job: Job, rundir: RunDir, log: RunLog, flops: StepFlops, counters: Counters, stop: StopRequest
+    ) -> None:
+        self.job, self.rundir, self.log = job, rundir, log
+        self.flops, self.counters, self.stop = flops, counters, stop
+        self._window_loss = torch.tensor(counters.window_loss, device=job.device)
+        self._shown_loss: float | None = None
+
+    def train(self) -> None:
+        """Run to the last step.
+
+        Raises:
+            InputError: the loss is no longer finite, or the disk is full.
+            TrainingStopped: stopped on request, after saving.
+        """
+        train = self.job.config.train
+        self.job.model.train()
+        while self.counters.steps < train.steps:
+            self._step()
+            done = self.counters.steps
+            if done % train.log_every == 0 or done == train.steps:
+                self._log_train()
+            if done == train.steps:
+                break
+            if train.eval_every and done % train.eval_every == 0:
+                self._evaluate()
+            if self.stop.requested or done % train.checkpoint_every == 0:
+                self.save()
+            if self.stop.requested:
+                raise TrainingStopped(self.stop.signum)
+        self._evaluate()
+        self.save()
+
+    def _step(self) -> None:
+        """One optimizer step and what the controller does after it."""
+        job, counters = self.job, self.counters
+        config, controller = job.config.train, job.controller
+        begin = time.perf_counter()
+        mode = controller.mode
+        learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
+
+        loss = job.model(**job.batch(counters.steps)).loss
+        loss.backward()
+        clip_gradients(job.optimizer, config.grad_clip)
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+
+        self._window_loss += loss.detach()
+        self._count(mode, time.perf_counter() - begin)
+        self._learning_rate = learning_rate
+        begin = time.perf_counter()
+        measurement = controller.step(job.optimizer)
+        if measurement is not None:
+            counters.seconds_measure += time.perf_counter() - begin
+            counters.flops += self.flops.measurement(controller.probe_tokens)
+            self.log.measure(measurement)
+
+    def _count(self, mode: str, seconds: float) -> None:
+        counters, sparse = self.counters, mode == "sparse"
+        taking_part = tuple(sparse and part for part in self.job.controller.state.takes_part)
+        counters.steps += 1
+        counters.flops += self.flops.step(taking_part)
+        counters.sparse_steps += sparse
+        counters.window_steps += 1
+        counters.window_sparse += sparse
+        counters.window_seconds += seconds
+        if sparse:
+            counters.seconds_sparse += seconds
+        else:
+            counters.seconds_dense += seconds
+        self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
+
+    def _log_train(self) -> None:
+        counters = self.counters
+        # The one host sync of training, every `log_every` steps.
+        loss = float(self._window_loss) / counters.window_steps
+        self._check_finite(loss)
+        self._shown_loss = loss
+        self.log.train(
+            counters.steps,
+            {
+                "loss": loss,
+                "sparse_fraction": counters.window_sparse / counters.window_steps,
+                "phase": self.job.controller.phase,
+                "learning_rate": self._learning_rate,
+                "tokens": counters.steps * self.flops.tokens,
+                "flops": counters.flops,
+                "tokens_per_second": counters.window_steps * self.flops.tokens / counters.window_seconds,
+            },
+        )
+        self._window_loss.zero_()
+        counters.window_steps = counters.window_sparse = 0
+        counters.window_seconds = 0.0
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        saved = self.rundir.steps()
+        last = (
+            f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
+            if saved
+            else "nothing was saved yet"
+        )
+        raise InputError(
+            f"the loss became {loss} in the {self.counters.window_steps} steps up to step {self.counters.steps}; "
+            f"stopped, {last}. Lower --learning-rate or set --grad-clip, and start again"
+        )
+
+    def _evaluate(self) -> None:
+        begin = time.perf_counter()
+        self.log.evaluation(self.counters.steps, self.validate())
+        self.counters.seconds_other += time.perf_counter() - begin
+
+    def validate(self) -> dict[str, float | None]:
+        """Return validation loss (nats per token) and bits per byte in dense mode and, if it has begun, sparse mode."""
+        job = self.job
+        dense = loss_in_mode(job.model, job.validation, "dense")
+        sparse = (
+            loss_in_mode(job.model, job.validation, "sparse")
+            if any(job.controller.state.takes_part)
+            else None
+        )
+        return {
+            "val_loss_dense": dense,
+            "val_loss_sparse": sparse,
+            "bits_per_byte_dense": self._bits_per_byte(dense),
+            "bits_per_byte_sparse": None if sparse is None else self._bits_per_byte(sparse),
+        }
+
+    def _bits_per_byte(self, loss: float) -> float:
+        val = self.job.data.val
+        return bits_per_byte(loss, val.tokens, val.text_bytes)
+
+    def save(self) -> None:
+        """Write a checkpoint and drop those that are older than the `keep` newest."""
+        begin = time.perf_counter()
+        job, counters = self.job, self.counters
+        if counters.window_steps:
+            counters.window_loss = float(self._window_loss)
+            self._check_finite(counters.window_loss)
+        else:
+            counters.window_loss = 0.0
+        state = checkpoint.training_state(
+            job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
+        )
+        checkpoint.save(self.rundir.checkpoint(counters.steps), job.model, state)
+        self.rundir.drop_old(job.config.train.keep)
+        counters.seconds_other += time.perf_counter() - begin

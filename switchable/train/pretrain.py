@@ -1,0 +1,236 @@
+"""One pre-training run from a configuration to its summary: start or resume, train, measure, draw, export.
+
+new run:   lock the folder -> set up -> count FLOPs -> train
+resume:    lock the folder -> same configuration? -> newest checkpoint whole? -> set up -> restore -> train
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import switchable
+from switchable.config import RunConfig, changed, from_dict, read_yaml, to_dict
+from switchable.errors import InputError
+from switchable.study.curves import draw_curves
+from switchable.train import checkpoint
+from switchable.train.flops import StepFlops, count
+from switchable.train.log import RunLog
+from switchable.train.loop import Counters, Trainer, TrainingStopped
+from switchable.train.rundir import RunDir, write_json, write_text
+from switchable.train.setup import Job, check, set_up
+from switchable.train.signals import StopRequest
+from switchable.train.timing import step_seconds
+
+MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", "device")
+"""Settings of `train` that a resumed run may have different: they do not alter what is computed."""
+
+
+def pretrain(
+    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Start a run in the folder `out` and train to its end.
+
+    Args:
+        config: the run.
+        out: its folder.
+        cache: folder for token files.
+        overwrite: replace a run that is there.
+        quiet: show nothing.
+
+    Returns:
+        The summary, as written to `summary.json`.
+
+    Raises:
+        InputError: bad settings or data, folder in use or not empty, loss not finite, disk full.
+        TrainingStopped: stopped by a signal, after saving.
+    """
+    check(config)
+    rundir = RunDir(out)
+    rundir.acquire()
+    try:
+        if rundir.config.exists() and not overwrite:
+            raise InputError(
+                f"{out} holds a run already; go on with it with --resume, replace it with --overwrite, "
+                "or choose another folder with --out"
+            )
+        job = set_up(config, cache, quiet)
+        rundir.clear()
+        job.tokenizer.save_pretrained(rundir.tokenizer)
+        write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+        return _run(job, rundir, Counters(data=job.data.train.sha256), quiet)
+    finally:
+        rundir.release()
+
+
+def resume(
+    out: Path, flags: dict[str, Any], cache: Path, resume_from: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Go on with the run in the folder `out`, bitwise as if it had never stopped.
+
+    Args:
+        out: the run's folder.
+        flags: settings given again, by field name; those that alter what is computed must be as they were.
+        cache: folder for token files.
+        resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
+        quiet: show nothing.
+
+    Raises:
+        InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
+        TrainingStopped: stopped by a signal, after saving.
+    """
+    if not (out / "config.yaml").exists():
+        raise InputError(f"{out} holds no run to resume (no config.yaml); start one without --resume")
+    rundir = RunDir(out)
+    rundir.acquire()
+    try:
+        config = _same_config(rundir, flags)
+        step = _choose_checkpoint(rundir, resume_from)
+        job = set_up(config, cache, quiet)
+        _check_same_data(rundir, job, step)
+        controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
+        job.controller.load_state_dict(controller_state)
+        return _run(job, rundir, Counters(**counters), quiet)
+    finally:
+        rundir.release()
+
+
+def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
+    stored = read_yaml(rundir.config)
+    before = from_dict(stored, str(rundir.config))
+    merged: dict[str, Any] = {section: dict(values) for section, values in to_dict(before).items()}
+    for section, values in merged.items():
+        values.update({key: value for key, value in flags.items() if key in values})
+        merged[section] = values
+    after = from_dict(merged, "the flags")
+    forbidden = [
+        line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in MAY_CHANGE
+    ]
+    if forbidden:
+        raise InputError(
+            f"a run cannot be resumed with other settings ({'; '.join(forbidden)}); "
+            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE)}"
+        )
+    return after
+
+
+def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
+    """Return the step to resume from, its checkpoint verified.
+
+    Raises:
+        InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
+    """
+    steps = rundir.steps()
+    if not steps:
+        raise InputError(f"{rundir.path} holds no checkpoint; start the run again with --overwrite")
+    names = {rundir.checkpoint(step).name: step for step in steps}
+    if name is not None and name not in names:
+        raise InputError(f"{rundir.path} has no checkpoint {name!r}; it has {', '.join(names)}")
+    step = steps[-1] if name is None else names[name]
+    damage = checkpoint.verify(rundir.checkpoint(step))
+    if damage is None:
+        return step
+    good = next(
+        (s for s in reversed(steps) if s != step and checkpoint.verify(rundir.checkpoint(s)) is None), None
+    )
+    remedy = (
+        f"go on from an earlier one with --resume --resume-from {rundir.checkpoint(good).name}"
+        if good is not None
+        else "no other checkpoint is whole; start again with --overwrite"
+    )
+    raise InputError(f"checkpoint {rundir.checkpoint(step)} is damaged ({damage}); {remedy}")
+
+
+def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
+    values = json.loads((rundir.checkpoint(step) / "training.json").read_text(encoding="utf-8"))
+    if values["counters"]["data"] != job.data.train.sha256:
+        raise InputError(
+            f"the text or tokenizer has changed since {rundir.path} was started; put the old files back, "
+            "or start a new run in another folder"
+        )
+
+
+def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str, Any]:
+    log = RunLog(rundir, job.config.train.steps, counters.steps, quiet)
+    try:
+        log.say(
+            f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+        )
+        flops = count(job.model, job.batch(0))
+        with StopRequest() as stop:
+            trainer = Trainer(job, rundir, log, flops, counters, stop)
+            try:
+                trainer.train()
+            except TrainingStopped:
+                again = f"switchable pretrain --out {rundir.path} --resume"
+                log.say(f"stopped and saved at step {counters.steps}; go on with: {again}")
+                raise
+        return _finish(trainer)
+    finally:
+        log.close()
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Export, measure the speed of both modes, draw, and write the summary."""
+    job, rundir = trainer.job, trainer.rundir
+    export(job, rundir.final)
+    figures = summarise(trainer.counters, job, trainer.flops, trainer.validate())
+    write_json(rundir.summary, figures)
+    draw_curves(rundir.metrics, rundir.curves)
+    return figures
+
+
+def export(job: Job, folder: Path) -> None:
+    """Write the trained model: a plain Hugging Face folder with tokenizer, and what makes it switchable beside it."""
+    checkpoint.save(folder, job.model, None)
+    job.tokenizer.save_pretrained(folder)
+    checkpoint.seal(folder)
+
+
+def summarise(
+    counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]
+) -> dict[str, Any]:
+    """Return the run's closing figures; every key is explained in docs/figures.md."""
+    takes_part = job.controller.state.takes_part
+    seconds = step_seconds(job.model, job.batch(0))
+    # All-dense training has neither routers nor a monitor.
+    all_dense = flops.dense * counters.steps
+    head = flops.head * counters.steps
+    training_seconds = counters.seconds_dense + counters.seconds_sparse + counters.seconds_measure
+    return {
+        **validation,
+        "steps": counters.steps,
+        "tokens": counters.steps * flops.tokens,
+        "parameters": _parameters(job),
+        "flops": counters.flops,
+        "flops_all_dense": all_dense,
+        "flops_ratio": counters.flops / all_dense,
+        "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
+        "sparse_fraction": counters.sparse_steps / counters.steps,
+        "sparse_layers": [int(part) for part in takes_part],
+        "switches": job.controller.switches,
+        "regroupings": job.controller.regroupings,
+        "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
+        "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
+        "wall_seconds": training_seconds + counters.seconds_other,
+        "wall_seconds_dense": counters.seconds_dense,
+        "wall_seconds_sparse": counters.seconds_sparse,
+        "wall_seconds_measure": counters.seconds_measure,
+        "wall_ratio": training_seconds / (seconds["dense"] * counters.steps),
+        "versions": {
+            "switchable": switchable.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "experts": dataclasses.asdict(job.config.switch),
+    }
+
+
+def _parameters(job: Job) -> int:
+    return sum(p.numel() for p in job.model.parameters())

@@ -1,0 +1,114 @@
+"""The folder of a run: who may write in it, and what lies where.
+
+    config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-000100/ ...   final/   curves.png   summary.json
+
+One process writes at a time (a lock that the operating system releases when the process dies, however it dies).
+Files are written under a temporary name and renamed, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from switchable.errors import InputError
+
+TEMPORARY = ".tmp-"
+"""Prefix of names that are not complete yet."""
+
+
+class RunDir:
+    """Paths of a run's folder, and its lock.
+
+    Args:
+        path: the folder; made by `create`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.tokenizer = path / "tokenizer"
+        self.summary = path / "summary.json"
+        self.curves = path / "curves.png"
+        self._lock = FileLock(path / "run.lock", timeout=0)
+
+    def acquire(self) -> None:
+        """Create the folder if need be and take its lock.
+
+        Raises:
+            InputError: another process holds it, or the path is not a folder that can be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self.path} is in use by another run; wait for it to end or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be used as output folder: {error.strerror}; choose another"
+            ) from None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here; the lock stays."""
+        for folder in (self.tensorboard, self.checkpoints, self.final, self.tokenizer):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.metrics, self.summary, self.curves):
+            file.unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, ascending."""
+        found = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
+        return sorted(
+            int(p.name.removeprefix("step-")) for p in found if p.name.removeprefix("step-").isdigit()
+        )
+
+    def drop_old(self, keep: int) -> None:
+        """Remove all checkpoints but the `keep` newest; 0 keeps all."""
+        for step in self.steps()[:-keep] if keep > 0 else []:
+            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint taken after `step` steps."""
+        return self.checkpoints / f"step-{step:06d}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, completely or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Return whether an error says that the disk is full (safetensors reports it as text)."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return (
+        getattr(error, "errno", None) in codes or "os error 28" in str(error) or "No space left" in str(error)
+    )

@@ -1,0 +1,185 @@
+"""From a configuration to everything a run needs: data, model, optimizer, controller.
+
+Every check of the user's settings that can be made before any work is done is made here, first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from switchable.config import ModelConfig, RunConfig
+from switchable.data.batches import CausalBatches, eval_batches
+from switchable.data.tokenizers import load_tokenizer
+from switchable.data.tokens import PreparedData, prepare
+from switchable.errors import InputError, divisors_near
+from switchable.ffn.convert import ConversionReport, convert
+from switchable.ffn.families import build_config
+from switchable.switching.controller import Controller
+from switchable.train.optim import build_optimizer
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Job:
+    """Everything a training loop needs."""
+
+    config: RunConfig
+    model: nn.Module
+    report: ConversionReport
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    batches: CausalBatches
+    validation: list[Batch]
+    optimizer: torch.optim.Optimizer
+    controller: Controller
+    device: torch.device
+
+    def batch(self, step: int) -> Batch:
+        """Return the model inputs of step `step` (counted from 0)."""
+        return causal_inputs(self.batches.batch(step), self.device)
+
+
+def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
+    """Prepare the data and build model, optimizer and controller at step 0.
+
+    Args:
+        config: the run.
+        cache: folder for token files, shared between runs.
+        quiet: show no progress.
+
+    Raises:
+        InputError: a setting or the data is unusable.
+    """
+    check(config)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    data = prepare(config.data, cache, progress=not quiet)
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    train = config.train
+    batches = CausalBatches(data.train.path, train.batch_size, train.sequence_length, train.seed)
+    validation = _validation(data, config, device)
+    torch.manual_seed(train.seed)
+    model = build_model(config.model, train.sequence_length, data.vocab_size, data.end_of_text.id).to(device)
+    report = convert(model, config.switch)
+    probe = _probe(validation, config.switch.probe_tokens)
+    return Job(
+        config=config,
+        model=model,
+        report=report,
+        tokenizer=tokenizer,
+        data=data,
+        batches=batches,
+        validation=validation,
+        optimizer=build_optimizer(model, train),
+        controller=Controller(model, probe, train.steps, config.switch, train.seed),
+        device=device,
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Refuse settings that cannot work, before any work is done.
+
+    Raises:
+        InputError: says which, what is allowed, and what to do.
+    """
+    model, train = config.model, config.train
+    for section, names in (
+        (train, ("steps", "batch_size", "sequence_length", "log_every", "checkpoint_every", "eval_tokens")),
+        (model, ("d_model", "num_layers", "num_heads")),
+    ):
+        for name in names:
+            if getattr(section, name) < 1:
+                raise InputError(
+                    f"{name}={getattr(section, name)} is out of range; use a whole number of at least 1"
+                )
+    if train.sequence_length < 2:
+        raise InputError("sequence_length=1 predicts nothing; use at least 2 tokens")
+    if model.d_model % model.num_heads:
+        allowed = ", ".join(map(str, divisors_near(model.d_model, model.num_heads)))
+        raise InputError(
+            f"num_heads={model.num_heads} does not divide d_model={model.d_model}; use one of {allowed}"
+        )
+    if d_ff(model) % config.switch.num_experts:
+        allowed = ", ".join(map(str, divisors_near(d_ff(model), config.switch.num_experts)))
+        raise InputError(
+            f"num_experts={config.switch.num_experts} does not divide d_ff={d_ff(model)}; use one of {allowed}"
+        )
+    if model.max_positions is not None and model.max_positions < train.sequence_length:
+        raise InputError(
+            f"sequence_length={train.sequence_length} is longer than the model's max_positions={model.max_positions}; "
+            "shorten the sequences or give the model more positions"
+        )
+    for name in ("warmup_fraction", "decay_fraction"):
+        if not 0.0 <= getattr(train, name) <= 1.0:
+            raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
+    for name in ("learning_rate", "router_learning_rate"):
+        if not getattr(train, name) > 0:
+            raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
+
+
+def d_ff(model: ModelConfig) -> int:
+    """Return the neurons per FFN."""
+    return model.d_ff if model.d_ff is not None else 4 * model.d_model
+
+
+def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_token_id: int) -> nn.Module:
+    """Return a transformers model with random weights (drawn from torch's global generator)."""
+    sizes = {
+        "d_model": model.d_model,
+        "d_ff": d_ff(model),
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "max_positions": model.max_positions or sequence_length,
+    }
+    built: nn.Module = AutoModelForCausalLM.from_config(
+        build_config(model.family, sizes, model.activation, vocab_size, eos_token_id)
+    )
+    return built
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device asked for, or the best there is.
+
+    Raises:
+        InputError: torch does not know it or it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device={name!r} cannot be used: {str(error).splitlines()[0]}; use cpu or cuda"
+        ) from None
+    return device
+
+
+def causal_inputs(ids_BS: Tensor, device: torch.device) -> Batch:
+    """Return the inputs of a causal language model: the ids, and the same ids as labels (the model shifts them)."""
+    ids_BS = ids_BS.to(device, non_blocking=True)
+    return {"input_ids": ids_BS, "labels": ids_BS, "use_cache": False}  # type: ignore[dict-item]
+
+
+def _validation(data: PreparedData, config: RunConfig, device: torch.device) -> list[Batch]:
+    train = config.train
+    found = eval_batches(data.val.path, train.batch_size, train.sequence_length, train.eval_tokens)
+    return [causal_inputs(ids, device) for ids in found]
+
+
+def _probe(validation: list[Batch], tokens: int) -> list[Batch]:
+    """Return the first batches of the validation text with at least `tokens` tokens together, without labels."""
+    probe: list[Batch] = []
+    seen = 0
+    for batch in validation:
+        if seen >= tokens:
+            break
+        probe.append({key: value for key, value in batch.items() if key != "labels"})
+        seen += batch["input_ids"].numel()
+    return probe

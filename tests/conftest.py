@@ -1,0 +1,62 @@
+"""Small models and text that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_gpt2
+from torch import nn
+
+from switchable import SwitchConfig, convert
+
+
+@pytest.fixture
+def make_gpt2() -> Callable[..., nn.Module]:
+    return tiny_gpt2
+
+
+@pytest.fixture
+def switchable_gpt2() -> nn.Module:
+    model = tiny_gpt2()
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 61, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "one",
+        "red",
+        "dog",
+        "run",
+        "over",
+        "the",
+        "hill",
+        "to",
+        "find",
+        "some",
+        "fish",
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for i in range(60):
+        picks = torch.randint(0, len(words), (300,), generator=generator).tolist()
+        (folder / f"{i:03d}.txt").write_text(" ".join(words[p] for p in picks), encoding="utf-8")
+    return folder

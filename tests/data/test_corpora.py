@@ -1,0 +1,273 @@
+"""What `documents` yields from every kind of source, and what it says when a source is unusable."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from switchable.data import corpora
+from switchable.data.corpora import HubDataset, documents, embedded_files, resolve, signature
+from switchable.errors import InputError
+
+SHARED = Path(os.environ.get("SWITCHABLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def write_zst(path: Path, data: bytes) -> Path:
+    with pa.output_stream(str(path), compression="zstd") as file:
+        file.write(data)
+    return path
+
+
+def jsonl(*texts: str, key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": 1, key: text}).encode() + b"\n" for text in texts)
+
+
+def message(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        list(documents(*args, **kwargs))
+    return str(caught.value)
+
+
+# --- what is read ---
+
+
+def test_text_file_is_one_document_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "a.anything"
+    path.write_bytes("\ufefffirst\r\nsecond é\n".encode())
+    assert list(documents(str(path))) == ["first\r\nsecond é\n"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1 << 20])
+@pytest.mark.parametrize("separator", ["\n\n", "\\n\\n", "\r\n\r\n"])
+def test_document_separator_across_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, separator: str
+) -> None:
+    monkeypatch.setattr(corpora, "CHUNK_BYTES", chunk)
+    path = tmp_path / "a.txt"
+    path.write_bytes("öne\n\n\n\ntwo\nlines\r\n\r\nthree €".encode())  # "\n\n\n\n": an empty document, skipped
+    assert list(documents([str(path)], document_separator=separator)) == ["öne", "two\nlines", "three €"]
+
+
+def test_separator_is_literal_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a.b<|end.|>c|d<|endx|>", encoding="utf-8")
+    assert list(documents([str(path)], document_separator="<|end.|>")) == ["a.b", "c|d<|endx|>"]
+
+
+def test_jsonl_and_zst(tmp_path: Path) -> None:
+    plain = tmp_path / "a.jsonl"
+    plain.write_bytes(b"\xef\xbb\xbf" + jsonl("one", "  ") + b"\n" + b'{"text": null}\n' + jsonl("t\u00e9\n"))
+    assert list(documents([str(plain)])) == ["one", "té\n"]
+    packed = write_zst(tmp_path / "b.jsonl.zst", jsonl("three", "four", key="body"))
+    assert list(documents([str(packed)], text_field="body")) == ["three", "four"]
+    text = write_zst(tmp_path / "c.txt.zst", b"five\n\nsix")
+    assert list(documents([str(text)])) == ["five\n\nsix"]
+    assert list(documents([str(text)], document_separator="\n\n")) == ["five", "six"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": range(600), "text": [f"doc {i}" for i in range(600)]}), path)
+    assert list(documents([str(path)])) == [f"doc {i}" for i in range(600)]
+
+
+def test_folder_prefers_structured_files_and_is_sorted(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b.txt", "a.md", "sub/c", ".hidden/x", ".y"):
+        (tmp_path / name).write_text(f"in {name}", encoding="utf-8")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    assert list(documents([str(tmp_path)])) == ["in a.md", "in b.txt", "in sub/c"]
+    (tmp_path / "sub" / "d.jsonl").write_bytes(jsonl("only this"))
+    assert list(documents([str(tmp_path)])) == ["only this"]
+
+
+def test_sources_keep_their_order(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert list(documents([str(tmp_path / "b"), str(tmp_path / "a")])) == ["b", "a"]
+
+
+def test_embedded_default() -> None:
+    files = embedded_files()
+    names = [path.as_posix() for path in files]
+    assert files == embedded_files()
+    assert len(files) > 300
+    assert any(name.endswith("/json/decoder.py") for name in names)
+    assert not any("/site-packages/" in name or "/test/" in name or "/tests/" in name for name in names)
+    texts = documents()
+    first = next(texts)
+    assert first == files[0].read_text(encoding="utf-8") or not files[0].stat().st_size
+
+
+def test_embedded_default_skips_what_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_bytes(b"# \xe9\n")
+    (tmp_path / "b.py").write_bytes(b"pass\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert list(documents()) == ["pass\n"]
+
+
+def test_signature_notices_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one", encoding="utf-8")
+    before = signature(resolve([str(path)]))
+    assert before == [[str(path.resolve()), 3, path.stat().st_mtime_ns]]
+    path.write_text("three", encoding="utf-8")
+    assert signature(resolve([str(path)])) != before
+
+
+def test_real_wikipedia_shard() -> None:
+    folder = SHARED / "enwiki2015_core"
+    if not folder.exists():
+        pytest.skip(f"no {folder}: set SWITCHABLE_DATA to the folder of shared data")
+    assert next(documents([str(folder)])).startswith("Anarchism\n\nAnarchism is a political philosophy")
+
+
+# --- Hugging Face datasets ---
+
+
+class FakeHub:
+    def __init__(self, rows: list[dict[str, Any]] | Exception) -> None:
+        self.rows, self.calls = rows, []  # type: ignore[var-annotated]
+
+    def load_dataset(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        self.calls.append((args, kwargs))
+        if isinstance(self.rows, Exception):
+            raise self.rows
+        return iter(self.rows)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = types.ModuleType("datasets")
+        module.load_dataset = self.load_dataset  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_dataset_name_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub([{"text": "one"}, {"text": "two"}])
+    hub.install(monkeypatch)
+    assert list(documents(["some-owner/some.data:config-1:validation"])) == ["one", "two"]
+    assert hub.calls == [(("some-owner/some.data", "config-1"), {"split": "validation", "streaming": True})]
+    assert resolve(["some-owner/data"]) == [HubDataset("some-owner/data", None, "train")]
+
+
+def test_dataset_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeHub([{"content": "one"}]).install(monkeypatch)
+    assert "no field 'text'" in (said := message(["o/d"]))
+    assert "row 0" in said
+    assert "'content'" in said
+    for error in (ConnectionError("Couldn't reach 'o/d'"), ValueError("BuilderConfig 'x' not found")):
+        FakeHub(error).install(monkeypatch)
+        assert str(error) in (said := message(["o/d:x"]))
+        assert "check the name" in said
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    assert "pip install 'switchable[datasets]'" in message(["o/d"])
+
+
+# --- what is refused ---
+
+
+def test_missing_file_suggests_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "articles.jsonl").write_bytes(jsonl("x"))
+    with pytest.raises(InputError, match=r"no such file or folder: '.*artcles.jsonl'; did you mean 'articles.json"):
+        documents([str(tmp_path / "artcles.jsonl")])  # at once, not at the first document
+    assert "nor a folder" in message([str(tmp_path / "nowhere" / "a.txt")])
+
+
+@pytest.mark.parametrize("name", ["missing", "data/missing.txt", "./owner/name", "tests/missing", "a/b/c"])
+def test_not_every_name_is_a_dataset(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder" in message([name])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
+def test_not_utf8_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(corpora, "CHUNK_BYTES", chunk)
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("ab€cd".encode() + b"\xe9 rest")  # 1 + 1 + 3 + 1 + 1 bytes before it
+    said = message([str(path)])
+    assert "latin1.txt: byte 0xe9 at offset 7 is not UTF-8" in said
+    assert "iconv" in said
+    path.write_bytes(b"abc\xe2\x82")  # cut in the middle of a character
+    assert "byte 0xe2 at offset 3" in message([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": "x"', "line 3: not valid JSON"),
+        (b"[" * 100_000, "line 3: not valid JSON"),
+        (b'{"txt": "x"}', "line 3: no field 'text'; did you mean 'txt'?; it has 'txt'"),
+        (b'["x"]', "line 3: list, not an object"),
+        (b'{"text": 5}', "line 3: field 'text' holds int"),
+        (b'{"text": "\\ud800"}', "line 3: half a surrogate pair"),
+        (b'{"text": "\xff"}', "line 3: byte 0xff at offset 51"),
+    ],
+)
+def test_broken_jsonl_line(tmp_path: Path, line: bytes, says: str) -> None:
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.jsonl.zst"):
+        data = jsonl("good") + b"\n" + line + b"\n"  # 25 + 1 bytes before the line, the offset counts from there
+        says_here = says.replace("51", str(len(jsonl("good")) + 1 + line.find(b"\xff")))
+        write_zst(path, data) if path.suffix == ".zst" else path.write_bytes(data)
+        assert f"{path}, {says_here}" in message([str(path)])
+
+
+def test_escaped_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
+    assert list(documents([str(path)])) == ["😀"]
+
+
+def test_truncated_and_foreign_zst(tmp_path: Path) -> None:
+    whole = write_zst(tmp_path / "whole.jsonl.zst", jsonl(*(f"document {i * 7919}" for i in range(2000))))
+    cut = tmp_path / "cut.jsonl.zst"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    assert "cut.jsonl.zst: truncated, damaged" in message([str(cut)])
+    cut.write_bytes(b"this is no zstd")
+    assert "cut.jsonl.zst: truncated, damaged or not what its suffix says" in message([str(cut)])
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["x"], "number": [1]}), path)
+    assert "no field 'text'; it has 'body', 'number'" in message([str(path)])
+    assert "row 0: field 'number' holds int" in message([str(path)], text_field="number")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "a.parquet: truncated, damaged" in message([str(path)])
+    not_utf8 = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\xff")]
+    )
+    pq.write_table(pa.table({"text": not_utf8}), path)
+    assert "row 0: byte 0xff at offset 1" in message([str(path)])
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "blank.txt"
+    path.write_text(" \n\n", encoding="utf-8")
+    assert "empty corpus: no text in" in message([str(path)])
+    (tmp_path / "folder").mkdir()
+    assert "empty corpus: the folder" in message([str(tmp_path / "folder")])
+
+
+def test_empty_separator(tmp_path: Path) -> None:
+    assert "document_separator is empty" in message([str(tmp_path)], document_separator="")
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x", encoding="utf-8")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "a.txt: cannot be read (Permission denied)" in message([str(path)])

@@ -1,0 +1,149 @@
+"""One set of weights, two multiplications: dense mode is the old model, sparse mode with all experts is dense mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import HomeMade
+from torch import Tensor, nn
+
+from switchable import Family, InputError, SwitchConfig, convert, set_mode
+from switchable.ffn.convert import is_router_parameter, layers_of
+
+Make = Callable[..., nn.Module]
+
+
+def loss_and_gradients(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    return out.logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu"])
+def test_conversion_changes_no_logits_and_no_gradient(
+    make_gpt2: Make, tokens: Tensor, activation: str
+) -> None:
+    model = make_gpt2(activation)
+    plain_logits, plain_grads = loss_and_gradients(copy.deepcopy(model), tokens)
+    report = convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    logits, grads = loss_and_gradients(model, tokens)
+    assert str(report) == "2 of 2 FFNs are switchable: 8 experts of 8 neurons"
+    assert torch.equal(logits, plain_logits)
+    for name, grad in plain_grads.items():
+        assert torch.equal(grads[name], grad), name
+    routers = set(grads) - set(plain_grads)
+    assert routers == {f"transformer.h.{i}.mlp.router.{p}" for i in (0, 1) for p in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("compute", ["eager", "sorted"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_all_experts_on_equals_dense(make_gpt2: Make, tokens: Tensor, activation: str, compute: str) -> None:
+    model = make_gpt2(activation)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3, expert_compute=compute))
+    dense_logits, dense_grads = loss_and_gradients(model, tokens)
+    set_mode(model, "sparse", experts_per_token=8)
+    logits, grads = loss_and_gradients(model, tokens)
+    assert relative(logits, dense_logits) < 1e-5
+    for name, grad in dense_grads.items():
+        if not is_router_parameter(name):
+            assert relative(grads[name], grad) < 1e-5, name
+
+
+def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
+    make_gpt2: Make, tokens: Tensor
+) -> None:
+    model = make_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=1))
+    dense, _ = loss_and_gradients(model, tokens)
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        layer.router.bias[5] = 100.0  # every token now chooses expert 5 alone
+    logits, grads = loss_and_gradients(model, tokens)
+    assert relative(logits, dense) > 1e-3
+    per_neuron = grads["transformer.h.0.mlp.c_fc.weight"].norm(dim=0).view(8, 8)
+    assert (per_neuron[5] > 0).any()
+    assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
+
+
+def test_a_layer_that_does_not_take_part_stays_dense(switchable_gpt2: nn.Module) -> None:
+    first, second = layers_of(switchable_gpt2)
+    first.takes_part = False
+    set_mode(switchable_gpt2, "sparse")
+    assert (first.mode, second.mode) == ("dense", "sparse")
+
+
+def test_parameters_keep_their_names(make_gpt2: Make) -> None:
+    model = make_gpt2()
+    before = dict(model.state_dict())
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    after = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
+    assert list(after) == list(before)
+    assert all(after[n].data_ptr() == before[n].data_ptr() for n in before)
+
+
+def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Make) -> None:
+    model = make_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2, expert_compute="sorted"))
+    layer = layers_of(model)[0]
+
+    def saved_bytes(mode: str) -> int:
+        set_mode(model, mode)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(64, 32, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        return sum(kept.values())
+
+    assert saved_bytes("sparse") < saved_bytes("dense")
+
+
+def test_errors_say_what_to_do(make_gpt2: Make) -> None:
+    with pytest.raises(
+        InputError, match=r"num_experts=10 does not divide d_ff=64 of .*h\.0\.mlp; use one of .*8.*16"
+    ):
+        convert(make_gpt2(), SwitchConfig(num_experts=10, experts_per_token=3))
+    with pytest.raises(InputError, match="experts_per_token=9 is more than num_experts=8; use 1 to 8"):
+        SwitchConfig(num_experts=8, experts_per_token=9)
+    model = make_gpt2()
+    with pytest.raises(InputError, match="call convert"):
+        set_mode(model, "sparse")
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    with pytest.raises(InputError, match="converted already"):
+        convert(model)
+    with pytest.raises(InputError, match="mode='fast'"):
+        set_mode(model, "fast")
+    with pytest.raises(InputError, match="experts_per_token=9 is not possible with the 8 experts"):
+        set_mode(model, "sparse", experts_per_token=9)
+
+
+def test_an_unknown_model_is_described_in_three_words() -> None:
+    model = HomeMade()
+    x = torch.randn(5, 7, 6)
+    before = model(x)
+    with pytest.raises(InputError, match=r"model type None is not known; known: gpt2.*Family\(ffn="):
+        convert(model, SwitchConfig(num_experts=4, experts_per_token=2))
+    with pytest.raises(InputError, match="found 0 of"):
+        convert(
+            model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MLP", up="fc1", down="fc2")
+        )
+    report = convert(
+        model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MyMLP", up="fc1", down="fc2")
+    )
+    assert report.converted == 3
+    assert torch.equal(model(x), before)
+    set_mode(model, "sparse", experts_per_token=4)
+    assert relative(model(x), before) < 1e-5

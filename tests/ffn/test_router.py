@@ -1,0 +1,75 @@
+"""The router: gates that are exactly one, hand-computed mass and loss, and an objective that teaches it to route."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+
+
+def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
+    scores = torch.tensor([[0.3, 2.0, -1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    ids, gates = select(scores, 2)
+    assert set(ids[0].tolist()) == {1, 3}
+    assert torch.equal(gates, torch.ones_like(gates))
+    gates[0, ids[0].tolist().index(1)].backward()
+    p = math.exp(2) / (math.exp(2) + math.exp(1))
+    expected = torch.tensor([[0.0, p * (1 - p), 0.0, -p * (1 - p)]], dtype=torch.float64)
+    torch.testing.assert_close(scores.grad, expected)
+
+
+def test_expert_mass_by_hand() -> None:
+    hidden = torch.tensor([[1.0, 0.0, 2.0, -3.0]])
+    down = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])  # norms 5, 1, 2, 1
+    torch.testing.assert_close(expert_mass(hidden, down, 2), torch.tensor([[5.0, 7.0]]))
+
+
+def test_router_loss_by_hand_and_silent_tokens_count_as_zero() -> None:
+    scores = torch.tensor([[0.0, math.log(3.0)], [1.0, -1.0]])  # softmax 1/4, 3/4
+    mass = torch.tensor([[2.0, 2.0], [0.0, 0.0]])
+    expected = -(0.5 * math.log(0.25) + 0.5 * math.log(0.75)) / 2
+    assert math.isclose(float(router_loss(scores, mass)), expected, rel_tol=1e-6)
+
+
+def test_initialisation_is_the_mean_direction_scaled_to_a_neurons_norm() -> None:
+    up = torch.tensor([[3.0, 0.0], [0.0, 5.0], [0.0, -2.0], [0.0, -6.0]])  # norms 3, 5, 2, 6: mean 4
+    router = Router(2, 2)
+    router.initialise(up)
+    torch.testing.assert_close(router.weight.detach(), torch.tensor([[2.0, 2.0], [0.0, -4.0]]))
+
+
+def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
+    y = torch.tensor([2.0], requires_grad=True)
+    w = torch.tensor(3.0, requires_grad=True)
+    out = attach_loss(y, w * w)
+    (5.0 * out).sum().backward()
+    assert torch.equal(out.detach(), y.detach())
+    assert y.grad is not None
+    assert w.grad is not None
+    assert (float(y.grad), float(w.grad)) == (5.0, 6.0)
+
+
+def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(64, 16, generator=generator)
+    down = torch.randn(64, 16, generator=generator)
+    x = torch.randn(512, 16, generator=generator)
+    mass = expert_mass(torch.relu(x @ up.T - 3.0), down, 8)
+    router = Router(16, 8)
+    router.initialise(up)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.03)
+
+    @torch.no_grad()
+    def caught() -> float:
+        ids, _ = select(router(x), 2)
+        return float(mass.gather(1, ids).sum() / mass.sum())
+
+    first_loss, first_caught = router_loss(router(x), mass).item(), caught()
+    for _ in range(100):
+        optimizer.zero_grad()
+        router_loss(router(x), mass).backward()
+        optimizer.step()
+    assert router_loss(router(x), mass).item() < 0.98 * first_loss
+    assert caught() > first_caught + 0.02

@@ -1,0 +1,45 @@
+"""Models that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def tiny_gpt2(activation: str = "relu", layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A GPT-2 with d_model 16, d_ff 64 and random weights, the same ones each time."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_positions=32, n_embd=16, n_inner=64, n_layer=layers, n_head=2,
+        activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(dtype)
+    with torch.no_grad():  # zero biases would hide mistakes in their treatment
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "mlp" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+class HomeMade(nn.Module):
+    """A model of a type we do not know."""
+
+    class MyMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.act = nn.Linear(6, 24), nn.Linear(24, 6), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.act(self.fc1(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(HomeMade.MyMLP() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x

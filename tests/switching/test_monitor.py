@@ -1,0 +1,112 @@
+"""Every measure against a brute-force computation, and a pass that leaves no trace in the model."""
+
+from __future__ import annotations
+
+import itertools
+import pytest
+import torch
+from torch import Tensor, nn
+
+from switchable import Controller, InputError, SwitchConfig, set_mode
+from switchable.ffn.convert import layers_of
+from switchable.switching.monitor import measure, watch
+
+
+def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, float]:
+    """The same measures, token by token and neuron by neuron."""
+    layer = layers_of(model)[index]
+    inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    hook.remove()
+    x = inputs[0].reshape(-1, layer.d_model)
+    up, down, bias = layer.weights.up_FD, layer.weights.down_FD, layer.weights.up_bias_F
+    up, down, bias = up.detach(), down.detach(), bias.detach()  # type: ignore[union-attr]
+    active = caught = best = total = 0.0
+    load = [0] * layer.num_experts
+    for row in x:  # the slow way round on purpose
+        masses = [0.0] * layer.num_experts
+        for i in range(layer.d_ff):
+            a = max(0.0, float(row @ up[i] + bias[i]))
+            active += a > 0
+            masses[i // (layer.d_ff // layer.num_experts)] += a * float(down[i].norm())
+        scores = (layer.router.weight @ row + layer.router.bias).tolist()
+        chosen = sorted(range(layer.num_experts), key=lambda e: -scores[e])[: layer.experts_per_token]
+        for e in chosen:
+            load[e] += 1
+        caught += sum(masses[e] for e in chosen)
+        best += sum(sorted(masses)[-layer.experts_per_token :])
+        total += sum(masses)
+    return {
+        "activation_ratio": active / (len(x) * layer.d_ff),
+        "mass_caught": caught / total,
+        "mass_best": best / total,
+        "load_imbalance": max(load) / (sum(load) / len(load)),
+    }
+
+
+def test_measures_equal_brute_force(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    probe = [{"input_ids": tokens[:2]}, {"input_ids": tokens[2:]}]
+    measures, found = measure(switchable_gpt2, probe, [None, None], random_state=0)
+    for index, measured in enumerate(measures):
+        for name, value in brute_force(switchable_gpt2, tokens, index).items():
+            assert getattr(measured, name) == pytest.approx(value, rel=1e-5), name
+        assert measured.similarity == 0.0
+    again, _ = measure(switchable_gpt2, probe, found, random_state=0)
+    assert all(m.similarity > 0.9 for m in again)  # warm-started on unchanged weights
+
+
+def test_watching_leaves_the_model_as_it_was(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    set_mode(switchable_gpt2, "sparse")
+    switchable_gpt2.train()
+    state = torch.get_rng_state()
+    watch(switchable_gpt2, [{"input_ids": tokens}])
+    assert switchable_gpt2.training
+    assert all(
+        layer.mode == "sparse" and not layer._forward_pre_hooks for layer in layers_of(switchable_gpt2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+CONFIG = SwitchConfig(
+    num_experts=8,
+    experts_per_token=3,
+    monitor_every=2,
+    min_dense_fraction=0.1,
+    final_dense_fraction=0.2,
+    stability_threshold=0.0,
+    max_activation_ratio=1.0,
+    sparse_steps=2,
+    dense_steps=1,
+)
+
+
+def test_the_controller_drives_any_loop(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    model = switchable_gpt2
+    controller = Controller(model, tokens, total_steps=20, config=CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    modes, measured = [], []
+    for _ in range(20):
+        modes.append(layers_of(model)[0].mode[0])
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        measurement = controller.step(optimizer)
+        if measurement is not None:
+            measured.append(measurement.step)
+    assert "".join(modes) == "ddssdssdssdssdssdddd"[:16] + "dddd"
+    assert measured == list(range(2, 21, 2))
+    assert controller.switches == sum(a != b for a, b in itertools.pairwise(modes))
+
+
+def test_an_optimizer_without_the_routers_is_refused(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    controller = Controller(switchable_gpt2, tokens, total_steps=20, config=CONFIG)
+    others = [p for n, p in switchable_gpt2.named_parameters() if "router" not in n]
+    with pytest.raises(InputError, match=r"does not train the routers of .* build it after convert"):
+        controller.step(torch.optim.AdamW(others))
+
+
+def test_an_unconverted_model_is_refused() -> None:
+    with pytest.raises(InputError, match="call convert"):
+        Controller(nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.long), total_steps=5)

@@ -1,0 +1,84 @@
+"""The schedule is a pure function: each rule by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from switchable import InputError, SwitchConfig
+from switchable.switching.monitor import LayerMeasures
+from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
+
+CONFIG = SwitchConfig(
+    min_dense_fraction=0.1,
+    final_dense_fraction=0.2,
+    stability_threshold=0.5,
+    max_activation_ratio=0.3,
+    sparse_steps=3,
+    dense_steps=1,
+    regroup_below=0.4,
+)
+
+
+def measured(ratio: float, similarity: float, in_use: float = 1.0) -> LayerMeasures:
+    return LayerMeasures(ratio, 0.9, 0.95, 1.5, similarity, in_use)
+
+
+def test_dense_until_stable_sparse_and_allowed() -> None:
+    state = initial(2)
+    early = decide(9, state, [measured(0.1, 0.9)] * 2, 100, CONFIG)
+    assert early.state == state
+    assert early.regroup == (True, True)
+    unstable = decide(10, state, [measured(0.1, 0.49)] * 2, 100, CONFIG)
+    assert unstable.state == state
+    one = decide(10, state, [measured(0.4, 0.9), measured(0.1, 0.5)], 100, CONFIG)
+    assert one.state == ScheduleState(takes_part=(False, True), began=10)
+
+
+def test_a_structure_in_use_stands_unless_it_has_drifted() -> None:
+    state = ScheduleState(takes_part=(True, True), began=10)
+    decision = decide(
+        20, state, [measured(0.1, 0.9, in_use=0.39), measured(0.1, 0.9, in_use=0.4)], 100, CONFIG
+    )
+    assert decision.regroup == (True, False)
+    assert decision.state == state
+
+
+def test_a_layer_leaves_when_it_is_no_longer_sparse_but_not_at_once() -> None:
+    state = ScheduleState(takes_part=(True,), began=10)
+    assert decide(20, state, [measured(0.37, 0.9)], 100, CONFIG).state.takes_part == (True,)
+    assert decide(20, state, [measured(0.38, 0.9)], 100, CONFIG).state.takes_part == (False,)
+
+
+def test_modes_alternate_and_the_last_phase_is_dense() -> None:
+    state = ScheduleState(takes_part=(True,), began=10)
+    modes = [mode_at(step, state, 100, CONFIG)[0] for step in range(8, 19)]
+    assert "".join(modes) == "ddsssdsssds"
+    assert mode_at(78, state, 100, CONFIG) == "sparse"
+    assert {mode_at(step, state, 100, CONFIG) for step in range(80, 100)} == {"dense"}
+    assert [phase_at(s, state, 100, CONFIG) for s in (10, 79, 80)] == [
+        "alternating",
+        "alternating",
+        "final dense",
+    ]
+    assert phase_at(50, initial(1), 100, CONFIG) == "dense"
+
+
+def test_nothing_is_regrouped_in_the_last_phase() -> None:
+    state = ScheduleState(takes_part=(True,), began=10)
+    assert decide(80, state, [measured(0.1, 0.9, in_use=0.0)], 100, CONFIG).regroup == (False,)
+
+
+def test_the_dense_schedule_never_switches() -> None:
+    config = dataclasses.replace(CONFIG, schedule="dense")
+    decision = decide(50, initial(1), [measured(0.01, 1.0)], 100, config)
+    assert decision.state == initial(1)
+    assert mode_at(50, decision.state, 100, config) == "dense"
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match=r"min_dense_fraction=1.5 is out of range; use a number from 0 to 1"):
+        SwitchConfig(min_dense_fraction=1.5)
+    with pytest.raises(InputError, match="sparse_steps=0 is out of range"):
+        SwitchConfig(sparse_steps=0)

@@ -1,0 +1,140 @@
+"""The loop as a whole: bitwise resume across switches, golden losses, and a summary whose figures add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from switchable import InputError
+from switchable.config import RunConfig, from_dict
+from switchable.train.loop import Trainer, TrainingStopped
+from switchable.train.pretrain import pretrain, resume
+
+SMALL: dict[str, Any] = {
+    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2},
+    "data": {"vocab_size": 300},
+    "train": {
+        "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 5,
+        "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "threads": 1,
+    },
+    "switch": {
+        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256,
+        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+        "min_dense_fraction": 0.15, "final_dense_fraction": 0.2, "regroup_below": 1.0,
+    },
+}  # fmt: skip
+
+
+def small(corpus: Path, **changes: dict[str, Any]) -> RunConfig:
+    merged = {section: values | changes.get(section, {}) for section, values in SMALL.items()}
+    merged["data"]["data"] = [str(corpus)]
+    return from_dict(merged)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in ("model.safetensors", "switchable.safetensors", "training.safetensors"):
+        found |= load_file(folder / file)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run of 20 steps with several switches and regroupings."""
+    base = tmp_path_factory.mktemp("whole")
+    return base / "run", pretrain(small(corpus), base / "run", base / "cache", quiet=True)
+
+
+def test_twenty_steps_equal_ten_and_resume_and_ten(
+    whole: tuple[Path, dict[str, Any]], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at step 10, between two switches; bitwise the same model, moments, structures and figures."""
+    step = Trainer._step
+
+    def stop_at_ten(self: Trainer) -> None:
+        step(self)
+        if self.counters.steps == 10:
+            self.stop.signum = 15
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stop_at_ten)
+        with pytest.raises(TrainingStopped):
+            pretrain(small(corpus), tmp_path / "run", tmp_path / "cache", quiet=True)
+    torch.manual_seed(123)  # what the process did meanwhile must not matter
+    figures = resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
+    undisturbed, expected = (
+        weights(whole[0] / "checkpoints/step-000020"),
+        weights(tmp_path / "run/checkpoints/step-000020"),
+    )
+    assert undisturbed.keys() == expected.keys()
+    for name, tensor in undisturbed.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert whole[1]["switches"] >= 4
+    for key in ("val_loss_dense", "val_loss_sparse", "flops", "sparse_fraction", "switches", "regroupings"):
+        assert figures[key] == whole[1][key], key
+    assert _without_clock(tmp_path / "run") == _without_clock(whole[0])
+
+
+def _without_clock(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
+    run, figures = whole
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    # Steps 0 to 19: ddd, then sparse, sparse, dense in turns until step 15, then dddd.
+    assert figures["sparse_fraction"] == "dddssdssdssdssdsdddd".count("s") / 20
+    assert sum(4 * line["sparse_fraction"] for line in train) == pytest.approx(9)
+    assert figures["switches"] == 10
+    assert figures["tokens"] == 20 * 4 * 16
+    assert figures["flops"] == train[-1]["flops"]
+    assert figures["flops_ratio"] == pytest.approx(figures["flops"] / figures["flops_all_dense"])
+    assert json.loads((run / "summary.json").read_text()) == figures
+    assert (
+        figures["val_loss_dense"] == [line for line in lines if line["kind"] == "eval"][-1]["val_loss_dense"]
+    )
+
+
+def test_a_dense_schedule_never_goes_sparse(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, switch={"schedule": "dense"})
+    figures = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
+    assert (figures["sparse_fraction"], figures["switches"], figures["regroupings"]) == (0, 0, 0)
+    assert figures["val_loss_sparse"] is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = small(corpus)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, optimizer="sgd", grad_clip=0.0)
+    )
+    pretrain(config, tmp_path / "fine", tmp_path / "cache", quiet=True)
+    step = Trainer._step
+
+    def poison(self: Trainer) -> None:
+        if self.counters.steps == 6:
+            with torch.no_grad():
+                next(self.job.model.parameters()).fill_(float("nan"))
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", poison)
+        with pytest.raises(
+            InputError, match=r"the loss became nan .* the last good checkpoint is .*step-000005"
+        ):
+            pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000005"]
+    assert all(
+        t.isfinite().all()
+        for t in weights(tmp_path / "run/checkpoints/step-000005").values()
+        if t.is_floating_point()
+    )
