@@ -150,17 +150,23 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from switchable.config import load, to_flat
-    from switchable.train.loop import TrainingStopped
+    from switchable.config import check, load, to_flat
+    from switchable.train.signals import TrainingStopped
+
+    resuming = args.resume or args.resume_from
+    flags = _flags(args)
+    given = flags if args.config is None else to_flat(args.config) | flags
+    config = load(args.config, flags)
+    if not resuming:
+        check(config)
+    # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.train.pretrain import pretrain, resume
 
-    flags = _flags(args)
     try:
-        if args.resume or args.resume_from:
-            given = flags if args.config is None else to_flat(args.config) | flags
+        if resuming:
             figures = resume(args.out, given, args.cache, args.resume_from, args.quiet)
         else:
-            figures = pretrain(load(args.config, flags), args.out, args.cache, args.overwrite, args.quiet)
+            figures = pretrain(config, args.out, args.cache, args.overwrite, args.quiet)
     except TrainingStopped as stopped:
         return 128 + int(stopped.args[0])
     print(json.dumps(figures))

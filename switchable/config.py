@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from switchable.data.tokens import DataConfig
-from switchable.errors import InputError, nearest
+from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
 
 
@@ -68,6 +68,7 @@ class TrainConfig:
     eval_tokens: int = option(65_536, "validation tokens used each time, the same ones every time")
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(3, "checkpoints to keep, newest first; 0 = all")
+    sample_prompt: str | None = option(None, "text that the finished model continues in both modes; none = no sample")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,52 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse settings that cannot work, before any work is done.
+
+    Raises:
+        InputError: says which, what is allowed, and what to do.
+    """
+    model, train = config.model, config.train
+    for section, names in (
+        (train, ("steps", "batch_size", "sequence_length", "log_every", "checkpoint_every", "eval_tokens")),
+        (model, ("d_model", "num_layers", "num_heads")),
+    ):
+        for name in names:
+            if getattr(section, name) < 1:
+                raise InputError(
+                    f"{name}={getattr(section, name)} is out of range; use a whole number of at least 1"
+                )
+    if train.sequence_length < 2:
+        raise InputError("sequence_length=1 predicts nothing; use at least 2 tokens")
+    if model.d_model % model.num_heads:
+        allowed = ", ".join(map(str, divisors_near(model.d_model, model.num_heads)))
+        raise InputError(
+            f"num_heads={model.num_heads} does not divide d_model={model.d_model}; use one of {allowed}"
+        )
+    if d_ff(model) % config.switch.num_experts:
+        allowed = ", ".join(map(str, divisors_near(d_ff(model), config.switch.num_experts)))
+        raise InputError(
+            f"num_experts={config.switch.num_experts} does not divide d_ff={d_ff(model)}; use one of {allowed}"
+        )
+    if model.max_positions is not None and model.max_positions < train.sequence_length:
+        raise InputError(
+            f"sequence_length={train.sequence_length} is longer than the model's max_positions={model.max_positions}; "
+            "shorten the sequences or give the model more positions"
+        )
+    for name in ("warmup_fraction", "decay_fraction"):
+        if not 0.0 <= getattr(train, name) <= 1.0:
+            raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
+    for name in ("learning_rate", "router_learning_rate"):
+        if not getattr(train, name) > 0:
+            raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
+
+
+def d_ff(model: ModelConfig) -> int:
+    """Return the neurons per FFN."""
+    return model.d_ff if model.d_ff is not None else 4 * model.d_model
 
 
 def sections() -> dict[str, type]:

@@ -24,6 +24,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
@@ -32,13 +33,19 @@ from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, model: nn.Module, training: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write a checkpoint, atomically; an older one of the same name is replaced.
 
     Args:
         folder: where it shall stand.
         model: a converted transformers model.
         training: tensors and plain values a resumed run needs (`training_state`), or None for a model only.
+        tokenizer: the model's tokenizer, to make the folder complete by itself.
 
     Raises:
         InputError: no space left on the device. What was there before is untouched.
@@ -51,7 +58,9 @@ def save(folder: Path, model: nn.Module, training: tuple[dict[str, Tensor], dict
         if training is not None:
             save_file(training[0], temporary / "training.safetensors")
             write_json(temporary / "training.json", training[1])
-        seal(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _seal(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -97,7 +106,7 @@ def _no_progress_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def seal(folder: Path) -> None:
+def _seal(folder: Path) -> None:
     """Write the manifest of a folder and flush every file to disk."""
     files = {}
     for path in sorted(folder.iterdir()):
@@ -117,18 +126,18 @@ def verify(folder: Path) -> str | None:
     """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, expected in files:
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != checksum:
             return f"{name} does not have its checksum"
     return None
 

@@ -26,7 +26,7 @@ from switchable.train.log import RunLog
 from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.rundir import RunDir
 from switchable.train.setup import Job
-from switchable.train.signals import StopRequest
+from switchable.train.signals import StopRequest, TrainingStopped
 
 
 @dataclass
@@ -53,10 +53,6 @@ class Counters:
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0
-
-
-class TrainingStopped(Exception):
-    """The run was asked to stop and has saved a checkpoint; `args[0]` is the signal's number."""
 
 
 class Trainer:

@@ -16,19 +16,21 @@ import transformers
 import yaml
 
 import switchable
-from switchable.config import RunConfig, changed, from_dict, read_yaml, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
+from switchable.ffn.convert import kept_modes
+from switchable.infer.generate import Sampling, generate_text
 from switchable.study.curves import draw_curves
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import RunLog
-from switchable.train.loop import Counters, Trainer, TrainingStopped
+from switchable.train.loop import Counters, Trainer
 from switchable.train.rundir import RunDir, write_json, write_text
-from switchable.train.setup import Job, check, set_up
-from switchable.train.signals import StopRequest
+from switchable.train.setup import Job, set_up
+from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.timing import step_seconds
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", "device")
+MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", "device", "sample_prompt")
 """Settings of `train` that a resumed run may have different: they do not alter what is computed."""
 
 
@@ -179,18 +181,26 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str,
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, draw, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
-    export(job, rundir.final)
+    checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validate())
     write_json(rundir.summary, figures)
     draw_curves(rundir.metrics, rundir.curves)
+    _show_samples(trainer)
+    trainer.log.say(f"model: {rundir.final}   picture: {rundir.curves}   figures: {rundir.summary}")
     return figures
 
 
-def export(job: Job, folder: Path) -> None:
-    """Write the trained model: a plain Hugging Face folder with tokenizer, and what makes it switchable beside it."""
-    checkpoint.save(folder, job.model, None)
-    job.tokenizer.save_pretrained(folder)
-    checkpoint.seal(folder)
+def _show_samples(trainer: Trainer) -> None:
+    """Let the finished model continue a text in both modes."""
+    job, prompt = trainer.job, trainer.job.config.train.sample_prompt
+    if prompt is None:
+        return
+    sparse = any(job.controller.state.takes_part)
+    with kept_modes(job.model):
+        job.model.eval()
+        for mode in ("dense", "sparse") if sparse else ("dense",):
+            text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
+            trainer.log.say(f"--- text from {mode} mode ---\n{text}")
 
 
 def summarise(

@@ -1,6 +1,6 @@
 """From a configuration to everything a run needs: data, model, optimizer, controller.
 
-Every check of the user's settings that can be made before any work is done is made here, first.
+Settings are checked first (`config.check`), before any work is done.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from switchable.config import ModelConfig, RunConfig
+from switchable.config import ModelConfig, RunConfig, check, d_ff
 from switchable.data.batches import CausalBatches, eval_batches
 from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
-from switchable.errors import InputError, divisors_near
+from switchable.errors import InputError
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.families import build_config
 from switchable.switching.controller import Controller
@@ -82,52 +82,6 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
         controller=Controller(model, probe, train.steps, config.switch, train.seed),
         device=device,
     )
-
-
-def check(config: RunConfig) -> None:
-    """Refuse settings that cannot work, before any work is done.
-
-    Raises:
-        InputError: says which, what is allowed, and what to do.
-    """
-    model, train = config.model, config.train
-    for section, names in (
-        (train, ("steps", "batch_size", "sequence_length", "log_every", "checkpoint_every", "eval_tokens")),
-        (model, ("d_model", "num_layers", "num_heads")),
-    ):
-        for name in names:
-            if getattr(section, name) < 1:
-                raise InputError(
-                    f"{name}={getattr(section, name)} is out of range; use a whole number of at least 1"
-                )
-    if train.sequence_length < 2:
-        raise InputError("sequence_length=1 predicts nothing; use at least 2 tokens")
-    if model.d_model % model.num_heads:
-        allowed = ", ".join(map(str, divisors_near(model.d_model, model.num_heads)))
-        raise InputError(
-            f"num_heads={model.num_heads} does not divide d_model={model.d_model}; use one of {allowed}"
-        )
-    if d_ff(model) % config.switch.num_experts:
-        allowed = ", ".join(map(str, divisors_near(d_ff(model), config.switch.num_experts)))
-        raise InputError(
-            f"num_experts={config.switch.num_experts} does not divide d_ff={d_ff(model)}; use one of {allowed}"
-        )
-    if model.max_positions is not None and model.max_positions < train.sequence_length:
-        raise InputError(
-            f"sequence_length={train.sequence_length} is longer than the model's max_positions={model.max_positions}; "
-            "shorten the sequences or give the model more positions"
-        )
-    for name in ("warmup_fraction", "decay_fraction"):
-        if not 0.0 <= getattr(train, name) <= 1.0:
-            raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
-    for name in ("learning_rate", "router_learning_rate"):
-        if not getattr(train, name) > 0:
-            raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
-
-
-def d_ff(model: ModelConfig) -> int:
-    """Return the neurons per FFN."""
-    return model.d_ff if model.d_ff is not None else 4 * model.d_model
 
 
 def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_token_id: int) -> nn.Module:

@@ -7,6 +7,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class TrainingStopped(Exception):
+    """The run was asked to stop and has saved a checkpoint; `args[0]` is the signal's number."""
+
+
 class StopRequest:
     """Within the `with` block, SIGINT and SIGTERM set `signum` instead of ending the process; a second one ends it."""
 

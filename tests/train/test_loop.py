@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from switchable import InputError
 from switchable.config import RunConfig, from_dict
-from switchable.train.loop import Trainer, TrainingStopped
+from switchable.train.loop import Trainer
 from switchable.train.pretrain import pretrain, resume
+from switchable.train.signals import TrainingStopped
 
 SMALL: dict[str, Any] = {
     "model": {"d_model": 16, "num_layers": 2, "num_heads": 2},

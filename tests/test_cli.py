@@ -1,0 +1,202 @@
+"""The command line as a process: what a user types, what they see, and what wrong input does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = """
+model: {d_model: 16, num_layers: 2, num_heads: 2}
+data: {vocab_size: 300}
+train: {steps: 12, batch_size: 4, sequence_length: 16, log_every: 4, eval_every: 0, checkpoint_every: 4,
+        eval_tokens: 256, threads: 1}
+switch: {num_experts: 8, experts_per_token: 3, monitor_every: 3, probe_tokens: 128, stability_threshold: 0.0,
+         max_activation_ratio: 1.0, sparse_steps: 2}
+"""
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "switchable", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(tmp_path),
+    )
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    process = start(tmp_path, *arguments)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small.yaml and a finished run."""
+    base = tmp_path_factory.mktemp("cli")
+    (base / "small.yaml").write_text(SMALL)
+    done = run(base, "pretrain", "small.yaml", "--data", str(corpus), "--out", "run")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    needed = {"val_loss_dense", "val_loss_sparse", "flops_ratio", "sparse_fraction", "switches", "step_speedup_sparse"}
+    assert needed <= figures.keys()
+    assert figures["switches"] >= 2
+    return base
+
+
+def test_a_run_leaves_what_it_promises(trained: Path) -> None:
+    left = {p.name for p in (trained / "run").iterdir()}
+    promised = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "final", "curves.png", "summary.json"}
+    assert promised <= left
+    assert (trained / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((trained / "run/tensorboard").glob("events.*"))
+    assert not list((trained / "run").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("extra", [["--mode", "dense"], ["--mode", "sparse", "--experts-per-token", "2"]])
+def test_generate(trained: Path, extra: list[str]) -> None:
+    done = run(trained, "generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat")
+    assert len(done.stdout.strip()) > len("the cat")
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The error is for a user: exit code 2, a line or two, no traceback, and it says these words."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()
+    assert len(message) <= 2, done.stderr
+    for word in words:
+        assert word in done.stderr, (word, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere.txt"], ["nowhere.txt"]),
+        (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64", "use one of"]),
+        (["--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
+        (["--sequence-length", "64", "--max-positions", "32"], ["sequence_length=64", "max_positions=32"]),
+        (["--steps", "many"], ["steps='many' must be a whole number"]),
+        (["--optimizer", "adam"], ["optimizer='adam'", "adamw"]),
+        (["--device", "tpu9"], ["device='tpu9'"]),
+        (["--batch-size", "100000"], ["shorter than one batch"]),
+        (["--out", "small.yaml"], ["small.yaml", "output folder"]),
+        (["--num-heads", "3"], ["num_heads=3 does not divide d_model=16"]),
+    ],
+)
+def test_wrong_settings(trained: Path, corpus: Path, arguments: list[str], words: list[str]) -> None:
+    given = arguments if "--data" in arguments else ["--data", str(corpus), *arguments]
+    out = [] if "--out" in arguments else ["--out", "refused"]
+    done = run(trained, "pretrain", "small.yaml", *given, *out)
+    refused(done, *words)
+    assert not (trained / "refused/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", ["empty"]),
+        ("one.txt", b"just one document", ["one-document corpus", "--document-separator"]),
+        ("latin.txt", b"caf\xe9", ["UTF-8"]),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl", "line 2"]),
+    ],
+)
+def test_wrong_text(trained: Path, name: str, content: bytes, words: list[str]) -> None:
+    (trained / name).write_bytes(content)
+    done = run(trained, "pretrain", "small.yaml", "--data", name, "--out", "refused")
+    refused(done, *words)
+
+
+def test_an_unknown_key_names_the_nearest(trained: Path) -> None:
+    (trained / "wrong.yaml").write_text("train: {learning_rat: 1}\n")
+    refused(run(trained, "pretrain", "wrong.yaml"), "'learning_rat'", "did you mean 'learning_rate'?")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path, corpus: Path) -> None:
+    before = (trained / "run/summary.json").read_text()
+    done = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", "run")
+    refused(done, "holds a run already", "--resume", "--overwrite")
+    assert (trained / "run/summary.json").read_text() == before
+
+
+def test_resume_with_other_settings_is_refused(trained: Path) -> None:
+    refused(run(trained, "pretrain", "--out", "run", "--resume", "--d-model", "32"), "model.d_model: 16 -> 32")
+    refused(run(trained, "pretrain", "--out", "nothing", "--resume"), "no run to resume")
+    refused(run(trained, "pretrain", "--out", "run", "--resume-from", "step-7"), "no checkpoint 'step-7'", "step-000004")
+
+
+def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
+    first = run(trained, "pretrain", "small.yaml", "--data", str(tmp_path), "--out", "changing")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "0.txt").write_text("something else " * 50)
+    refused(run(trained, "pretrain", "--out", "changing", "--resume"), "has changed since")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(trained: Path, corpus: Path) -> None:
+    done = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", "damaged")
+    assert done.returncode == 0, done.stderr
+    newest = trained / "damaged/checkpoints/step-000012/model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 1
+    newest.write_bytes(bytes(content))
+    said = run(trained, "pretrain", "--out", "damaged", "--resume")
+    refused(said, "model.safetensors does not have its checksum", "--resume-from step-000008")
+    again = run(trained, "pretrain", "--out", "damaged", "--resume", "--resume-from", "step-000008")
+    assert again.returncode == 0, again.stderr
+    first, second = (json.loads(r.stdout.splitlines()[-1]) for r in (done, again))
+    assert second["val_loss_sparse"] == first["val_loss_sparse"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(trained: Path, corpus: Path, signum: int, code: int) -> None:
+    out = f"stopped{signum}"
+    process = start(
+        trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", out, "--steps", "100000",
+        "--checkpoint-every", "100000",
+    )  # fmt: skip
+    metrics = trained / out / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    in_use = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", out)
+    refused(in_use, "in use by another run")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert f"go on with: switchable pretrain --out {out} --resume" in err
+    assert len(list((trained / out / "checkpoints").glob("step-*"))) == 1
+
+
+def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
+    refused(run(trained, "generate", "nowhere"), "nowhere does not exist")
+    refused(run(trained, "generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
+    refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
+
+
+def test_help_lists_every_setting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "switchable", "pretrain", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    for flag in ("--d-model", "--num-experts", "--learning-rate", "--data", "--resume", "--stability-threshold"):
+        assert flag in done.stdout
