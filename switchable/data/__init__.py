@@ -1,1 +1,9 @@
-"""See the modules of this folder."""
+"""TEXT -> TOKENS -> BATCHES.
+
+    corpora.py     where text comes from: the embedded default, files and folders, Hugging Face datasets
+    tokenizers.py  text -> token ids: a byte-level BPE trained on the spot, or a given tokenizer
+    tokens.py      documents -> train / validation split -> two flat token files and their meta.json
+    batches.py     token file -> the batch of a given index, the same on every machine and after every resume
+
+Import from the modules themselves: only `batches` needs torch.
+"""

@@ -53,7 +53,9 @@ def test_document_separator_across_chunks(
 ) -> None:
     monkeypatch.setattr(corpora, "CHUNK_BYTES", chunk)
     path = tmp_path / "a.txt"
-    path.write_bytes("öne\n\n\n\ntwo\nlines\r\n\r\nthree €".encode())  # "\n\n\n\n": an empty document, skipped
+    path.write_bytes(
+        "öne\n\n\n\ntwo\nlines\r\n\r\nthree €".encode()
+    )  # "\n\n\n\n": an empty document, skipped
     assert list(documents([str(path)], document_separator=separator)) == ["öne", "two\nlines", "three €"]
 
 
@@ -177,7 +179,9 @@ def test_dataset_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_file_suggests_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "articles.jsonl").write_bytes(jsonl("x"))
-    with pytest.raises(InputError, match=r"no such file or folder: '.*artcles.jsonl'; did you mean 'articles.json"):
+    with pytest.raises(
+        InputError, match=r"no such file or folder: '.*artcles.jsonl'; did you mean 'articles.json"
+    ):
         documents([str(tmp_path / "artcles.jsonl")])  # at once, not at the first document
     assert "nor a folder" in message([str(tmp_path / "nowhere" / "a.txt")])
 
@@ -215,7 +219,9 @@ def test_not_utf8_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_broken_jsonl_line(tmp_path: Path, line: bytes, says: str) -> None:
     for path in (tmp_path / "a.jsonl", tmp_path / "a.jsonl.zst"):
-        data = jsonl("good") + b"\n" + line + b"\n"  # 25 + 1 bytes before the line, the offset counts from there
+        data = (
+            jsonl("good") + b"\n" + line + b"\n"
+        )  # 25 + 1 bytes before the line, the offset counts from there
         says_here = says.replace("51", str(len(jsonl("good")) + 1 + line.find(b"\xff")))
         write_zst(path, data) if path.suffix == ".zst" else path.write_bytes(data)
         assert f"{path}, {says_here}" in message([str(path)])

@@ -1,0 +1,215 @@
+"""Token file -> the batch of a given index: `CausalBatches(tokens, ...).batch(index)`.
+
+Last room of TEXT -> TOKENS -> BATCHES. A batch is a pure function of (seed, index): a run resumes from the
+one integer it has reached, and there is no reader with a state. How an index becomes windows of the file:
+
+    epoch e, window w:  tokens[offset_e + S · w : offset_e + S · (w + 1)],   w = order_e[position]
+
+with a fresh random offset (below S) and a fresh random order per epoch, both from the raw output of PCG64,
+which NumPy promises not to change. The windows of all epochs stand in one endless row; batch i is the B
+windows from i · B on. So every epoch shows each window once, and a batch may hold the end of one epoch and
+the start of the next. The file is mapped into memory, never copied.
+
+`Windows` does all of that for any objective. A batch for masked or span-corruption training is a class beside
+`CausalBatches` that draws its masks from (seed, index) over the same windows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from switchable.errors import InputError
+
+TokenSource = npt.NDArray[np.integer[Any]] | str | os.PathLike[str]
+
+
+class Windows:
+    """The windows of a token array, in a seeded order without end: index -> int64 [B_local, S].
+
+    Args:
+        tokens: flat array of token ids [tokens], or the path of a token file that `tokens.prepare` made.
+        batch_size: windows in a batch, all ranks together (B).
+        sequence_length: tokens in a window (S).
+        seed: of the order and the offsets.
+        rank: which part of each batch to return: the rows rank, rank + world_size, rank + 2 · world_size, ...
+        world_size: number of parts; the parts are disjoint and make up the batch of one process,
+            `stack(parts, 1).flatten(0, 1)`.
+
+    Raises:
+        InputError: fewer tokens than one batch, or a batch that does not divide among the ranks.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSource,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.tokens = _as_array(tokens)
+        self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
+        self.rank, self.world_size = rank, world_size
+        _check_batch(batch_size, sequence_length, rank, world_size)
+        needed = batch_size * sequence_length
+        if len(self.tokens) < needed:
+            raise InputError(
+                f"the training text is shorter than one batch: {len(self.tokens):,} tokens, but {batch_size} "
+                f"sequences of {sequence_length} are {needed:,}; give more text, or make batches smaller"
+            )
+        # One window is given up so that any offset below S fits, unless the batch needs all there are.
+        self.windows_per_epoch = max(batch_size, (len(self.tokens) + 1) // sequence_length - 1)
+        """Windows in an epoch (W), the same for every epoch."""
+        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
+
+    def take(self, index: int) -> npt.NDArray[np.int64]:
+        """Return this rank's part of batch `index` (0, 1, 2, ...): [B / world_size, S]."""
+        if index < 0:
+            raise ValueError(f"batch index {index} is below 0")
+        first = index * self.batch_size
+        positions = range(first + self.rank, first + self.batch_size, self.world_size)
+        starts = [self._start(*divmod(position, self.windows_per_epoch)) for position in positions]
+        length = self.sequence_length
+        return np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+
+    def epoch(self, index: int) -> float:
+        """Return how many times the text has been seen before batch `index` (epochs, with a fraction)."""
+        return index * self.batch_size / self.windows_per_epoch
+
+    def _start(self, epoch: int, position: int) -> int:
+        if epoch not in self._epochs:
+            # A batch reaches into two epochs at most, so no more need be kept.
+            self._epochs = {e: starts for e, starts in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = self._starts(epoch)
+        return int(self._epochs[epoch][position])
+
+    def _starts(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Where the windows of an epoch start, in the epoch's order: [W]."""
+        length, count = self.sequence_length, self.windows_per_epoch
+        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(count + 1)
+        offsets = min(length, len(self.tokens) - count * length + 1)
+        offset = int(raw[0]) % offsets
+        return np.argsort(raw[1:], kind="stable") * length + offset
+
+
+class CausalBatches:
+    """Batches to train a causal language model on: index -> LongTensor [B_local, S].
+
+    The labels of a causal model are its inputs (`transformers` shifts them), so one tensor is both. Arguments
+    and errors are those of `Windows`.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSource,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.windows = Windows(tokens, batch_size, sequence_length, seed, rank, world_size)
+
+    def batch(self, index: int) -> Tensor:
+        """Return this rank's part of batch `index`: LongTensor [B / world_size, S]."""
+        return torch.from_numpy(self.windows.take(index))
+
+
+def eval_batches(
+    tokens: TokenSource,
+    batch_size: int,
+    sequence_length: int,
+    eval_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Tensor]:
+    """Return the validation batches, always the same: windows side by side from the start of the file.
+
+    Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left
+    out, unless it is the only one.
+
+    Args:
+        tokens: flat array of token ids [tokens], or the path of a token file.
+        batch_size: windows in a batch, all ranks together.
+        sequence_length: tokens in a window (S).
+        eval_tokens: how many tokens to evaluate at most; the whole file if it holds fewer.
+        rank: which rows of each batch to return, strided as in `Windows`.
+        world_size: number of ranks.
+
+    Yields:
+        LongTensor [B_local, S].
+
+    Raises:
+        InputError: not even one window per rank (raised at once).
+    """
+    array = _as_array(tokens)
+    _check_batch(batch_size, sequence_length, rank, world_size)
+    count = min(len(array), eval_tokens) // sequence_length
+    if count < world_size:
+        raise InputError(
+            f"nothing to evaluate: {len(array):,} validation tokens and eval_tokens={eval_tokens:,} hold "
+            f"{count} windows of {sequence_length} tokens, for {world_size} process(es); give more text, a "
+            "larger val_fraction or eval_tokens, or a shorter sequence"
+        )
+    rows = min(batch_size, count // world_size * world_size)
+    windows = array[: count * sequence_length].reshape(count, sequence_length)
+    starts = range(0, count - rows + 1, rows)
+    return (
+        torch.from_numpy(windows[start + rank : start + rows : world_size].astype(np.int64))
+        for start in starts
+    )
+
+
+def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
+    """Return the loss in bits per byte of text, which does not depend on the tokenizer.
+
+    loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only
+    some of it was evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts.
+
+    Args:
+        loss_nats_per_token: mean cross-entropy (nats per token).
+        tokens: tokens of a text, ends of text included.
+        bytes: UTF-8 bytes of the same text.
+
+    Raises:
+        ValueError: no tokens or no bytes.
+    """
+    if tokens <= 0 or bytes <= 0:
+        raise ValueError(f"bits per byte needs tokens and bytes above 0, not {tokens} and {bytes}")
+    return loss_nats_per_token / math.log(2) * tokens / bytes
+
+
+def _as_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
+    if isinstance(tokens, np.ndarray):
+        return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast
+    path = Path(tokens)
+    try:
+        dtype = json.loads(path.with_name("meta.json").read_text(encoding="utf-8"))["dtype"]
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a token file with its meta.json beside it ({error}); prepare the data again"
+        ) from error
+
+
+def _check_batch(batch_size: int, sequence_length: int, rank: int, world_size: int) -> None:
+    if batch_size < 1 or sequence_length < 1:
+        raise InputError(f"batch_size={batch_size} and sequence_length={sequence_length} must be 1 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not one of the {world_size} ranks 0 to {world_size - 1}")
+    if batch_size % world_size:
+        raise InputError(
+            f"batch_size={batch_size} does not divide among {world_size} processes; "
+            f"use a multiple of {world_size}, e.g. {math.ceil(batch_size / world_size) * world_size}"
+        )

@@ -1,0 +1,389 @@
+"""Documents -> two flat token files and their `meta.json`: `prepare(config, cache_dir)`.
+
+Second room of TEXT -> TOKENS -> BATCHES. Two streaming passes over the corpus, in bounded memory:
+
+1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer;
+2. tokenize: write each document's tokens and one end of text to `train.bin` or `val.bin`.
+
+The split is by content: with h the first 64 bits of blake2b of a document's UTF-8 text, it is a validation
+document when h < val_fraction · 2^64. Equal documents thus share a side, and adding documents moves none. The
+tokenizer's sample are the documents with the largest h: training documents, spread evenly over the corpus.
+
+The result lies in `cache_dir/<fingerprint>/`, made under a hidden name and renamed when whole, all under a
+lock: a folder of that name is complete, however many processes started at once or died on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from switchable.data import corpora, tokenizers
+from switchable.errors import InputError
+
+FORMAT = 1  # of the folder's contents; with a higher number, older folders are not used any more
+SAMPLE_BYTES = 10_000_000  # of text that the BPE is trained on
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is read, how it is split and with which tokens: everything that decides the token files."""
+
+    data: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "files, folders or Hugging Face datasets (owner/name[:config[:split]]); "
+            "none: the Python installation's own source files"
+        },
+    )
+    text_field: str = field(
+        default="text", metadata={"help": "field of a JSONL record, or Parquet column, that holds the text"}
+    )
+    document_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": r"text between the documents of a text file, as '\n\n'; none: a file is a document"
+        },
+    )
+    val_fraction: float = field(
+        default=0.05, metadata={"help": "share of the documents kept for validation (fraction, 0 to 1)"}
+    )
+    max_text_mb: float | None = field(
+        default=None, metadata={"help": "stop reading after this much text (MB of UTF-8); none: read it all"}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a tokenizer (Hugging Face form, or GPT-2's two files); none: train a BPE"
+        },
+    )
+    vocab_size: int = field(
+        default=4096, metadata={"help": "vocabulary of the BPE trained here (tokens, special one included)"}
+    )
+
+    def __post_init__(self) -> None:
+        given: object = self.data
+        if isinstance(given, str):
+            raise InputError(f"data={given!r} is one string; give a list of paths: [{given!r}]")
+        object.__setattr__(self, "data", tuple(self.data))
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction={self.val_fraction} is not between 0 and 1; use 0.05, say")
+        if self.max_text_mb is not None:
+            object.__setattr__(self, "max_text_mb", float(self.max_text_mb))
+            if not self.max_text_mb > 0:
+                raise InputError(
+                    f"max_text_mb={self.max_text_mb} is not above 0; leave it out to read it all"
+                )
+        if self.tokenizer is None:
+            tokenizers.check_vocab_size(self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side of the corpus: how much text there is, and the file that holds its tokens."""
+
+    path: Path
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the documents, ends of text not counted."""
+    tokens: int
+    """Tokens in the file, one end of text per document included."""
+    sha256: str
+    """Of the token file."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus as tokens on disk; everything here is read from the folder's `meta.json`."""
+
+    folder: Path
+    fingerprint: str
+    """Of every setting and the source files' names, sizes and times: which work this is the result of."""
+    train: Split
+    val: Split
+    vocab_size: int
+    """Rows that an embedding needs; may be less than asked for when the corpus is small."""
+    dtype: str
+    """Of the token files: `uint16` or `uint32`."""
+    tokenizer_path: Path
+    """For `AutoTokenizer.from_pretrained`."""
+    end_of_text: tokenizers.EndOfText
+
+    def train_tokens(self) -> npt.NDArray[np.integer[Any]]:
+        """Memory-mapped training tokens, read-only: [train.tokens]."""
+        return np.memmap(self.train.path, dtype=self.dtype, mode="r")
+
+    def val_tokens(self) -> npt.NDArray[np.integer[Any]]:
+        """Memory-mapped validation tokens, read-only: [val.tokens]."""
+        return np.memmap(self.val.path, dtype=self.dtype, mode="r")
+
+
+def prepare(config: DataConfig, cache_dir: str | os.PathLike[str], *, progress: bool = True) -> PreparedData:
+    """Make the token files of `config` under `cache_dir`, unless they are there; return what there is.
+
+    Any number of processes may call this at once: one works, the others wait and use its result.
+
+    Args:
+        config: the corpus, its split and its tokenizer.
+        cache_dir: folder for the results of all configurations, created if missing.
+        progress: show progress bars, when standard error is a terminal.
+
+    Raises:
+        InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
+            written in, or no space left there (what was written is removed); damaged files in the cache.
+    """
+    fingerprint = _fingerprint(config)
+    folder = Path(cache_dir) / fingerprint
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder, progress):
+                if not folder.exists():
+                    _make(config, folder, progress)
+        except OSError as error:
+            raise InputError(f"cannot write in {folder.parent} ({error}); give another folder") from error
+    return load_prepared(folder)
+
+
+def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
+    """Read the folder of a finished `prepare`; InputError naming the file if one is missing or damaged."""
+    path = Path(folder)
+    remedy = f"delete the folder {str(path)!r} and start again"
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        train, val = (Split(path / f"{side}.bin", **meta["splits"][side]) for side in ("train", "val"))
+        end = tokenizers.EndOfText(**meta["end_of_text"])
+        data = PreparedData(
+            path, meta["fingerprint"], train, val, meta["vocab_size"], meta["dtype"], path / "tokenizer", end
+        )
+        item_bytes = np.dtype(data.dtype).itemsize
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'meta.json'}: missing or damaged ({error}); {remedy}") from error
+    for split in (train, val):
+        size = split.path.stat().st_size if split.path.exists() else 0
+        if size != split.tokens * item_bytes:
+            raise InputError(
+                f"{split.path}: damaged, {size:,} bytes instead of {split.tokens * item_bytes:,}; {remedy}"
+            )
+    return data
+
+
+# --- once per corpus: lock, make, rename ---
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """16 hex digits that change with every setting and with the name, size or time of a file that is read."""
+    files = [] if config.tokenizer is None else tokenizers.tokenizer_files(config.tokenizer)
+    known = {
+        "format": FORMAT,
+        "settings": dataclasses.asdict(config) | {"tokenizer": corpora.signature(files)},
+        "sources": corpora.signature(corpora.resolve(config.data)),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
+    """The lock of a result, taken; released when the `with` block or the process ends, however it ends."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            tqdm.write(f"waiting for another process to prepare {folder}", file=sys.stderr)
+        return lock.acquire()
+
+
+def _make(config: DataConfig, folder: Path, progress: bool) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
+    partial.mkdir()
+    try:
+        _build(config, partial, folder.name, progress)
+        _fsync(partial)
+        os.replace(partial, folder)
+    except BaseException as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        if full or "os error 28" in str(error):  # the latter is how `tokenizers` says it
+            raise InputError(
+                f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
+                "removed again; free some space, give another folder, or read less (--max-text-mb)"
+            ) from error
+        raise
+
+
+def _fsync(folder: Path) -> None:
+    """Put the files of a folder on the disk, so that the rename after it cannot overtake them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _build(config: DataConfig, folder: Path, fingerprint: str, progress: bool) -> None:
+    scan = _scan(config, progress)
+    if config.tokenizer is None:
+        sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
+        tokenizers.train_bpe(sample, config.vocab_size).save_pretrained(str(folder / "tokenizer"))
+    else:
+        tokenizers.load_tokenizer(config.tokenizer).save_pretrained(str(folder / "tokenizer"))
+    scan.sample.clear()
+    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")  # the one that others will load
+    end = tokenizers.end_of_text(tokenizer)
+    vocab_size = tokenizers.vocabulary_size(tokenizer)
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    with (
+        _SplitWriter(folder / "train.bin", dtype) as train,
+        _SplitWriter(folder / "val.bin", dtype) as val,
+        _bar("tokenizing", scan.text_bytes, progress) as bar,
+    ):
+        _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
+    meta = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "settings": dataclasses.asdict(config),
+        "splits": {"train": train.summary(), "val": val.summary()},
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "end_of_text": end._asdict(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+# --- first pass: hashes, threshold, sample ---
+
+
+@dataclass
+class _Scan:
+    """What the first pass learns."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    threshold: int = 0
+    """Documents whose hash is below are validation documents."""
+    sample: list[tuple[int, int, str]] = field(default_factory=list)
+    """(hash, bytes, text), a heap with the smallest hash on top: the documents with the largest hashes."""
+
+
+def _hashed_documents(config: DataConfig) -> Iterator[tuple[str, int, int]]:
+    """(document, its hash, its UTF-8 bytes), until there are `max_text_mb` of text."""
+    left = float("inf") if config.max_text_mb is None else config.max_text_mb * 1e6
+    for text in corpora.documents(config.data, config.text_field, config.document_separator):
+        encoded = text.encode()
+        yield text, int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big"), len(encoded)
+        left -= len(encoded)
+        if left <= 0:
+            return
+
+
+def _scan(config: DataConfig, progress: bool) -> _Scan:
+    scan = _Scan()
+    lowest, highest, sampled = 1 << 64, -1, 0
+    limit = None if config.max_text_mb is None else config.max_text_mb * 1e6
+    with _bar("reading text", limit, progress) as bar:
+        for text, h, size in _hashed_documents(config):
+            scan.documents += 1
+            scan.text_bytes += size
+            lowest, highest = min(lowest, h), max(highest, h)
+            bar.update(size)
+            if config.tokenizer is None and (sampled < SAMPLE_BYTES or h > scan.sample[0][0]):
+                heapq.heappush(scan.sample, (h, size, text[:SAMPLE_BYTES]))
+                sampled += size
+                while sampled - scan.sample[0][1] >= SAMPLE_BYTES:
+                    sampled -= heapq.heappop(scan.sample)[1]
+    if lowest == highest:
+        what = "a single document" if scan.documents == 1 else f"{scan.documents:,} documents, all the same"
+        cap = "" if config.max_text_mb is None else f" in the first {config.max_text_mb} MB"
+        raise InputError(
+            f"one-document corpus: {what}{cap}, but training and validation need one each; give more text, "
+            r"or cut it into documents, at blank lines for example: --document-separator '\n\n'"
+        )
+    # Neither side may be empty: the smallest hash is always validation, the largest always training.
+    scan.threshold = min(max(int(config.val_fraction * 2**64), lowest + 1), highest)
+    return scan
+
+
+# --- second pass: tokens ---
+
+
+class _SplitWriter:
+    """Writes one token file and counts what goes in."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.dtype = dtype
+        self.documents = self.text_bytes = self.tokens = 0
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> None:
+        data = ids.tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.documents += 1
+        self.text_bytes += len(text.encode())
+        self.tokens += len(ids)
+
+    def summary(self) -> dict[str, Any]:
+        counts = {"documents": self.documents, "text_bytes": self.text_bytes, "tokens": self.tokens}
+        return counts | {"sha256": self._digest.hexdigest()}
+
+    def __enter__(self) -> _SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _tokenize(
+    config: DataConfig,
+    scan: _Scan,
+    tokenizer: Any,
+    end_id: int,
+    sides: tuple[_SplitWriter, _SplitWriter],
+    bar: Any,
+) -> None:
+    """Write every document, and the end of text after it, to its side; `sides` are (train, val)."""
+    train, val = sides
+    waiting: list[tuple[str, _SplitWriter]] = []
+    waiting_bytes = 0
+
+    def flush() -> None:
+        encoded = tokenizers.encode_batch(tokenizer, [text for text, _ in waiting], train.dtype)
+        for ids, (text, side) in zip(encoded, waiting, strict=True):
+            side.write(text, np.append(ids, ids.dtype.type(end_id)))
+        bar.update(waiting_bytes)
+        waiting.clear()
+
+    for text, h, size in _hashed_documents(config):
+        waiting.append((text, val if h < scan.threshold else train))
+        waiting_bytes += size
+        if waiting_bytes >= tokenizers.BATCH_CHARS:
+            flush()
+            waiting_bytes = 0
+    flush()
+    counts = train.documents + val.documents, train.text_bytes + val.text_bytes
+    if counts != (scan.documents, scan.text_bytes):
+        raise InputError("the text changed while it was read; start again when nothing writes to it any more")
+
+
+def _bar(what: str, total: float | None, progress: bool) -> Any:
+    """A progress bar in bytes of text; `disable=None` shows it on terminals only."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if progress else True)
