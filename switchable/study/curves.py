@@ -54,8 +54,17 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     _draw_layers(similarity, measured[1:], "similarity", "similarity of structures (ARI)")
     similarity.set_ylim(-0.05, 1.05)
     similarity.set_xlabel("optimizer step")
+    ratio.set_ylim(bottom=0.0)
     if measured:
-        ratio.legend(loc="upper right", ncols=4, fontsize=8)
+        lines = ratio.get_lines()
+        ratio.legend(
+            handles=lines,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(lines),
+            fontsize=8,
+            frameon=False,
+        )
     figure.savefig(picture, dpi=120, format="png")
 
 

@@ -29,12 +29,12 @@ class SwitchConfig:
     schedule: str = _option(
         "ssd", "ssd: dense, then alternating, then dense; dense: never sparse", choices=("ssd", "dense")
     )
-    monitor_every: int = _option(25, "optimizer steps between measurements on the probe")
-    probe_tokens: int = _option(4096, "validation tokens on which everything is measured")
+    monitor_every: int = _option(50, "optimizer steps between measurements on the probe")
+    probe_tokens: int = _option(2048, "validation tokens on which everything is measured")
     min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
     final_dense_fraction: float = _option(0.1, "fraction of all steps, at the end, that are always dense")
     stability_threshold: float = _option(
-        0.4, "adjusted Rand index of successive structures from which a layer counts as stable"
+        0.5, "adjusted Rand index of successive structures from which a layer counts as stable"
     )
     max_activation_ratio: float = _option(
         0.3, "largest activation ratio at which a layer counts as sparse; others stay dense"

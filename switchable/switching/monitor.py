@@ -6,7 +6,7 @@ Per layer, over all probe tokens t:
     mass caught         Σ mass of the K experts chosen / Σ mass of all,   mass_e = Σ_{i in e} |a_i| ‖down_i‖
                         by the router, and by the best possible choice
     load imbalance      busiest expert's share of the choices x E (1 = all alike)
-    similarity          adjusted Rand index of this measurement's structure with the last one's, and with the one in use
+    similarity          adjusted Rand index of the best structure now and last time's, and of it and the one in use
 
 The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
 """
@@ -41,9 +41,9 @@ class LayerMeasures:
     load_imbalance: float
     """Load of the busiest expert over the mean load, 1 to E."""
     similarity: float
-    """Adjusted Rand index of the structure just found and the one found last time, -0.5 to 1; 0 the first time."""
+    """Adjusted Rand index of the best structure now and the best one last time, -0.5 to 1; 0 the first time."""
     similarity_in_use: float
-    """Adjusted Rand index of the structure just found and the one in use, -0.5 to 1."""
+    """Adjusted Rand index of the best structure now and the one in use, -0.5 to 1."""
 
 
 class _Tally:
@@ -103,17 +103,16 @@ def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
 def find_structures(
     layers: Sequence[SwitchableFFN], last: Sequence[Tensor | None], random_state: int
 ) -> list[Tensor]:
-    """Cluster the neurons of every layer, from the last structure and from scratch, the better one kept.
+    """Cluster the neurons of every layer by their input weights.
+
+    From last time's structure, and from scratch if that is better by a margin, as the paper's authors do.
 
     Returns:
         labels_F per layer, on the CPU.
     """
     rows = [weight_features(layer.weights.up_FD.detach()) for layer in layers]
-    warm = None if any(labels is None for labels in last) else list(last)
-    num_experts = layers[0].num_experts
-    return [
-        labels.cpu() for labels in cluster_layers(rows, num_experts, warm=warm, random_state=random_state)
-    ]
+    found = cluster_layers(rows, layers[0].num_experts, warm=last, random_state=random_state)
+    return [labels.cpu() for labels in found]
 
 
 def measure(
@@ -128,16 +127,12 @@ def measure(
         random_state: seed of the clustering.
 
     Returns:
-        Measures per layer, and labels_F of the structures found (in the neurons' present order).
+        Measures per layer, and labels_F of the best structures now (in the neurons' present order).
     """
     layers = layers_of(model)
     tallies = watch(model, probe)
     found = find_structures(layers, last, random_state)
-    measures = [
-        _summarise(tally, layer, before, labels)
-        for tally, layer, before, labels in zip(tallies, layers, last, found, strict=True)
-    ]
-    return measures, found
+    return [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)], found
 
 
 def _summarise(tally: _Tally, layer: SwitchableFFN, last: Tensor | None, found: Tensor) -> LayerMeasures:

@@ -206,7 +206,7 @@ def _show_samples(trainer: Trainer) -> None:
 def summarise(
     counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]
 ) -> dict[str, Any]:
-    """Return the run's closing figures; every key is explained in docs/figures.md."""
+    """Return the run's closing figures; docs/method.md explains every key."""
     takes_part = job.controller.state.takes_part
     seconds = step_seconds(job.model, job.batch(0))
     # All-dense training has neither routers nor a monitor.
