@@ -1,8 +1,10 @@
 """TEXT -> TOKENS -> BATCHES.
 
+    config.py      what text is read, and how it becomes tokens
     corpora.py     where text comes from: the embedded default, files and folders, Hugging Face datasets
+    split.py       which documents are for validation, by a hash of their text
     tokenizers.py  text -> token ids: a byte-level BPE trained on the spot, or a given tokenizer
-    tokens.py      documents -> train / validation split -> two flat token files and their meta.json
+    tokens.py      documents -> two flat token files and their meta.json
     batches.py     token file -> the batch of a given index, the same on every machine and after every resume
 
 Import from the modules themselves: only `batches` needs torch.

@@ -2,12 +2,8 @@
 
 Second room of TEXT -> TOKENS -> BATCHES. Two streaming passes over the corpus, in bounded memory:
 
-1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer;
+1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer (`split.py`);
 2. tokenize: write each document's tokens and one end of text to `train.bin` or `val.bin`.
-
-The split is by content: with h the first 64 bits of blake2b of a document's UTF-8 text, it is a validation
-document when h < val_fraction · 2^64. Equal documents thus share a side, and adding documents moves none. The
-tokenizer's sample are the documents with the largest h: training documents, spread evenly over the corpus.
 
 The result lies in `cache_dir/<fingerprint>/`, made under a hidden name and renamed when whole, all under a
 lock: a folder of that name is complete, however many processes started at once or died on the way.
@@ -18,14 +14,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import heapq
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,64 +29,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from switchable.data import corpora, tokenizers
+from switchable.data.config import DataConfig
+from switchable.data.split import Scan, hashed_documents, progress_bar, scan_corpus
 from switchable.errors import InputError
 
 FORMAT = 1  # of the folder's contents; with a higher number, older folders are not used any more
-SAMPLE_BYTES = 10_000_000  # of text that the BPE is trained on
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What text is read, how it is split and with which tokens: everything that decides the token files."""
-
-    data: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "files, folders or Hugging Face datasets (owner/name[:config[:split]]); "
-            "none: the Python installation's own source files"
-        },
-    )
-    text_field: str = field(
-        default="text", metadata={"help": "field of a JSONL record, or Parquet column, that holds the text"}
-    )
-    document_separator: str | None = field(
-        default=None,
-        metadata={
-            "help": r"text between the documents of a text file, as '\n\n'; none: a file is a document"
-        },
-    )
-    val_fraction: float = field(
-        default=0.05, metadata={"help": "share of the documents kept for validation (fraction, 0 to 1)"}
-    )
-    max_text_mb: float | None = field(
-        default=None, metadata={"help": "stop reading after this much text (MB of UTF-8); none: read it all"}
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of a tokenizer (Hugging Face form, or GPT-2's two files); none: train a BPE"
-        },
-    )
-    vocab_size: int = field(
-        default=4096, metadata={"help": "vocabulary of the BPE trained here (tokens, special one included)"}
-    )
-
-    def __post_init__(self) -> None:
-        given: object = self.data
-        if isinstance(given, str):
-            raise InputError(f"data={given!r} is one string; give a list of paths: [{given!r}]")
-        object.__setattr__(self, "data", tuple(self.data))
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} is not between 0 and 1; use 0.05, say")
-        if self.max_text_mb is not None:
-            object.__setattr__(self, "max_text_mb", float(self.max_text_mb))
-            if not self.max_text_mb > 0:
-                raise InputError(
-                    f"max_text_mb={self.max_text_mb} is not above 0; leave it out to read it all"
-                )
-        if self.tokenizer is None:
-            tokenizers.check_vocab_size(self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -239,7 +181,7 @@ def _fsync(folder: Path) -> None:
 
 
 def _build(config: DataConfig, folder: Path, fingerprint: str, progress: bool) -> None:
-    scan = _scan(config, progress)
+    scan = scan_corpus(config, progress)
     if config.tokenizer is None:
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
         tokenizers.train_bpe(sample, config.vocab_size).save_pretrained(str(folder / "tokenizer"))
@@ -253,7 +195,7 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, progress: bool) -
     with (
         _SplitWriter(folder / "train.bin", dtype) as train,
         _SplitWriter(folder / "val.bin", dtype) as val,
-        _bar("tokenizing", scan.text_bytes, progress) as bar,
+        progress_bar("tokenizing", scan.text_bytes, progress) as bar,
     ):
         _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
     meta = {
@@ -266,59 +208,6 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, progress: bool) -
         "end_of_text": end._asdict(),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-# --- first pass: hashes, threshold, sample ---
-
-
-@dataclass
-class _Scan:
-    """What the first pass learns."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    threshold: int = 0
-    """Documents whose hash is below are validation documents."""
-    sample: list[tuple[int, int, str]] = field(default_factory=list)
-    """(hash, bytes, text), a heap with the smallest hash on top: the documents with the largest hashes."""
-
-
-def _hashed_documents(config: DataConfig) -> Iterator[tuple[str, int, int]]:
-    """(document, its hash, its UTF-8 bytes), until there are `max_text_mb` of text."""
-    left = float("inf") if config.max_text_mb is None else config.max_text_mb * 1e6
-    for text in corpora.documents(config.data, config.text_field, config.document_separator):
-        encoded = text.encode()
-        yield text, int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big"), len(encoded)
-        left -= len(encoded)
-        if left <= 0:
-            return
-
-
-def _scan(config: DataConfig, progress: bool) -> _Scan:
-    scan = _Scan()
-    lowest, highest, sampled = 1 << 64, -1, 0
-    limit = None if config.max_text_mb is None else config.max_text_mb * 1e6
-    with _bar("reading text", limit, progress) as bar:
-        for text, h, size in _hashed_documents(config):
-            scan.documents += 1
-            scan.text_bytes += size
-            lowest, highest = min(lowest, h), max(highest, h)
-            bar.update(size)
-            if config.tokenizer is None and (sampled < SAMPLE_BYTES or h > scan.sample[0][0]):
-                heapq.heappush(scan.sample, (h, size, text[:SAMPLE_BYTES]))
-                sampled += size
-                while sampled - scan.sample[0][1] >= SAMPLE_BYTES:
-                    sampled -= heapq.heappop(scan.sample)[1]
-    if lowest == highest:
-        what = "a single document" if scan.documents == 1 else f"{scan.documents:,} documents, all the same"
-        cap = "" if config.max_text_mb is None else f" in the first {config.max_text_mb} MB"
-        raise InputError(
-            f"one-document corpus: {what}{cap}, but training and validation need one each; give more text, "
-            r"or cut it into documents, at blank lines for example: --document-separator '\n\n'"
-        )
-    # Neither side may be empty: the smallest hash is always validation, the largest always training.
-    scan.threshold = min(max(int(config.val_fraction * 2**64), lowest + 1), highest)
-    return scan
 
 
 # --- second pass: tokens ---
@@ -354,7 +243,7 @@ class _SplitWriter:
 
 def _tokenize(
     config: DataConfig,
-    scan: _Scan,
+    scan: Scan,
     tokenizer: Any,
     end_id: int,
     sides: tuple[_SplitWriter, _SplitWriter],
@@ -372,7 +261,7 @@ def _tokenize(
         bar.update(waiting_bytes)
         waiting.clear()
 
-    for text, h, size in _hashed_documents(config):
+    for text, h, size in hashed_documents(config):
         waiting.append((text, val if h < scan.threshold else train))
         waiting_bytes += size
         if waiting_bytes >= tokenizers.BATCH_CHARS:
@@ -382,8 +271,3 @@ def _tokenize(
     counts = train.documents + val.documents, train.text_bytes + val.text_bytes
     if counts != (scan.documents, scan.text_bytes):
         raise InputError("the text changed while it was read; start again when nothing writes to it any more")
-
-
-def _bar(what: str, total: float | None, progress: bool) -> Any:
-    """A progress bar in bytes of text; `disable=None` shows it on terminals only."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if progress else True)

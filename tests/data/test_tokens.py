@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from switchable.data import corpora, tokenizers, tokens
-from switchable.data.tokens import DataConfig, PreparedData, Split, load_prepared, prepare
+from switchable.data import corpora, split, tokenizers, tokens
+from switchable.data.config import DataConfig
+from switchable.data.tokens import PreparedData, Split, load_prepared, prepare
 from switchable.errors import InputError
 
 SHARED = Path(os.environ.get("SWITCHABLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -180,7 +181,7 @@ def test_bpe_is_trained_on_a_bounded_sample_of_training_documents(
     prepare(config_for(source, val_fraction=0.5), tmp_path / "a")
     assert sorted(seen) == sorted(text for text in TEXTS if hash_of(text) >= 2**63)
     seen.clear()
-    monkeypatch.setattr(tokens, "SAMPLE_BYTES", 2000)
+    monkeypatch.setattr(split, "SAMPLE_BYTES", 2000)
     prepare(config_for(source, val_fraction=0.5), tmp_path / "b")
     by_hash = sorted(TEXTS, key=hash_of, reverse=True)
     assert sorted(seen) == sorted(by_hash[: len(seen)])
