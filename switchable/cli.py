@@ -177,9 +177,9 @@ def _generate(args: argparse.Namespace) -> int:
     from switchable.infer.generate import Sampling, generate_text
     from switchable.infer.load import load_switchable
 
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     model, tokenizer = load_switchable(args.folder)
     if tokenizer is None:
         raise InputError(f"{args.folder} holds no tokenizer; give the folder of the run instead")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     print(generate_text(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling))
     return 0

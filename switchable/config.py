@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from switchable.data.tokens import DataConfig
+from switchable.data.config import DataConfig
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
 
@@ -68,7 +68,9 @@ class TrainConfig:
     eval_tokens: int = option(65_536, "validation tokens used each time, the same ones every time")
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(3, "checkpoints to keep, newest first; 0 = all")
-    sample_prompt: str | None = option(None, "text that the finished model continues in both modes; none = no sample")
+    sample_prompt: str | None = option(
+        None, "text that the finished model continues in both modes; none = no sample"
+    )
 
 
 @dataclass(frozen=True)

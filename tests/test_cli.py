@@ -23,7 +23,11 @@ switch: {num_experts: 8, experts_per_token: 3, monitor_every: 3, probe_tokens: 1
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    return os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -51,7 +55,14 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(base, "pretrain", "small.yaml", "--data", str(corpus), "--out", "run")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    needed = {"val_loss_dense", "val_loss_sparse", "flops_ratio", "sparse_fraction", "switches", "step_speedup_sparse"}
+    needed = {
+        "val_loss_dense",
+        "val_loss_sparse",
+        "flops_ratio",
+        "sparse_fraction",
+        "switches",
+        "step_speedup_sparse",
+    }
     assert needed <= figures.keys()
     assert figures["switches"] >= 2
     return base
@@ -59,7 +70,15 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     left = {p.name for p in (trained / "run").iterdir()}
-    promised = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "final", "curves.png", "summary.json"}
+    promised = {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "final",
+        "curves.png",
+        "summary.json",
+    }
     assert promised <= left
     assert (trained / "run/curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((trained / "run/tensorboard").glob("events.*"))
@@ -96,6 +115,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["--device", "tpu9"], ["device='tpu9'"]),
         (["--batch-size", "100000"], ["shorter than one batch"]),
         (["--out", "small.yaml"], ["small.yaml", "output folder"]),
+        (["--expert-compute", "egaer"], ["'egaer'", "did you mean 'eager'"]),
         (["--num-heads", "3"], ["num_heads=3 does not divide d_model=16"]),
     ],
 )
@@ -135,9 +155,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path, corpus: Pat
 
 
 def test_resume_with_other_settings_is_refused(trained: Path) -> None:
-    refused(run(trained, "pretrain", "--out", "run", "--resume", "--d-model", "32"), "model.d_model: 16 -> 32")
+    refused(
+        run(trained, "pretrain", "--out", "run", "--resume", "--d-model", "32"), "model.d_model: 16 -> 32"
+    )
     refused(run(trained, "pretrain", "--out", "nothing", "--resume"), "no run to resume")
-    refused(run(trained, "pretrain", "--out", "run", "--resume-from", "step-7"), "no checkpoint 'step-7'", "step-000004")
+    refused(
+        run(trained, "pretrain", "--out", "run", "--resume-from", "step-7"),
+        "no checkpoint 'step-7'",
+        "step-000004",
+    )
 
 
 def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -149,7 +175,9 @@ def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> N
     refused(run(trained, "pretrain", "--out", "changing", "--resume"), "has changed since")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(trained: Path, corpus: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
+    trained: Path, corpus: Path
+) -> None:
     done = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", "damaged")
     assert done.returncode == 0, done.stderr
     newest = trained / "damaged/checkpoints/step-000012/model.safetensors"
@@ -191,12 +219,24 @@ def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
     refused(run(trained, "generate", "nowhere"), "nowhere does not exist")
     refused(run(trained, "generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
     refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
+    refused(run(trained, "generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
+    refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1.0")
 
 
 def test_help_lists_every_setting() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "switchable", "pretrain", "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "switchable", "pretrain", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0
-    for flag in ("--d-model", "--num-experts", "--learning-rate", "--data", "--resume", "--stability-threshold"):
+    for flag in (
+        "--d-model",
+        "--num-experts",
+        "--learning-rate",
+        "--data",
+        "--resume",
+        "--stability-threshold",
+    ):
         assert flag in done.stdout

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from switchable.errors import InputError
+from switchable.ffn.experts import check_implementation
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.switching.config import SwitchConfig
@@ -70,6 +71,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
     layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
     layer.router_learns = config.router == "learned"
     layer.router_token_fraction = config.router_token_fraction
+    check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute
     layer.train(ffn.training)
     return layer
@@ -80,7 +82,9 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
     return [module for module in model.modules() if isinstance(module, SwitchableFFN)]
 
 
-def set_mode(model: nn.Module, mode: str, experts_per_token: int | None = None) -> None:
+def set_mode(
+    model: nn.Module, mode: str, experts_per_token: int | None = None, dense_fallback: bool = False
+) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
     Layers that do not take part in sparse mode (`layer.takes_part`, set by the schedule) stay dense.
@@ -89,6 +93,8 @@ def set_mode(model: nn.Module, mode: str, experts_per_token: int | None = None) 
         model: a converted model.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K, 1 to E; None keeps each layer's own.
+        dense_fallback: in sparse mode and without gradients, multiply densely wherever that is faster on this
+            machine (it is never less exact). The first call for a number of tokens measures it.
 
     Raises:
         InputError: unknown mode, impossible K, or the model is not converted.
@@ -102,22 +108,24 @@ def set_mode(model: nn.Module, mode: str, experts_per_token: int | None = None) 
         if experts_per_token is not None:
             layer.set_experts_per_token(experts_per_token)
         layer.mode = mode if layer.takes_part else "dense"
+        layer.dense_fallback = dense_fallback
 
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     """Within the `with` block modes may be changed at will; afterwards everything is as it was.
 
-    Kept are each FFN's mode and K, whether its router learns, and the model's training or evaluation mode.
+    Kept are each FFN's mode, K and dense fallback, whether its router learns, and the model's training or evaluation mode.
     """
     layers = layers_of(model)
-    kept = [(layer.mode, layer.experts_per_token, layer.router_learns) for layer in layers]
+    kept = [(layer.mode, layer.experts_per_token, layer.router_learns, layer.dense_fallback) for layer in layers]
     training = model.training
     try:
         yield layers
     finally:
-        for layer, (mode, experts_per_token, learns) in zip(layers, kept, strict=True):
-            layer.mode, layer.experts_per_token, layer.router_learns = mode, experts_per_token, learns
+        for layer, (mode, experts_per_token, learns, fallback) in zip(layers, kept, strict=True):
+            layer.mode, layer.experts_per_token = mode, experts_per_token
+            layer.router_learns, layer.dense_fallback = learns, fallback
         model.train(training)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -103,10 +105,10 @@ def activation_name(module: nn.Module) -> str | None:
     return next((name for name in ACT2FN if type(ACT2FN[name]) is type(module)), None)
 
 
-def build_config(
+def build_causal_lm(
     family: str, sizes: dict[str, int], activation: str, vocab_size: int, eos_token_id: int
-) -> object:
-    """Return the transformers config of a causal language model to pre-train from scratch.
+) -> nn.Module:
+    """Return a causal language model with random weights, to pre-train from scratch.
 
     Args:
         family: model type; this version builds `gpt2`.
@@ -121,12 +123,18 @@ def build_config(
     builders: dict[str, Callable[..., object]] = {"gpt2": _gpt2_config}
     if family not in builders:
         raise InputError(f"family={family!r} cannot be pre-trained; use one of {', '.join(builders)}")
-    return builders[family](sizes, activation, vocab_size, eos_token_id)
+    return causal_lm(builders[family](sizes, activation, vocab_size, eos_token_id))
+
+
+def causal_lm(config: object) -> nn.Module:
+    """Return the causal language model of a transformers config, with random weights."""
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    # transformers guesses the loss from the class's name, and warns where the name does not tell (GPT2LMHeadModel).
+    cast(Any, model).loss_type = "ForCausalLM"
+    return model
 
 
 def _gpt2_config(sizes: dict[str, int], activation: str, vocab_size: int, eos_token_id: int) -> object:
-    from transformers import GPT2Config
-
     return GPT2Config(
         vocab_size=vocab_size,
         n_positions=sizes["max_positions"],
@@ -140,7 +148,6 @@ def _gpt2_config(sizes: dict[str, int], activation: str, vocab_size: int, eos_to
         attn_pdrop=0.0,
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
-        loss_type="ForCausalLM",
     )
 
 

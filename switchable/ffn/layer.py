@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.experts import FFNWeights, expert_ffn
+from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
 
@@ -41,6 +42,8 @@ class SwitchableFFN(nn.Module):
     """`"dense"` or `"sparse"`: how the layer multiplies now."""
     takes_part: bool
     """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+    dense_fallback: bool
+    """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
 
     def __init__(
         self, ffn: nn.Module, family: Family, name: str, num_experts: int, experts_per_token: int
@@ -66,6 +69,7 @@ class SwitchableFFN(nn.Module):
         self.set_experts_per_token(experts_per_token)
         self.mode = "dense"
         self.takes_part = True
+        self.dense_fallback = False
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(up_FD)
@@ -106,7 +110,8 @@ class SwitchableFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D] in the current mode."""
-        y = self._sparse(hidden_states) if self.mode == "sparse" else self._dense(hidden_states)
+        sparse = self.mode == "sparse" and not (self.dense_fallback and self._dense_is_faster(hidden_states))
+        y = self._sparse(hidden_states) if sparse else self._dense(hidden_states)
         if self.family.dropout:
             y = self.get_submodule(self.family.dropout)(y)
         return y
@@ -141,6 +146,23 @@ class SwitchableFFN(nn.Module):
         if self.down.bias is not None:
             y_TD = y_TD + self.down.bias.to(y_TD.dtype)
         return y_TD.view(x_BSD.shape)
+
+    def _dense_is_faster(self, x_BSD: Tensor) -> bool:
+        """Whether this machine's table says so; always False where gradients are wanted."""
+        if torch.is_grad_enabled():
+            return False
+        shape = Shape(
+            tokens=x_BSD.numel() // self.d_model,
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
+            activation=self.activation,
+            dtype=x_BSD.dtype,
+            device=x_BSD.device.type,
+            training=False,
+        )
+        return resolve(shape) == "dense"
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
         every = max(1, round(1.0 / self.router_token_fraction))

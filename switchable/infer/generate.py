@@ -26,6 +26,18 @@ class Sampling:
     seed: int = 0
     """Random seed of the draw."""
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(
+                f"max_new_tokens={self.max_new_tokens} is out of range; use a whole number of at least 1"
+            )
+        if not self.temperature >= 0:
+            raise InputError(
+                f"temperature={self.temperature} is out of range; use 0 (most probable token) or more"
+            )
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} is out of range; use 0 (all tokens) or more")
+
 
 def generate_text(
     model: nn.Module,

@@ -18,6 +18,12 @@ class SwitchConfig:
 
     num_experts: int = _option(32, "experts per FFN; divides d_ff")
     experts_per_token: int = _option(6, "experts that each token computes in sparse mode")
+    structure: str = _option(
+        "weights",
+        "what neurons are grouped by: weights = rows of the input projection; coactivation = firing together on the "
+        "probe; mixed = both",
+        choices=("weights", "coactivation", "mixed"),
+    )
     router: str = _option(
         "learned",
         "learned: trained in dense steps on each expert's share of the activation mass; "
@@ -25,7 +31,7 @@ class SwitchConfig:
         choices=("learned", "weight_mean"),
     )
     router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
-    expert_compute: str = _option("sorted", "implementation of the experts by name; auto = fastest here")
+    expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
     schedule: str = _option(
         "ssd", "ssd: dense, then alternating, then dense; dense: never sparse", choices=("ssd", "dense")
     )

@@ -93,6 +93,11 @@ class Controller:
         """The phase of the next step: `"dense"`, `"alternating"` or `"final dense"`."""
         return phase_at(self.steps_done, self.state, self.total_steps, self.config)
 
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next call of `step` takes a measurement."""
+        return (self.steps_done + 1) % self.config.monitor_every == 0
+
     def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
 
@@ -107,16 +112,17 @@ class Controller:
         """
         if self.steps_done == 0:
             self._check_covers_routers(optimizer)
-        before = self.mode
+        before, due = self.mode, self.measures_next
         self.steps_done += 1
-        due = self.steps_done % self.config.monitor_every == 0
         measurement = self._measure(optimizer) if due else None
         self.switches += before != self.mode
         self._apply_mode()
         return measurement
 
     def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
-        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done)
+        measures, found = measure(
+            self.model, self.probe, self.last, self.seed + self.steps_done, self.config.structure
+        )
         decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
         wanted = [labels if again else None for labels, again in zip(found, decision.regroup, strict=True)]
         perms = regroup(self.layers, wanted, optimizer)

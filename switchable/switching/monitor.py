@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
-from switchable.ffn.structure import cluster_layers, similarity, weight_features
+from switchable.ffn.structure import (
+    cluster_layers,
+    coactivation_features,
+    mixed_features,
+    similarity,
+    weight_features,
+)
 from switchable.switching.switch import current_structure
 
 Batch = Mapping[str, Tensor]
@@ -49,7 +55,8 @@ class LayerMeasures:
 class _Tally:
     """Sums over the probe for one layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_active: bool) -> None:
+        self._pieces: list[Tensor] | None = [] if keep_active else None
         self.tokens = 0
         self.active = self.caught = self.best = self.mass = torch.zeros((), dtype=torch.float64)
         self.load_E: Tensor | None = None
@@ -59,6 +66,8 @@ class _Tally:
         hidden_TF = layer.activations(x_TD)
         mass_TE = expert_mass(hidden_TF, layer.weights.down_FD, layer.num_experts)
         ids_TK = layer.router(x_TD).topk(layer.experts_per_token, dim=-1).indices
+        if self._pieces is not None:
+            self._pieces.append(hidden_TF != 0)
         self.tokens += x_TD.shape[0]
         # One host sync per layer and probe batch: the sums are kept in float64 on the host.
         sums = torch.stack(
@@ -74,12 +83,20 @@ class _Tally:
         load_E = torch.bincount(ids_TK.reshape(-1), minlength=layer.num_experts).cpu()
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
+    @property
+    def active_TF(self) -> Tensor | None:
+        """Which neurons fired on which tokens, if that was to be kept."""
+        return None if self._pieces is None else torch.cat(self._pieces)
+
 
 @torch.no_grad()
-def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
-    """Run the probe through the model in dense, evaluation mode and sum up what each switchable FFN does."""
+def watch(model: nn.Module, probe: Sequence[Batch], keep_active: bool = False) -> list[_Tally]:
+    """Run the probe through the model in dense, evaluation mode and sum up what each switchable FFN does.
+
+    With `keep_active`, remember which neurons fired on which tokens (a byte each: T·F per layer).
+    """
     layers = layers_of(model)
-    tallies = [_Tally() for _ in layers]
+    tallies = [_Tally(keep_active) for _ in layers]
 
     def hook_for(tally: _Tally, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
         return lambda _module, args: tally.add(layer, args[0])
@@ -100,38 +117,53 @@ def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
     return tallies
 
 
-def find_structures(
-    layers: Sequence[SwitchableFFN], last: Sequence[Tensor | None], random_state: int
-) -> list[Tensor]:
-    """Cluster the neurons of every layer by their input weights.
+def neuron_features(layer: SwitchableFFN, active_TF: Tensor | None, structure: str) -> Tensor:
+    """Return what a layer's neurons are grouped by, one row each.
 
-    From last time's structure, and from scratch if that is better by a margin, as the paper's authors do.
-
-    Returns:
-        labels_F per layer, on the CPU.
+    Args:
+        layer: a switchable FFN.
+        active_TF: which neurons fire on which probe tokens; needed unless `structure` is `"weights"`.
+        structure: `"weights"`, `"coactivation"` or `"mixed"`.
     """
-    rows = [weight_features(layer.weights.up_FD.detach()) for layer in layers]
-    found = cluster_layers(rows, layers[0].num_experts, warm=last, random_state=random_state)
-    return [labels.cpu() for labels in found]
+    weight_FD = weight_features(layer.weights.up_FD.detach())
+    if structure == "weights":
+        return weight_FD
+    assert active_TF is not None, "co-activation needs the probe's activations"
+    coactive_FR = coactivation_features(active_TF)
+    return coactive_FR if structure == "coactivation" else mixed_features(weight_FD, coactive_FR)
 
 
 def measure(
-    model: nn.Module, probe: Sequence[Batch], last: Sequence[Tensor | None], random_state: int
+    model: nn.Module,
+    probe: Sequence[Batch],
+    last: Sequence[Tensor | None],
+    random_state: int,
+    structure: str = "weights",
 ) -> tuple[list[LayerMeasures], list[Tensor]]:
     """Measure every switchable FFN on the probe and find its present structure.
+
+    The structure is found from last time's, and from scratch if that is better by a margin, as the paper's authors do.
 
     Args:
         model: a converted model.
         probe: fixed batches of model inputs.
         last: labels_F of the structure found last time per layer, for the neurons in their present order; or None.
         random_state: seed of the clustering.
+        structure: what neurons are grouped by (see `neuron_features`).
 
     Returns:
-        Measures per layer, and labels_F of the best structures now (in the neurons' present order).
+        Measures per layer, and labels_F of the best structures now (in the neurons' present order), on the CPU.
     """
     layers = layers_of(model)
-    tallies = watch(model, probe)
-    found = find_structures(layers, last, random_state)
+    tallies = watch(model, probe, keep_active=structure != "weights")
+    rows = [
+        neuron_features(layer, tally.active_TF, structure)
+        for layer, tally in zip(layers, tallies, strict=True)
+    ]
+    found = [
+        labels.cpu()
+        for labels in cluster_layers(rows, layers[0].num_experts, warm=last, random_state=random_state)
+    ]
     return [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)], found
 
 

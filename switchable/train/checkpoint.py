@@ -126,7 +126,9 @@ def verify(folder: Path) -> str | None:
     """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = {
+            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):

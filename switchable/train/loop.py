@@ -118,6 +118,8 @@ class Trainer:
         self._count(mode, time.perf_counter() - begin)
         self._learning_rate = learning_rate
         begin = time.perf_counter()
+        if controller.measures_next:
+            self._check_finite(float(self._window_loss))
         measurement = controller.step(job.optimizer)
         if measurement is not None:
             counters.seconds_measure += time.perf_counter() - begin

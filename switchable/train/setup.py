@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from switchable.config import ModelConfig, RunConfig, check, d_ff
 from switchable.data.batches import CausalBatches, eval_batches
@@ -19,7 +19,7 @@ from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
 from switchable.ffn.convert import ConversionReport, convert
-from switchable.ffn.families import build_config
+from switchable.ffn.families import build_causal_lm
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
 
@@ -93,10 +93,7 @@ def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_t
         "num_heads": model.num_heads,
         "max_positions": model.max_positions or sequence_length,
     }
-    built: nn.Module = AutoModelForCausalLM.from_config(
-        build_config(model.family, sizes, model.activation, vocab_size, eos_token_id)
-    )
-    return built
+    return build_causal_lm(model.family, sizes, model.activation, vocab_size, eos_token_id)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -147,3 +147,25 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     assert torch.equal(model(x), before)
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
+
+
+def test_dense_fallback_follows_the_table_and_never_touches_training(
+    switchable_gpt2: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = switchable_gpt2.eval()
+    asked = []
+
+    def resolve(shape: object) -> str:
+        asked.append(shape)
+        return "dense"
+
+    dense = model(input_ids=tokens).logits
+    set_mode(model, "sparse")
+    sparse = model(input_ids=tokens).logits
+    monkeypatch.setattr("switchable.ffn.layer.resolve", resolve)
+    set_mode(model, "sparse", dense_fallback=True)
+    assert torch.equal(model(input_ids=tokens).logits, sparse)  # gradients are on: sparse as asked
+    assert not asked
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, dense)
+    assert len(asked) == 2

@@ -57,6 +57,13 @@ def test_measures_equal_brute_force(switchable_gpt2: nn.Module, tokens: Tensor) 
     assert all(m.similarity > 0.9 for m in again)  # warm-started on unchanged weights
 
 
+@pytest.mark.parametrize("structure", ["weights", "coactivation", "mixed"])
+def test_every_kind_of_structure_is_balanced(switchable_gpt2: nn.Module, tokens: Tensor, structure: str) -> None:
+    _, found = measure(switchable_gpt2, [{"input_ids": tokens}], [None, None], 0, structure)
+    for labels in found:
+        assert torch.equal(torch.bincount(labels, minlength=8), torch.full((8,), 8))
+
+
 def test_watching_leaves_the_model_as_it_was(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     set_mode(switchable_gpt2, "sparse")
     switchable_gpt2.train()

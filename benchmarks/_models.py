@@ -1,0 +1,50 @@
+"""What the benchmarks share: a random GPT-2 type model with switchable FFNs, and its parity check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from switchable.ffn.convert import convert, kept_modes, layers_of, set_mode
+from switchable.ffn.families import build_causal_lm
+from switchable.switching.config import SwitchConfig
+
+
+def random_gpt2(
+    d_model: int, num_layers: int, vocab_size: int, positions: int, num_experts: int, k: int
+) -> nn.Module:
+    """Return a converted GPT-2 with F = 4 D and random weights; routers do not learn in dense steps."""
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": d_model,
+        "d_ff": 4 * d_model,
+        "num_layers": num_layers,
+        "num_heads": d_model // 64,
+        "max_positions": positions,
+    }
+    model = build_causal_lm("gpt2", sizes, "relu", vocab_size, 0)
+    convert(model, SwitchConfig(num_experts=num_experts, experts_per_token=k))
+    for layer in layers_of(model):
+        layer.router_learns = False  # a plain dense step has no router
+    return model
+
+
+def parity_error(model: nn.Module, ids_BS: Tensor) -> float:
+    """Return the relative difference, all experts on against dense: the larger of logits and of the gradients."""
+    with kept_modes(model):
+        set_mode(model, "dense")
+        dense = _logits_and_gradients(model, ids_BS)
+        set_mode(model, "sparse", layers_of(model)[0].num_experts)
+        sparse = _logits_and_gradients(model, ids_BS)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(sparse, dense, strict=True))
+
+
+def _logits_and_gradients(model: nn.Module, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=ids_BS, labels=ids_BS, use_cache=False)
+    out.loss.backward()
+    grads = [
+        p.grad.reshape(-1) for n, p in model.named_parameters() if ".router." not in n and p.grad is not None
+    ]
+    model.zero_grad(set_to_none=True)
+    return out.logits.detach(), torch.cat(grads)
