@@ -49,7 +49,11 @@ def test_a_checkpoint_is_a_plain_model_for_a_process_without_this_package(
     logits = tmp_path / "logits.pt"
     arguments = [str(script), str(tmp_path / "model"), json.dumps(tokens.tolist()), str(logits)]
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", command, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-I", "-S", "-c", command, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
@@ -57,7 +61,9 @@ def test_a_checkpoint_is_a_plain_model_for_a_process_without_this_package(
     torch.testing.assert_close(torch.load(logits, weights_only=True), expected)
 
 
-def test_what_was_saved_loads_in_both_modes(switchable_gpt2: nn.Module, tokens: Tensor, tmp_path: Path) -> None:
+def test_what_was_saved_loads_in_both_modes(
+    switchable_gpt2: nn.Module, tokens: Tensor, tmp_path: Path
+) -> None:
     switchable_gpt2.eval()
     checkpoint.save(tmp_path / "model", switchable_gpt2)
     loaded, tokenizer = load_switchable(tmp_path / "model")
@@ -66,7 +72,9 @@ def test_what_was_saved_loads_in_both_modes(switchable_gpt2: nn.Module, tokens: 
         set_mode(loaded, mode)
         set_mode(switchable_gpt2, mode)
         with torch.no_grad():
-            assert torch.equal(loaded(input_ids=tokens).logits, switchable_gpt2(input_ids=tokens).logits), mode
+            assert torch.equal(loaded(input_ids=tokens).logits, switchable_gpt2(input_ids=tokens).logits), (
+                mode
+            )
 
 
 def flip_a_bit(path: Path) -> None:
@@ -75,7 +83,9 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "switchable.safetensors", "config.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "switchable.safetensors", "config.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_damage_is_found(switchable_gpt2: nn.Module, tmp_path: Path, name: str, damage: str) -> None:
     folder = tmp_path / "model"
