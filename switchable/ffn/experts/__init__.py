@@ -1,7 +1,9 @@
 """Expert compute by name: the same function, `y_t = Σ_k gate_tk · FFN_e(t,k)(x_t)`, computed in different ways.
 
 `eager` is the reference; the others exist because they are faster somewhere. Names shared with transformers
-(`eager`, `grouped_mm`, `batched_mm`) mean the same there.
+(`eager`, `grouped_mm`, `batched_mm`) mean the same there. On the CPU, `sorted` is for training and prefill, `decode`
+for a few tokens without gradients; on CUDA, `triton` (and `triton_atomic`, which adds up in any order) and
+`torch_grouped_mm`; `auto` asks a table measured on the machine.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from typing import Protocol
 from torch import Tensor
 
 from switchable.errors import InputError, nearest
+from switchable.ffn.experts.autotune import auto
+from switchable.ffn.experts.cpu import sorted_experts
+from switchable.ffn.experts.decode import decode
 from switchable.ffn.experts.eager import eager
+from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
+from switchable.ffn.experts.transformers_mm import batched_mm, grouped_mm
+from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
 from switchable.ffn.experts.weights import FFNWeights
 
 __all__ = ["IMPLEMENTATIONS", "ExpertCompute", "FFNWeights", "expert_ffn"]
@@ -33,7 +41,26 @@ class ExpertCompute(Protocol):
     ) -> Tensor: ...
 
 
-IMPLEMENTATIONS: dict[str, ExpertCompute] = {"eager": eager}
+IMPLEMENTATIONS: dict[str, ExpertCompute] = {
+    "eager": eager,
+    "sorted": sorted_experts,
+    "decode": decode,
+    "grouped_mm": grouped_mm,
+    "batched_mm": batched_mm,
+    "triton": triton_ffn,
+    "triton_atomic": triton_atomic,
+    "torch_grouped_mm": torch_grouped_mm,
+    "auto": auto,
+}
+
+
+def check_implementation(name: str) -> None:
+    """Raise InputError if there is no implementation of that name."""
+    if name not in IMPLEMENTATIONS:
+        raise InputError(
+            f"expert compute {name!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}"
+            + nearest(name, IMPLEMENTATIONS)
+        )
 
 
 def expert_ffn(
@@ -66,11 +93,7 @@ def expert_ffn(
     Raises:
         InputError: unknown implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(
-            f"implementation={implementation!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}"
-            + nearest(implementation, IMPLEMENTATIONS)
-        )
+    check_implementation(implementation)
     compute = IMPLEMENTATIONS[implementation]
     return compute(
         x_TD,

@@ -36,7 +36,10 @@ def eager(
         if weights.gate_FD is None:
             hidden = act(hidden)
         else:
-            hidden = act(torch.nn.functional.linear(x, weights.gate_FD[own], _part(weights.gate_bias_F, own))) * hidden
+            hidden = (
+                act(torch.nn.functional.linear(x, weights.gate_FD[own], _part(weights.gate_bias_F, own)))
+                * hidden
+            )
         y = hidden @ weights.down_FD[own]
         if gates_TK is not None:
             y = y * gates_TK[tokens, slots].unsqueeze(-1)

@@ -1,0 +1,253 @@
+"""The sparse FFN against the dense one on the CPU: training step, decoding, memory.
+
+    python -m benchmarks.ffn [--quick]
+
+Parity comes first: outputs and gradients of every contender against `eager`; nothing is reported if one fails. Then
+all contenders take turns in one process, on the same weights and the same random routing, and ratios are medians
+over the turns. Training is forward and backward with gradients of input, weights, bias and gates (which are one,
+as in training); decoding is the forward alone over as many layers as it takes to push the weights out of the
+cache. `batched_mm` copies the weights once per token, so it takes part in decoding only; `eager` stands for the loop
+over experts that transformers calls eager. `auto` is the name that it resolves to.
+
+    share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
+    share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's
+
+The last line is one JSON document.
+
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks._timing import Times, peak_bytes, take_turns
+from switchable.ffn.experts import FFNWeights, autotune, expert_ffn
+from switchable.ffn.router import Router, select
+
+TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
+PARITY = 1e-5  # relative root mean square error in float32
+CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    D: int
+    F: int
+    E: int = 32
+    K: int = 6
+
+    def __str__(self) -> str:
+        return f"T={self.T} D={self.D} F={self.F} E={self.E} K={self.K}"
+
+    @property
+    def forward_flops(self) -> float:
+        """Of the dense layer."""
+        return 4.0 * self.T * self.D * self.F
+
+
+TRAINING = [Shape(4096, D, 4 * D) for D in (256, 512, 768)]
+DECODING = [Shape(T, D, 4 * D) for D in (256, 512, 768) for T in (1, 16)]
+
+
+class Layer:
+    """One FFN as `nn.Linear` stores it, a batch, and a choice of experts."""
+
+    def __init__(self, shape: Shape, seed: int = 0):
+        torch.manual_seed(seed)
+        self.shape = shape
+        self.x_TD = torch.randn(shape.T, shape.D, requires_grad=True)
+        self.up, self.down = torch.nn.Linear(shape.D, shape.F), torch.nn.Linear(shape.F, shape.D, bias=False)
+        self.ids_TK = torch.rand(shape.T, shape.E).topk(shape.K).indices
+        self.gates_TK = torch.ones(shape.T, shape.K, requires_grad=True)
+        self.dy_TD = torch.randn(shape.T, shape.D)
+        self.router = Router(shape.D, shape.E)
+
+    def leaves(self) -> dict[str, Tensor]:
+        up_bias = self.up.bias
+        assert up_bias is not None
+        return {
+            "x": self.x_TD,
+            "up": self.up.weight,
+            "down": self.down.weight,
+            "bias": up_bias,
+            "gates": self.gates_TK,
+        }
+
+    def forward(self, name: str) -> Tensor:
+        if name == "dense":
+            return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
+        return expert_ffn(
+            self.x_TD,
+            FFNWeights(self.up.weight, self.down.weight.t(), self.up.bias),
+            self.ids_TK,
+            self.gates_TK,
+            num_experts=self.shape.E,
+            unit_gates=True,
+            implementation=name,
+        )
+
+    def train(self, name: str) -> None:
+        for leaf in self.leaves().values():
+            leaf.grad = None
+        torch.autograd.backward(self.forward(name), self.dy_TD)
+
+    def route(self, training: bool) -> None:
+        with torch.set_grad_enabled(training):
+            _, gates_TK = select(self.router(self.x_TD.detach()), self.shape.K)
+        if training:
+            torch.autograd.backward(gates_TK, torch.ones_like(gates_TK))
+
+
+def parity_errors() -> list[str]:
+    """Return one line for each contender and tensor that differs from `eager`."""
+    lines = []
+    for shape, names in (
+        (Shape(300, 64, 256, 8, 3), ("sorted", "grouped_mm", "batched_mm")),
+        (Shape(2, 64, 256), ("decode",)),
+    ):
+        layer = Layer(shape)
+        wanted = _results(layer, "eager", backward=names != ("decode",))
+        for name in names:
+            for tensor, value in _results(layer, name, backward=names != ("decode",)).items():
+                error = float((value - wanted[tensor]).norm() / wanted[tensor].norm())
+                if not error < PARITY:
+                    lines.append(
+                        f"{name} differs from eager in {tensor}: relative error {error:.1e} at {shape}"
+                    )
+    return lines
+
+
+def _results(layer: Layer, name: str, backward: bool) -> dict[str, Tensor]:
+    if not backward:
+        with torch.no_grad():
+            return {"y": layer.forward(name)}
+    y_TD = layer.forward(name)
+    gradients = torch.autograd.grad(y_TD, list(layer.leaves().values()), layer.dy_TD)
+    return {"y": y_TD.detach(), **dict(zip(layer.leaves(), gradients, strict=True))}
+
+
+def resolved(shape: Shape, training: bool) -> str:
+    """Return what `auto` runs."""
+    question = autotune.Shape(shape.T, shape.D, shape.F, shape.E, shape.K, training=training)
+    return autotune.resolve(question)
+
+
+def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Time forward and backward."""
+    layer = Layer(shape)
+    names = ("dense", "eager", "grouped_mm", "sorted")
+    product = partial(
+        torch.mm, layer.x_TD.detach(), layer.up.weight.detach().t(), out=torch.empty(shape.T, shape.F)
+    )
+    calls: dict[str, Callable[[], object]] = {name: partial(layer.train, name) for name in names}
+    times = take_turns({**calls, "router": partial(layer.route, True), "product": product}, seconds)
+    flops = 3 * shape.forward_flops
+    rate = shape.forward_flops / 2 / times.median("product")
+    row = _row(shape, times, "train", names, resolved(shape, True))
+    row["share_of_ideal"] = row["speedup"]["sorted"] * shape.K / shape.E
+    row["share_of_matmul"] = {
+        name: flops * (1.0 if name == "dense" else shape.K / shape.E) / times.median(name) / rate
+        for name in names
+    }
+    row["peak_mib"] = {name: peak_bytes(calls[name]) / 2**20 for name in names}
+    return row
+
+
+def decode_row(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Time the forward alone, going through several layers."""
+    count = max(2, min(32, CACHE_BYTES // (8 * shape.D * shape.F)))
+    layers = [Layer(shape, seed) for seed in range(count)]
+    names = (
+        ("dense", "grouped_mm", "batched_mm", "decode") if shape.T == 1 else ("dense", "grouped_mm", "decode")
+    )
+
+    def through(call: str, *arguments: Any) -> None:
+        for layer in layers:
+            getattr(layer, call)(*arguments)
+
+    calls: dict[str, Callable[[], object]] = {name: partial(through, "forward", name) for name in names}
+    with torch.no_grad():
+        times = take_turns({**calls, "router": partial(through, "route", False)}, seconds)
+    per_layer = Times({name: [value / count for value in values] for name, values in times.seconds.items()})
+    return _row(shape, per_layer, "decode", names, resolved(shape, False))
+
+
+def _row(shape: Shape, times: Times, job: str, names: tuple[str, ...], auto: str) -> dict[str, Any]:
+    own = "sorted" if job == "train" else "decode"
+    best = min((name for name in names if name in TRANSFORMERS), key=times.median)
+    return {
+        "job": job,
+        "shape": str(shape),
+        "ms": {name: 1e3 * times.median(name) for name in (*names, "router")},
+        "speedup": {name: times.ratio("dense", name) for name in names},
+        "speedup_with_router": times.median("dense") / (times.median(own) + times.median("router")),
+        "vs_best_transformers": times.ratio(best, own),
+        "best_transformers": best,
+        "auto": auto,
+    }
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print one shape."""
+    print(f"\n{row['job']}: {row['shape']}")
+    for name, speedup in row["speedup"].items():
+        line = f"  {name:<12}{row['ms'][name]:>9.3f} ms {speedup:>6.2f}x dense"
+        if "peak_mib" in row:
+            memory = row["peak_mib"][name]
+            line += f"{100 * row['share_of_matmul'][name]:>5.0f} % of matmul rate"
+            line += f"{memory:>8.0f} MiB at the peak ({memory / row['peak_mib']['dense']:.2f} of dense)"
+        print(line)
+    ideal = f", {100 * row['share_of_ideal']:.0f} % of the ideal" if "share_of_ideal" in row else ""
+    print(
+        f"  ours: {row['vs_best_transformers']:.2f}x {row['best_transformers']}{ideal}; with the router "
+        f"({row['ms']['router']:.3f} ms) {row['speedup_with_router']:.2f}x dense; auto: {row['auto']}"
+    )
+
+
+def main() -> int:
+    """Run everything; return the exit code."""
+    parser = argparse.ArgumentParser(description="The sparse FFN against the dense one on the CPU.")
+    parser.add_argument("--quick", action="store_true", help="under 50 seconds")
+    seconds = 5.0 if parser.parse_args().quick else 30.0
+    errors = parity_errors()
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        return 1
+    print(f"{autotune.machine()}, {torch.get_num_threads()} threads, float32")
+    rows = []
+    for shape in TRAINING:
+        rows.append(train_row(shape, seconds))
+        report(rows[-1])
+    for shape in DECODING:
+        rows.append(decode_row(shape, seconds / 5))
+        report(rows[-1])
+    by_shape = {(row["job"], row["shape"]): row for row in rows}
+    train = by_shape["train", str(Shape(4096, 768, 3072))]
+    decoding = by_shape["decode", str(Shape(1, 768, 3072))]
+    document = {
+        "train_speedup": train["speedup"]["sorted"],
+        "train_vs_best_transformers": train["vs_best_transformers"],
+        "train_share_of_ideal": train["share_of_ideal"],
+        "train_memory_share": train["peak_mib"]["sorted"] / train["peak_mib"]["dense"],
+        "decode_ffn_speedup": decoding["speedup"]["decode"],
+        "machine": {**autotune.machine(), "threads": torch.get_num_threads()},
+        "shapes": rows,
+    }
+    print(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""`grouped_mm` and `batched_mm`: transformers' own expert forwards, run on our weights and routing.
+
+They are contenders in the benchmarks and a second opinion in the tests. transformers writes them as methods of its
+experts classes (`transformers/integrations/moe.py`); all that they ask of `self` is a handful of attributes, so we
+hand them a namespace of views. What is copied, by whom:
+
+- `grouped_mm` copies every token K times; no weights. torch's operator under it takes our strided views as they
+  are, but only half and single precision, and strides that are multiples of 16 bytes; else an `InputError`.
+- `batched_mm` copies the weights of the selected experts once per (token, expert): for a few tokens only.
+- Gated FFNs: transformers wants gate and up projection in one tensor, so both are copied in every call.
+
+The output projection of our experts has no bias (it is added outside), theirs has one whenever the input projection
+does; `_NoBias` stands in for it.
+
+Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+from switchable.errors import InputError
+from switchable.ffn.experts.weights import FFNWeights
+
+
+class _NoBias:
+    """Answers every selection of experts with None, which their `_linear` functions take as "no bias"."""
+
+    def __getitem__(self, expert_ids: Tensor) -> None:
+        return None
+
+
+def grouped_mm(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    *,
+    num_experts: int,
+    activation: str,
+    unit_gates: bool = False,  # noqa: ARG001 - theirs always multiplies
+) -> Tensor:
+    """Return y_TD by `grouped_mm_experts_forward` (see `expert_ffn` for the arguments).
+
+    Raises:
+        InputError: float64, or rows that are not a multiple of 16 bytes long.
+    """
+    _check_grouped(weights, num_experts)
+    experts = _as_experts(weights, num_experts, activation)
+    y_TD: Tensor = grouped_mm_experts_forward(
+        experts, x_TD, expert_ids_TK, _gates(gates_TK, x_TD, expert_ids_TK)
+    )
+    return y_TD
+
+
+def batched_mm(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    *,
+    num_experts: int,
+    activation: str,
+    unit_gates: bool = False,  # noqa: ARG001 - theirs always multiplies
+) -> Tensor:
+    """Return y_TD by `batched_mm_experts_forward` (see `expert_ffn` for the arguments)."""
+    experts = _as_experts(weights, num_experts, activation)
+    y_TD: Tensor = batched_mm_experts_forward(
+        experts, x_TD, expert_ids_TK, _gates(gates_TK, x_TD, expert_ids_TK)
+    )
+    return y_TD
+
+
+def _check_grouped(weights: FFNWeights, num_experts: int) -> None:
+    up_FD = weights.up_FD
+    neurons, unit = up_FD.shape[0] // num_experts, 16 // up_FD.element_size()
+    if up_FD.dtype == torch.float64 or neurons % unit or up_FD.shape[1] % unit:
+        raise InputError(
+            f"grouped_mm cannot multiply d_model={up_FD.shape[1]}, {neurons} neurons per expert in {up_FD.dtype}: "
+            f"it takes half and single precision, and multiples of 16 bytes (here {unit} numbers); use 'sorted' "
+            "or 'eager'"
+        )
+
+
+def _gates(gates_TK: Tensor | None, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    return x_TD.new_ones(expert_ids_TK.shape) if gates_TK is None else gates_TK
+
+
+def _by_expert(values_FX: Tensor, num_experts: int) -> Tensor:
+    return values_FX.view(num_experts, -1, *values_FX.shape[1:])
+
+
+def _as_experts(weights: FFNWeights, num_experts: int, activation: str) -> SimpleNamespace:
+    """The attributes that transformers' forwards read; `up_proj` is [E, I, D], `down_proj` [E, D, I]."""
+    act = ACT2FN[activation]
+    experts = SimpleNamespace(
+        num_experts=num_experts,
+        act_fn=act,
+        has_gate=weights.gate_FD is not None,
+        has_bias=weights.up_bias_F is not None,
+        has_post_expert_norm=False,
+        is_transposed=False,
+        _is_expert_parallel=False,
+        down_proj=_by_expert(weights.down_FD, num_experts).mT,
+        down_proj_bias=_NoBias(),
+    )
+    up_EID = _by_expert(weights.up_FD, num_experts)
+    if weights.gate_FD is None:
+        experts.up_proj = up_EID
+        if weights.up_bias_F is not None:
+            experts.up_proj_bias = _by_expert(weights.up_bias_F, num_experts)
+        return experts
+    experts.gate_up_proj = torch.cat([_by_expert(weights.gate_FD, num_experts), up_EID], 1)
+    if weights.up_bias_F is not None:
+        gate_bias_F = (
+            weights.gate_bias_F if weights.gate_bias_F is not None else torch.zeros_like(weights.up_bias_F)
+        )
+        both = [_by_expert(bias_F, num_experts) for bias_F in (gate_bias_F, weights.up_bias_F)]
+        experts.gate_up_proj_bias = torch.cat(both, 1)
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: Tensor = act(gate) * up
+        return activated
+
+    experts._apply_gate = apply_gate
+    return experts
