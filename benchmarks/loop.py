@@ -4,7 +4,7 @@
 
 Three questions, on the demo's model (GPT-2, D=256, F=1,024, E=32, K=6):
 
-    loop_overhead       our loop's step / (forward + backward + clipping + optimizer step) - 1, the mode and routers alike
+    loop_overhead       our loop's step / (forward + backward + clipping + optimizer step) - 1, both dense
     step_speedup        plain dense step / sparse step, all layers sparse, timed in turns
     peak_memory_ratio   peak memory of sparse steps / of dense steps, above what the process held before the first
                         step; each mode in a process of its own

@@ -115,10 +115,12 @@ def set_mode(
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     """Within the `with` block modes may be changed at will; afterwards everything is as it was.
 
-    Kept are each FFN's mode, K and dense fallback, whether its router learns, and the model's training or evaluation mode.
+    Kept are each FFN's mode, K and dense fallback, whether its router learns, and whether the model trains.
     """
     layers = layers_of(model)
-    kept = [(layer.mode, layer.experts_per_token, layer.router_learns, layer.dense_fallback) for layer in layers]
+    kept = [
+        (layer.mode, layer.experts_per_token, layer.router_learns, layer.dense_fallback) for layer in layers
+    ]
     training = model.training
     try:
         yield layers

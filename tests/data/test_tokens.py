@@ -132,9 +132,9 @@ def lock_of(config: DataConfig) -> str:
 def test_meta_counts_what_is_there(source: Path, tmp_path: Path) -> None:
     data = prepare(config_for(source), tmp_path / "cache")
     meta = json.loads((data.folder / "meta.json").read_text(encoding="utf-8"))
-    for side, split in (("train", data.train), ("val", data.val)):
-        documents = documents_in(data, split)
-        raw = split.path.read_bytes()
+    for side, part in (("train", data.train), ("val", data.val)):
+        documents = documents_in(data, part)
+        raw = part.path.read_bytes()
         assert meta["splits"][side] == {
             "documents": len(documents),
             "text_bytes": sum(len(text.encode()) for text in documents),

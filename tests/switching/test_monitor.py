@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,9 @@ def test_measures_equal_brute_force(switchable_gpt2: nn.Module, tokens: Tensor) 
 
 
 @pytest.mark.parametrize("structure", ["weights", "coactivation", "mixed"])
-def test_every_kind_of_structure_is_balanced(switchable_gpt2: nn.Module, tokens: Tensor, structure: str) -> None:
+def test_every_kind_of_structure_is_balanced(
+    switchable_gpt2: nn.Module, tokens: Tensor, structure: str
+) -> None:
     _, found = measure(switchable_gpt2, [{"input_ids": tokens}], [None, None], 0, structure)
     for labels in found:
         assert torch.equal(torch.bincount(labels, minlength=8), torch.full((8,), 8))

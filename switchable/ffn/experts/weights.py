@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """FFN(x) = act(x · upᵀ + up_bias) · down, or for gated FFNs (act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)) · down.
+    """FFN(x) = act(x · upᵀ + up_bias) · down; gated: (act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)) · down.
 
     The bias of the output projection is not here: it is added once, outside the experts, in both modes.
     """
