@@ -69,7 +69,7 @@ def convert(
 
 def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> SwitchableFFN:
     layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
-    layer.router_learns = config.router == "learned"
+    layer.router_learns = config.router == "learned" and config.schedule != "dense"
     layer.router_token_fraction = config.router_token_fraction
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute

@@ -74,6 +74,7 @@ class Trainer:
         self.flops, self.counters, self.stop = flops, counters, stop
         self._window_loss = torch.tensor(counters.window_loss, device=job.device)
         self._shown_loss: float | None = None
+        self.validation: dict[str, float | None] | None = None
 
     def train(self) -> None:
         """Run to the last step.
@@ -87,18 +88,15 @@ class Trainer:
         while self.counters.steps < train.steps:
             self._step()
             done = self.counters.steps
-            if done % train.log_every == 0 or done == train.steps:
+            finished = done == train.steps
+            if finished or done % train.log_every == 0:
                 self._log_train()
-            if done == train.steps:
-                break
-            if train.eval_every and done % train.eval_every == 0:
+            if finished or (train.eval_every and done % train.eval_every == 0):
                 self._evaluate()
-            if self.stop.requested or done % train.checkpoint_every == 0:
+            if finished or self.stop.requested or done % train.checkpoint_every == 0:
                 self.save()
-            if self.stop.requested:
+            if self.stop.requested and not finished:
                 raise TrainingStopped(self.stop.signum)
-        self._evaluate()
-        self.save()
 
     def _step(self) -> None:
         """One optimizer step and what the controller does after it."""
@@ -179,7 +177,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         begin = time.perf_counter()
-        self.log.evaluation(self.counters.steps, self.validate())
+        self.validation = self.validate()
+        self.log.evaluation(self.counters.steps, self.validation)
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:

@@ -182,7 +182,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, draw, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
-    figures = summarise(trainer.counters, job, trainer.flops, trainer.validate())
+    figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     write_json(rundir.summary, figures)
     draw_curves(rundir.metrics, rundir.curves)
     _show_samples(trainer)
