@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from switchable.cli import default_cache
+from switchable.cli.flags import default_cache
 from switchable.config import from_dict, read_yaml
 from switchable.data.batches import eval_batches
 from switchable.data.tokens import prepare

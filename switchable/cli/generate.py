@@ -1,0 +1,41 @@
+"""`switchable generate`: text from a trained model, dense or sparse."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from switchable.errors import InputError
+
+HELP = "write text with a trained model, dense or sparse"
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
+    verb.add_argument("--prompt", default="", help="text to continue")
+    verb.add_argument("--mode", choices=("dense", "sparse"), default="dense", help="how the FFNs multiply")
+    verb.add_argument("--experts-per-token", type=int, metavar="K", help="experts per token in sparse mode")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=100, help="tokens to write at most (default %(default)s)"
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=0.8, help="0 = most probable token (default %(default)s)"
+    )
+    verb.add_argument(
+        "--top-k", type=int, default=50, help="draw among so many tokens; 0 = all (default %(default)s)"
+    )
+    verb.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prompt and its continuation."""
+    from switchable.infer.generate import Sampling, generate_text
+    from switchable.infer.load import load_switchable
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
+    model, tokenizer = load_switchable(args.folder)
+    if tokenizer is None:
+        raise InputError(f"{args.folder} holds no tokenizer; give the folder of the run instead")
+    print(generate_text(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling))
+    return 0

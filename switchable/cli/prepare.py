@@ -1,0 +1,31 @@
+"""`switchable prepare`: text -> tokenizer -> token files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from switchable.cli.flags import add_common, add_config_flags, given_flags
+
+HELP = "text -> tokenizer -> token files (pretrain does it by itself)"
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_common(verb)
+    add_config_flags(verb, only="data")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the data and print where it is."""
+    from switchable.config import load
+    from switchable.data.tokens import prepare
+
+    config = load(args.config, given_flags(args))
+    data = prepare(config.data, args.cache, progress=not args.quiet)
+    print(
+        json.dumps(
+            {"train_tokens": data.train.tokens, "val_tokens": data.val.tokens, "folder": str(data.folder)}
+        )
+    )
+    return 0
