@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(VERBS[args.verb].run(args))
     except InputError as error:
-        print(f"switchable {args.verb}: {error}", file=sys.stderr)
+        if (
+            os.environ.get("RANK", "0") == "0"
+        ):  # under torchrun all ranks end with the same error; one says it
+            print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, and nobody to say it to.

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError, nearest
+from switchable.ranks import permute
 
 
 @dataclass(frozen=True)
@@ -169,5 +169,4 @@ def permute_neurons(
         stored_in_by_out = isinstance(projection, Conv1D)
         dim = 0 if stored_in_by_out == output else 1
     if dim is not None:
-        with torch.no_grad():
-            tensor.copy_(tensor.index_select(dim, perm_F.to(tensor.device)))
+        permute(tensor, dim, perm_F)

@@ -42,6 +42,8 @@ class SwitchableFFN(nn.Module):
     """`"dense"` or `"sparse"`: how the layer multiplies now."""
     takes_part: bool
     """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+    router_loss_weight: float
+    """Factor of the router's loss in dense steps: 1 / micro-batches where a loop adds up their gradients."""
     dense_fallback: bool
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
 
@@ -75,6 +77,7 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(up_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.router_loss_weight = 1.0
 
     @property
     def up(self) -> nn.Linear:
@@ -125,7 +128,8 @@ class SwitchableFFN(nn.Module):
         hidden_BSF = self.activations(x_BSD)
         y_BSD: Tensor = self.down(hidden_BSF)
         if self.router_learns and self.training and torch.is_grad_enabled():
-            y_BSD = attach_loss(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+            loss = self._router_loss(x_BSD.detach(), hidden_BSF.detach())
+            y_BSD = attach_loss(y_BSD, self.router_loss_weight * loss)
         return y_BSD
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
@@ -166,9 +170,10 @@ class SwitchableFFN(nn.Module):
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
         every = max(1, round(1.0 / self.router_token_fraction))
-        x_TD = x_BSD.reshape(-1, self.d_model)[::every]
+        # Strided within the sequence, so that it is the same tokens however a batch is split into rows.
+        x_TD = x_BSD[..., ::every, :].reshape(-1, self.d_model)
         with torch.no_grad():
-            hidden_TF = hidden_BSF.reshape(-1, self.d_ff)[::every]
+            hidden_TF = hidden_BSF[..., ::every, :].reshape(-1, self.d_ff)
             mass_TE = expert_mass(hidden_TF, self.weights.down_FD, self.num_experts)
         return router_loss(self.router(x_TD), mass_TE)
 

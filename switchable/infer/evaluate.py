@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from switchable.ffn.convert import kept_modes, set_mode
+from switchable.ranks import sum_over_ranks
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Return the mean loss in nats per predicted token, in the model's current mode.
 
+    Under torch.distributed every rank calls it with its part of the batches; all get the mean over all of them.
+
     Args:
         model: a transformers causal language model (it predicts S - 1 tokens of each sequence of S).
         batches: model inputs with `input_ids` [B, S] and `labels`.
     """
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     with kept_modes(model):
         model.eval()
         for batch in batches:
@@ -26,6 +29,7 @@ def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -
             # A host sync per batch: evaluation is not the training step.
             total += float(model(**batch).loss) * predicted
             tokens += predicted
+    total, tokens = sum_over_ranks([total, tokens])
     return total / max(tokens, 1)
 
 

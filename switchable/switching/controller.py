@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.ranks import gathered
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import Batch, LayerMeasures, measure
 from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
@@ -132,7 +133,9 @@ class Controller:
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
                 if again:
-                    layer.router.initialise(layer.weights.up_FD)
+                    with gathered(layer):
+                        up_FD = layer.weights.up_FD.detach().clone()
+                    layer.router.initialise(up_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
         return Measurement(self.steps_done, tuple(measures), decision.regroup, decision.state.takes_part)

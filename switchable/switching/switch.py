@@ -18,6 +18,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import permute_neurons
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.structure import match_labels, permutation_from_labels
+from switchable.ranks import gathered
 
 
 def regroup(
@@ -120,5 +121,6 @@ def _fingerprint(layer: SwitchableFFN) -> Tensor:
         .view(2, layer.d_model)
         .to(parameter.device, parameter.dtype)
     )
-    y_TD: Tensor = layer.down(layer.activations(x_TD))
+    with gathered(layer):
+        y_TD: Tensor = layer.down(layer.activations(x_TD))
     return y_TD.float()

@@ -5,7 +5,9 @@
     training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
-The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled.
+The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled. Whether one
+process wrote it or many, sharded or not, it is the same folder (`tensorfile.py`), and any other number of them reads
+it: each its own rows.
 """
 
 from __future__ import annotations
@@ -13,24 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable import ranks
 from switchable.errors import InputError
-from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.train.rundir import TEMPORARY, is_no_space, write_json
+from switchable.ffn.convert import layers_of
+from switchable.train import tensorfile
+from switchable.train.rundir import TEMPORARY, is_no_space, remove, sync_folder, write_json
+from switchable.train.snapshot import Snapshot, take, untied_state
+from switchable.train.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
+METADATA = {"format": "pt"}
+"""What transformers wants to see in the header of a safetensors file."""
 
 
 def save(
@@ -39,7 +44,7 @@ def save(
     training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a checkpoint, atomically; an older one of the same name is replaced.
+    """Write a checkpoint, atomically; an older one of the same name is replaced. Every rank must call it.
 
     Args:
         folder: where it shall stand.
@@ -50,19 +55,37 @@ def save(
     Raises:
         InputError: no space left on the device. What was there before is untouched.
     """
+    write(folder, take(model, training, tokenizer))
+
+
+def write(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+    """Write a snapshot as the checkpoint `folder`; every rank must call it, with its own.
+
+    Args:
+        folder: where it shall stand; on a file system that all ranks share.
+        snapshot: what to write.
+        group: ranks to talk to; one of its own where this runs beside training.
+
+    Raises:
+        InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
+    """
     temporary = folder.with_name(TEMPORARY + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_model(temporary, model)
-        if training is not None:
-            save_file(training[0], temporary / "training.safetensors")
-            write_json(temporary / "training.json", training[1])
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _seal(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        ranks.gather(lambda: _guarded(folder, lambda: _begin(temporary, snapshot)), group)
+        ranks.gather(lambda: _guarded(folder, lambda: _write_rows(temporary, snapshot)), group)
+        # Checksums are of what is on disk, not of what was meant to be; the files are shared out.
+        parts = ranks.gather(lambda: _guarded(folder, lambda: _checksums(temporary)), group)
+        files = {name: entry for part in parts for name, entry in part.items()}
+        ranks.gather(lambda: _guarded(folder, lambda: _finish(temporary, folder, files)), group)
+    finally:
+        if ranks.is_main():
+            remove(temporary)
+
+
+def _guarded(folder: Path, work: Any) -> Any:
+    """Do `work`; a full disk is the user's affair, anything else a bug."""
+    try:
+        return work()
     except (OSError, SafetensorError) as error:
         if not is_no_space(error):
             raise
@@ -70,50 +93,49 @@ def save(
             f"no space left on the device while saving {folder}; nothing was damaged and earlier checkpoints stand. "
             "Free some space (or lower --keep) and go on with --resume"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model(folder: Path, model: nn.Module) -> None:
-    """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_router_parameter(name)}
-    with _no_progress_bars():
-        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-    routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
-    save_file(routers, folder / "switchable.safetensors")
-    layers = layers_of(model)
-    write_json(
-        folder / "switchable.json",
-        {
-            "num_experts": layers[0].num_experts,
-            "layers": {
-                layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
-                for layer in layers
-            },
-        },
-    )
+def _begin(temporary: Path, snapshot: Snapshot) -> None:
+    """Make the folder with every file in its full size (rank 0)."""
+    if not ranks.is_main():
+        return
+    remove(temporary)
+    temporary.mkdir(parents=True)
+    for config in snapshot.configs:
+        config.save_pretrained(temporary)
+    for name, value in snapshot.documents.items():
+        write_json(temporary / name, value)
+    for name, pieces in snapshot.tensors.items():
+        tensorfile.create(temporary / name, pieces, METADATA)
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every file; its setting is put back afterwards."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+def _write_rows(temporary: Path, snapshot: Snapshot) -> None:
+    if not temporary.is_dir():
+        raise InputError(
+            f"rank {ranks.rank()} does not see {temporary.parent}; --out must be on a file system that all ranks share"
+        )
+    for name, pieces in snapshot.tensors.items():
+        tensorfile.write(temporary / name, pieces, METADATA)
 
 
-def _seal(folder: Path) -> None:
-    """Write the manifest of a folder and flush every file to disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
+def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
+    """Return the manifest's entries of this rank's share of the files."""
+    paths = sorted(temporary.iterdir())[ranks.rank() :: ranks.world_size()]
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+
+
+def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
+    """Write the manifest, flush, and give the folder its name (rank 0)."""
+    if not ranks.is_main():
+        return
+    for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"format": 1, "files": files})
+    write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
+    sync_folder(temporary)
+    remove(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
 
 
 def sha256(path: Path) -> str:
@@ -135,6 +157,8 @@ def verify(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     for name, (size, checksum) in files.items():
         path = folder / name
+        if Path(name).name != name:
+            return f"{MANIFEST} names a file outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -144,68 +168,38 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def training_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    controller_state: Mapping[str, Any],
-    counters: Mapping[str, Any],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gather what a resumed run needs besides the model, as tensors and as plain values.
-
-    Args:
-        model: the model trained.
-        optimizer: its optimizer; states are stored under their parameter's name.
-        controller_state: `Controller.state_dict()`.
-        counters: plain values of the loop.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values: dict[str, Any] = {"counters": dict(counters), "optimizer": {}}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            full = f"{names[id(parameter)]}:{key}"
-            if isinstance(value, Tensor):
-                tensors[f"optimizer:{full}"] = value.detach().contiguous()
-            elif value is not None:
-                values["optimizer"][full] = value
-    plain = dict(controller_state)
-    for i, labels in enumerate(plain.pop("last")):
-        if labels is not None:
-            tensors[f"structure:{i}"] = labels
-    values["controller"] = plain
-    return tensors, values
-
-
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a verified checkpoint into a converted model and its optimizer.
+    """Load a verified checkpoint into a converted model and its optimizer, however either is sharded.
 
     Returns:
         The controller's state and the loop's counters.
     """
     restore_model(folder, model)
-    device = next(model.parameters()).device
-    tensors = load_file(folder / "training.safetensors")
+    file = TensorFile(folder / "training.safetensors")
     values = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = tensors.pop("random.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    torch.set_rng_state(file.tensor("random.cpu"))
+    if "random.cuda" in file.names and torch.cuda.is_available():
+        torch.cuda.set_rng_state(file.tensor("random.cuda"))
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    for name in sorted(file.names):
         if name.startswith("optimizer:"):
             _, parameter_name, key = name.split(":")
-            # AdamW keeps its step count on the CPU; moments live beside their parameter.
-            home = tensor if tensor.ndim == 0 else tensor.to(device)
-            optimizer.state[parameters[parameter_name]][key] = home
+            parameter = parameters[parameter_name]
+            if file.shape(name) == ():
+                optimizer.state[parameter][key] = file.tensor(name)  # AdamW keeps its step count on the CPU
+            else:
+                optimizer.state[parameter][key] = torch.zeros_like(
+                    parameter
+                )  # moments lie as their parameter does
+                file.read_into(name, optimizer.state[parameter][key])
     for full, value in values["optimizer"].items():
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
-    controller_state["last"] = [tensors.get(f"structure:{i}") for i in range(len(layers_of(model)))]
+    labels = [f"structure:{i}" for i in range(len(layers_of(model)))]
+    controller_state["last"] = [file.tensor(name) if name in file.names else None for name in labels]
     return controller_state, values["counters"]
 
 
@@ -213,17 +207,23 @@ def restore_model(folder: Path, model: nn.Module) -> None:
     """Load weights and routers of a checkpoint into a converted model of the same shape.
 
     Raises:
-        InputError: names or shapes do not fit.
+        InputError: names or shapes do not fit; the model is unchanged then.
     """
-    state = load_file(folder / "model.safetensors") | load_file(folder / "switchable.safetensors")
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in missing if name not in tied]
-    if missing or unexpected:
+    state = untied_state(model)
+    files = [TensorFile(folder / name) for name in ("model.safetensors", "switchable.safetensors")]
+    stored = {name: file for file in files for name in file.names}
+    strange = sorted(state.keys() ^ stored.keys())
+    if strange:
+        missing = len(state.keys() - stored.keys())
         raise InputError(
-            f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
-            f"e.g. {(missing + unexpected)[0]}"
+            f"{folder} does not fit the model: {missing} tensors missing, {len(strange) - missing} unexpected, "
+            f"e.g. {strange[0]}"
         )
+    for name, tensor in state.items():
+        if stored[name].shape(name) != tuple(tensor.shape):
+            raise InputError(
+                f"{folder} does not fit the model: {name} has shape {stored[name].shape(name)} there, "
+                f"{tuple(tensor.shape)} in the model"
+            )
+    for name, tensor in state.items():
+        stored[name].read_into(name, tensor)

@@ -40,6 +40,17 @@ class StepFlops:
     router_learning: tuple[float, ...]
     """Per layer: training the router in a dense step."""
 
+    def times(self, number: int) -> StepFlops:
+        """Return the FLOPs of a step of so many batches like the one counted."""
+        return StepFlops(
+            tokens=self.tokens * number,
+            dense=self.dense * number,
+            head=self.head * number,
+            ffn_dense=tuple(flops * number for flops in self.ffn_dense),
+            ffn_sparse=tuple(flops * number for flops in self.ffn_sparse),
+            router_learning=tuple(flops * number for flops in self.router_learning),
+        )
+
     def step(self, sparse_layers: tuple[bool, ...]) -> float:
         """Return the FLOPs of a step in which the given layers are sparse and the others dense."""
         total = self.dense

@@ -2,20 +2,26 @@
 
 new run:   lock the folder -> set up -> count FLOPs -> train
 resume:    lock the folder -> same configuration? -> newest checkpoint whole? -> set up -> restore -> train
+
+Under torchrun every rank goes through all of it; rank 0 alone holds the lock, writes, draws and speaks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from torch.distributed.fsdp import FSDPModule
 
 import switchable
+from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
@@ -23,15 +29,29 @@ from switchable.infer.generate import Sampling, generate_text
 from switchable.study.curves import draw_curves
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
-from switchable.train.log import RunLog
+from switchable.train.log import open_log
 from switchable.train.loop import Counters, Trainer
+from switchable.train.parallel import split
 from switchable.train.rundir import RunDir, write_json, write_text
-from switchable.train.setup import Job, set_up
+from switchable.train.saver import Saver
+from switchable.train.setup import Job, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.timing import step_seconds
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", "device", "sample_prompt")
-"""Settings of `train` that a resumed run may have different: they do not alter what is computed."""
+MAY_CHANGE = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "gradient_accumulation_steps",
+    "parallel",
+    "activation_checkpointing",
+    "compile",
+    "threads",
+    "device",
+    "sample_prompt",
+)
+"""Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
 
 
 def pretrain(
@@ -54,21 +74,11 @@ def pretrain(
         TrainingStopped: stopped by a signal, after saving.
     """
     check(config)
-    rundir = RunDir(out)
-    rundir.acquire()
-    try:
-        if rundir.config.exists() and not overwrite:
-            raise InputError(
-                f"{out} holds a run already; go on with it with --resume, replace it with --overwrite, "
-                "or choose another folder with --out"
-            )
-        job = set_up(config, cache, quiet)
-        rundir.clear()
-        job.tokenizer.save_pretrained(rundir.tokenizer)
-        write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+    with _held(RunDir(out)) as rundir:
+        ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
+        job = set_up(config, cache, quiet or not ranks.is_main())
+        ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet)
-    finally:
-        rundir.release()
 
 
 def resume(
@@ -87,20 +97,46 @@ def resume(
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
         TrainingStopped: stopped by a signal, after saving.
     """
-    if not (out / "config.yaml").exists():
+    if not ranks.on_main((out / "config.yaml").exists):
         raise InputError(f"{out} holds no run to resume (no config.yaml); start one without --resume")
-    rundir = RunDir(out)
-    rundir.acquire()
-    try:
-        config = _same_config(rundir, flags)
-        step = _choose_checkpoint(rundir, resume_from)
-        job = set_up(config, cache, quiet)
-        _check_same_data(rundir, job, step)
+    with _held(RunDir(out)) as rundir:
+        config = ranks.together(lambda: _same_config(rundir, flags))
+        step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
+        job = set_up(config, cache, quiet or not ranks.is_main())
+        ranks.together(lambda: _check_same_data(rundir, job, step))
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet)
+
+
+@contextmanager
+def _held(rundir: RunDir) -> Iterator[RunDir]:
+    """Hold a run's folder, which what a killed process left half done has been swept out of."""
+
+    def hold() -> None:
+        rundir.acquire()
+        rundir.sweep()
+
+    try:
+        ranks.on_main(hold)
+        yield rundir
     finally:
-        rundir.release()
+        if ranks.is_main():
+            rundir.release()
+
+
+def _refuse_to_replace(rundir: RunDir, overwrite: bool) -> None:
+    if rundir.config.exists() and not overwrite:
+        raise InputError(
+            f"{rundir.path} holds a run already; go on with it with --resume, replace it with --overwrite, "
+            "or choose another folder with --out"
+        )
+
+
+def _begin(rundir: RunDir, job: Job) -> None:
+    rundir.clear()
+    job.tokenizer.save_pretrained(rundir.tokenizer)
+    write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
@@ -159,14 +195,20 @@ def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
 
 
 def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str, Any]:
-    log = RunLog(rundir, job.config.train.steps, counters.steps, quiet)
+    log = open_log(rundir, job.config.train.steps, counters.steps, quiet)
     try:
+        processes = (
+            f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
+        )
         log.say(
             f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+            + processes
         )
-        flops = count(job.model, job.batch(0))
-        with StopRequest() as stop:
-            trainer = Trainer(job, rundir, log, flops, counters, stop)
+        # A step has as many micro-batches, over all ranks, as the batch has times their rows.
+        piece = split(job.batch(0), micro_rows(job.config.train))[0]
+        flops = count(job.model, piece).times(job.config.train.batch_size // micro_rows(job.config.train))
+        with StopRequest() as stop, Saver() as saver:
+            trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
             try:
                 trainer.train()
             except TrainingStopped:
@@ -183,9 +225,10 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
-    write_json(rundir.summary, figures)
-    draw_curves(rundir.metrics, rundir.curves)
-    _show_samples(trainer)
+    if ranks.is_main():
+        write_json(rundir.summary, figures)
+        draw_curves(rundir.metrics, rundir.curves)
+        _show_samples(trainer)
     trainer.log.say(f"model: {rundir.final}   picture: {rundir.curves}   figures: {rundir.summary}")
     return figures
 
@@ -194,6 +237,9 @@ def _show_samples(trainer: Trainer) -> None:
     """Let the finished model continue a text in both modes."""
     job, prompt = trainer.job, trainer.job.config.train.sample_prompt
     if prompt is None:
+        return
+    if isinstance(job.model, FSDPModule):
+        trainer.log.say(f"no sample of a sharded model; see: switchable generate {trainer.rundir.path}")
         return
     sparse = any(job.controller.state.takes_part)
     with kept_modes(job.model):
@@ -208,7 +254,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the run's closing figures; docs/method.md explains every key."""
     takes_part = job.controller.state.takes_part
-    seconds = step_seconds(job.model, job.batch(0))
+    train = job.config.train
+    seconds = step_seconds(
+        job.model, split(job.batch(0), micro_rows(train))[0], train.gradient_accumulation_steps
+    )
     # All-dense training has neither routers nor a monitor.
     all_dense = flops.dense * counters.steps
     head = flops.head * counters.steps
@@ -232,6 +281,7 @@ def summarise(
         "wall_seconds_dense": counters.seconds_dense,
         "wall_seconds_sparse": counters.seconds_sparse,
         "wall_seconds_measure": counters.seconds_measure,
+        "processes": ranks.world_size(),
         "wall_ratio": training_seconds / (seconds["dense"] * counters.steps),
         "versions": {
             "switchable": switchable.__version__,

@@ -81,11 +81,39 @@ class RunDir:
     def drop_old(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest; 0 keeps all."""
         for step in self.steps()[:-keep] if keep > 0 else []:
-            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+            remove(self.checkpoint(step))
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed left half done."""
+        for place in (self.path, self.checkpoints):
+            for left in place.glob(TEMPORARY + "*"):
+                remove(left)
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint taken after `step` steps."""
         return self.checkpoints / f"step-{step:06d}"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder loses its name first, so that no half of it ever stands under it."""
+    if path.is_dir() and not path.name.startswith(TEMPORARY):
+        doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        path = doomed
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk: a new name in it survives a power cut from then on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """From a configuration to everything a run needs: data, model, optimizer, controller.
 
-Settings are checked first (`config.check`), before any work is done.
+Settings are checked first (`config.check`), before any work is done. Every rank builds the same model from the same
+seed; then it is shared out (`parallel.py`), and only then does it get its optimizer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.config import ModelConfig, RunConfig, check, d_ff
+from switchable import ranks
+from switchable.config import ModelConfig, RunConfig, TrainConfig, check, d_ff
 from switchable.data.batches import CausalBatches, eval_batches
 from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
@@ -22,6 +24,8 @@ from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.families import build_causal_lm
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
+from switchable.train.parallel import Replica, check_division, settle_expert_compute, split
+from switchable.train.parallel import prepare as prepare_model
 
 Batch = Mapping[str, Tensor]
 
@@ -32,6 +36,8 @@ class Job:
 
     config: RunConfig
     model: nn.Module
+    replica: Replica
+    """The model as the training step calls it; `model` itself elsewhere."""
     report: ConversionReport
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -42,7 +48,7 @@ class Job:
     device: torch.device
 
     def batch(self, step: int) -> Batch:
-        """Return the model inputs of step `step` (counted from 0)."""
+        """Return this rank's part of the model inputs of step `step` (counted from 0)."""
         return causal_inputs(self.batches.batch(step), self.device)
 
 
@@ -60,28 +66,68 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     check(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    data = prepare(config.data, cache, progress=not quiet)
-    tokenizer = load_tokenizer(data.tokenizer_path)
-    train = config.train
-    batches = CausalBatches(data.train.path, train.batch_size, train.sequence_length, train.seed)
-    validation = _validation(data, config, device)
-    torch.manual_seed(train.seed)
-    model = build_model(config.model, train.sequence_length, data.vocab_size, data.end_of_text.id).to(device)
-    report = convert(model, config.switch)
-    probe = _probe(validation, config.switch.probe_tokens)
+    # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
+    parts = ranks.together(lambda: _build(config, cache, quiet))
+    model, train = parts.model, config.train
+    settle_expert_compute(model, micro_rows(train) * train.sequence_length, train, parts.device)
+    prepare_model(model, train)
     return Job(
         config=config,
         model=model,
-        report=report,
+        replica=Replica(model, train, parts.device),
+        report=parts.report,
+        tokenizer=parts.tokenizer,
+        data=parts.data,
+        batches=parts.batches,
+        validation=parts.validation,
+        optimizer=build_optimizer(model, train),
+        controller=Controller(model, parts.probe, train.steps, config.switch, train.seed),
+        device=parts.device,
+    )
+
+
+@dataclass
+class _Parts:
+    """What a run is built from, before the model is shared out."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    batches: CausalBatches
+    validation: list[Batch]
+    probe: list[Batch]
+    model: nn.Module
+    report: ConversionReport
+
+
+def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
+    train, rank, world = config.train, ranks.rank(), ranks.world_size()
+    check_division(train)
+    device = pick_device(train.device)
+    data = prepare(config.data, cache, progress=not quiet)
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    batches = CausalBatches(data.train.path, train.batch_size, train.sequence_length, train.seed, rank, world)
+    validation = _validation(data, config, device, rank, world)
+    # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
+    probe = _probe(_validation(data, config, device), config.switch.probe_tokens)
+    rows = micro_rows(train)
+    torch.manual_seed(train.seed)
+    model = build_model(config.model, train.sequence_length, data.vocab_size, data.end_of_text.id).to(device)
+    return _Parts(
+        device=device,
         tokenizer=tokenizer,
         data=data,
         batches=batches,
-        validation=validation,
-        optimizer=build_optimizer(model, train),
-        controller=Controller(model, probe, train.steps, config.switch, train.seed),
-        device=device,
+        validation=[piece for batch in validation for piece in split(batch, rows)],
+        probe=[piece for batch in probe for piece in split(batch, rows)],
+        model=model,
+        report=convert(model, config.switch),
     )
+
+
+def micro_rows(train: TrainConfig) -> int:
+    """Return the sequences that a process computes at a time."""
+    return train.batch_size // ranks.world_size() // train.gradient_accumulation_steps
 
 
 def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_token_id: int) -> nn.Module:
@@ -104,6 +150,8 @@ def pick_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
@@ -118,9 +166,13 @@ def causal_inputs(ids_BS: Tensor, device: torch.device) -> Batch:
     return {"input_ids": ids_BS, "labels": ids_BS, "use_cache": False}  # type: ignore[dict-item]
 
 
-def _validation(data: PreparedData, config: RunConfig, device: torch.device) -> list[Batch]:
+def _validation(
+    data: PreparedData, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
     train = config.train
-    found = eval_batches(data.val.path, train.batch_size, train.sequence_length, train.eval_tokens)
+    found = eval_batches(
+        data.val.path, train.batch_size, train.sequence_length, train.eval_tokens, rank, world_size
+    )
     return [causal_inputs(ids, device) for ids in found]
 
 
