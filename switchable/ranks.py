@@ -22,6 +22,30 @@ from switchable.errors import InputError
 T = TypeVar("T")
 
 
+class RankLost(RuntimeError):
+    """Another rank died or does not answer; what was saved before stands."""
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Within the `with` block, torch's errors about a rank that is gone become `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = (
+            "Connection closed by peer",
+            "Timed out",
+            "Connection reset",
+            "Broken pipe",
+            "timed out",
+            "gloo",
+        )
+        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        if not (running() and lost):
+            raise
+        raise RankLost(str(error).splitlines()[0]) from error
+
+
 def running() -> bool:
     """Return whether this process is one of several ranks (or of one, started by torchrun)."""
     return dist.is_available() and dist.is_initialized()
@@ -135,12 +159,12 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """Within the `with` block a sharded module's own parameters are whole, to be read; others are so anyway."""
     sharded = isinstance(module, FSDPModule)
     if sharded:
-        module.unshard()
+        cast(FSDPModule, module).unshard()
     try:
         yield
     finally:
         if sharded:
-            module.reshard()
+            cast(FSDPModule, module).reshard()
 
 
 def rows_here(tensor: Tensor) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,18 @@ def _run_ranks(args: argparse.Namespace) -> int:
             # torchrun started us again after a rank was lost: with the same command line, on a folder of our own.
             args.resume = ranks.on_main((args.out / "checkpoints").is_dir)
             args.overwrite = not args.resume
-        return _train(args, given, config)
+        try:
+            with ranks.watched():
+                return _train(args, given, config)
+        except ranks.RankLost as lost:
+            again = f"start all ranks again with --out {args.out} --resume"
+            print(
+                f"rank {ranks.rank()} lost contact with another ({lost}); {again}",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Nothing can be agreed on any more, not even to part: leave at once, as the lost rank did.
+            os._exit(os.EX_TEMPFAIL)
 
 
 def _read(args: argparse.Namespace) -> tuple[dict[str, Any], RunConfig]:

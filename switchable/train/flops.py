@@ -76,6 +76,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
     with kept_modes(model) as layers, counter, sdpa_kernel(SDPBackend.MATH):
         for layer in layers:
             layer.mode, layer.router_learns = "dense", False
+        model.eval()  # activation checkpointing would compute forward passes twice: that is no work of the model
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
     tokens = batch["input_ids"].numel()

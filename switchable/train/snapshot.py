@@ -70,7 +70,7 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _config(model: nn.Module) -> Any:
     """Return the model's config as transformers would save it."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     # fully_shard gives a model a class of its own, derived from the model's.
     plain = type(model).__mro__[1] if isinstance(model, FSDPModule) else type(model)
     config.architectures = [plain.__name__]

@@ -18,6 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -105,7 +106,7 @@ def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) 
     with path.open("r+b") as file:
         for name, piece in pieces.items():
             if piece.data is not None and piece.data.numel():
-                rows = memoryview(piece.data.reshape(-1).view(torch.uint8).numpy())
+                rows = memoryview(piece.data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
                 position = begins[name] + piece.offset
                 while rows:
                     done = os.pwrite(file.fileno(), rows, position)
@@ -121,7 +122,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="pt")
         self.names = set(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:

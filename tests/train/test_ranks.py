@@ -93,7 +93,7 @@ def test_the_losses_are_those_of_one_process(
     whole, other = (json.loads((run / "summary.json").read_text()) for run in (one, out))
     assert (whole["switches"], other["processes"]) == (other["switches"], world_size)
     assert other["switches"] >= 4
-    assert other["regroupings"] == whole["regroupings"] >= 4
+    assert other["regroupings"] == whole["regroupings"] >= 3
     # The checkpoint is the same folder, whoever wrote it: file by file, name by name.
     for file in ("model", "switchable", "training"):
         a, b = (load_file(run / f"checkpoints/step-000050/{file}.safetensors") for run in (one, out))
