@@ -55,6 +55,20 @@ def test_a_layer_leaves_when_it_is_no_longer_sparse_but_not_at_once() -> None:
     assert decide(20, state, [measured(0.38, 0.9)], 100, CONFIG).state.takes_part == (False,)
 
 
+def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
+    # The router's first 1, 2, 3, 4 experts catch 0.5, 0.8, 0.95 and 1.
+    config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, mass_target=0.8)
+    decision = decide(10, initial(1, config), [measured(0.9, 0.9)], 100, config)
+    assert decision.state == ScheduleState(
+        (True,), (2,), began=10
+    )  # 2 of 4 experts, however many neurons fire
+    strict = dataclasses.replace(config, mass_target=0.9)
+    assert decide(10, initial(1, strict), [measured(0.1, 0.9)], 100, strict).state.takes_part == (False,)
+    kept = decide(90, decision.state, [measured(0.9, 0.9)], 100, strict).state
+    assert kept == ScheduleState((True,), (3,), began=10)  # K follows to the end, the rest stands
+    assert decide(10, initial(1, CONFIG), [measured(0.1, 0.9)], 100, CONFIG).state.experts_per_token == (6,)
+
+
 def test_modes_alternate_and_the_last_phase_is_dense() -> None:
     state = alternating(True)
     modes = [mode_at(step, state, 100, CONFIG)[0] for step in range(8, 19)]
@@ -84,5 +98,7 @@ def test_the_dense_schedule_never_switches() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"min_dense_fraction=1.5 is out of range; use a number from 0 to 1"):
         SwitchConfig(min_dense_fraction=1.5)
+    with pytest.raises(InputError, match=r"mass_target=1.0 is out of range; use a number between 0 and 1"):
+        SwitchConfig(mass_target=1.0)
     with pytest.raises(InputError, match="sparse_steps=0 is out of range"):
         SwitchConfig(sparse_steps=0)
