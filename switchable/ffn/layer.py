@@ -95,6 +95,7 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.activation_l1 = 0.0
 
     def _part(self, path: str) -> nn.Module:
         """Return a module by its path in the family's row."""
@@ -189,8 +190,12 @@ class SwitchableFFN(nn.Module):
         hidden_BSF = self.activations(x_BSD)
         dropout = self.hidden_dropout
         y_BSD = self.write(nnf.dropout(hidden_BSF, dropout, self.training) if dropout else hidden_BSF)
-        if self.router_learns and self.training and torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled()):
+            return y_BSD
+        if self.router_learns:
             y_BSD = attach_loss(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+        if self.activation_l1:
+            y_BSD = attach_loss(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:

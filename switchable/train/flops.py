@@ -36,20 +36,22 @@ class StepFlops:
     """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
-    ffn_sparse: tuple[float, ...]
-    """Per layer: K experts and the router."""
+    expert: tuple[float, ...]
+    """Per layer: one of its experts, computed for every token."""
+    router: tuple[float, ...]
+    """Per layer: its router in a sparse step."""
     router_learning: tuple[float, ...]
     """Per layer: training the router in a dense step."""
     ffn_input: tuple[float, ...]
     """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
-    def step(self, sparse_layers: tuple[bool, ...]) -> float:
-        """Return the FLOPs of a step in which the given layers are sparse and the others dense."""
+    def step(self, experts_per_token: Sequence[int | None]) -> float:
+        """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
         total = self.dense
-        for is_sparse, dense, sparse, learning in zip(
-            sparse_layers, self.ffn_dense, self.ffn_sparse, self.router_learning, strict=True
+        for k, dense, expert, router, learning in zip(
+            experts_per_token, self.ffn_dense, self.expert, self.router, self.router_learning, strict=True
         ):
-            total += sparse - dense if is_sparse else learning
+            total += learning if k is None else k * expert + router - dense
         return total
 
     def measurement(self, probe_tokens: int) -> float:
@@ -76,20 +78,17 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
     # Encoder and decoder of one model see different numbers of tokens.
-    tokens = rows[: len(layers)]
+    each = list(zip(layers, rows, strict=False))
+    heads = zip(_head(model), rows[len(layers) :], strict=True)
     return StepFlops(
         tokens=batch["input_ids"].numel(),
         dense=float(counter.get_total_flops()),
-        head=sum(
-            6.0 * head.weight.numel() * n for head, n in zip(_head(model), rows[len(layers) :], strict=True)
-        ),
-        ffn_dense=tuple(ffn_dense(layer) * n for layer, n in zip(layers, tokens, strict=True)),
-        ffn_sparse=tuple(ffn_sparse(layer) * n for layer, n in zip(layers, tokens, strict=True)),
-        router_learning=tuple(router_learning(layer) * n for layer, n in zip(layers, tokens, strict=True)),
-        ffn_input=tuple(
-            ffn_dense(layer) * n * (projections(layer) - 1) / projections(layer)
-            for layer, n in zip(layers, tokens, strict=True)
-        ),
+        head=sum(6.0 * head.weight.numel() * n for head, n in heads),
+        ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
+        expert=tuple(ffn_dense(layer) / layer.num_experts * n for layer, n in each),
+        router=tuple(4.0 * layer.d_model * layer.num_experts * n for layer, n in each),
+        router_learning=tuple(router_learning(layer) * n for layer, n in each),
+        ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
     )
 
 
@@ -101,12 +100,6 @@ def projections(layer: SwitchableFFN) -> int:
 def ffn_dense(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token, forward and backward, of a layer in dense mode."""
     return 3.0 * 2 * projections(layer) * layer.d_model * layer.d_ff
-
-
-def ffn_sparse(layer: SwitchableFFN) -> float:
-    """Return the FLOPs per token, forward and backward, of a layer in sparse mode."""
-    share = layer.experts_per_token / layer.num_experts
-    return ffn_dense(layer) * share + 4.0 * layer.d_model * layer.num_experts
 
 
 def router_learning(layer: SwitchableFFN) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from families.models import make
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert flops.head == 3 * T * 2 * D * V
     sparse_ffn = 3 * 4 * D * F * K / E + 4 * D * E
     learning = 0.5 * (4 * D * E + 2 * F)
-    assert flops.step((False, False)) == flops.dense + T * 2 * learning
-    assert flops.step((False, True)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
+    assert flops.step((None, None)) == flops.dense + T * 2 * learning
+    assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     assert all(layer.mode == "sparse" and layer.router_learns for layer in layers_of(switchable_gpt2))
     assert all(p.grad is None for p in switchable_gpt2.parameters())
@@ -37,8 +38,9 @@ def test_a_gated_ffn_has_three_projections() -> None:
     ids = torch.randint(3, 61, (4, 24))
     flops = count(model, {"input_ids": ids, "labels": ids})
     assert flops.ffn_dense == (T * 3 * 6 * D * F,) * L
-    assert flops.ffn_sparse == (T * (3 * 6 * D * F * K / E + 4 * D * E),) * L
-    assert flops.measurement(T) * 3 == flops.dense + L * T * 3 * 4 * D * F
+    assert flops.expert == (T * 3 * 6 * D * F / E,) * L
+    assert flops.router == (T * 4 * D * E,) * L
+    assert flops.measurement(T) * 3 == pytest.approx(flops.dense + L * T * 3 * 4 * D * F)
     heads = 2 * 2 * D * D + 2 * 2 * D * (D // 2)  # q and output; k and v of one head of two
     forward = L * (heads + 2 * S * D * 2 + 6 * D * F) + 2 * D * V
     assert flops.dense == 3 * T * forward
