@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.layout import laid_out_like
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
 MANIFEST = "manifest.json"
@@ -199,8 +200,9 @@ def restore(
         if name.startswith("optimizer:"):
             _, parameter_name, key = name.split(":")
             # AdamW keeps its step count on the CPU; moments live beside their parameter.
-            home = tensor if tensor.ndim == 0 else tensor.to(device)
-            optimizer.state[parameters[parameter_name]][key] = home
+            parameter = parameters[parameter_name]
+            home = tensor if tensor.ndim == 0 else laid_out_like(tensor.to(device), parameter)
+            optimizer.state[parameter][key] = home
     for full, value in values["optimizer"].items():
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
