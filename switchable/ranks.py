@@ -155,16 +155,16 @@ def check_agreement(facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within the `with` block a sharded module's own parameters are whole, to be read; others are so anyway."""
-    sharded = isinstance(module, FSDPModule)
-    if sharded:
-        cast(FSDPModule, module).unshard()
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Within the `with` block the own parameters of sharded modules are whole, to be read; others are so anyway."""
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
     try:
         yield
     finally:
-        if sharded:
-            cast(FSDPModule, module).reshard()
+        for module in sharded:
+            module.reshard()
 
 
 def rows_here(tensor: Tensor) -> tuple[Tensor, int]:

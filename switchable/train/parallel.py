@@ -30,6 +30,7 @@ from switchable.config import RunConfig, TrainConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.layout import store_by_row
 
 Batch = Mapping[str, Tensor]
 
@@ -106,7 +107,7 @@ def prepare(model: nn.Module, config: TrainConfig) -> None:
     blocks = blocks_of(model)
     for layer in layers_of(model):
         # Attached losses are added up over micro-batches, as the model's own is.
-        layer.router_loss_weight = 1.0 / config.gradient_accumulation_steps
+        layer.attached_loss_weight = 1.0 / config.gradient_accumulation_steps
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if config.compile:
@@ -114,6 +115,7 @@ def prepare(model: nn.Module, config: TrainConfig) -> None:
             block.compile()
     if ranks.running() and config.parallel == "fsdp":
         for layer in layers_of(model):
+            store_by_row(layer)  # FSDP2 cuts contiguous parameters only
             layer.register_forward_hook(_own_memory)
         # Whole again after each use, FFNs apart from their blocks: a switch gathers one FFN at a time.
         for unit in (*layers_of(model), *blocks, model):

@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -122,8 +122,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt")
-        self.names = set(self._file.keys())
+        self._file = cast(Any, safe_open(path, framework="pt"))
+        self.names: set[str] = set(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor in the file."""

@@ -87,7 +87,7 @@ def test_parameters_keep_their_names(make_gpt2: Make) -> None:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     after = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(after) == list(before)
-    assert all(after[n].data_ptr() == before[n].data_ptr() for n in before)
+    assert all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Make) -> None:
@@ -134,7 +134,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     model = HomeMade()
     x = torch.randn(5, 7, 6)
     before = model(x)
-    with pytest.raises(InputError, match=r"model type None is not known; known: gpt2.*Family\(ffn="):
+    with pytest.raises(
+        InputError, match=r"(?s)model type None is not known; known: gpt2.*MyMLP.*Family\(ffn="
+    ):
         convert(model, SwitchConfig(num_experts=4, experts_per_token=2))
     with pytest.raises(InputError, match="found 0 of"):
         convert(
@@ -144,7 +146,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
         model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MyMLP", up="fc1", down="fc2")
     )
     assert report.converted == 3
-    assert torch.equal(model(x), before)
+    assert (
+        relative(model(x), before) < 1e-6
+    )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
 
