@@ -99,8 +99,10 @@ def test_the_losses_are_those_of_one_process(
         a, b = (load_file(run / f"checkpoints/step-000050/{file}.safetensors") for run in (one, out))
         assert a.keys() == b.keys()
         for name, tensor in a.items():
+            # What a router learns from is kept in float32.
+            close = (1e-6 if ".router." in name else 1e-9) if double else 1e-4
             if not name.startswith("random"):
-                torch.testing.assert_close(b[name], tensor, rtol=0, atol=1e-9 if double else 1e-4, msg=name)
+                torch.testing.assert_close(b[name], tensor, rtol=0, atol=close, msg=name)
 
 
 def test_a_run_goes_on_with_other_ranks_and_sharding(corpus: Path, tmp_path: Path) -> None:
