@@ -71,6 +71,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
     layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
     layer.router_learns = config.router == "learned" and config.schedule != "dense"
     layer.router_token_fraction = config.router_token_fraction
+    layer.gate, layer.load_balance = config.gate, config.load_balance
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute
     layer.train(ffn.training)

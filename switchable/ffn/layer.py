@@ -21,7 +21,15 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn.experts import FFNWeights, expert_ffn
 from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.families import Family, activation_name, neurons_first
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+from switchable.ffn.router import (
+    Router,
+    attach_loss,
+    expert_mass,
+    load_balance_loss,
+    router_loss,
+    select,
+    softmax_gates,
+)
 
 
 class SwitchableFFN(nn.Module):
@@ -75,6 +83,8 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(up_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.gate = "unit"
+        self.load_balance = 0.0
 
     @property
     def up(self) -> nn.Linear:
@@ -131,8 +141,11 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, self.d_model)
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
-        # gradient of x is that of the function computed, and with all experts on that of the dense layer.
-        ids_TK, gates_TK = select(self.router(x_TD.detach()), self.experts_per_token)
+        # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
+        # softmax gates: the output depends on x through them too.
+        softmax = self.gate == "softmax"
+        scores_TE = self.router(x_TD if softmax else x_TD.detach())
+        ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
         y_TD = expert_ffn(
             x_TD,
             self.weights,
@@ -140,9 +153,11 @@ class SwitchableFFN(nn.Module):
             gates_TK,
             num_experts=self.num_experts,
             activation=self.activation,
-            unit_gates=True,
+            unit_gates=not softmax,
             implementation=self.expert_compute,
         )
+        if self.load_balance and self.training and torch.is_grad_enabled():
+            y_TD = attach_loss(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down.bias is not None:
             y_TD = y_TD + self.down.bias.to(y_TD.dtype)
         return y_TD.view(x_BSD.shape)

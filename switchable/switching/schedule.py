@@ -2,6 +2,9 @@
 
     dense ──(some layer is sparse and its structure is stable)──> alternating ──(last part of the run)──> final dense
 
+(schedule `ssd`; of the others, `dense` never leaves the first phase, `static` is sparse ever after instead of
+alternating, and `sparse` is that from the first step.)
+
 While alternating, `sparse_steps` sparse steps are followed by `dense_steps` dense ones, over and over: a change of
 mode costs nothing while the structure stands, and the dense steps keep both modes and the router together. Which
 layers take part is decided per layer and by measurement: one that is not sparse (usually the first) stays dense.
@@ -16,6 +19,9 @@ from dataclasses import dataclass, replace
 
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
+
+EVER_SPARSE = ("static", "sparse")
+"""Schedules that have no dense steps once they are sparse."""
 
 LEAVE_FACTOR = 1.25
 """A layer that takes part leaves when its activation ratio exceeds the limit by this factor: no to and fro."""
@@ -37,8 +43,10 @@ class Decision:
     regroup: tuple[bool, ...]
 
 
-def initial(num_layers: int) -> ScheduleState:
-    """Return the state at step 0: every layer dense."""
+def initial(num_layers: int, schedule: str = "ssd") -> ScheduleState:
+    """Return the state at step 0: every layer dense, or with schedule `sparse` every layer sparse."""
+    if schedule == "sparse":
+        return ScheduleState(takes_part=(True,) * num_layers, began=0)
     return ScheduleState(takes_part=(False,) * num_layers)
 
 
@@ -48,7 +56,9 @@ def dense_until(total_steps: int, config: SwitchConfig) -> int:
 
 
 def dense_from(total_steps: int, config: SwitchConfig) -> int:
-    """Return the first step (counted from 0) of the last dense phase."""
+    """Return the first step (counted from 0) of the last dense phase; `total_steps` if there is none."""
+    if config.schedule in EVER_SPARSE:
+        return total_steps
     return total_steps - round(config.final_dense_fraction * total_steps)
 
 
@@ -58,15 +68,25 @@ def mode_at(step: int, state: ScheduleState, total_steps: int, config: SwitchCon
         return "dense"
     if not any(state.takes_part):
         return "dense"
+    if config.schedule in EVER_SPARSE:
+        return "sparse"
     place = (step - state.began) % (config.sparse_steps + config.dense_steps)
     return "sparse" if place < config.sparse_steps else "dense"
 
 
+def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
+    """Return whether step `step` is sparse and the one before it dense, as far as the state now tells."""
+    modes = [mode_at(s, state, total_steps, config) for s in (step - 1, step)]
+    return modes == ["dense", "sparse"]
+
+
 def phase_at(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> str:
-    """Return the phase of step `step`: `"dense"`, `"alternating"` or `"final dense"`."""
+    """Return the phase of step `step`: `"dense"`, `"alternating"` (or `"sparse"`), or `"final dense"`."""
     if step >= dense_from(total_steps, config):
         return "final dense"
-    return "alternating" if state.began is not None and any(state.takes_part) else "dense"
+    if state.began is None or not any(state.takes_part):
+        return "dense"
+    return "sparse" if config.schedule in EVER_SPARSE else "alternating"
 
 
 def decide(
@@ -75,17 +95,22 @@ def decide(
     """Decide after a measurement taken when `step` steps are done.
 
     A layer joins when it is sparse (activation ratio) and stable (similarity of successive structures); its structure
-    follows every measurement until then. Once it takes part its structure stands, unless it has drifted too far.
+    follows every measurement until then. Once it takes part its structure stands, unless it has drifted too far (or,
+    with `regroup="switch"`, until the next change to sparse).
     In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn it.
     """
-    if config.schedule == "dense" or step >= dense_from(total_steps, config):
+    if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
-    takes_part = tuple(
-        _takes_part(part, m, step >= dense_until(total_steps, config), config)
-        for part, m in zip(state.takes_part, measures, strict=True)
-    )
+    may_join = step >= dense_until(total_steps, config)
+    if config.join == "together":
+        takes_part = _together(state.takes_part, measures, may_join, config)
+    else:
+        takes_part = tuple(
+            _takes_part(part, m, may_join, config) for part, m in zip(state.takes_part, measures, strict=True)
+        )
+    at_switch = enters_sparse(step, state, total_steps, config)
     regroup = tuple(
-        not part or m.similarity_in_use < config.regroup_below
+        not part or _regroups(m, at_switch, config)
         for part, m in zip(state.takes_part, measures, strict=True)
     )
     began = step if state.began is None and any(takes_part) else state.began
@@ -93,7 +118,31 @@ def decide(
 
 
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
+    if part and config.schedule == "static":
+        return True
     if part:
         return measured.activation_ratio <= LEAVE_FACTOR * config.max_activation_ratio
     sparse = measured.activation_ratio <= config.max_activation_ratio
     return may_join and sparse and measured.similarity >= config.stability_threshold
+
+
+def _together(
+    takes_part: tuple[bool, ...], measures: Sequence[LayerMeasures], may_join: bool, config: SwitchConfig
+) -> tuple[bool, ...]:
+    """All layers join at once, when their means pass, and none leaves."""
+    if any(takes_part):
+        return takes_part
+    sparse = _mean([m.activation_ratio for m in measures]) <= config.max_activation_ratio
+    stable = _mean([m.similarity for m in measures]) >= config.stability_threshold
+    return (may_join and sparse and stable,) * len(measures)
+
+
+def _regroups(measured: LayerMeasures, at_switch: bool, config: SwitchConfig) -> bool:
+    """Whether a layer that takes part is given the structure just found."""
+    if config.schedule == "static":
+        return False
+    return at_switch if config.regroup == "switch" else measured.similarity_in_use < config.regroup_below
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
