@@ -5,7 +5,7 @@ its matmuls), so any architecture is covered. What a sparse step saves is then e
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
     dense FFN      3 · 4·D·F              (6·D·F per token forward for a gated FFN)
-    sparse FFN     3 · 4·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient)
+    sparse FFN     3 · 4·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient; 3 · 2·D·E with softmax gates)
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -81,7 +81,8 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
 def ffn_sparse(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token, forward and backward, of a layer in sparse mode."""
     neurons = layer.d_ff // layer.num_experts * layer.experts_per_token
-    return 3.0 * 4 * layer.d_model * neurons + 4.0 * layer.d_model * layer.num_experts
+    router = 6.0 if layer.gate == "softmax" else 4.0
+    return 3.0 * 4 * layer.d_model * neurons + router * layer.d_model * layer.num_experts
 
 
 def router_learning(layer: SwitchableFFN) -> float:
