@@ -73,6 +73,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
         steps=before["steps"],
         flops=before["flops"],
         seconds_dense=before["wall_seconds_dense"],
+        cpu_seconds=before["cpu_seconds_train"],
         ran_with=before["ran_with"],
     )
     here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
@@ -81,9 +82,10 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
     try:
         flops = count(job.model, job.batch(0))
         trainer = Trainer(job, rundir, log, flops, counters, StopRequest())
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         counters.flops += cut_into_experts(job, flops)
         counters.seconds_measure += time.perf_counter() - begin
+        counters.cpu_seconds += time.process_time() - cpu
         trainer.evaluate()
         validation = trainer.validation
         assert validation is not None

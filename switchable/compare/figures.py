@@ -29,6 +29,7 @@ OWN = (
     "flops_nonembedding",
     "sparse_fraction",
     "wall_seconds",
+    "cpu_seconds",
 )
 PAIRED = (
     "delta_dense",
@@ -36,6 +37,7 @@ PAIRED = (
     "flops_ratio",
     "flops_ratio_nonembedding",
     "wall_ratio",
+    "cpu_ratio",
     "time_to_dense_loss_ratio",
     "loss_at_dense_time",
     "flops_to_dense_loss_ratio",
@@ -101,7 +103,8 @@ def loss_at(curve: Sequence[Validation], cost: float, axis: str) -> float | None
 
 def own_figures(summary: Mapping[str, Any]) -> Figures:
     """Return the figures of one run by itself, from its summary."""
-    return {name: summary["wall_seconds_train" if name == "wall_seconds" else name] for name in OWN}
+    training_only = ("wall_seconds", "cpu_seconds")
+    return {name: summary[f"{name}_train" if name in training_only else name] for name in OWN}
 
 
 def paired_figures(
@@ -117,6 +120,7 @@ def paired_figures(
         "flops_ratio": _over(own["flops"], dense["flops"]),
         "flops_ratio_nonembedding": _over(own["flops_nonembedding"], dense["flops_nonembedding"]),
         "wall_ratio": _over(own["wall_seconds"], dense["wall_seconds"]),
+        "cpu_ratio": _over(own["cpu_seconds"], dense["cpu_seconds"]),
         "time_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "seconds"), seconds),
         "loss_at_dense_time": loss_at(own_curve, seconds, "seconds"),
         "flops_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "flops"), flops),

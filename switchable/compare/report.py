@@ -41,6 +41,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "flops_ratio_nonembedding": ("FLOPs without embeddings and head / dense's", ".3f"),
     "wall_seconds": ("wall-clock of training (s)", ".0f"),
     "wall_ratio": ("wall-clock / dense's", ".3f"),
+    "cpu_seconds": ("CPU time of training (s, all threads)", ".0f"),
+    "cpu_ratio": ("CPU time / dense's", ".3f"),
     "time_to_dense_loss_ratio": ("time to dense's final loss / dense's", ".3f"),
     "loss_at_dense_time": ("loss at dense's time", ".4f"),
     "flops_to_dense_loss_ratio": ("FLOPs to dense's final loss / dense's", ".3f"),

@@ -240,6 +240,7 @@ def summarise(
         "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
         "wall_seconds": counters.train_seconds + counters.seconds_other,
         "wall_seconds_train": counters.train_seconds,
+        "cpu_seconds_train": counters.cpu_seconds,
         "wall_seconds_dense": counters.seconds_dense,
         "wall_seconds_sparse": counters.seconds_sparse,
         "wall_seconds_measure": counters.seconds_measure,
