@@ -13,7 +13,8 @@ the structure is stable and dense at the end, in between long sparse and dense p
 each change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean
 similarity of their structures reaches the configuration's threshold, a sparse phase takes 7.5 % of the run and the
 dense one behind it 2.5 % (three to one, as `ssd`'s default), the first and last dense phases are those of the
-configuration, K is the same, and the router learns in sparse steps through the straight-through gate.
+configuration, K is the same, and in sparse steps the router learns through the straight-through gate, at the model's
+learning rate.
 
 `moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
 experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
@@ -61,6 +62,10 @@ def _fraction_of_steps(fraction: float) -> Callable[[RunConfig], int]:
     return lambda config: max(1, round(fraction * config.train.steps))
 
 
+def _models_learning_rate(config: RunConfig) -> float:
+    return config.train.learning_rate
+
+
 METHODS: dict[str, Method] = {
     "dense": Method(
         "all dense: no routers, no measuring",
@@ -81,6 +86,7 @@ METHODS: dict[str, Method] = {
             "dense_steps": _fraction_of_steps(0.025),
             "regroup": "switch",
         },
+        train={"router_learning_rate": _models_learning_rate},
         keeps=EXPERTS + SCHEDULE,
     ),
     "static": Method(
@@ -89,7 +95,7 @@ METHODS: dict[str, Method] = {
     "moe": Method(
         "a mixture of experts from the first step: softmax gates, load-balance loss, every layer",
         switch={"schedule": "sparse", "gate": "softmax", "load_balance": 0.01, "monitor_every": 0},
-        train={"router_learning_rate": lambda config: config.train.learning_rate},
+        train={"router_learning_rate": _models_learning_rate},
         keeps=EXPERTS,
     ),
     "dense-then-moe": Method(

@@ -100,13 +100,18 @@ def differs(run: Run) -> list[str]:
 
 def others_finished(config: RunConfig, out: Path, besides: Sequence[Run]) -> list[Run]:
     """Return the finished runs in `out` that belong to the same comparison though they were not asked for now."""
+    asked = {run.path for run in besides}
     found = []
     for summary in sorted(out.glob("*/summary.json")):
         method, _, seed = summary.parent.name.rpartition("-s")
-        if method in METHODS and seed.isascii() and seed.isdigit():
+        if method not in METHODS or not (seed.isascii() and seed.isdigit()) or summary.parent in asked:
+            continue
+        try:
             run = Run(method, int(seed), summary.parent, method_config(config, method, int(seed)))
-            if run not in besides and not differs(run):
+            if not differs(run):
                 found.append(run)
+        except InputError:
+            continue  # not of this comparison: settings that this method or this version does not know
     return found
 
 

@@ -26,3 +26,11 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     assert all(layer.mode == "sparse" and layer.router_learns for layer in layers_of(switchable_gpt2))
     assert all(p.grad is None for p in switchable_gpt2.parameters())
+
+
+def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    batch = {"input_ids": tokens, "labels": tokens}
+    unit = count(switchable_gpt2, batch)
+    for layer in layers_of(switchable_gpt2):
+        layer.gate = "softmax"
+    assert count(switchable_gpt2, batch).step((True, True)) == unit.step((True, True)) + T * L * 2 * D * E
