@@ -9,6 +9,7 @@ decided by their activation ratio, as in `ssd`. All of it is charged to the run'
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -24,8 +25,8 @@ from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
 from switchable.switching.monitor import measure
-from switchable.switching.schedule import ScheduleState
-from switchable.switching.switch import regroup
+from switchable.switching.schedule import decide
+from switchable.switching.switch import current_structure, regroup
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count, router_learning
 from switchable.train.log import RunLog
@@ -110,21 +111,29 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
         The FLOPs it took.
     """
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
-    measures, found = measure(
-        job.model, controller.probe, [None] * len(layers), job.config.train.seed, switch.structure
-    )
+    seed, total = job.config.train.seed, job.config.train.steps
+    _, found = measure(job.model, controller.probe, [None] * len(layers), seed, switch.structure)
     regroup(layers, found, None)
     for layer in layers:
         layer.router.initialise(layer.weights.up_FD)
-    takes_part = tuple(m.activation_ratio <= switch.max_activation_ratio for m in measures)
-    controller.state = ScheduleState(takes_part, began=controller.total_steps)
-    for layer, part in zip(layers, takes_part, strict=True):
-        layer.takes_part = part
-    spent = flops.measurement(controller.probe_tokens)
+    spent = 2 * flops.measurement(controller.probe_tokens)
     if switch.router == "learned":
-        steps = max(1, round(ROUTER_FRACTION * job.config.train.steps))
+        steps = max(1, round(ROUTER_FRACTION * total))
         train_routers(job, steps)
         spent += steps * router_step_flops(job.model, flops)
+    # Which layers take part, and with how many experts, is decided as in training, but for their stability.
+    structures = [current_structure(layer) for layer in layers]
+    measures, _ = measure(job.model, controller.probe, structures, seed, switch.structure)
+    rule = dataclasses.replace(
+        switch, schedule="static", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
+    )
+    stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
+    controller.state = decide(total - 1, controller.state, stable, total, rule).state
+    for layer, part, k in zip(
+        layers, controller.state.takes_part, controller.state.experts_per_token, strict=True
+    ):
+        layer.takes_part = part
+        layer.set_experts_per_token(k)
     return spent
 
 

@@ -28,6 +28,7 @@ OWN = (
     "flops",
     "flops_nonembedding",
     "sparse_fraction",
+    "expert_fraction",
     "wall_seconds",
     "cpu_seconds",
 )
@@ -103,8 +104,17 @@ def loss_at(curve: Sequence[Validation], cost: float, axis: str) -> float | None
 
 def own_figures(summary: Mapping[str, Any]) -> Figures:
     """Return the figures of one run by itself, from its summary."""
-    training_only = ("wall_seconds", "cpu_seconds")
-    return {name: summary[f"{name}_train" if name in training_only else name] for name in OWN}
+    experts = summary["experts"]["num_experts"]
+    computed = [
+        k / experts if part else 1.0
+        for part, k in zip(summary["sparse_layers"], summary["experts_per_token"], strict=True)
+    ]
+    renamed = {
+        "wall_seconds": summary["wall_seconds_train"],
+        "cpu_seconds": summary["cpu_seconds_train"],
+        "expert_fraction": statistics.fmean(computed),
+    }
+    return {name: renamed[name] if name in renamed else summary[name] for name in OWN}
 
 
 def paired_figures(

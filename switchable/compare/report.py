@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "delta_dense": ("dense mode - dense's loss (nats)", "+.4f"),
     "delta_sparse": ("sparse mode - dense's loss (nats)", "+.4f"),
     "sparse_fraction": ("share of sparse steps", ".3f"),
+    "expert_fraction": ("K/E in sparse mode, mean over layers (dense ones: 1)", ".3f"),
     "flops": ("FLOPs in all", ".3g"),
     "flops_ratio": ("FLOPs / dense's", ".3f"),
     "flops_ratio_nonembedding": ("FLOPs without embeddings and head / dense's", ".3f"),

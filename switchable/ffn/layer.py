@@ -85,6 +85,7 @@ class SwitchableFFN(nn.Module):
         self.router_token_fraction = 1.0
         self.gate = "unit"
         self.load_balance = 0.0
+        self.activation_l1 = 0.0
 
     @property
     def up(self) -> nn.Linear:
@@ -134,8 +135,12 @@ class SwitchableFFN(nn.Module):
     def _dense(self, x_BSD: Tensor) -> Tensor:
         hidden_BSF = self.activations(x_BSD)
         y_BSD: Tensor = self.down(hidden_BSF)
-        if self.router_learns and self.training and torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled()):
+            return y_BSD
+        if self.router_learns:
             y_BSD = attach_loss(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+        if self.activation_l1:
+            y_BSD = attach_loss(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ EVER_SPARSE = ("static", "sparse")
 """Schedules that have no dense steps once they are sparse."""
 
 LEAVE_FACTOR = 1.25
-"""A layer that takes part leaves when its activation ratio exceeds the limit by this factor: no to and fro."""
+"""A layer that takes part leaves when it exceeds the limit by this factor: no to and fro."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ScheduleState:
     """Where the schedule stands. `began` is the step at which alternating began, None before."""
 
     takes_part: tuple[bool, ...]
+    experts_per_token: tuple[int, ...]
     began: int | None = None
 
 
@@ -43,11 +44,12 @@ class Decision:
     regroup: tuple[bool, ...]
 
 
-def initial(num_layers: int, schedule: str = "ssd") -> ScheduleState:
+def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
     """Return the state at step 0: every layer dense, or with schedule `sparse` every layer sparse."""
-    if schedule == "sparse":
-        return ScheduleState(takes_part=(True,) * num_layers, began=0)
-    return ScheduleState(takes_part=(False,) * num_layers)
+    sparse = config.schedule == "sparse"
+    return ScheduleState(
+        (sparse,) * num_layers, (config.experts_per_token,) * num_layers, began=0 if sparse else None
+    )
 
 
 def dense_until(total_steps: int, config: SwitchConfig) -> int:
@@ -94,11 +96,14 @@ def decide(
 ) -> Decision:
     """Decide after a measurement taken when `step` steps are done.
 
-    A layer joins when it is sparse (activation ratio) and stable (similarity of successive structures); its structure
-    follows every measurement until then. Once it takes part its structure stands, unless it has drifted too far (or,
-    with `regroup="switch"`, until the next change to sparse).
-    In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn it.
+    A layer joins when it is sparse (activation ratio, or the experts that the mass target needs) and stable (similarity
+    of successive structures); its structure follows every measurement until then. Once it takes part its structure
+    stands, unless it has drifted too far (or, with `regroup="switch"`, until the next change to sparse). In the last
+    dense phase nothing is regrouped any more: sparse mode would have no time to learn it. With a `mass_target`, each
+    layer's K follows every measurement to the end.
     """
+    experts = tuple(experts_needed(m, config) for m in measures)
+    state = replace(state, experts_per_token=experts)
     if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
     may_join = step >= dense_until(total_steps, config)
@@ -117,13 +122,21 @@ def decide(
     return Decision(replace(state, takes_part=takes_part, began=began), regroup)
 
 
+def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
+    """Return K: the fewest experts of the router's choice that catch the mass asked for, or the K of the settings."""
+    if config.mass_target is None:
+        return config.experts_per_token
+    enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= config.mass_target)
+    return next(enough, len(measured.mass_by_k))
+
+
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
+    used, limit = _use(measured, config)
     if part and config.schedule == "static":
         return True
     if part:
-        return measured.activation_ratio <= LEAVE_FACTOR * config.max_activation_ratio
-    sparse = measured.activation_ratio <= config.max_activation_ratio
-    return may_join and sparse and measured.similarity >= config.stability_threshold
+        return used <= LEAVE_FACTOR * limit
+    return may_join and used <= limit and measured.similarity >= config.stability_threshold
 
 
 def _together(
@@ -132,9 +145,17 @@ def _together(
     """All layers join at once, when their means pass, and none leaves."""
     if any(takes_part):
         return takes_part
-    sparse = _mean([m.activation_ratio for m in measures]) <= config.max_activation_ratio
+    used, limits = zip(*(_use(m, config) for m in measures), strict=True)
+    sparse = _mean(used) <= limits[0]
     stable = _mean([m.similarity for m in measures]) >= config.stability_threshold
     return (may_join and sparse and stable,) * len(measures)
+
+
+def _use(measured: LayerMeasures, config: SwitchConfig) -> tuple[float, float]:
+    """Return how much of a layer its tokens use, and up to what it counts as sparse."""
+    if config.mass_target is None:
+        return measured.activation_ratio, config.max_activation_ratio
+    return experts_needed(measured, config) / len(measured.mass_by_k), config.max_expert_fraction
 
 
 def _regroups(measured: LayerMeasures, at_switch: bool, config: SwitchConfig) -> bool:

@@ -13,7 +13,7 @@ Measuring on the probe costs a forward pass each time and is counted too; cluste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,18 +35,20 @@ class StepFlops:
     """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
-    ffn_sparse: tuple[float, ...]
-    """Per layer: K experts and the router."""
+    expert: tuple[float, ...]
+    """Per layer: one of its experts, computed for every token."""
+    router: tuple[float, ...]
+    """Per layer: its router in a sparse step."""
     router_learning: tuple[float, ...]
     """Per layer: training the router in a dense step."""
 
-    def step(self, sparse_layers: tuple[bool, ...]) -> float:
-        """Return the FLOPs of a step in which the given layers are sparse and the others dense."""
+    def step(self, experts_per_token: Sequence[int | None]) -> float:
+        """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
         total = self.dense
-        for is_sparse, dense, sparse, learning in zip(
-            sparse_layers, self.ffn_dense, self.ffn_sparse, self.router_learning, strict=True
+        for k, dense, expert, router, learning in zip(
+            experts_per_token, self.ffn_dense, self.expert, self.router, self.router_learning, strict=True
         ):
-            total += sparse - dense if is_sparse else learning
+            total += learning if k is None else k * expert + router - dense
         return total
 
     def measurement(self, probe_tokens: int) -> float:
@@ -73,16 +75,16 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         dense=float(counter.get_total_flops()),
         head=_head(model, tokens),
         ffn_dense=tuple(3.0 * 4 * layer.d_model * layer.d_ff * tokens for layer in layers),
-        ffn_sparse=tuple(ffn_sparse(layer) * tokens for layer in layers),
+        expert=tuple(3.0 * 4 * layer.d_model * layer.d_ff / layer.num_experts * tokens for layer in layers),
+        router=tuple(router_sparse(layer) * tokens for layer in layers),
         router_learning=tuple(router_learning(layer) * tokens for layer in layers),
     )
 
 
-def ffn_sparse(layer: SwitchableFFN) -> float:
-    """Return the FLOPs per token, forward and backward, of a layer in sparse mode."""
-    neurons = layer.d_ff // layer.num_experts * layer.experts_per_token
-    router = 6.0 if layer.gate == "softmax" else 4.0
-    return 3.0 * 4 * layer.d_model * neurons + router * layer.d_model * layer.num_experts
+def router_sparse(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token of a layer's router in a sparse step."""
+    passes = 3.0 if layer.gate == "softmax" else 2.0
+    return passes * 2 * layer.d_model * layer.num_experts
 
 
 def router_learning(layer: SwitchableFFN) -> float:

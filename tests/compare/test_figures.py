@@ -42,6 +42,9 @@ def summary(points: list[Validation], dense: float | None, sparse: float | None)
         "wall_seconds_train": last.seconds,
         "wall_seconds": last.seconds + 7,  # validation and saving: not in the table
         "cpu_seconds_train": 2 * last.seconds,
+        "sparse_layers": [0, 1],
+        "experts_per_token": [6, 8],
+        "experts": {"num_experts": 32},
         "ran_with": [{"threads": 1, "jobs": 2, "device": "cpu"}],
     }
 
@@ -82,6 +85,7 @@ def test_paired_figures_by_hand() -> None:
     dense, fast = own_figures(summary(DENSE, 2.5, None)), own_figures(summary(FAST, 2.51, 2.4))
     assert fast["wall_seconds"] == 26
     assert fast["cpu_seconds"] == 52
+    assert fast["expert_fraction"] == (1 + 8 / 32) / 2  # the first layer does not take part
     paired = paired_figures(fast, FAST, dense, DENSE)
     expected = {
         "delta_dense": 0.01,
