@@ -87,6 +87,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
         folder / "switchable.json",
         {
             "num_experts": layers[0].num_experts,
+            "gate": layers[0].gate,
             "layers": {
                 layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
                 for layer in layers
