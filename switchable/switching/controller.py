@@ -144,7 +144,7 @@ class Controller:
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
                 if again:
-                    layer.router.initialise(layer.weights.up_FD)
+                    layer.router.initialise(layer.reads_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
         return Measurement(

@@ -129,7 +129,7 @@ def neuron_features(layer: SwitchableFFN, active_TF: Tensor | None, structure: s
         active_TF: which neurons fire on which probe tokens; needed unless `structure` is `"weights"`.
         structure: `"weights"`, `"coactivation"` or `"mixed"`.
     """
-    weight_FD = weight_features(layer.weights.up_FD.detach())
+    weight_FD = weight_features(layer.reads_FD.detach())
     if structure == "weights":
         return weight_FD
     assert active_TF is not None, "co-activation needs the probe's activations"

@@ -82,7 +82,7 @@ def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     rows = []
     for t in range(len(x)):
         gates = 3 * top[t].softmax(dim=0)
-        y = layer.down.bias
+        y = layer.down_projection.bias
         for gate, e in zip(gates, ids[t].tolist(), strict=True):
             own = slice(8 * e, 8 * e + 8)
             hidden = torch.relu(weights.up_FD[own] @ x[t] + weights.up_bias_F[own])
@@ -96,7 +96,7 @@ def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_mixture_of_experts_and_all_its_gradients(make_gpt2: Make, compute: str) -> None:
     model = make_gpt2(layers=1, dtype=torch.float64)
     config = SwitchConfig(
-        num_experts=8, experts_per_token=3, schedule="sparse", gate="softmax", load_balance=0.5, monitor_every=0,
+        num_experts=8, experts_per_token=3, schedule="sparse", expert_gate="softmax", load_balance=0.5, monitor_every=0,
         expert_compute=compute,
     )  # fmt: skip
     convert(model, config)
@@ -128,7 +128,7 @@ def test_parameters_keep_their_names(make_gpt2: Make) -> None:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     after = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(after) == list(before)
-    assert all(after[n].data_ptr() == before[n].data_ptr() for n in before)
+    assert all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Make) -> None:
@@ -175,7 +175,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     model = HomeMade()
     x = torch.randn(5, 7, 6)
     before = model(x)
-    with pytest.raises(InputError, match=r"model type None is not known; known: gpt2.*Family\(ffn="):
+    with pytest.raises(
+        InputError, match=r"(?s)model type None is not known; known: gpt2.*MyMLP.*Family\(ffn="
+    ):
         convert(model, SwitchConfig(num_experts=4, experts_per_token=2))
     with pytest.raises(InputError, match="found 0 of"):
         convert(
@@ -185,7 +187,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
         model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MyMLP", up="fc1", down="fc2")
     )
     assert report.converted == 3
-    assert torch.equal(model(x), before)
+    assert (
+        relative(model(x), before) < 1e-6
+    )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
 

@@ -86,7 +86,7 @@ def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:
     def gradient(l1: float, *extra: Tensor) -> Tensor:
         layer.activation_l1 = l1
         total = torch.stack([layer(x_TD).sum(), *extra]).sum()
-        return torch.autograd.grad(total, layer.up.weight)[0]
+        return torch.autograd.grad(total, layer.up_projection.weight)[0]
 
     # The mean over 5 tokens of the sum of |a_i|, times the coefficient.
     penalty = 0.1 * layer.activations(x_TD).abs().sum() / 5
