@@ -94,7 +94,7 @@ METHODS: dict[str, Method] = {
     ),
     "moe": Method(
         "a mixture of experts from the first step: softmax gates, load-balance loss, every layer",
-        switch={"schedule": "sparse", "expert_gate": "softmax", "load_balance": 0.01, "monitor_every": 0},
+        switch={"schedule": "sparse", "gate": "softmax", "load_balance": 0.01, "monitor_every": 0},
         train={"router_learning_rate": _models_learning_rate},
         keeps=EXPERTS,
     ),

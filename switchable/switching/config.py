@@ -45,7 +45,7 @@ class SwitchConfig:
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
     )
     expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
-    expert_gate: str = _option(
+    gate: str = _option(
         "unit",
         "factor of a selected expert's output: unit = 1, so that all experts together are the dense layer; softmax = "
         "K x softmax over the selected scores, as a mixture of experts has (there is no dense mode then)",
@@ -125,10 +125,10 @@ class SwitchConfig:
                 f"monitor_every=0 with schedule={self.schedule} would never find a layer to make sparse; measure every "
                 "50 steps, say, or use schedule dense or sparse"
             )
-        if self.expert_gate == "softmax" and self.schedule != "sparse":
+        if self.gate == "softmax" and self.schedule != "sparse":
             raise InputError(
-                f"expert_gate=softmax with schedule={self.schedule} would train two different functions in dense and "
-                "sparse steps; use expert_gate unit, or schedule sparse"
+                f"gate=softmax with schedule={self.schedule} would train two different functions in dense and "
+                "sparse steps; use gate unit, or schedule sparse"
             )
 
     def _check_whole(self, name: str, least: int) -> None:

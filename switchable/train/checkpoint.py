@@ -87,7 +87,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
         folder / "switchable.json",
         {
             "num_experts": layers[0].num_experts,
-            "expert_gate": layers[0].expert_gate,
+            "gate": layers[0].expert_gate,
             "layers": {
                 layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
                 for layer in layers

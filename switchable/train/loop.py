@@ -206,9 +206,7 @@ class Trainer:
         """
         job = self.job
         dense = (
-            None
-            if job.config.switch.expert_gate == "softmax"
-            else loss_in_mode(job.model, job.validation, "dense")
+            None if job.config.switch.gate == "softmax" else loss_in_mode(job.model, job.validation, "dense")
         )
         sparse = (
             loss_in_mode(job.model, job.validation, "sparse")

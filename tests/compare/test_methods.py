@@ -71,7 +71,7 @@ def test_what_each_method_changes(given: RunConfig) -> None:
     )
     assert (paper.sparse_steps, paper.dense_steps, paper.max_activation_ratio) == (30, 10, 1.0)
     assert (paper.num_experts, paper.experts_per_token, paper.stability_threshold) == (8, 3, 0.4)
-    assert (moe.schedule, moe.expert_gate, moe.load_balance, moe.num_experts, moe.experts_per_token) == (
+    assert (moe.schedule, moe.gate, moe.load_balance, moe.num_experts, moe.experts_per_token) == (
         "sparse",
         "softmax",
         0.01,

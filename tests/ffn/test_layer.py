@@ -96,7 +96,7 @@ def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_mixture_of_experts_and_all_its_gradients(make_gpt2: Make, compute: str) -> None:
     model = make_gpt2(layers=1, dtype=torch.float64)
     config = SwitchConfig(
-        num_experts=8, experts_per_token=3, schedule="sparse", expert_gate="softmax", load_balance=0.5, monitor_every=0,
+        num_experts=8, experts_per_token=3, schedule="sparse", gate="softmax", load_balance=0.5, monitor_every=0,
         expert_compute=compute,
     )  # fmt: skip
     convert(model, config)

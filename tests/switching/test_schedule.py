@@ -150,9 +150,9 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         SwitchConfig(monitor_every=0)
     assert SwitchConfig(monitor_every=0, schedule="dense").monitor_every == 0
     with pytest.raises(
-        InputError, match="expert_gate=softmax with schedule=ssd would train two different functions"
+        InputError, match="gate=softmax with schedule=ssd would train two different functions"
     ):
-        SwitchConfig(expert_gate="softmax")
+        SwitchConfig(gate="softmax")
     with pytest.raises(InputError, match=r"load_balance=-0.1 is out of range"):
         SwitchConfig(load_balance=-0.1)
 
