@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import nn
 
 from switchable.compare.runs import Run
@@ -178,18 +177,11 @@ def _load_weights(final: Path, model: nn.Module) -> None:
     """Load the weights of a dense run's exported model; the routers stay as they are.
 
     Raises:
-        InputError: the export is damaged.
+        InputError: the export is damaged, or of another model.
     """
     damage = checkpoint.verify(final)
     if damage is not None:
         raise InputError(
             f"{final} is damaged ({damage}); remove {final.parent / 'summary.json'} and start again"
         )
-    missing, unexpected = model.load_state_dict(load_file(final / "model.safetensors"), strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    lost = [name for name in missing if name not in tied and not is_router_parameter(name)]
-    if lost or unexpected:
-        raise InputError(
-            f"{final} does not fit the model: {len(lost)} tensors missing, {len(unexpected)} unexpected, "
-            f"e.g. {(lost + unexpected)[0]}"
-        )
+    checkpoint.restore_model(final, model, routers=False)

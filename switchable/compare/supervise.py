@@ -17,10 +17,11 @@ from pathlib import Path
 
 from switchable.compare.runs import Run
 from switchable.compare.worker import IN_USE, task
+from switchable.train.rundir import RunDir
 from switchable.train.signals import StopRequest
 
 POLL_SECONDS = 0.25
-RETRY_SECONDS = 5.0
+RETRY_SECONDS = 2.0
 
 
 @dataclass
@@ -83,7 +84,18 @@ class Supervisor:
             return False
         if before is not None and not (before / "summary.json").exists():
             return False
-        return time.monotonic() >= self._not_before.get(run, 0.0)
+        if time.monotonic() < self._not_before.get(run, 0.0):
+            return False
+        if RunDir(run.path).in_use():
+            self._wait_for(run)
+            return False
+        return True
+
+    def _wait_for(self, run: Run) -> None:
+        """Look again later at a run that another process is training."""
+        if run not in self._not_before:
+            self._say(f"{run.name}: another process is training it; waiting for it")
+        self._not_before[run] = time.monotonic() + RETRY_SECONDS
 
     def _launch(self, run: Run) -> _Child:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -115,9 +127,8 @@ class Supervisor:
                 continue
             del self._active[run]
             if code == IN_USE:
-                if run not in self._not_before:
-                    self._say(f"{run.name}: another process is training it; waiting for it")
-                self._not_before[run] = time.monotonic() + RETRY_SECONDS
+                # Another process was quicker.
+                self._wait_for(run)
                 self._pending.append(run)
             elif code == 0:
                 self._say(f"{run.name}: finished")

@@ -103,7 +103,7 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
-        self.gate = "unit"
+        self.expert_gate = "unit"
         self.load_balance = 0.0
         self.activation_l1 = 0.0
 
@@ -213,7 +213,7 @@ class SwitchableFFN(nn.Module):
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
         # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
         # softmax gates: the output depends on x through them too.
-        softmax = self.gate == "softmax"
+        softmax = self.expert_gate == "softmax"
         scores_TE = self.router(x_TD if softmax else x_TD.detach())
         ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
@@ -246,7 +246,7 @@ class SwitchableFFN(nn.Module):
             gates_TK,
             num_experts=self.num_experts,
             activation=self.activation,
-            unit_gates=self.gate == "unit",
+            unit_gates=self.expert_gate == "unit",
             implementation=self.expert_compute,
         )
 

@@ -127,8 +127,8 @@ class SwitchConfig:
             )
         if self.gate == "softmax" and self.schedule != "sparse":
             raise InputError(
-                f"gate=softmax with schedule={self.schedule} would train two different functions in dense and sparse "
-                "steps; use gate unit, or schedule sparse"
+                f"gate=softmax with schedule={self.schedule} would train two different functions in dense and "
+                "sparse steps; use gate unit, or schedule sparse"
             )
 
     def _check_whole(self, name: str, least: int) -> None:

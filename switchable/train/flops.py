@@ -104,7 +104,7 @@ def ffn_dense(layer: SwitchableFFN) -> float:
 
 def router_sparse(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a layer's router in a sparse step."""
-    passes = 3.0 if layer.gate == "softmax" else 2.0
+    passes = 3.0 if layer.expert_gate == "softmax" else 2.0
     return passes * 2 * layer.d_model * layer.num_experts
 
 

@@ -65,6 +65,15 @@ class RunDir:
                 f"{self.path} cannot be used as output folder: {error.strerror}; choose another"
             ) from None
 
+    def in_use(self) -> bool:
+        """Return whether another process holds the lock now (it may have changed by the time this returns)."""
+        try:
+            self.acquire()
+        except FolderInUse:
+            return True
+        self.release()
+        return False
+
     def release(self) -> None:
         """Give the lock back."""
         self._lock.release()

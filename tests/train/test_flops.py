@@ -32,6 +32,14 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert all(p.grad is None for p in switchable_gpt2.parameters())
 
 
+def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    batch = {"input_ids": tokens, "labels": tokens}
+    unit = count(switchable_gpt2, batch)
+    for layer in layers_of(switchable_gpt2):
+        layer.expert_gate = "softmax"
+    assert count(switchable_gpt2, batch).step((3, 3)) == unit.step((3, 3)) + T * L * 2 * D * E
+
+
 def test_a_gated_ffn_has_three_projections() -> None:
     model = make("llama").train()
     convert(model, SwitchConfig(num_experts=E, experts_per_token=K, router_token_fraction=1.0))
@@ -52,11 +60,3 @@ def test_both_sides_of_a_model_count_their_own_tokens() -> None:
     flops = count(model, {"input_ids": torch.ones(2, 12).long(), "labels": torch.ones(2, 7).long()})
     assert flops.ffn_dense == (24 * 3 * 4 * D * F,) * 2 + (14 * 3 * 4 * D * F,) * 3
     assert flops.head == 14 * 6 * D * V
-
-
-def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
-    batch = {"input_ids": tokens, "labels": tokens}
-    unit = count(switchable_gpt2, batch)
-    for layer in layers_of(switchable_gpt2):
-        layer.gate = "softmax"
-    assert count(switchable_gpt2, batch).step((3, 3)) == unit.step((3, 3)) + T * L * 2 * D * E
