@@ -6,7 +6,8 @@
 Of the two projections of an FFN one always has its neurons in columns. A slice of it is then D pieces of I numbers,
 each on another page of memory: slow to read when decoding, and its gradient cannot be summed row by row. So `convert`
 transposes that one's *storage*. Names, shapes and values stay as they were, and so does the dense product, to the
-rounding of its last bits (BLAS takes either order); gradients and element-wise optimizers' moments take over the strides of their parameter by themselves.
+rounding of its last bits (BLAS takes either order); gradients and element-wise optimizers' moments take over the
+strides of their parameter by themselves.
 
 What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`.
 Files are written contiguous in any case.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchable.ffn.layer import SwitchableFFN
 
@@ -49,7 +50,7 @@ def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _matrices(layer: SwitchableFFN) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:
     """Each matrix of the FFN with its view neuron by neuron."""
     weights = layer.weights
     yield layer.up.weight, weights.up_FD

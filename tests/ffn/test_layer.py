@@ -144,7 +144,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
         model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MyMLP", up="fc1", down="fc2")
     )
     assert report.converted == 3
-    assert relative(model(x), before) < 1e-6  # nn.Linear's `down` is stored the other way round: other roundings
+    assert (
+        relative(model(x), before) < 1e-6
+    )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
 

@@ -96,7 +96,9 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, tokens)
     save(tmp_path / "saved", model, training_state(model, optimizer, {"last": [None, None]}, {}))
-    assert all(tensor.is_contiguous() for tensor in load_file(tmp_path / "saved" / "model.safetensors").values())
+    assert all(
+        tensor.is_contiguous() for tensor in load_file(tmp_path / "saved" / "model.safetensors").values()
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(plain(tokens).logits, model.eval()(tokens).logits)
     again = make_gpt2()

@@ -96,10 +96,11 @@ class Table:
 
     @classmethod
     def load(cls, path: Path) -> Table:
-        """Read a table; a file that is missing, or was cut off, counts as empty."""
+        """Read a table; a file that is missing or damaged counts as empty."""
         try:
-            return cls(path, json.loads(path.read_text(encoding="utf-8"))["seconds"])
-        except (OSError, ValueError, KeyError):
+            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+            return cls(path, {key: _checked(times) for key, times in seconds.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(path)
 
     def lookup(self, shape: Shape) -> dict[str, float]:
@@ -132,6 +133,14 @@ class Table:
             measured = [self.lookup(neighbour) for neighbour in shape.measured_at]
             self.answers[shape, dense_allowed] = _fastest(measured, dense_allowed)
         return self.answers[shape, dense_allowed]
+
+
+def _checked(times: dict[str, float]) -> dict[str, float]:
+    """Return an entry of the file if it is one, or raise what `Table.load` expects."""
+    seconds = {name: float(value) for name, value in times.items()}
+    if not seconds["dense"] > 0:
+        raise ValueError("no time of the dense layer")
+    return seconds
 
 
 def _fastest(measured: list[dict[str, float]], dense_allowed: bool) -> str:
