@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from switchable.ffn.families import neurons_first
 from switchable.ffn.layer import SwitchableFFN
 
 
@@ -52,6 +53,8 @@ def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:
     """Each matrix of the FFN with its view neuron by neuron."""
-    weights = layer.weights
-    yield layer.up.weight, weights.up_FD
-    yield layer.down.weight, weights.down_FD
+    gate = layer.gate_projection
+    if gate is not None:
+        yield gate.weight, neurons_first(gate, output=False)
+    yield layer.up_projection.weight, neurons_first(layer.up_projection, output=False)
+    yield layer.down_projection.weight, neurons_first(layer.down_projection, output=True)
