@@ -9,9 +9,8 @@ read: y = Σ h_i down_i over them is what `embedding_bag` computes, without a co
 too: two calls instead of six. All this wants an expert to be one block of memory (`ffn/layout.py`); other layouts
 work, slower.
 
-As soon as the tokens together need most of the experts, this loses to the two large products of the dense layer; then
-all neurons are computed and the activations of the experts not selected are set to zero, which is the same function
-at the price of the dense layer.
+As soon as the tokens together need most of the experts, this loses to the two large products of the dense layer: then
+`masked` takes over.
 
 Any activation, with or without bias, gated or not. Calls that need gradients, and autocast, go to `sorted`. The first
 form is a graph break under `torch.compile`; the masked form compiles.
@@ -24,10 +23,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from switchable.ffn.experts.cpu import sorted_experts
+from switchable.ffn.experts.masked import masked
 from switchable.ffn.experts.weights import FFNWeights
 
 LARGEST_SHARE = 0.75
@@ -69,7 +68,7 @@ def decode(
     if expert_ids_TK.numel() <= LARGEST_SHARE * num_experts:
         y_TD: Tensor = _token_by_token(x_TD, weights, expert_ids_TK, gates, num_experts, activation)
         return y_TD
-    return _all_masked(x_TD, weights, expert_ids_TK, gates, num_experts, activation)
+    return masked(x_TD, weights, expert_ids_TK, gates, num_experts=num_experts, activation=activation)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -145,22 +144,3 @@ def _gathered(matrix_FD: Tensor, ids_K: Tensor, num_experts: int, most_bytes: in
     if len(ids_K) * neurons * width * matrix_FD.itemsize > most_bytes or not matrix_FD.is_contiguous():
         return None
     return matrix_FD.view(num_experts, -1).index_select(0, ids_K).view(-1, width)
-
-
-def _all_masked(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    num_experts: int,
-    activation: str,
-) -> Tensor:
-    hidden_TF = linear(x_TD, weights.up_FD, weights.up_bias_F)
-    if weights.gate_FD is None:
-        hidden_TF = hidden_TF.relu_() if activation == "relu" else ACT2FN[activation](hidden_TF)
-    else:
-        hidden_TF = ACT2FN[activation](linear(x_TD, weights.gate_FD, weights.gate_bias_F)).mul_(hidden_TF)
-    factors_TK = hidden_TF.new_ones(expert_ids_TK.shape) if gates_TK is None else gates_TK.to(hidden_TF.dtype)
-    factors_TE = hidden_TF.new_zeros(len(x_TD), num_experts).scatter_(1, expert_ids_TK, factors_TK)
-    hidden_TEI = hidden_TF.view(len(x_TD), num_experts, weights.up_FD.shape[0] // num_experts)
-    return hidden_TEI.mul_(factors_TE.unsqueeze(2)).view_as(hidden_TF) @ weights.down_FD

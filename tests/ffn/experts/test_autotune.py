@@ -131,19 +131,33 @@ def test_measuring_times_dense_and_every_candidate(training: bool, monkeypatch: 
     state = torch.get_rng_state()
     with torch.no_grad():
         times = measure(shape)
-    assert set(times) == {"dense", "sorted"} | (set() if training else {"decode"})
+    assert set(times) == {"dense", "masked" if training else "decode"}
     assert all(seconds > 0 for seconds in times.values())
     assert torch.equal(torch.get_rng_state(), state)  # a run's random numbers do not depend on the table
 
 
-def test_auto_computes_the_experts_even_where_dense_would_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = Table(None)
-    monkeypatch.setattr(autotune, "table", lambda: table)
-    monkeypatch.setattr(autotune, "measure", lambda _shape: {"dense": 1.0, "sorted": 9.0, "decode": 8.0})
+@pytest.mark.parametrize(
+    ("tokens", "training", "way"),
+    [
+        (16, False, "decode"),
+        (17, False, "masked"),
+        (16, True, "masked"),
+        (3733, True, "masked"),
+        (3734, True, "sorted"),
+    ],
+)
+def test_a_rule_and_not_a_stopwatch_chooses_the_sparse_way(
+    tokens: int, training: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An expert's product: tokens * 3/8 rows, 16 wide, 31.25 -> d_ff / E = 250 / 8 neurons: 187.5 per token.
+    shape = Shape(tokens, d_model=16, d_ff=250, num_experts=8, experts_per_token=3, training=training)
+    monkeypatch.setattr(autotune, "measure", lambda _shape: pytest.fail("measured"))
+    assert Table(None).choose(shape, dense_allowed=False) == way
+
+
+def test_auto_computes_the_experts_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "measure", lambda _shape: pytest.fail("measured"))
     found = problem(Case(tokens=4))
     torch.testing.assert_close(found.run("auto"), found.run("eager"))
     with torch.no_grad():
         torch.testing.assert_close(found.run("auto"), found.run("eager"))
-    assert [key.split()[3] for key in table.seconds] == [
-        "infer"
-    ]  # in training there was nothing to choose from

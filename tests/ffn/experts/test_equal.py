@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["sorted", "decode", "batched_mm", "eager"])
+@pytest.mark.parametrize("implementation", ["sorted", "decode", "masked", "batched_mm", "eager"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_equals_the_reference(case: Case, implementation: str) -> None:
     if implementation == "batched_mm" and case.tokens == 0:
@@ -46,7 +46,7 @@ def test_equals_the_reference(case: Case, implementation: str) -> None:
     assert_equals_eager(case, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["sorted", "decode"])
+@pytest.mark.parametrize("implementation", ["sorted", "decode", "masked"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_equals_the_reference_without_gradients(case: Case, implementation: str) -> None:
     with torch.no_grad():
