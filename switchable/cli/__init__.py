@@ -12,10 +12,10 @@ import argparse
 import os
 import sys
 
-from switchable.cli import generate, prepare, pretrain
+from switchable.cli import compare, generate, plan, prepare, pretrain
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate}
+VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate, "compare": compare, "plan": plan}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         ):  # under torchrun all ranks end with the same error; one says it
             print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"switchable {args.verb}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, and nobody to say it to.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - must stay open until the interpreter ends

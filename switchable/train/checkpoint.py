@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of
+from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.train import tensorfile
 from switchable.train.rundir import TEMPORARY, is_no_space, remove, sync_folder, write_json
 from switchable.train.snapshot import Snapshot, take, untied_state
@@ -203,14 +203,20 @@ def restore(
     return controller_state, values["counters"]
 
 
-def restore_model(folder: Path, model: nn.Module) -> None:
+def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     """Load weights and routers of a checkpoint into a converted model of the same shape.
+
+    Args:
+        folder: the checkpoint.
+        model: the model to load into.
+        routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
 
     Raises:
         InputError: names or shapes do not fit; the model is unchanged then.
     """
-    state = untied_state(model)
-    files = [TensorFile(folder / name) for name in ("model.safetensors", "switchable.safetensors")]
+    state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
+    names = ("model.safetensors", "switchable.safetensors") if routers else ("model.safetensors",)
+    files = [TensorFile(folder / name) for name in names]
     stored = {name: file for file in files for name in file.names}
     strange = sorted(state.keys() ^ stored.keys())
     if strange:

@@ -82,18 +82,18 @@ def run_facts(config: RunConfig) -> dict[str, Any]:
     return facts | {f"{module.__name__}.__version__": str(module.__version__) for module in modules}
 
 
-def check_division(config: TrainConfig) -> None:
+def check_division(config: TrainConfig, world_size: int) -> None:
     """Refuse a batch that cannot be shared out.
 
     Raises:
         InputError: says by what it must be divisible.
     """
-    world, parts = ranks.world_size(), config.gradient_accumulation_steps
-    if config.batch_size % (world * parts):
-        nearest = -(-config.batch_size // (world * parts)) * world * parts
+    parts = config.gradient_accumulation_steps
+    if config.batch_size % (world_size * parts):
+        nearest = -(-config.batch_size // (world_size * parts)) * world_size * parts
         raise InputError(
-            f"batch_size={config.batch_size} does not divide among {world} processes x {parts} "
-            f"gradient_accumulation_steps; use a multiple of {world * parts}, e.g. {nearest}"
+            f"batch_size={config.batch_size} does not divide among {world_size} processes x {parts} "
+            f"gradient_accumulation_steps; use a multiple of {world_size * parts}, e.g. {nearest}"
         )
 
 

@@ -55,7 +55,7 @@ MAY_CHANGE = (
 
 
 def pretrain(
-    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False
+    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False, jobs: int = 1
 ) -> dict[str, Any]:
     """Start a run in the folder `out` and train to its end.
 
@@ -65,6 +65,7 @@ def pretrain(
         cache: folder for token files.
         overwrite: replace a run that is there.
         quiet: show nothing.
+        jobs: runs that share the machine at this time; only noted in the summary.
 
     Returns:
         The summary, as written to `summary.json`.
@@ -78,11 +79,16 @@ def pretrain(
         ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
         job = set_up(config, cache, quiet or not ranks.is_main())
         ranks.on_main(lambda: _begin(rundir, job))
-        return _run(job, rundir, Counters(data=job.data.train.sha256), quiet)
+        return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
 
 
 def resume(
-    out: Path, flags: dict[str, Any], cache: Path, resume_from: str | None = None, quiet: bool = False
+    out: Path,
+    flags: dict[str, Any],
+    cache: Path,
+    resume_from: str | None = None,
+    quiet: bool = False,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Go on with the run in the folder `out`, bitwise as if it had never stopped.
 
@@ -92,6 +98,7 @@ def resume(
         cache: folder for token files.
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
         quiet: show nothing.
+        jobs: runs that share the machine at this time; only noted in the summary.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
@@ -106,7 +113,7 @@ def resume(
         ranks.together(lambda: _check_same_data(rundir, job, step))
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
-        return _run(job, rundir, Counters(**counters), quiet)
+        return _run(job, rundir, Counters(**counters), quiet, jobs)
 
 
 @contextmanager
@@ -194,7 +201,12 @@ def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
         )
 
 
-def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str, Any]:
+def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:
+    here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
+    if ranks.running():
+        here["processes"] = ranks.world_size()
+    if counters.steps < job.config.train.steps and here not in counters.ran_with:
+        counters.ran_with.append(here)
     log = open_log(rundir, job.config.train.steps, counters.steps, quiet)
     try:
         processes = (
@@ -204,9 +216,7 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str,
             f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
             + processes
         )
-        # A step has as many micro-batches, over all ranks, as the batch has times their rows.
-        piece = split(job.batch(0), micro_rows(job.config.train))[0]
-        flops = count(job.model, piece).times(job.config.train.batch_size // micro_rows(job.config.train))
+        flops = count_step(job)
         with StopRequest() as stop, Saver() as saver:
             trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
             try:
@@ -215,12 +225,19 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str,
                 again = f"switchable pretrain --out {rundir.path} --resume"
                 log.say(f"stopped and saved at step {counters.steps}; go on with: {again}")
                 raise
-        return _finish(trainer)
+        return finish(trainer)
     finally:
         log.close()
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
+def count_step(job: Job) -> StepFlops:
+    """Return the FLOPs of a step, all its micro-batches on all ranks together."""
+    train = job.config.train
+    rows = micro_rows(train)
+    return count(job.model, split(job.batch(0), rows)[0]).times(train.batch_size // rows)
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, draw, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
@@ -241,10 +258,10 @@ def _show_samples(trainer: Trainer) -> None:
     if isinstance(job.model, FSDPModule):
         trainer.log.say(f"no sample of a sharded model; see: switchable generate {trainer.rundir.path}")
         return
-    sparse = any(job.controller.state.takes_part)
+    validated = trainer.validation or trainer.validate()
     with kept_modes(job.model):
         job.model.eval()
-        for mode in ("dense", "sparse") if sparse else ("dense",):
+        for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
             text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")
 
@@ -261,13 +278,13 @@ def summarise(
     # All-dense training has neither routers nor a monitor.
     all_dense = flops.dense * counters.steps
     head = flops.head * counters.steps
-    training_seconds = counters.seconds_dense + counters.seconds_sparse + counters.seconds_measure
     return {
         **validation,
         "steps": counters.steps,
         "tokens": counters.steps * flops.tokens,
         "parameters": _parameters(job),
         "flops": counters.flops,
+        "flops_nonembedding": counters.flops - head,
         "flops_all_dense": all_dense,
         "flops_ratio": counters.flops / all_dense,
         "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
@@ -278,12 +295,15 @@ def summarise(
         "regroupings": job.controller.regroupings,
         "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
         "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
-        "wall_seconds": training_seconds + counters.seconds_other,
+        "wall_seconds": counters.train_seconds + counters.seconds_other,
+        "wall_seconds_train": counters.train_seconds,
+        "cpu_seconds_train": counters.cpu_seconds,
         "wall_seconds_dense": counters.seconds_dense,
         "wall_seconds_sparse": counters.seconds_sparse,
         "wall_seconds_measure": counters.seconds_measure,
         "processes": ranks.world_size(),
-        "wall_ratio": training_seconds / (seconds["dense"] * counters.steps),
+        "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
+        "ran_with": counters.ran_with,
         "versions": {
             "switchable": switchable.__version__,
             "torch": torch.__version__,

@@ -102,7 +102,7 @@ class _Parts:
 
 def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
-    check_division(train)
+    check_division(train, world)
     device = pick_device(train.device)
     data = prepare(config.data, cache, progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)

@@ -83,6 +83,7 @@ def _description(model: nn.Module) -> dict[str, Any]:
     layers = layers_of(model)
     return {
         "num_experts": layers[0].num_experts,
+        "gate": layers[0].expert_gate,
         "layers": {
             layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
             for layer in layers
