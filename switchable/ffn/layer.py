@@ -200,10 +200,9 @@ class SwitchableFFN(nn.Module):
 
     def write(self, hidden: Tensor) -> Tensor:
         """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(
-                self.down_projection.weight.dtype
-            )  # T5 keeps the output projection alone in float32
+        dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
+        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 
     def _dense(self, x_BSD: Tensor) -> Tensor:
