@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
 from switchable.errors import InputError
@@ -14,6 +15,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     verb.add_argument("--world-size", type=int, default=1, help="processes (default %(default)s)")
     verb.add_argument("--gpu", default="h100", help="a100, h100 or h200 (default %(default)s)")
+    verb.add_argument(
+        "--link",
+        type=float,
+        metavar="GB_PER_SECOND",
+        help="what a rank sends to the others; default: the GPU's own link, right for ranks of one machine",
+    )
     verb.add_argument(
         "--utilization",
         type=float,
@@ -33,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--world-size={args.world_size} is out of range; use a whole number of at least 1")
     if not 0 < args.utilization <= 1:
         raise InputError(f"--utilization={args.utilization} is out of range; use a share above 0, up to 1")
+    if args.link is not None and not args.link > 0:
+        raise InputError(
+            f"--link={args.link:g} is out of range; use a positive number of gigabytes per second"
+        )
     config, device = load(args.config, given_flags(args)), device_named(args.gpu)
+    if args.link is not None:
+        device = replace(device, link=args.link * 1e9)
     found = plan(config, config.data.vocab_size, args.world_size)
     more = estimates(found, config, args.world_size, device, args.utilization)
     if not args.quiet:

@@ -56,6 +56,7 @@ def _run_ranks(args: argparse.Namespace) -> int:
     """The same as one of several processes."""
     from switchable import ranks
     from switchable.train.parallel import process_group, run_facts
+    from switchable.train.rundir import RunDir
 
     if not args.rank_timeout > 0:
         raise InputError(
@@ -65,9 +66,10 @@ def _run_ranks(args: argparse.Namespace) -> int:
         given, config = ranks.together(lambda: _read(args))
         arguments = {"--out": str(args.out), "--resume": args.resume, "--overwrite": args.overwrite}
         ranks.check_agreement(run_facts(config) | arguments)
-        if int(os.environ.get(RESTARTS, "0")) > 0:
-            # torchrun started us again after a rank was lost: with the same command line, on a folder of our own.
-            args.resume = ranks.on_main((args.out / "checkpoints").is_dir)
+        rundir = RunDir(args.out)
+        if int(os.environ.get(RESTARTS, "0")) > 0 and ranks.on_main(rundir.is_ours):
+            # torchrun started us again after a rank was lost, with the same command line: go on, if we had begun.
+            args.resume = ranks.on_main(lambda: bool(rundir.steps()))
             args.overwrite = not args.resume
         try:
             with ranks.watched():

@@ -43,7 +43,7 @@ class Device:
     memory: float
     """Bytes."""
     link: float
-    """Bytes per second that a rank sends while it receives as much, to the ranks of its own machine."""
+    """Bytes per second that a rank sends, while it receives as much, to the ranks of its own machine."""
 
 
 DEVICES = {

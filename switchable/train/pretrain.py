@@ -111,6 +111,7 @@ def resume(
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
         job = set_up(config, cache, quiet or not ranks.is_main())
         ranks.together(lambda: _check_same_data(rundir, job, step))
+        ranks.on_main(rundir.claim)
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
@@ -142,6 +143,7 @@ def _refuse_to_replace(rundir: RunDir, overwrite: bool) -> None:
 
 def _begin(rundir: RunDir, job: Job) -> None:
     rundir.clear()
+    rundir.claim()
     job.tokenizer.save_pretrained(rundir.tokenizer)
     write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
 

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class RunDir:
         self.tokenizer = path / "tokenizer"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self._launcher = path / "launcher"
         self._lock = FileLock(path / "run.lock", timeout=0)
 
     def acquire(self) -> None:
@@ -78,6 +80,14 @@ class RunDir:
         """Give the lock back."""
         self._lock.release()
 
+    def claim(self) -> None:
+        """Note which launcher (torchrun, a shell) runs this folder now: what it restarts may go on here."""
+        write_text(self._launcher, _launcher())
+
+    def is_ours(self) -> bool:
+        """Return whether the launcher of this process is the one that ran this folder last."""
+        return self._launcher.is_file() and self._launcher.read_text(encoding="utf-8") == _launcher()
+
     def clear(self) -> None:
         """Remove what an earlier run left here; the lock stays."""
         for folder in (self.tensorboard, self.checkpoints, self.final, self.tokenizer):
@@ -106,6 +116,10 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint taken after `step` steps."""
         return self.checkpoints / f"step-{step:06d}"
+
+
+def _launcher() -> str:
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}\n"
 
 
 def remove(path: Path) -> None:

@@ -143,6 +143,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["--world-size", "0"], "--world-size=0"),
         (["--world-size", "3"], "does not divide among 3"),
         (["--utilization", "40"], "--utilization=40"),
+        (["--link", "0"], "--link=0"),
     ):
         assert main(["plan", *sizes, *wrong]) == 2
         assert word in capsys.readouterr().err
