@@ -90,6 +90,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
         _check_same_function(ffn, layer)
     layer.router_learns = config.router == "learned" and config.schedule != "dense"
     layer.router_token_fraction = config.router_token_fraction
+    layer.expert_gate, layer.load_balance = config.gate, config.load_balance
     layer.activation_l1 = config.activation_l1
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute

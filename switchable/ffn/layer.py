@@ -26,7 +26,15 @@ from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+from switchable.ffn.router import (
+    Router,
+    attach_loss,
+    expert_mass,
+    load_balance_loss,
+    router_loss,
+    select,
+    softmax_gates,
+)
 
 
 class SwitchableFFN(nn.Module):
@@ -96,6 +104,8 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.expert_gate = "unit"
+        self.load_balance = 0.0
         self.activation_l1 = 0.0
 
     def _part(self, path: str) -> nn.Module:
@@ -203,9 +213,14 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, self.d_model)
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
-        # gradient of x is that of the function computed, and with all experts on that of the dense layer.
-        ids_TK, gates_TK = select(self.router(x_TD.detach()), self.experts_per_token)
+        # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
+        # softmax gates: the output depends on x through them too.
+        softmax = self.expert_gate == "softmax"
+        scores_TE = self.router(x_TD if softmax else x_TD.detach())
+        ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
+        if self.load_balance and self.training and torch.is_grad_enabled():
+            y_TD = attach_loss(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
         return y_TD.view(x_BSD.shape)
@@ -233,7 +248,7 @@ class SwitchableFFN(nn.Module):
             gates_TK,
             num_experts=self.num_experts,
             activation=self.activation,
-            unit_gates=True,
+            unit_gates=self.expert_gate == "unit",
             implementation=self.expert_compute,
         )
 

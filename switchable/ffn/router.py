@@ -71,6 +71,29 @@ def select(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor | 
     return ids_TK, 1.0 + (p_TK - p_TK.detach())
 
 
+def softmax_gates(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Return the K best experts of each token and the gates of a mixture of experts, K x softmax over their scores.
+
+    The factor K makes the gates 1 on average, so that the layer starts at the scale of the dense one.
+
+    Returns:
+        ids_TK, int64, and gates_TK, which add up to K for each token.
+    """
+    top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
+    return ids_TK, experts_per_token * top_TK.softmax(dim=-1)
+
+
+def load_balance_loss(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Return E Σ_e f_e P_e: 1 if all experts are used alike, E if one does everything (Fedus et al. 2022).
+
+    f_e is expert e's share of the choices, P_e the mean over the tokens of its softmax probability, through which
+    the gradient flows.
+    """
+    experts = scores_TE.shape[-1]
+    share_E = torch.bincount(ids_TK.reshape(-1), minlength=experts) / ids_TK.numel()
+    return experts * (share_E * scores_TE.softmax(dim=-1).mean(dim=0)).sum()
+
+
 def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
     norms_EI = down_FD.float().norm(dim=1).view(num_experts, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,46 @@ def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
     per_neuron = grads["transformer.h.0.mlp.c_fc.weight"].norm(dim=0).view(8, 8)
     assert (per_neuron[5] > 0).any()
     assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
+
+
+def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A mixture of experts token by token, and its load-balance loss."""
+    weights, scores = layer.weights, nn.functional.linear(x, layer.router.weight, layer.router.bias)
+    top, ids = scores.topk(3)
+    rows = []
+    for t in range(len(x)):
+        gates = 3 * top[t].softmax(dim=0)
+        y = layer.down_projection.bias
+        for gate, e in zip(gates, ids[t].tolist(), strict=True):
+            own = slice(8 * e, 8 * e + 8)
+            hidden = torch.relu(weights.up_FD[own] @ x[t] + weights.up_bias_F[own])
+            y = y + gate * (hidden @ weights.down_FD[own])
+        rows.append(y)
+    share = torch.bincount(ids.flatten(), minlength=8) / ids.numel()
+    return torch.stack(rows), 8 * (share * scores.softmax(dim=1).mean(dim=0)).sum()
+
+
+@pytest.mark.parametrize("compute", ["eager", "sorted"])
+def test_a_mixture_of_experts_and_all_its_gradients(make_gpt2: Make, compute: str) -> None:
+    model = make_gpt2(layers=1, dtype=torch.float64)
+    config = SwitchConfig(
+        num_experts=8, experts_per_token=3, schedule="sparse", gate="softmax", load_balance=0.5, monitor_every=0,
+        expert_compute=compute,
+    )  # fmt: skip
+    convert(model, config)
+    model.double()  # the router too
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    weigh = torch.randn(40, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, balance = mixture(layer, x)
+    names = [name for name, _ in layer.named_parameters()]
+    expected = torch.autograd.grad((weigh * y).sum() + 0.5 * balance, [x, *layer.parameters()])
+    out = layer(x[None])[0]
+    torch.testing.assert_close(out, y)
+    found = torch.autograd.grad((weigh * out).sum(), [x, *layer.parameters()])
+    for name, a, b in zip(["x", *names], found, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_layer_that_does_not_take_part_stays_dense(switchable_gpt2: nn.Module) -> None:
