@@ -12,10 +12,22 @@ import argparse
 import os
 import sys
 
-from switchable.cli import compare, generate, prepare, pretrain
+from switchable.cli import (
+    bench,
+    compare,
+    generate,
+    prepare,
+    pretrain,
+)
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate, "compare": compare}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "compare": compare,
+    "generate": generate,
+    "bench": bench,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
