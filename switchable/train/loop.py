@@ -99,11 +99,16 @@ class Trainer:
             self._step()
             done = self.counters.steps
             finished = done == train.steps
-            if finished or done % train.log_every == 0:
+            logs = finished or done % train.log_every == 0
+            evaluates = finished or (train.eval_every > 0 and done % train.eval_every == 0)
+            saves = finished or self.stop.requested or done % train.checkpoint_every == 0
+            if logs or evaluates or saves:
+                self._settle()
+            if logs:
                 self._log_train()
-            if finished or (train.eval_every and done % train.eval_every == 0):
+            if evaluates:
                 self.evaluate()
-            if finished or self.stop.requested or done % train.checkpoint_every == 0:
+            if saves:
                 self.save()
             if self.stop.requested and not finished:
                 raise TrainingStopped(self.stop.signum)
@@ -148,6 +153,19 @@ class Trainer:
         else:
             counters.seconds_dense += seconds
         self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
+
+    def _settle(self) -> None:
+        """Wait for the GPU, which runs behind the host, and count the wait as the training that it is."""
+        if self.job.device.type != "cuda":
+            return
+        begin = time.perf_counter()
+        torch.cuda.synchronize(self.job.device)
+        seconds, counters = time.perf_counter() - begin, self.counters
+        counters.window_seconds += seconds
+        # How much of it was for which kind of step is not known: by the steps since the last train line.
+        sparse = seconds * counters.window_sparse / max(1, counters.window_steps)
+        counters.seconds_sparse += sparse
+        counters.seconds_dense += seconds - sparse
 
     def _log_train(self) -> None:
         counters = self.counters
