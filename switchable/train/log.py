@@ -85,7 +85,8 @@ class RunLog:
         )
         for key in layers[0]:
             for i, layer in enumerate(layers):
-                self._board.add_scalar(f"{key}/layer {i}", layer[key], measurement.step)
+                if layer[key] is not None:
+                    self._board.add_scalar(f"{key}/layer {i}", layer[key], measurement.step)
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Record a validation and say it on the terminal."""

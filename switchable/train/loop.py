@@ -84,6 +84,7 @@ class Trainer:
             TrainingStopped: stopped on request, after saving.
         """
         train = self.job.config.train
+        snapshots = snapshot_steps(train.steps, train.snapshots)
         self.job.model.train()
         while self.counters.steps < train.steps:
             self._step()
@@ -93,6 +94,8 @@ class Trainer:
                 self._log_train()
             if finished or (train.eval_every and done % train.eval_every == 0):
                 self._evaluate()
+            if done in snapshots:
+                self._snapshot()
             if finished or self.stop.requested or done % train.checkpoint_every == 0:
                 self.save()
             if self.stop.requested and not finished:
@@ -201,6 +204,12 @@ class Trainer:
         val = self.job.data.val
         return bits_per_byte(loss, val.tokens, val.text_bytes)
 
+    def _snapshot(self) -> None:
+        """Keep the weights as they are now, for `switchable study`."""
+        begin = time.perf_counter()
+        checkpoint.save(self.rundir.snapshot(self.counters.steps), self.job.model)
+        self.counters.seconds_other += time.perf_counter() - begin
+
     def save(self) -> None:
         """Write a checkpoint and drop those that are older than the `keep` newest."""
         begin = time.perf_counter()
@@ -216,3 +225,15 @@ class Trainer:
         checkpoint.save(self.rundir.checkpoint(counters.steps), job.model, state)
         self.rundir.drop_old(job.config.train.keep)
         counters.seconds_other += time.perf_counter() - begin
+
+
+def snapshot_steps(total_steps: int, count: int) -> set[int]:
+    """Return `count` steps (fewer in a short run) after which weights are kept: most of what happens, happens early.
+
+    Their distances grow like a geometric series, from a hundredth of the run to its end.
+    """
+    if not count:
+        return set()
+    first = max(1.0, total_steps / 100)
+    ratio = (total_steps / first) ** (1 / max(1, count - 1))
+    return {round(total_steps / ratio**i) for i in range(count)}

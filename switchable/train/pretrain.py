@@ -21,6 +21,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
 from switchable.study.curves import draw_curves
+from switchable.study.probe import save_probe
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import RunLog
@@ -66,6 +67,7 @@ def pretrain(
         rundir.clear()
         job.tokenizer.save_pretrained(rundir.tokenizer)
         write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+        save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet)
     finally:
         rundir.release()

@@ -63,8 +63,8 @@ def test_every_kind_of_structure_is_balanced(
     switchable_gpt2: nn.Module, tokens: Tensor, structure: str
 ) -> None:
     _, found = measure(switchable_gpt2, [{"input_ids": tokens}], [None, None], 0, structure)
-    for labels in found:
-        assert torch.equal(torch.bincount(labels, minlength=8), torch.full((8,), 8))
+    for layer in found:
+        assert torch.equal(torch.bincount(layer.labels_F, minlength=8), torch.full((8,), 8))
 
 
 def test_watching_leaves_the_model_as_it_was(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
