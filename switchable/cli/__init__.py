@@ -12,10 +12,10 @@ import argparse
 import os
 import sys
 
-from switchable.cli import generate, prepare, pretrain
+from switchable.cli import generate, prepare, pretrain, study
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate}
+VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate, "study": study}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,7 +81,7 @@ def save(
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_router_parameter(name)}
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
     layers = layers_of(model)
@@ -100,7 +100,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing a bar for every file; its setting is put back afterwards."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

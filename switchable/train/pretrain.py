@@ -22,6 +22,7 @@ from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
 from switchable.study.curves import draw_curves
 from switchable.study.probe import save_probe
+from switchable.study.report import write_run_report
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import RunLog
@@ -187,8 +188,9 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     write_json(rundir.summary, figures)
     draw_curves(rundir.metrics, rundir.curves)
+    write_run_report(rundir.path)
     _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   picture: {rundir.curves}   figures: {rundir.summary}")
+    trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
     return figures
 
 
