@@ -15,30 +15,48 @@ HELP = "measure activation over a run, a series of checkpoints or one model; pic
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     verb.add_argument(
-        "folder", nargs="?", metavar="RUN", type=Path, help="folder of a run, or of one model in Hugging Face form"
+        "folder",
+        nargs="?",
+        metavar="RUN",
+        type=Path,
+        help="folder of a run, or of one model in Hugging Face form",
     )
     verb.add_argument(
         "--checkpoints", nargs="+", metavar="DIR", help="study these models as a series, e.g. out/step*"
     )
     verb.add_argument(
-        "--out", type=Path, help="folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)"
+        "--out",
+        type=Path,
+        help="folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)",
     )
     verb.add_argument(
         "--text", nargs="*", metavar="FILE",
         help="text to measure on; default: the run's probe, or the Python installation's own source files",
     )  # fmt: skip
-    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help="the models' tokenizer, if it is not with them")
     verb.add_argument(
-        "--probe-tokens", type=int, metavar="N", help="tokens to measure on (default: the run's probe, or 2048)"
+        "--tokenizer", type=Path, metavar="DIR", help="the models' tokenizer, if it is not with them"
     )
     verb.add_argument(
-        "--sequence-length", type=int, default=256, metavar="N", help="tokens per sequence of --text (default %(default)s)"
+        "--probe-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to measure on (default: the run's probe, or 2048)",
+    )
+    verb.add_argument(
+        "--sequence-length",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens per sequence of --text (default %(default)s)",
     )
     verb.add_argument(
         "--num-experts", type=int, metavar="E", help="experts for models without any (default: near 32)"
     )
     verb.add_argument(
-        "--experts-per-token", type=int, metavar="K", help="experts per token (default: the run's, or 3/16 of them)"
+        "--experts-per-token",
+        type=int,
+        metavar="K",
+        help="experts per token (default: the run's, or 3/16 of them)",
     )
     verb.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     verb.add_argument("--quiet", action="store_true", help="show no progress")
@@ -80,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
         write_json(out / "study.json", study.to_json())
         write_report(study, out / "report.html")
     except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; choose another folder with --out") from None
+        raise InputError(
+            f"{out} cannot be written: {error.strerror}; choose another folder with --out"
+        ) from None
     found = findings(study)
     print(
         json.dumps(

@@ -27,7 +27,7 @@ def _behind_first(study: Study) -> list[int]:
     return list(range(1, study.num_layers)) or list(range(study.num_layers))
 
 
-def _mean_series(study: Study, series: Series, layers: list[int]) -> list[tuple[float, float]]:
+def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]:
     if not layers or not all(series[i][0] for i in layers):
         return []
     steps = series[layers[0]][0]
@@ -37,7 +37,7 @@ def _mean_series(study: Study, series: Series, layers: list[int]) -> list[tuple[
 def _sparsity(study: Study) -> str:
     series = study.series("activation_ratio")
     layers = _behind_first(study)
-    points = _mean_series(study, series, layers)
+    points = _mean_series(series, layers)
     if not points:
         return ""
     first_layer = f"; in the first layer {_percent(series[0][1][-1])}" if study.num_layers > 1 else ""
@@ -55,7 +55,9 @@ def _sparsity(study: Study) -> str:
         return f"Activation is sparse from the first measurement on: {history} and {now}."
     early = since - start <= EARLY * (step - start)
     reached = f"at most {SPARSE:.0%} from step {since:,.0f} on"
-    return f"Activation becomes sparse{' early' if early else ''} and stays so: {history}, {reached}, and {now}."
+    return (
+        f"Activation becomes sparse{' early' if early else ''} and stays so: {history}, {reached}, and {now}."
+    )
 
 
 def _sparse_since(points: list[tuple[float, float]]) -> float | None:
@@ -73,9 +75,13 @@ def _pattern(study: Study) -> str:
         matrix, steps = study.mean_pairs("pattern"), study.steps
         last = float(matrix[-1, -2])
         between = f"between the last two checkpoints (steps {steps[-2]:,} and {steps[-1]:,})"
-        others = "" if len(steps) == 2 else f" and by {matrix[-1, 0]:.2f} between the first (step {steps[0]:,}) and the last"
+        others = (
+            ""
+            if len(steps) == 2
+            else f" and by {matrix[-1, 0]:.2f} between the first (step {steps[0]:,}) and the last"
+        )
     else:
-        points = _mean_series(study, study.series("pattern_similarity"), list(range(study.num_layers)))
+        points = _mean_series(study.series("pattern_similarity"), list(range(study.num_layers)))
         if len(points) < 2:
             return ""
         last = points[-1][1]
@@ -110,7 +116,9 @@ def _experts(study: Study) -> str:
         busiest = max(study.results[-1][i].load_imbalance for i in layers)
         counts = sorted({study.layers[i].experts_per_token for i in layers})
         k = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        which = f"The router's {k} of {study.layers[0].num_experts} experts ({_percent(chance)} of the neurons)"
+        which = (
+            f"The router's {k} of {study.layers[0].num_experts} experts ({_percent(chance)} of the neurons)"
+        )
     else:
         ends = {}
         for name in ("mass_caught", "mass_best", "load_imbalance"):

@@ -125,11 +125,12 @@ def frequency_bands(counts_V: Tensor) -> Tensor:
 
 
 def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHARE) -> tuple[Tensor, Tensor]:
-    """Find the fewest neurons of each token that give its output up to a relative error of 1 - share.
+    """Find how many neurons of each token give its output up to a relative error of 1 - share.
 
     Neurons are taken in the order of |a_i| · ‖down_i‖, the length of what they add to the output; the error is that of
     the sum of the others, ‖Σ a_i down_i‖ / ‖output‖ (CETT, Zhang et al. 2024, arXiv 2402.03804). The number is found by
-    bisection, per token: it is enough, and one less is not.
+    bisection, per token: so many are enough, and one less is not. (The error need not fall with every neuron added
+    where activations have both signs, so that fewer may be enough by chance.)
 
     Args:
         hidden_TF: activations.
@@ -179,7 +180,7 @@ class _Meter:
         if self.ids_BS.numel() == len(x_TD):
             self.positions.append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
             self.bands.append(self.band_V[self.ids_BS.reshape(-1)])
-        for piece_TD in x_TD.split(AT_ONCE):
+        for piece_TD in torch.split(x_TD, AT_ONCE):
             self._add_piece(layer, piece_TD)
 
     def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:

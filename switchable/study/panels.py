@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from switchable.study.canvas import Picture, layer_style, legend_above, plain_axes, step_axis
 from switchable.study.curves import DENSE, SPARSE, TRAIN, sparse_spans
@@ -11,6 +14,15 @@ from switchable.study.measures import QUANTILES
 from switchable.study.result import Series, Study
 
 LEGEND_LAYERS = 8
+MODES: dict[str, dict[str, Any]] = {
+    "dense": {"marker": "o", "color": DENSE, "ls": "-", "ms": 4},
+    "sparse": {"marker": "s", "color": SPARSE, "ls": "--", "mfc": "none", "ms": 7},
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "best K": {"color": DENSE, "ls": "-", "marker": "^"},
+    "router's K": {"color": SPARSE, "ls": "-", "marker": "o"},
+    "random K": {"color": TRAIN, "ls": "--"},
+}
 SIMILARITY_LABELS = {
     "pattern": "Jaccard index",
     "coactivation": "correlation",
@@ -24,11 +36,10 @@ def loss(study: Study, picture: Picture, axes: Axes) -> None:
     steps = [r["step"] for r in train]
     _shade(study, axes)
     axes.plot(steps, [r["loss"] for r in train], color=TRAIN, lw=1, label="training")
-    for mode, style in (
-        ("dense", {"marker": "o", "color": DENSE, "ls": "-"}),
-        ("sparse", {"marker": "s", "color": SPARSE, "ls": "--", "mfc": "none", "ms": 7}),
-    ):
-        points = [(r["step"], r[f"val_loss_{mode}"]) for r in evaluated if r.get(f"val_loss_{mode}") is not None]
+    for mode, style in MODES.items():
+        points = [
+            (r["step"], r[f"val_loss_{mode}"]) for r in evaluated if r.get(f"val_loss_{mode}") is not None
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), label=f"validation, {mode} mode", **style)
         for step, value in points:
@@ -47,21 +58,18 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
     train = study.records("train")
     steps, spent = [r["step"] for r in train], [r["flops"] for r in train]
     _shade(study, axes)
-    axes.plot(steps, spent, color=DENSE, marker=".", ms=3, lw=1.2, label="spent")
+    lines = axes.plot(steps, spent, color=DENSE, marker=".", ms=3, lw=1.2, label="spent")
     all_dense = study.summary.get("flops_all_dense")
     if all_dense:
         per_step = all_dense / study.summary["steps"]
-        axes.plot(steps, [s * per_step for s in steps], color=TRAIN, ls="--", lw=1.2, label="the same steps all dense")
+        lines += axes.plot(
+            steps, [s * per_step for s in steps], color=TRAIN, ls="--", label="the same steps all dense"
+        )
     for step, value in zip(steps, spent, strict=True):
         picture.hover(axes, step, value, f"step {step:,}: {value:.3g} FLOPs spent")
     axes.set_ylabel("computation (FLOPs)")
     _finish(axes, steps)
-    axes.legend(*_without_spans(axes), fontsize=8)
-
-
-def _without_spans(axes: Axes) -> tuple[list[object], list[str]]:
-    pairs = [(h, l) for h, l in zip(*axes.get_legend_handles_labels(), strict=True) if "sparse phase" not in l]
-    return [h for h, _ in pairs], [l for _, l in pairs]
+    axes.legend(handles=lines, fontsize=8)
 
 
 def _shade(study: Study, axes: Axes) -> None:
@@ -72,12 +80,12 @@ def _shade(study: Study, axes: Axes) -> None:
 
 def over_steps(study: Study, name: str, label: str, picture: Picture, axes: Axes) -> None:
     """A measure over training, a line per layer."""
-    _layer_lines(study, study.series(name), label, picture, axes)
+    _layer_lines(study.series(name), label, picture, axes)
 
 
-def neighbours(study: Study, series: Series, picture: Picture, axes: Axes) -> None:
+def neighbours(series: Series, picture: Picture, axes: Axes) -> None:
     """Similarity of each pattern to the one before, a line per layer."""
-    _layer_lines(study, series, "Jaccard index with the one before", picture, axes)
+    _layer_lines(series, "Jaccard index with the one before", picture, axes)
     axes.set_ylim(0.0, 1.02)
 
 
@@ -86,11 +94,11 @@ def changes(study: Study, part: int, picture: Picture, axes: Axes) -> None:
     steps = [float(s) for s in study.steps[1:]]
     series = [(steps, [layers[i][part] for layers in study.changes]) for i in range(study.num_layers)]
     label = ("tokens with another set (share)", "experts replaced (share)")[part]
-    _layer_lines(study, series, label, picture, axes)
+    _layer_lines(series, label, picture, axes)
     axes.set_ylim(-0.02, 1.02)
 
 
-def _layer_lines(study: Study, series: Series, label: str, picture: Picture, axes: Axes) -> None:
+def _layer_lines(series: Series, label: str, picture: Picture, axes: Axes) -> None:
     count = len(series)
     all_steps: list[float] = []
     named = {0, count - 1} if count > LEGEND_LAYERS else set(range(count))
@@ -114,7 +122,9 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
     """Similarity of all pairs of checkpoints, in one layer or as the mean over layers."""
     matrix = study.mean_pairs(kind) if layer is None else study.pairs[kind][layer]
     where = "mean over layers" if layer is None else f"layer {layer}"
-    image = axes.imshow(matrix, vmin=min(0.0, float(np.nanmin(matrix))), vmax=1.0, cmap="cividis", origin="lower")
+    image = axes.imshow(
+        matrix, vmin=min(0.0, float(np.nanmin(matrix))), vmax=1.0, cmap="cividis", origin="lower"
+    )
     count = len(study.steps)
     every = max(1, -(-count // 12))
     ticks = list(range(0, count, every))
@@ -138,14 +148,13 @@ def mass(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     """Activation mass caught against K; the K in use marked."""
     result, shape = study.results[-1][layer], study.layers[layer]
     experts = list(range(1, shape.num_experts + 1))
-    for name, values, style in (
-        ("best K", result.mass_best, {"color": DENSE, "ls": "-", "marker": "^"}),
-        ("router's K", result.mass_router, {"color": SPARSE, "ls": "-", "marker": "o"}),
-        ("random K", result.mass_random, {"color": TRAIN, "ls": "--"}),
-    ):
+    curves = (result.mass_best, result.mass_router, result.mass_random)
+    for (name, style), values in zip(CHOICES.items(), curves, strict=True):
         axes.plot(experts, values, ms=3, lw=1.2, label=name, **style)
         for k, value in zip(experts, values, strict=True):
-            picture.hover(axes, k, value, f"layer {layer}, {name} = {k} of {shape.num_experts}: {value:.1%} of the mass")
+            picture.hover(
+                axes, k, value, f"layer {layer}, {name} = {k} of {shape.num_experts}: {value:.1%} of the mass"
+            )
     k = shape.experts_per_token
     axes.axvline(k, color="black", lw=1, ls=":")
     axes.annotate(f"K = {k}", (k, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8)
@@ -162,7 +171,9 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     loads = np.array([layers[layer].load for layers in study.results])
     order = np.argsort(-loads[-1], kind="stable")
     relative = loads[:, order].T * loads.shape[1]
-    image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(relative.max())))
+    image = axes.imshow(
+        relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(relative.max()))
+    )
     count = len(study.steps)
     ticks = list(range(0, count, max(1, -(-count // 10))))
     axes.set_xticks(ticks, [f"{study.steps[i]:,}" for i in ticks], rotation=45, fontsize=8)
@@ -172,7 +183,9 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     picture.figure.colorbar(image, ax=axes, label="load (1 = equal share)", shrink=0.9)
     for i, expert in enumerate(order):
         for j, step in enumerate(study.steps):
-            picture.hover(axes, j, i, f"layer {layer}, expert {expert}, step {step:,}: load {relative[i, j]:.2f}")
+            picture.hover(
+                axes, j, i, f"layer {layer}, expert {expert}, step {step:,}: load {relative[i, j]:.2f}"
+            )
 
 
 def spread(study: Study, picture: Picture, axes: Axes) -> None:
@@ -192,7 +205,7 @@ def spread(study: Study, picture: Picture, axes: Axes) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("activation ratio (share of neurons)")
     axes.set_ylim(bottom=0.0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_axes(axes)
 
 

@@ -1,11 +1,12 @@
 """The pictures of a study: what each shows, when it can be drawn, and how (`panels.py` draws one panel each).
 
-    pictures_of(study) -> list of Figure_: a name, a caption, one panel or one per layer
-    write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
+pictures_of(study) -> list of Figure_: a name, a caption, one panel or one per layer
+write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,6 @@ class PictureOf:
     title: str
     caption: str
     panels: tuple[Panel, ...]
-    columns: int = 1
 
     @property
     def per_layer(self) -> bool:
@@ -62,7 +62,7 @@ def write_files(study: Study, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for picture in pictures_of(study):
-        columns = min(4, len(picture.panels)) if picture.per_layer else picture.columns
+        columns = min(4, math.ceil(len(picture.panels) ** 0.5)) if picture.per_layer else 1
         save(draw_picture([panel.draw for panel in picture.panels], columns), folder, picture.name)
         names.append(picture.name)
     return names
@@ -136,10 +136,10 @@ def _similarity(study: Study) -> list[PictureOf]:
         per_layer = [Panel(partial(panels.heat_map, study, kind, i), i) for i in shown_layers(study)]
         found.append(PictureOf(f"similarity_{kind}", title, caption, (mean, *per_layer)))
     if len(study.steps) > 2 and study.pairs:
-        draw = partial(panels.neighbours, study, study.neighbours("pattern"))
+        draw = partial(panels.neighbours, study.neighbours("pattern"))
         found.append(_changes("Jaccard index of the active sets at a checkpoint and the one before.", draw))
     elif _points(study, "pattern_similarity") > 1:
-        draw = partial(panels.neighbours, study, study.series("pattern_similarity"))
+        draw = partial(panels.neighbours, study.series("pattern_similarity"))
         found.append(_changes("Jaccard index of the active sets at a measurement and the one before.", draw))
     return found
 
@@ -171,8 +171,18 @@ def _experts(study: Study) -> list[PictureOf]:
             )
         )
     for name, title, caption, label in (
-        ("mass_caught", "What the router catches", "Share of the activation mass in the router's K experts.", "share of the mass"),
-        ("load_imbalance", "Imbalance of the load", "Load of the busiest expert over the mean load.", "busiest over mean"),
+        (
+            "mass_caught",
+            "What the router catches",
+            "Share of the activation mass in the router's K experts.",
+            "share of the mass",
+        ),
+        (
+            "load_imbalance",
+            "Imbalance of the load",
+            "Load of the busiest expert over the mean load.",
+            "busiest over mean",
+        ),
     ):
         if _points(study, name) > 1:
             found.append(_one(name, title, caption, partial(panels.over_steps, study, name, label)))
@@ -181,8 +191,8 @@ def _experts(study: Study) -> list[PictureOf]:
             _one(
                 "routing",
                 "Tokens that change experts",
-                "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of a "
-                "token's experts that were replaced (below).",
+                "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
+                "a token's experts that were replaced (below).",
                 partial(panels.changes, study, 0),
                 partial(panels.changes, study, 1),
             )

@@ -93,9 +93,7 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
             f"{path.parent} keeps no probe ({path.name}); say on which text to measure with --text"
         ) from None
     except (SafetensorError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); say on which text to measure with --text"
-        ) from None
+        raise InputError(f"{path} is damaged ({error}); say on which text to measure with --text") from None
     batches: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
@@ -161,7 +159,10 @@ def probe_from_text(
             f"{MIN_TOKENS} tokens: give more text with --text, or a shorter --sequence-length"
         )
     windows = ids[: rows * sequence_length].view(rows, sequence_length)
-    batches = [_inputs(piece, bool(getattr(config, "is_encoder_decoder", False))) for piece in windows.split(ROWS)]
+    batches = [
+        _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
+        for piece in torch.split(windows, ROWS)
+    ]
     return _checked(Probe(batches, torch.bincount(ids, minlength=vocab_size), where), tokens)
 
 

@@ -18,7 +18,7 @@ import jinja2
 
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
-from switchable.study.pictures import html_panels, pictures_of, shown_layers
+from switchable.study.pictures import PictureOf, html_panels, pictures_of, shown_layers
 from switchable.study.result import Study, mean
 from switchable.study.study import records_of_run
 from switchable.train.rundir import RunDir, write_text
@@ -27,7 +27,7 @@ from switchable.train.rundir import RunDir, write_text
 def write_report(study: Study, path: Path) -> None:
     """Write the report of a study, completely or not at all."""
     points: dict[str, Any] = {}
-    figures = [_figure(study, picture, points) for picture in pictures_of(study)]
+    figures = [_figure(picture, points) for picture in pictures_of(study)]
     mass = _mass(study)
     names = {i: layer.name for i, layer in enumerate(study.layers)}
     per_layer = any(figure["per_layer"] for figure in figures)
@@ -42,7 +42,9 @@ def write_report(study: Study, path: Path) -> None:
         problems=study.problems,
         notes=study.notes,
         figures=figures,
-        layers_shown=[{"number": i, "name": names.get(i, "")} for i in shown_layers(study)] if per_layer else [],
+        layers_shown=[{"number": i, "name": names.get(i, "")} for i in shown_layers(study)]
+        if per_layer
+        else [],
         has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
         mass=mass,
         tables=list(_tables(study)),
@@ -67,7 +69,7 @@ def write_run_report(folder: Path) -> Path:
     return path
 
 
-def _figure(study: Study, picture: Any, points: dict[str, Any]) -> dict[str, Any]:
+def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:
     images = []
     for i, (layer, draws) in enumerate(html_panels(picture)):
         image = embedded(draw_picture(draws))
@@ -91,7 +93,9 @@ def _mass(study: Study) -> dict[str, Any] | None:
         "k": study.layers[-1].experts_per_token,
         "experts": study.layers[0].num_experts,
         "rows": [{"name": f"{i} ({layer.name})"} for i, layer in enumerate(study.layers)],
-        "curves": [[_short(r.mass_router), _short(r.mass_best), _short(r.mass_random)] for r in study.results[-1]],
+        "curves": [
+            [_short(r.mass_router), _short(r.mass_best), _short(r.mass_random)] for r in study.results[-1]
+        ],
     }
 
 

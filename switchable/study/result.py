@@ -100,7 +100,9 @@ class Study:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values (not-a-numbers as null)."""
         plain = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("metrics", "results")
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("metrics", "results")
         }
         plain["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         plain["results"] = [[dataclasses.asdict(layer) for layer in layers] for layers in self.results]

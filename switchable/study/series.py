@@ -71,9 +71,15 @@ def listed_sources(patterns: Sequence[str]) -> list[Source]:
     folders: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        matched = [path] if path.exists() else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        matched = (
+            [path]
+            if path.exists()
+            else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        )
         if not matched:
-            raise InputError(f"no such folder: {pattern!r}; give folders of checkpoints, e.g. --checkpoints out/step*")
+            raise InputError(
+                f"no such folder: {pattern!r}; give folders of checkpoints, e.g. --checkpoints out/step*"
+            )
         folders += matched
     folders = [f for f in folders if f.is_dir()]
     models = [f for f in folders if (f / "config.json").is_file()]
@@ -99,11 +105,9 @@ class Loader:
         device: where to put them.
     """
 
-    def __init__(
-        self, num_experts: int | None, experts_per_token: int | None, device: torch.device
-    ) -> None:
+    def __init__(self, num_experts: int | None, experts_per_token: int | None, device: torch.device) -> None:
         self.num_experts, self.experts_per_token, self.device = num_experts, experts_per_token, device
-        self._labels: list[Tensor | None] | None = None
+        self._labels: list[Tensor] | None = None
         self._shape: list[tuple[str, int, int, int]] | None = None
 
     def load(self, source: Source) -> nn.Module:
@@ -120,7 +124,7 @@ class Loader:
         except UNREADABLE as error:
             first_line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Skipped(f"{source.path} cannot be read ({first_line})") from None
-        model.config.use_cache = False
+        model_config(model).use_cache = False
         self._check_shape(source, model)
         return model.eval().to(self.device)
 
@@ -139,9 +143,9 @@ class Loader:
         convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))
         layers = layers_of(model)
         rows = [weight_features(layer.weights.up_FD.detach()) for layer in layers]
-        fits = self._labels is not None and [len(r) for r in rows] == [len(l) for l in self._labels if l is not None]
-        labels = cluster_layers(rows, experts, warm=self._labels if fits else None)
-        self._labels = list(labels)
+        before = self._labels or []
+        fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
+        self._labels = cluster_layers(rows, experts, warm=before if fits else None)
         regroup(layers, self._labels, None)
         for layer in layers:
             layer.router.initialise(layer.weights.up_FD)
@@ -162,6 +166,11 @@ class Loader:
         )
 
 
+def model_config(model: nn.Module) -> Any:
+    """Return the configuration of a transformers model."""
+    return model.config
+
+
 def _d_ff(model: nn.Module) -> int:
     family = family_of(model)
     return int(neurons_first(getattr(find_ffns(model, family)[0][1], family.up), output=False).shape[0])
@@ -174,7 +183,9 @@ def load_plain(folder: Path) -> nn.Module:
         InputError: not a model that transformers can load. Other errors come from transformers and safetensors.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
+    named: Any = getattr(
+        transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM
+    )
     loader = named if hasattr(named, "from_pretrained") else AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     missing = [name for name in info["missing_keys"] if "weight" in name or "bias" in name]

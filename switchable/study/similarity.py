@@ -87,12 +87,12 @@ def _coactivation_similarity(patterns: Sequence[Tensor], neurons: int) -> Matrix
     entries = []
     for pattern_TW in patterns:
         matrix_FF = coactivation(unpack(pattern_TW, neurons)[:, torch.from_numpy(picked)])
-        entries.append(matrix_FF[above[0], above[1]].numpy())
+        entries.append(matrix_FF[above[0], above[1]].double().numpy())
     stacked = np.stack(entries)
     centred = stacked - stacked.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(centred, axis=1).astype(np.float64)
+    length = np.linalg.norm(centred, axis=1)
     length[length < 1e-9] = np.nan  # a layer whose neurons never change has nothing to correlate
-    matrix: Matrix = (centred @ centred.T).astype(np.float64) / np.outer(length, length)
+    matrix: Matrix = centred @ centred.T / np.outer(length, length)
     matrix = np.clip(matrix, -1.0, 1.0)
     np.fill_diagonal(matrix, 1.0)
     return matrix

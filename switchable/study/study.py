@@ -1,8 +1,8 @@
 """A study from beginning to end: checkpoints -> one model at a time -> measures -> comparison -> `Study`.
 
-    study_run(folder)         a run of ours: its checkpoints, its own records, its configuration
-    study_checkpoints(list)   other checkpoints, a series or one model
-    records_of_run(folder)    only what a run wrote itself: what `pretrain` reports at its end, in no time
+study_run(folder)         a run of ours: its checkpoints, its own records, its configuration
+study_checkpoints(list)   other checkpoints, a series or one model
+records_of_run(folder)    only what a run wrote itself: what `pretrain` reports at its end, in no time
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from switchable.study.series import (
     Source,
     find_tokenizer,
     listed_sources,
+    model_config,
     order_is_known,
     run_sources,
     unfinished,
@@ -57,7 +58,7 @@ class StudySettings:
     """Tokens per sequence of a probe made of text."""
     num_experts: int | None = None
     experts_per_token: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: bool = False
 
 
@@ -133,7 +134,9 @@ def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run:
     fingerprints: list[list[Fingerprint]] = []
     pattern_tokens = 0
     read: list[Source] = []
-    for source in tqdm(sources, desc="measuring", unit="checkpoint", disable=not settings.progress, leave=False):
+    for source in tqdm(
+        sources, desc="measuring", unit="checkpoint", disable=not settings.progress, leave=False
+    ):
         try:
             model = loader.load(source)
         except Skipped as skipped:
@@ -176,7 +179,12 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
     layers = layers_of(model)
     study.layers = [
         LayerShape(
-            layer.name, layer.d_model, layer.d_ff, layer.num_experts, layer.experts_per_token, layer.activation
+            layer.name,
+            layer.d_model,
+            layer.d_ff,
+            layer.num_experts,
+            layer.experts_per_token,
+            layer.activation,
         )
         for layer in layers
     ]
@@ -184,7 +192,7 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
         "tokens": probe.tokens,
         "sequence_length": probe.sequence_length,
         "text": probe.source,
-        "model type": model.config.model_type,
+        "model type": model_config(model).model_type,
     }
     if probe.tokens > pattern_tokens:
         study.notes.append(
@@ -204,5 +212,3 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
             f"{layers[0].activation} is never exactly zero: a neuron counts as active on a token if it is among the "
             "fewest that give 99 % of the output (docs/measures.md)."
         )
-
-

@@ -59,4 +59,5 @@ def routes_changed(a_TK: Tensor, b_TK: Tensor) -> tuple[float, float]:
 
 
 def _count(packed_TW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    return np.bitwise_count(packed_TW).sum(axis=1, dtype=np.int64)
+    count_T: npt.NDArray[np.int64] = np.bitwise_count(packed_TW).sum(axis=1, dtype=np.int64)
+    return count_T

@@ -211,9 +211,7 @@ def restore(
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
     layers = range(len(layers_of(model)))
-    controller_state |= {
-        key: [tensors.get(f"{name}:{i}") for i in layers] for key, name in PER_LAYER.items()
-    }
+    controller_state |= {key: [tensors.get(f"{name}:{i}") for i in layers] for key, name in PER_LAYER.items()}
     return controller_state, values["counters"]
 
 
