@@ -12,10 +12,24 @@ import argparse
 import os
 import sys
 
-from switchable.cli import generate, prepare, pretrain, study
+from switchable.cli import (
+    bench,
+    compare,
+    generate,
+    prepare,
+    pretrain,
+    study,
+)
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate, "study": study}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "compare": compare,
+    "generate": generate,
+    "bench": bench,
+    "study": study,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"switchable {args.verb}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, and nobody to say it to.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - must stay open until the interpreter ends

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from switchable.errors import InputError
+from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.families import causal_lm
 from switchable.switching.config import SwitchConfig
 from switchable.train.checkpoint import restore_model, verify
 from switchable.train.rundir import RunDir
@@ -34,11 +34,12 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         raise InputError(f"{chosen} is damaged ({damage}); name another checkpoint of the run")
     described = json.loads((chosen / "switchable.json").read_text(encoding="utf-8"))
     # Only the shape: every weight is then read from the verified files.
-    model = causal_lm(AutoConfig.from_pretrained(chosen, local_files_only=True))
+    model = model_of(AutoConfig.from_pretrained(chosen, local_files_only=True))
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1))
     restore_model(chosen, model)
     for layer in layers_of(model):
         stored = described["layers"][layer.name]
+        layer.expert_gate = described.get("gate", "unit")
         layer.set_experts_per_token(stored["experts_per_token"])
         layer.takes_part = stored["takes_part"]
     return model.eval(), _tokenizer(chosen)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -142,13 +142,13 @@ class Loader:
         per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
         convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))
         layers = layers_of(model)
-        rows = [weight_features(layer.weights.up_FD.detach()) for layer in layers]
+        rows = [weight_features(layer.reads_FD.detach()) for layer in layers]
         before = self._labels or []
         fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
         self._labels = cluster_layers(rows, experts, warm=before if fits else None)
         regroup(layers, self._labels, None)
         for layer in layers:
-            layer.router.initialise(layer.weights.up_FD)
+            layer.router.initialise(layer.reads_FD)
         return model
 
     def _check_shape(self, source: Source, model: nn.Module) -> None:
@@ -173,7 +173,8 @@ def model_config(model: nn.Module) -> Any:
 
 def _d_ff(model: nn.Module) -> int:
     family = family_of(model)
-    return int(neurons_first(getattr(find_ffns(model, family)[0][1], family.up), output=False).shape[0])
+    projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
+    return int(neurons_first(projection, output=False).shape[0])
 
 
 def load_plain(folder: Path) -> nn.Module:

@@ -23,7 +23,14 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
-from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
+from switchable.switching.schedule import (
+    ScheduleState,
+    decide,
+    enters_sparse,
+    initial,
+    mode_at,
+    phase_at,
+)
 from switchable.switching.switch import regroup
 
 
@@ -38,6 +45,8 @@ class Measurement:
     """Whether each layer was given the structure just found."""
     takes_part: tuple[bool, ...]
     """Whether each layer is sparse in sparse steps from now on."""
+    experts_per_token: tuple[int, ...]
+    """K of each layer in sparse mode from now on."""
 
 
 class Controller:
@@ -72,7 +81,7 @@ class Controller:
         self.config = config or SwitchConfig()
         self.probe = _as_batches(probe)
         self.steps_done = 0
-        self.state: ScheduleState = initial(len(self.layers))
+        self.state: ScheduleState = initial(len(self.layers), self.config)
         self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0
         self.regroupings = 0
@@ -90,13 +99,16 @@ class Controller:
 
     @property
     def phase(self) -> str:
-        """The phase of the next step: `"dense"`, `"alternating"` or `"final dense"`."""
+        """The phase of the next step: `"dense"`, `"alternating"`, `"sparse"` or `"final dense"`."""
         return phase_at(self.steps_done, self.state, self.total_steps, self.config)
 
     @property
     def measures_next(self) -> bool:
         """Whether the next call of `step` takes a measurement."""
-        return (self.steps_done + 1) % self.config.monitor_every == 0
+        done, config = self.steps_done + 1, self.config
+        if config.monitor_every and done % config.monitor_every == 0:
+            return True
+        return config.regroup == "switch" and enters_sparse(done, self.state, self.total_steps, config)
 
     def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
@@ -133,14 +145,31 @@ class Controller:
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
                 if again:
-                    layer.router.initialise(layer.weights.up_FD)
+                    layer.router.initialise(layer.reads_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
-        return Measurement(self.steps_done, tuple(measures), decision.regroup, decision.state.takes_part)
+        return Measurement(
+            self.steps_done,
+            tuple(measures),
+            decision.regroup,
+            decision.state.takes_part,
+            decision.state.experts_per_token,
+        )
+
+    @property
+    def experts_now(self) -> tuple[int | None, ...]:
+        """Experts per token of each layer in the next step; None where the layer is dense."""
+        return tuple(
+            k if part and self.mode == "sparse" else None
+            for k, part in zip(self.state.experts_per_token, self.state.takes_part, strict=True)
+        )
 
     def _apply_mode(self) -> None:
-        for layer, part in zip(self.layers, self.state.takes_part, strict=True):
+        for layer, part, k in zip(
+            self.layers, self.state.takes_part, self.state.experts_per_token, strict=True
+        ):
             layer.takes_part = part
+            layer.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
     def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
@@ -159,6 +188,7 @@ class Controller:
             "switches": self.switches,
             "regroupings": self.regroupings,
             "takes_part": list(self.state.takes_part),
+            "experts_per_token": list(self.state.experts_per_token),
             "began": self.state.began,
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
@@ -169,7 +199,9 @@ class Controller:
         """Continue where `state_dict` was taken."""
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
-        self.state = ScheduleState(tuple(state["takes_part"]), state["began"])
+        self.state = ScheduleState(
+            tuple(state["takes_part"]), tuple(state["experts_per_token"]), state["began"]
+        )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]
         self._apply_mode()

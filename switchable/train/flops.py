@@ -4,8 +4,8 @@ The dense model is *counted* (torch's FlopCounterMode over one real forward and 
 its matmuls), so any architecture is covered. What a sparse step saves is then exact arithmetic, per token and layer,
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
-    dense FFN      3 · 4·D·F              (6·D·F per token forward for a gated FFN)
-    sparse FFN     3 · 4·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient)
+    dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
+    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient; 3 · 2·D·E with softmax gates)
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -13,7 +13,8 @@ Measuring on the probe costs a forward pass each time and is counted too; cluste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,23 +36,27 @@ class StepFlops:
     """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
-    ffn_sparse: tuple[float, ...]
-    """Per layer: K experts and the router."""
+    expert: tuple[float, ...]
+    """Per layer: one of its experts, computed for every token."""
+    router: tuple[float, ...]
+    """Per layer: its router in a sparse step."""
     router_learning: tuple[float, ...]
     """Per layer: training the router in a dense step."""
+    ffn_input: tuple[float, ...]
+    """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
-    def step(self, sparse_layers: tuple[bool, ...]) -> float:
-        """Return the FLOPs of a step in which the given layers are sparse and the others dense."""
+    def step(self, experts_per_token: Sequence[int | None]) -> float:
+        """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
         total = self.dense
-        for is_sparse, dense, sparse, learning in zip(
-            sparse_layers, self.ffn_dense, self.ffn_sparse, self.router_learning, strict=True
+        for k, dense, expert, router, learning in zip(
+            experts_per_token, self.ffn_dense, self.expert, self.router, self.router_learning, strict=True
         ):
-            total += sparse - dense if is_sparse else learning
+            total += learning if k is None else k * expert + router - dense
         return total
 
     def measurement(self, probe_tokens: int) -> float:
         """Return the FLOPs of one measurement: a dense forward, each input projection once more."""
-        return (self.dense + sum(self.ffn_dense) / 2) / 3 * probe_tokens / self.tokens
+        return (self.dense + sum(self.ffn_input)) / 3 * probe_tokens / self.tokens
 
 
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
@@ -62,26 +67,45 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         batch: model inputs with `input_ids` [B, S] and labels.
     """
     counter = FlopCounterMode(display=False)
-    with kept_modes(model) as layers, counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        kept_modes(model) as layers,
+        _rows_seen([*layers, *_head(model)]) as rows,
+        counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         for layer in layers:
             layer.mode, layer.router_learns = "dense", False
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
-    tokens = batch["input_ids"].numel()
+    # Encoder and decoder of one model see different numbers of tokens.
+    each = list(zip(layers, rows, strict=False))
+    heads = zip(_head(model), rows[len(layers) :], strict=True)
     return StepFlops(
-        tokens=tokens,
+        tokens=batch["input_ids"].numel(),
         dense=float(counter.get_total_flops()),
-        head=_head(model, tokens),
-        ffn_dense=tuple(3.0 * 4 * layer.d_model * layer.d_ff * tokens for layer in layers),
-        ffn_sparse=tuple(ffn_sparse(layer) * tokens for layer in layers),
-        router_learning=tuple(router_learning(layer) * tokens for layer in layers),
+        head=sum(6.0 * head.weight.numel() * n for head, n in heads),
+        ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
+        expert=tuple(ffn_dense(layer) / layer.num_experts * n for layer, n in each),
+        router=tuple(router_sparse(layer) * n for layer, n in each),
+        router_learning=tuple(router_learning(layer) * n for layer, n in each),
+        ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
     )
 
 
-def ffn_sparse(layer: SwitchableFFN) -> float:
-    """Return the FLOPs per token, forward and backward, of a layer in sparse mode."""
-    neurons = layer.d_ff // layer.num_experts * layer.experts_per_token
-    return 3.0 * 4 * layer.d_model * neurons + 4.0 * layer.d_model * layer.num_experts
+def projections(layer: SwitchableFFN) -> int:
+    """Return the number of an FFN's projections: up and down, and the gate if there is one."""
+    return 2 if layer.gate_projection is None else 3
+
+
+def ffn_dense(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token, forward and backward, of a layer in dense mode."""
+    return 3.0 * 2 * projections(layer) * layer.d_model * layer.d_ff
+
+
+def router_sparse(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token of a layer's router in a sparse step."""
+    passes = 3.0 if layer.expert_gate == "softmax" else 2.0
+    return passes * 2 * layer.d_model * layer.num_experts
 
 
 def router_learning(layer: SwitchableFFN) -> float:
@@ -91,7 +115,27 @@ def router_learning(layer: SwitchableFFN) -> float:
     return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + 2.0 * layer.d_ff)
 
 
-def _head(model: nn.Module, tokens: int) -> float:
+def _head(model: nn.Module) -> list[nn.Linear]:
+    """Return the output head, if the model has one."""
     find = getattr(model, "get_output_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
-    return 6.0 * weight.numel() * tokens if isinstance(weight, Tensor) else 0.0
+    head = find() if callable(find) else None
+    return [head] if isinstance(head, nn.Linear) else []
+
+
+@contextmanager
+def _rows_seen(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Within the `with` block, count the rows (tokens) that each module is given."""
+    rows = [0] * len(modules)
+
+    def hook_for(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows[place] += args[0].shape[:-1].numel()
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(hook_for(place)) for place, module in enumerate(modules)]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,11 +49,20 @@ class Counters:
     """Wall-clock of measuring, clustering and regrouping."""
     seconds_other: float = 0.0
     """Wall-clock of validation and saving."""
+    cpu_seconds: float = 0.0
+    """CPU time of all steps and measurements, all threads together: on a busy machine a fairer clock."""
     window_loss: float = 0.0
     """Sum of the losses (nats per token) since the last train line."""
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0
+    ran_with: list[dict[str, Any]] = field(default_factory=list)
+    """What it was trained with: threads, jobs at a time on the machine, device; one entry unless that changed."""
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall-clock of training so far: all steps and measurements, without validation and saving."""
+        return self.seconds_dense + self.seconds_sparse + self.seconds_measure
 
 
 class Trainer:
@@ -93,7 +103,7 @@ class Trainer:
             if finished or done % train.log_every == 0:
                 self._log_train()
             if finished or (train.eval_every and done % train.eval_every == 0):
-                self._evaluate()
+                self.evaluate()
             if done in snapshots:
                 self._snapshot()
             if finished or self.stop.requested or done % train.checkpoint_every == 0:
@@ -105,8 +115,8 @@ class Trainer:
         """One optimizer step and what the controller does after it."""
         job, counters = self.job, self.counters
         config, controller = job.config.train, job.controller
-        begin = time.perf_counter()
-        mode = controller.mode
+        begin, cpu = time.perf_counter(), time.process_time()
+        mode, experts = controller.mode, controller.experts_now
         learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
 
         loss = job.model(**job.batch(counters.steps)).loss
@@ -116,7 +126,7 @@ class Trainer:
         job.optimizer.zero_grad(set_to_none=True)
 
         self._window_loss += loss.detach()
-        self._count(mode, time.perf_counter() - begin)
+        self._count(mode, experts, time.perf_counter() - begin)
         self._learning_rate = learning_rate
         begin = time.perf_counter()
         if controller.measures_next:
@@ -126,12 +136,12 @@ class Trainer:
             counters.seconds_measure += time.perf_counter() - begin
             counters.flops += self.flops.measurement(controller.probe_tokens)
             self.log.measure(measurement)
+        counters.cpu_seconds += time.process_time() - cpu
 
-    def _count(self, mode: str, seconds: float) -> None:
+    def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
-        taking_part = tuple(sparse and part for part in self.job.controller.state.takes_part)
         counters.steps += 1
-        counters.flops += self.flops.step(taking_part)
+        counters.flops += self.flops.step(experts)
         counters.sparse_steps += sparse
         counters.window_steps += 1
         counters.window_sparse += sparse
@@ -178,16 +188,29 @@ class Trainer:
             f"stopped, {last}. Lower --learning-rate or set --grad-clip, and start again"
         )
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Validate in both modes and record it, with what training had cost by then."""
         begin = time.perf_counter()
         self.validation = self.validate()
-        self.log.evaluation(self.counters.steps, self.validation)
+        counters = self.counters
+        progress = {
+            "tokens": counters.steps * self.flops.tokens,
+            "flops": counters.flops,
+            "train_seconds": counters.train_seconds,
+            "cpu_seconds": counters.cpu_seconds,
+        }
+        self.log.evaluation(counters.steps, self.validation, progress)
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per token) and bits per byte in dense mode and, if it has begun, sparse mode."""
+        """Return validation loss (nats per token) and bits per byte in both modes, None for a mode there is not.
+
+        There is no sparse mode before sparse training has begun, and no dense one with softmax gates.
+        """
         job = self.job
-        dense = loss_in_mode(job.model, job.validation, "dense")
+        dense = (
+            None if job.config.switch.gate == "softmax" else loss_in_mode(job.model, job.validation, "dense")
+        )
         sparse = (
             loss_in_mode(job.model, job.validation, "sparse")
             if any(job.controller.state.takes_part)
@@ -197,12 +220,12 @@ class Trainer:
             "val_loss_dense": dense,
             "val_loss_sparse": sparse,
             "bits_per_byte_dense": self._bits_per_byte(dense),
-            "bits_per_byte_sparse": None if sparse is None else self._bits_per_byte(sparse),
+            "bits_per_byte_sparse": self._bits_per_byte(sparse),
         }
 
-    def _bits_per_byte(self, loss: float) -> float:
+    def _bits_per_byte(self, loss: float | None) -> float | None:
         val = self.job.data.val
-        return bits_per_byte(loss, val.tokens, val.text_bytes)
+        return None if loss is None else bits_per_byte(loss, val.tokens, val.text_bytes)
 
     def _snapshot(self) -> None:
         """Keep the weights as they are now, for `switchable study`."""

@@ -18,8 +18,8 @@ from switchable.data.batches import CausalBatches, eval_batches
 from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
+from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
-from switchable.ffn.families import build_causal_lm
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
 
@@ -93,7 +93,9 @@ def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_t
         "num_heads": model.num_heads,
         "max_positions": model.max_positions or sequence_length,
     }
-    return build_causal_lm(model.family, sizes, model.activation, vocab_size, eos_token_id)
+    return builders.build_model(
+        model.family, sizes, model.activation, vocab_size, {"eos_token_id": eos_token_id}
+    )
 
 
 def pick_device(name: str | None) -> torch.device:

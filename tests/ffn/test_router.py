@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+from switchable.ffn.convert import layers_of
+from switchable.ffn.router import (
+    Router,
+    attach_loss,
+    expert_mass,
+    load_balance_loss,
+    router_loss,
+    select,
+    softmax_gates,
+)
 
 
 def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
@@ -18,6 +29,22 @@ def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
     p = math.exp(2) / (math.exp(2) + math.exp(1))
     expected = torch.tensor([[0.0, p * (1 - p), 0.0, -p * (1 - p)]], dtype=torch.float64)
     torch.testing.assert_close(scores.grad, expected)
+
+
+def test_softmax_gates_by_hand() -> None:
+    ids, gates = softmax_gates(torch.tensor([[0.0, math.log(3.0), -9.0]]), 2)  # softmax over two: 1/4, 3/4
+    by_expert = dict(zip(ids[0].tolist(), gates[0].tolist(), strict=True))
+    assert by_expert == {0: pytest.approx(0.5), 1: pytest.approx(1.5)}
+
+
+def test_load_balance_loss_by_hand() -> None:
+    even = load_balance_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]]))
+    assert float(even) == pytest.approx(1.0)
+    scores = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # mean probabilities 3/8, 5/8
+    assert float(load_balance_loss(scores, torch.tensor([[1], [0]]))) == pytest.approx(1.0)
+    assert float(load_balance_loss(scores, torch.tensor([[1], [1]]))) == pytest.approx(2 * 5 / 8)
+    sure = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
+    assert float(load_balance_loss(sure, torch.tensor([[0]]))) == pytest.approx(4.0)
 
 
 def test_expert_mass_by_hand() -> None:
@@ -49,6 +76,21 @@ def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
     assert y.grad is not None
     assert w.grad is not None
     assert (float(y.grad), float(w.grad)) == (5.0, 6.0)
+
+
+def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:
+    layer = layers_of(switchable_gpt2)[0].train()
+    layer.router_learns = False
+    x_TD = torch.randn(5, layer.d_model, generator=torch.Generator().manual_seed(0))
+
+    def gradient(l1: float, *extra: Tensor) -> Tensor:
+        layer.activation_l1 = l1
+        total = torch.stack([layer(x_TD).sum(), *extra]).sum()
+        return torch.autograd.grad(total, layer.up_projection.weight)[0]
+
+    # The mean over 5 tokens of the sum of |a_i|, times the coefficient.
+    penalty = 0.1 * layer.activations(x_TD).abs().sum() / 5
+    torch.testing.assert_close(gradient(0.1), gradient(0.0, penalty))
 
 
 def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:

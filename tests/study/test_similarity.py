@@ -27,7 +27,7 @@ def at_step(step: int) -> nn.Module:
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.up.weight.add_(0.2 * step * torch.randn(layer.up.weight.shape, generator=generator))
+            layer.up_projection.weight.add_(0.2 * step * torch.randn(layer.up_projection.weight.shape, generator=generator))
     return model
 
 
@@ -136,8 +136,8 @@ def test_changes_of_experts_by_hand() -> None:
 def test_a_layer_whose_neurons_never_change_has_no_correlation(tokens: Tensor) -> None:
     silent = at_step(0)
     with torch.no_grad():
-        layers_of(silent)[0].up.weight.zero_()
-        layers_of(silent)[0].up.bias.fill_(-1.0)
+        layers_of(silent)[0].up_projection.weight.zero_()
+        layers_of(silent)[0].up_projection.bias.fill_(-1.0)
     found = compare_checkpoints([fingerprints(silent, tokens), fingerprints(at_step(1), tokens)])
     assert np.isnan(found["coactivation"][0][0, 1])
     assert np.isfinite(found["pattern"][0]).all()
