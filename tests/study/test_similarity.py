@@ -27,7 +27,8 @@ def at_step(step: int) -> nn.Module:
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.up_projection.weight.add_(0.2 * step * torch.randn(layer.up_projection.weight.shape, generator=generator))
+            weight = layer.up_projection.weight
+            weight.add_(0.2 * step * torch.randn(weight.shape, generator=generator))
     return model
 
 
