@@ -18,6 +18,7 @@ from switchable.cli import (
     generate,
     prepare,
     pretrain,
+    study,
 )
 from switchable.errors import InputError
 
@@ -27,6 +28,7 @@ VERBS = {
     "compare": compare,
     "generate": generate,
     "bench": bench,
+    "study": study,
 }
 
 

@@ -59,6 +59,9 @@ class SwitchableFFN(nn.Module):
     """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
     dense_fallback: bool
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
+    neuron_ids_F: Tensor
+    """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
+    compares them over time needs to know which is which."""
 
     def __init__(
         self, ffn: nn.Module, family: Family, name: str, num_experts: int, experts_per_token: int
@@ -88,6 +91,7 @@ class SwitchableFFN(nn.Module):
         self.activation = activation
         up_FD = self.weights.up_FD
         self.d_ff, self.d_model = up_FD.shape
+        self.neuron_ids_F = torch.arange(self.d_ff)
         if num_experts < 1 or self.d_ff % num_experts:
             allowed = ", ".join(str(d) for d in divisors_near(self.d_ff, num_experts))
             raise InputError(

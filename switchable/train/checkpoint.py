@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.safetensors, .json     routers; experts, K and which layers are sparse
+    switchable.safetensors, .json     routers, which neuron is which; experts, K and which layers are sparse
     training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
@@ -32,6 +32,10 @@ from switchable.ffn.layout import laid_out_like
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
 MANIFEST = "manifest.json"
+PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
+"""Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
+NEURON_IDS = ".neuron_ids"
+"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
 
 
 def save(
@@ -78,11 +82,12 @@ def save(
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_router_parameter(name)}
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
-    save_file(routers, folder / "switchable.safetensors")
     layers = layers_of(model)
+    neuron_ids = {layer.name + NEURON_IDS: layer.neuron_ids_F.contiguous() for layer in layers}
+    save_file(routers | neuron_ids, folder / "switchable.safetensors")
     write_json(
         folder / "switchable.json",
         {
@@ -97,7 +102,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing a bar for every file; its setting is put back afterwards."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -173,9 +178,9 @@ def training_state(
             elif value is not None:
                 values["optimizer"][full] = value
     plain = dict(controller_state)
-    for i, labels in enumerate(plain.pop("last")):
-        if labels is not None:
-            tensors[f"structure:{i}"] = labels
+    for key, name in PER_LAYER.items():
+        found = enumerate(plain.pop(key))
+        tensors |= {f"{name}:{i}": tensor for i, tensor in found if tensor is not None}
     values["controller"] = plain
     return tensors, values
 
@@ -208,7 +213,8 @@ def restore(
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
-    controller_state["last"] = [tensors.get(f"structure:{i}") for i in range(len(layers_of(model)))]
+    layers = range(len(layers_of(model)))
+    controller_state |= {key: [tensors.get(f"{name}:{i}") for i in layers] for key, name in PER_LAYER.items()}
     return controller_state, values["counters"]
 
 
@@ -226,6 +232,9 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     state = load_file(folder / "model.safetensors")
     if routers:
         state |= load_file(folder / "switchable.safetensors")
+    for layer in layers_of(model):
+        # Models of other origin have none: their neurons stand in their first order.
+        layer.neuron_ids_F = state.pop(layer.name + NEURON_IDS, torch.arange(layer.d_ff))
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -94,6 +94,7 @@ class Trainer:
             TrainingStopped: stopped on request, after saving.
         """
         train = self.job.config.train
+        snapshots = snapshot_steps(train.steps, train.snapshots)
         self.job.model.train()
         while self.counters.steps < train.steps:
             self._step()
@@ -102,12 +103,14 @@ class Trainer:
             logs = finished or done % train.log_every == 0
             evaluates = finished or (train.eval_every > 0 and done % train.eval_every == 0)
             saves = finished or self.stop.requested or done % train.checkpoint_every == 0
-            if logs or evaluates or saves:
+            if logs or evaluates or saves or done in snapshots:
                 self._settle()
             if logs:
                 self._log_train()
             if evaluates:
                 self.evaluate()
+            if done in snapshots:
+                self._snapshot()
             if saves:
                 self.save()
             if self.stop.requested and not finished:
@@ -242,6 +245,12 @@ class Trainer:
         val = self.job.data.val
         return None if loss is None else bits_per_byte(loss, val.tokens, val.text_bytes)
 
+    def _snapshot(self) -> None:
+        """Keep the weights as they are now, for `switchable study`."""
+        begin = time.perf_counter()
+        checkpoint.save(self.rundir.snapshot(self.counters.steps), self.job.model)
+        self.counters.seconds_other += time.perf_counter() - begin
+
     def save(self) -> None:
         """Write a checkpoint and drop those that are older than the `keep` newest."""
         begin = time.perf_counter()
@@ -257,3 +266,15 @@ class Trainer:
         checkpoint.save(self.rundir.checkpoint(counters.steps), job.model, state)
         self.rundir.drop_old(job.config.train.keep)
         counters.seconds_other += time.perf_counter() - begin
+
+
+def snapshot_steps(total_steps: int, count: int) -> set[int]:
+    """Return `count` steps (fewer in a short run) after which weights are kept: most of what happens, happens early.
+
+    Their distances grow like a geometric series, from a hundredth of the run to its end.
+    """
+    if not count:
+        return set()
+    first = max(1.0, total_steps / 100)
+    ratio = (total_steps / first) ** (1 / max(1, count - 1))
+    return {round(total_steps / ratio**i) for i in range(count)}
