@@ -13,14 +13,15 @@ Measuring on the probe costs a forward pass each time and is counted too; cluste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchable.ffn.convert import kept_modes
+from switchable.ffn.convert import kept_modes, layers_of
 from switchable.ffn.layer import SwitchableFFN
 
 
@@ -62,20 +63,47 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         batch: model inputs with `input_ids` [B, S] and labels.
     """
     counter = FlopCounterMode(display=False)
-    with kept_modes(model) as layers, counter, sdpa_kernel(SDPBackend.MATH):
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    watched = [*layers_of(model), *([head] if isinstance(head, nn.Linear) else [])]
+    with (
+        _tokens_seen(watched) as seen,
+        kept_modes(model) as layers,
+        counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         for layer in layers:
             layer.mode, layer.router_learns = "dense", False
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
-    tokens = batch["input_ids"].numel()
+    pairs = list(zip(layers_of(model), seen, strict=False))
     return StepFlops(
-        tokens=tokens,
+        tokens=batch["input_ids"].numel(),
         dense=float(counter.get_total_flops()),
-        head=_head(model, tokens),
-        ffn_dense=tuple(3.0 * 4 * layer.d_model * layer.d_ff * tokens for layer in layers),
-        ffn_sparse=tuple(ffn_sparse(layer) * tokens for layer in layers),
-        router_learning=tuple(router_learning(layer) * tokens for layer in layers),
+        head=6.0 * head.weight.numel() * seen[-1] if isinstance(head, nn.Linear) else 0.0,
+        ffn_dense=tuple(3.0 * 4 * layer.d_model * layer.d_ff * tokens for layer, tokens in pairs),
+        ffn_sparse=tuple(ffn_sparse(layer) * tokens for layer, tokens in pairs),
+        router_learning=tuple(router_learning(layer) * tokens for layer, tokens in pairs),
     )
+
+
+@contextmanager
+def _tokens_seen(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Count the tokens that pass through each module within the block: encoder and decoder see different ones."""
+    seen = [0] * len(modules)
+
+    def hook_for(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count_tokens(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[i] += inputs[0].shape[:-1].numel()
+
+        return count_tokens
+
+    hooks = [module.register_forward_pre_hook(hook_for(i)) for i, module in enumerate(modules)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ffn_sparse(layer: SwitchableFFN) -> float:
@@ -89,9 +117,3 @@ def router_learning(layer: SwitchableFFN) -> float:
     if not layer.router_learns:
         return 0.0
     return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + 2.0 * layer.d_ff)
-
-
-def _head(model: nn.Module, tokens: int) -> float:
-    find = getattr(model, "get_output_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
-    return 6.0 * weight.numel() * tokens if isinstance(weight, Tensor) else 0.0
