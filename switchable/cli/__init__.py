@@ -12,10 +12,16 @@ import argparse
 import os
 import sys
 
-from switchable.cli import generate, prepare, pretrain
+from switchable.cli import evaluate, finetune, generate, prepare, pretrain
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "generate": generate,
+    "eval": evaluate,
+    "finetune": finetune,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
