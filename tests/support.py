@@ -1,9 +1,21 @@
-"""Models that the tests share."""
+"""Models and data that the tests share."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+
+def shared(name: str) -> Path:
+    """The path of something in the folder of shared data; the test is skipped where it is not there."""
+    path = Path(os.environ.get("SWITCHABLE_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+    if not path.exists():
+        pytest.skip(f"no {path}: set SWITCHABLE_DATA to the folder of shared data")
+    return path
 
 
 def tiny_gpt2(activation: str = "relu", layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -181,7 +181,10 @@ class Trainer:
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per token) and bits per byte in dense mode and, if it has begun, sparse mode."""
+        """Return validation loss (nats per predicted token) in dense mode and, if it has begun, in sparse mode.
+
+        Bits per byte of text beside it where every token is predicted, that is for causal models.
+        """
         job = self.job
         dense = loss_in_mode(job.model, job.validation, "dense")
         sparse = (
@@ -193,10 +196,12 @@ class Trainer:
             "val_loss_dense": dense,
             "val_loss_sparse": sparse,
             "bits_per_byte_dense": self._bits_per_byte(dense),
-            "bits_per_byte_sparse": None if sparse is None else self._bits_per_byte(sparse),
+            "bits_per_byte_sparse": self._bits_per_byte(sparse),
         }
 
-    def _bits_per_byte(self, loss: float) -> float:
+    def _bits_per_byte(self, loss: float | None) -> float | None:
+        if loss is None or self.job.objective != "causal":
+            return None
         val = self.job.data.val
         return bits_per_byte(loss, val.tokens, val.text_bytes)
 
