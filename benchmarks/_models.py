@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from switchable.ffn.builders import build_model
 from switchable.ffn.convert import convert, kept_modes, layers_of, set_mode
-from switchable.ffn.families import build_causal_lm
 from switchable.switching.config import SwitchConfig
 
 
@@ -22,7 +22,7 @@ def random_gpt2(
         "num_heads": d_model // 64,
         "max_positions": positions,
     }
-    model = build_causal_lm("gpt2", sizes, "relu", vocab_size, 0)
+    model = build_model("gpt2", sizes, "relu", vocab_size, {"eos_token_id": 0})
     convert(model, SwitchConfig(num_experts=num_experts, experts_per_token=k))
     for layer in layers_of(model):
         layer.router_learns = False  # a plain dense step has no router

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from switchable.errors import InputError
 from switchable.ffn.experts import check_implementation
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.placement import put_into_layer
 from switchable.switching.config import SwitchConfig
 
 
@@ -58,23 +60,58 @@ def convert(
             f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
         )
     family = family or family_of(model)
+    taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
+    if taken:
+        raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     found = find_ffns(model, family)
-    built = [(name, _switchable(ffn, family, name, config)) for name, ffn in found]
-    for name, layer in built:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    built = [(name, ffn, _switchable(ffn, family, name, config)) for name, ffn in found]
+    for name, ffn, layer in built:
+        if family.in_layer:
+            put_into_layer(ffn, family, layer)
+        else:
+            model.set_submodule(name, layer)
     names = tuple(name for name, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, built[0][1].d_ff)
+    return ConversionReport(len(built), names, config.num_experts, built[0][2].d_ff)
 
 
 def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> SwitchableFFN:
     layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
+    if not family.in_layer:
+        _check_same_function(ffn, layer)
     layer.router_learns = config.router == "learned" and config.schedule != "dense"
     layer.router_token_fraction = config.router_token_fraction
+    layer.activation_l1 = config.activation_l1
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute
     layer.train(ffn.training)
     return layer
+
+
+@torch.no_grad()
+def _check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
+    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
+
+    Raises:
+        InputError: they differ, or the module wants more than one input.
+    """
+    weight = layer.up_projection.weight
+    if weight.is_meta:
+        return
+    x_BSD = torch.linspace(-1, 1, 2 * layer.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
+    was_training = ffn.training
+    ffn.eval()
+    layer.eval()
+    try:
+        before, after = ffn(x_BSD), layer(x_BSD)
+    except TypeError as error:
+        raise InputError(f"{layer.name}: {error}; an FFN takes the hidden states and nothing else") from None
+    finally:
+        ffn.train(was_training)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        raise InputError(
+            f"{layer.name} ({type(ffn).__name__}) computes something else than {layer.family}; has it a part that is "
+            "not described (a gate, a norm, a factor)?"
+        )
 
 
 def layers_of(model: nn.Module) -> list[SwitchableFFN]:

@@ -1,19 +1,21 @@
 """Where the FFNs of a transformers model are: one row per family, and the only place that knows any by name.
 
-A row says what the FFN's module class is called and what its projections are called inside it. A model whose type
-has no row is described by the user in the same three words: `Family(ffn="MyMLP", up="fc1", down="fc2")`.
+A row says what the class is called that holds the FFN's projections, and what they are called in it. The class is
+either the FFN and nothing else (`GPT2MLP`: the switchable FFN takes its place), or a whole layer that calls the
+projections among other things (`OPTDecoderLayer`, `BertLayer`: `in_layer=True`; the layer's own forward stays, and
+the switchable FFN goes where its projections were, see `placement.py`).
+
+A model whose type has no row is described by the user in the same words: `Family(ffn="MyMLP", up="fc1", down="fc2")`.
+docs/families.md has the table and a recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError, nearest
@@ -21,68 +23,210 @@ from switchable.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Family:
-    """How to find an FFN and its parts: FFN(x) = dropout(down(act(up(x))))."""
+    """How to find an FFN and its parts.
 
-    ffn: str
-    """Class name of the FFN's module, e.g. `"GPT2MLP"`."""
+        FFN(x) = down(dropout(act(up(x))))      or, gated,      down(dropout(act(gate(x)) * up(x)))
+
+    Parts are dotted paths of submodules.
+    """
+
+    ffn: str | tuple[str, ...]
+    """Class name of the module that holds the projections, e.g. `"GPT2MLP"`; several if encoder and decoder differ."""
     up: str
-    """Attribute of the input projection (`nn.Linear` or transformers' `Conv1D`)."""
+    """The input projection (`nn.Linear`, or transformers' `Conv1D` unless `in_layer`)."""
     down: str
-    """Attribute of the output projection."""
+    """The output projection."""
     activation: str = "act"
-    """Attribute that holds the activation module."""
+    """The activation's module."""
+    gate: str | None = None
+    """In a gated FFN the projection under the activation; `up` is then what it is multiplied with."""
+    hidden_dropout: str | None = None
+    """The dropout between the projections: an `nn.Dropout`, or, `in_layer`, a float attribute of the layer."""
     dropout: str | None = None
-    """Attribute of the dropout behind the output projection, if there is one."""
+    """The `nn.Dropout` behind the output projection, where it belongs to the FFN's module."""
+    in_layer: bool = False
+    """Whether `ffn` is a layer whose forward does other things too."""
     layers: str = "num_hidden_layers"
-    """Attribute of the model's config that says how many FFNs there must be."""
+    """Attribute of the model's config that says how many FFNs there must be, in the encoder if there are two sides."""
+    decoder_layers: str | None = None
+    """The same for the decoder of an encoder-decoder model."""
+    activation_setting: str = "hidden_act"
+    """Attribute of the model's config that names the activation."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, as a tuple."""
+        return (self.ffn,) if isinstance(self.ffn, str) else self.ffn
+
+    def expected(self, model: nn.Module) -> int | None:
+        """Return how many FFNs the model's config names, or None if it does not say."""
+        config = getattr(model, "config", None)
+        own: int | None = getattr(config, self.layers, None)
+        if self.decoder_layers is None or own is None:
+            return own
+        decoder = int(getattr(config, self.decoder_layers))
+        if getattr(config, "is_encoder_decoder", False):
+            return own + decoder
+        return decoder if getattr(config, "is_decoder", False) else own
 
 
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(ffn="GPT2MLP", up="c_fc", down="c_proj", dropout="dropout"),
+_GPT2 = Family(
+    "GPT2MLP", "c_fc", "c_proj", dropout="dropout", activation_setting="activation_function"
+)  # fmt: skip
+_OPT = Family(
+    "OPTDecoderLayer", "fc1", "fc2", "activation_fn", in_layer=True, activation_setting="activation_function"
+)
+_NEOX = Family("GPTNeoXMLP", "dense_h_to_4h", "dense_4h_to_h")
+_FC = Family("PhiMLP", "fc1", "fc2", "activation_fn")
+_NEMOTRON = Family("NemotronMLP", "up_proj", "down_proj", "act_fn")
+_LLAMA = Family("LlamaMLP", "up_proj", "down_proj", "act_fn", gate="gate_proj")
+_BERT = Family(
+    "BertLayer", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn", in_layer=True
+)
+_T5 = Family(
+    "T5DenseActDense",
+    "wi",
+    "wo",
+    hidden_dropout="dropout",
+    layers="num_layers",
+    decoder_layers="num_decoder_layers",
+    activation_setting="feed_forward_proj",
+)
+_BART = replace(
+    _OPT,
+    ffn=("BartEncoderLayer", "BartDecoderLayer"),
+    hidden_dropout="activation_dropout",
+    layers="encoder_layers",
+    decoder_layers="decoder_layers",
+)
+
+
+def _gated_too(row: Family, ffn: str) -> tuple[Family, Family]:
+    """Return a T5-type row and its gated form, whose class is called differently."""
+    return replace(row, ffn=f"{ffn}DenseActDense"), replace(
+        row, ffn=f"{ffn}DenseGatedActDense", gate="wi_0", up="wi_1"
+    )
+
+
+FAMILIES: dict[str, Family | tuple[Family, ...]] = {
+    "gpt2": _GPT2,
+    "opt": _OPT,
+    "gpt_neox": _NEOX,
+    "phi": _FC,
+    "nemotron": _NEMOTRON,
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, ffn="MistralMLP"),
+    "qwen2": replace(_LLAMA, ffn="Qwen2MLP"),
+    "qwen3": replace(_LLAMA, ffn="Qwen3MLP"),
+    "gemma": replace(_LLAMA, ffn="GemmaMLP"),
+    "gemma2": replace(_LLAMA, ffn="Gemma2MLP", activation_setting="hidden_activation"),
+    "gemma3_text": replace(_LLAMA, ffn="Gemma3MLP", activation_setting="hidden_activation"),
+    "olmo2": replace(_LLAMA, ffn="Olmo2MLP"),
+    "granite": replace(_LLAMA, ffn="GraniteMLP"),
+    "smollm3": replace(_LLAMA, ffn="SmolLM3MLP"),
+    "bert": _BERT,
+    "roberta": replace(_BERT, ffn="RobertaLayer"),
+    "xlm-roberta": replace(_BERT, ffn="XLMRobertaLayer"),
+    "electra": replace(_BERT, ffn="ElectraLayer"),
+    "t5": _gated_too(_T5, "T5"),
+    "mt5": _gated_too(_T5, "MT5"),
+    "umt5": _gated_too(_T5, "UMT5"),
+    "bart": _BART,
+    "mbart": replace(_BART, ffn=("MBartEncoderLayer", "MBartDecoderLayer")),
+    "vit": replace(_FC, ffn="ViTMLP"),
 }
+"""By the `model_type` of transformers' configs; more than one row where a setting decides the FFN's class."""
 
 PROJECTIONS = (nn.Linear, Conv1D)
 """The modules that a projection may be. In annotations both are `nn.Linear`: they share `weight` and `bias`."""
+
+HOW_TO_DESCRIBE = """describe the model in three lines:
+    from switchable import Family, convert
+    family = Family(ffn="<class of the FFN's module>", up="<input projection>", down="<output projection>")
+    convert(model, config, family=family)
+(docs/families.md: gated FFNs, FFNs without a module of their own, models with two sides)"""
 
 
 def family_of(model: nn.Module) -> Family:
     """Return the row for a transformers model.
 
     Raises:
-        InputError: the model's type has no row (the message says how to describe it).
+        InputError: the model's type has no row; the message says what was found and how to describe it.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    raise InputError(
-        f"model type {model_type!r} is not known; known: {', '.join(FAMILIES)}"
-        f"{nearest(str(model_type), FAMILIES)}. Describe it yourself: "
-        'convert(model, config, family=Family(ffn="<class of the FFN module>", up="<name>", down="<name>"))'
-    )
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model type {model_type!r} is not known; known: {', '.join(FAMILIES)}"
+            f"{nearest(str(model_type), FAMILIES)}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
+        )
+    rows = FAMILIES[model_type]
+    if isinstance(rows, Family):
+        return rows
+    present = {type(module).__name__ for module in model.modules()}
+    return next((row for row in rows if present & set(row.classes)), rows[0])
 
 
 def find_ffns(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
-    """Return (name, module) of every FFN, in the order of the model; all of them or an error.
+    """Return (name, module that holds the projections) of every FFN, in the model's order; all of them or an error.
 
     Raises:
         InputError: none found, fewer or more than the model's config names, or a part is missing or of a wrong type.
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ == family.ffn]
-    expected = getattr(getattr(model, "config", None), family.layers, None)
+    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in family.classes]
+    expected = family.expected(model)
     if not found or (expected is not None and len(found) != expected):
-        kinds = sorted({type(m).__name__ for m in model.modules() if list(m.children())})
         raise InputError(
-            f"found {len(found)} of {expected if expected is not None else '?'} FFNs of class {family.ffn!r}; "
-            f"the model's module classes are {', '.join(kinds)}. Pass family=Family(ffn=..., up=..., down=...)"
+            f"found {len(found)} of {expected if expected is not None else '?'} FFNs of class "
+            f"{' or '.join(map(repr, family.classes))}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
         )
     for name, module in found:
-        for part in (family.up, family.down):
-            if not isinstance(getattr(module, part, None), PROJECTIONS):
-                raise InputError(
-                    f"{name}.{part} is {type(getattr(module, part, None)).__name__}; it must be nn.Linear or Conv1D. "
-                    f"Parts of {name}: {', '.join(n for n, _ in module.named_children())}"
-                )
+        _check_parts(name, module, family)
     return found
+
+
+def _check_parts(name: str, module: nn.Module, family: Family) -> None:
+    """Raise InputError if a part of an FFN is missing or not of the type it must have."""
+    children = dict(module.named_modules())
+    kinds: list[tuple[str | None, tuple[type, ...]]] = [
+        *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in _projections(family)),
+        (family.activation, (nn.Module,)),
+        (family.dropout, (nn.Dropout,)),
+        (None if family.in_layer else family.hidden_dropout, (nn.Dropout,)),
+    ]
+    for part, allowed in kinds:
+        if part is not None and not isinstance(children.get(part), allowed):
+            wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
+            raise InputError(
+                f"{name}.{part} is {type(children.get(part)).__name__}; it must be {wanted}. Parts of {name}: {there}"
+            )
+    for part in _projections(family):
+        if not children[part].weight.is_floating_point():
+            raise InputError(
+                f"{name}.{part} is quantised ({children[part].weight.dtype}); load the model unquantised"
+            )
+    probability = getattr(module, family.hidden_dropout or "", 0.0)
+    if family.in_layer and not isinstance(probability, float | int):
+        raise InputError(
+            f"{name}.{family.hidden_dropout} is {probability!r}, not the probability of a dropout"
+        )
+
+
+def _projections(family: Family) -> tuple[str, ...]:
+    return tuple(part for part in (family.gate, family.up, family.down) if part is not None)
+
+
+def _candidates(model: nn.Module) -> str:
+    """Say which classes of the model hold two or more projections: the FFN is among them."""
+    seen: dict[str, str] = {}
+    for module in model.modules():
+        parts = [
+            f"{n} {tuple(c.weight.shape)}" for n, c in module.named_children() if isinstance(c, PROJECTIONS)
+        ]
+        if len(parts) >= 2:
+            seen.setdefault(type(module).__name__, ", ".join(parts))
+    if not seen:
+        return "No module of it holds two projections (nn.Linear or Conv1D)"
+    return "Its modules with two or more projections: " + "; ".join(f"{k} ({v})" for k, v in seen.items())
 
 
 def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
@@ -98,57 +242,19 @@ def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Return the name in transformers' `ACT2FN` of an activation module, or None if it is not a named one."""
-    plain: dict[type, str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
-    if type(module) in plain:
-        return plain[type(module)]
-    return next((name for name in ACT2FN if type(ACT2FN[name]) is type(module)), None)
-
-
-def build_causal_lm(
-    family: str, sizes: dict[str, int], activation: str, vocab_size: int, eos_token_id: int
-) -> nn.Module:
-    """Return a causal language model with random weights, to pre-train from scratch.
-
-    Args:
-        family: model type; this version builds `gpt2`.
-        sizes: `d_model`, `d_ff`, `num_layers`, `num_heads`, `max_positions`.
-        activation: name of the FFN's activation in `ACT2FN`.
-        vocab_size: rows of the embedding.
-        eos_token_id: the end-of-text token.
-
-    Raises:
-        InputError: a family that cannot be built here.
-    """
-    builders: dict[str, Callable[..., object]] = {"gpt2": _gpt2_config}
-    if family not in builders:
-        raise InputError(f"family={family!r} cannot be pre-trained; use one of {', '.join(builders)}")
-    return causal_lm(builders[family](sizes, activation, vocab_size, eos_token_id))
-
-
-def causal_lm(config: object) -> nn.Module:
-    """Return the causal language model of a transformers config, with random weights."""
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
-    # transformers guesses the loss from the class's name, and warns where the name does not tell (GPT2LMHeadModel).
-    cast(Any, model).loss_type = "ForCausalLM"
-    return model
-
-
-def _gpt2_config(sizes: dict[str, int], activation: str, vocab_size: int, eos_token_id: int) -> object:
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=sizes["max_positions"],
-        n_embd=sizes["d_model"],
-        n_inner=sizes["d_ff"],
-        n_layer=sizes["num_layers"],
-        n_head=sizes["num_heads"],
-        activation_function=activation,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-    )
+    """Return the name in transformers' `ACT2FN` of an activation module, or None if it has none or has parameters."""
+    if list(module.parameters()):
+        return None
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    x = torch.linspace(-12, 12, 97)
+    for name, kind in ACT2CLS.items():
+        same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
+        if same_class and torch.allclose(
+            ACT2FN[name](x), module(x)
+        ):  # settings count too, as a slope or a bound
+            return str(name)
+    return None
 
 
 def permute_neurons(

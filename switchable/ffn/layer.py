@@ -1,26 +1,31 @@
 """SwitchableFFN: one set of weights, two ways to multiply it.
 
-    dense:   y = down · act(up · x)
+    dense:   y = down · act(up · x)                         gated: down · (act(gate · x) ⊙ (up · x))
     sparse:  y = Σ over the top-K experts e of  down_e · act(up_e · x),     up.view(E, I, D)[e] being up_e
 
 With the neurons in cluster order the dense layer's own parameters *are* the experts: nothing is added to the model
 but the router, the parameters keep their names, and "all experts selected" is the dense layer. The layer stands
-where the model's FFN stood and holds that FFN's children under their old names.
+where the model's FFN stood and holds that FFN's children under their old names; where the FFN has no module of its
+own, `placement.py` puts the layer among its projections.
 
 Shapes: B batch, S sequence, T = B·S tokens, D d_model, F d_ff, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.experts import FFNWeights, expert_ffn
 from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
+from switchable.ffn.placement import project
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
 
 
@@ -28,14 +33,16 @@ class SwitchableFFN(nn.Module):
     """An FFN that multiplies all its neurons, or those of K experts per token.
 
     Args:
-        ffn: the model's FFN module; its children move here under their own names.
-        family: what its children are called.
+        ffn: the module that holds the projections. Is it the FFN itself, its children move here under their own
+            names; is it a layer (`family.in_layer`), they stay, and `placement.put_into_layer` does the rest.
+        family: what they are called.
         name: its name in the model, for messages.
         num_experts: E; must divide F.
         experts_per_token: K in sparse mode, 1 to E.
 
     Raises:
-        InputError: E does not divide F, K is not in 1..E, or the activation has no name in `ACT2FN`.
+        InputError: E does not divide F, K is not in 1..E, the activation has no name in `ACT2FN`, or the FFN holds
+            parameters besides its projections'.
     """
 
     mode: str
@@ -50,12 +57,25 @@ class SwitchableFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.family, self.name = family, name
-        for child_name, child in ffn.named_children():
-            self.add_module(child_name, child)
-        activation = activation_name(getattr(ffn, family.activation))
+        if family.in_layer:
+            self._layer = (ffn,)  # in a tuple: a reference, not a child
+            self.moved_activation = ffn.get_submodule(family.activation)
+            if family.hidden_dropout is not None:
+                self._hidden_dropout = float(getattr(ffn, family.hidden_dropout))
+        else:
+            _refuse_own_parameters(ffn, name)
+            for child_name, child in ffn.named_children():
+                if child_name == "router" or hasattr(self, child_name):
+                    raise InputError(
+                        f"{name} has a part called {child_name!r}, a name that we need there; describe it with "
+                        "Family(..., in_layer=True), which leaves the FFN's own module in place"
+                    )
+                self.add_module(child_name, child)
+        activation = activation_name(self.activation_module)
         if activation is None:
             raise InputError(
-                f"the activation of {name} has no name in transformers' ACT2FN; use e.g. nn.ReLU"
+                f"the activation of {name}, {type(self.activation_module).__name__}, has parameters of its own or no "
+                "name in transformers' ACT2FN; use e.g. nn.ReLU"
             )
         self.activation = activation
         up_FD = self.weights.up_FD
@@ -72,28 +92,61 @@ class SwitchableFFN(nn.Module):
         self.dense_fallback = False
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
-        self.router.initialise(up_FD)
+        self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.activation_l1 = 0.0
+
+    def _part(self, path: str) -> nn.Module:
+        """Return a module by its path in the family's row."""
+        home = self._layer[0] if self.family.in_layer else self
+        return home.get_submodule(path)
 
     @property
-    def up(self) -> nn.Linear:
+    def up_projection(self) -> nn.Linear:
         """The input projection (`nn.Linear` or `Conv1D`)."""
-        return cast(nn.Linear, self.get_submodule(self.family.up))
+        return cast(nn.Linear, self._part(self.family.up))
 
     @property
-    def down(self) -> nn.Linear:
+    def gate_projection(self) -> nn.Linear | None:
+        """The projection under the activation of a gated FFN."""
+        return None if self.family.gate is None else cast(nn.Linear, self._part(self.family.gate))
+
+    @property
+    def down_projection(self) -> nn.Linear:
         """The output projection (`nn.Linear` or `Conv1D`)."""
-        return cast(nn.Linear, self.get_submodule(self.family.down))
+        return cast(nn.Linear, self._part(self.family.down))
+
+    @property
+    def activation_module(self) -> nn.Module:
+        """The activation, as the model calls it."""
+        return self.moved_activation if self.family.in_layer else self._part(self.family.activation)
+
+    @property
+    def hidden_dropout(self) -> float:
+        """Probability of the dropout between the projections."""
+        if self.family.hidden_dropout is None:
+            return 0.0
+        if self.family.in_layer:
+            return self._hidden_dropout
+        return float(cast(nn.Dropout, self._part(self.family.hidden_dropout)).p)
 
     @property
     def weights(self) -> FFNWeights:
         """The parameters, neuron by neuron (views)."""
+        gate = self.gate_projection
         return FFNWeights(
-            up_FD=neurons_first(self.up, output=False),
-            down_FD=neurons_first(self.down, output=True),
-            up_bias_F=self.up.bias,
+            up_FD=neurons_first(self.up_projection, output=False),
+            down_FD=neurons_first(self.down_projection, output=True),
+            up_bias_F=self.up_projection.bias,
+            gate_FD=None if gate is None else neurons_first(gate, output=False),
+            gate_bias_F=None if gate is None else gate.bias,
         )
+
+    @property
+    def reads_FD(self) -> Tensor:
+        """What decides whether a neuron fires: its row of the input projection, of a gated FFN that of the gate."""
+        return neurons_first(self.gate_projection or self.up_projection, output=False)
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
         """Set K.
@@ -113,19 +166,36 @@ class SwitchableFFN(nn.Module):
         sparse = self.mode == "sparse" and not (self.dense_fallback and self._dense_is_faster(hidden_states))
         y = self._sparse(hidden_states) if sparse else self._dense(hidden_states)
         if self.family.dropout:
-            y = self.get_submodule(self.family.dropout)(y)
+            y = self._part(self.family.dropout)(y)
         return y
 
     def activations(self, x: Tensor) -> Tensor:
-        """Return act(up · x), of shape [..., F]."""
-        hidden: Tensor = self.get_submodule(self.family.activation)(self.up(x))
-        return hidden
+        """Return the neurons' activations, act(up · x) or act(gate · x) ⊙ (up · x), of shape [..., F].
+
+        A neuron is active where its activation is not zero.
+        """
+        gate = self.gate_projection
+        hidden: Tensor = self.activation_module(project(gate or self.up_projection, x))
+        return hidden if gate is None else hidden * project(self.up_projection, x)
+
+    def write(self, hidden: Tensor) -> Tensor:
+        """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(
+                self.down_projection.weight.dtype
+            )  # T5 keeps the output projection alone in float32
+        return project(self.down_projection, hidden)
 
     def _dense(self, x_BSD: Tensor) -> Tensor:
         hidden_BSF = self.activations(x_BSD)
-        y_BSD: Tensor = self.down(hidden_BSF)
-        if self.router_learns and self.training and torch.is_grad_enabled():
+        dropout = self.hidden_dropout
+        y_BSD = self.write(nnf.dropout(hidden_BSF, dropout, self.training) if dropout else hidden_BSF)
+        if not (self.training and torch.is_grad_enabled()):
+            return y_BSD
+        if self.router_learns:
             y_BSD = attach_loss(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+        if self.activation_l1:
+            y_BSD = attach_loss(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
@@ -133,9 +203,30 @@ class SwitchableFFN(nn.Module):
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
         # gradient of x is that of the function computed, and with all experts on that of the dense layer.
         ids_TK, gates_TK = select(self.router(x_TD.detach()), self.experts_per_token)
-        y_TD = expert_ffn(
+        y_TD = self._experts(x_TD, ids_TK, gates_TK)
+        if self.down_projection.bias is not None:
+            y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
+        return y_TD.view(x_BSD.shape)
+
+    def _experts(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Return what the experts write, without the bias of the output projection."""
+        weights, dtype = self.weights, self.down_projection.weight.dtype
+        if dtype != x_TD.dtype and not torch.is_autocast_enabled(x_TD.device.type):
+            weights = replace(weights, down_FD=weights.down_FD.to(x_TD.dtype))
+        if self.training and self.hidden_dropout:
+            # Only the reference drops out between the projections.
+            return eager(
+                x_TD,
+                weights,
+                ids_TK,
+                gates_TK,
+                num_experts=self.num_experts,
+                activation=self.activation,
+                hidden_dropout=self.hidden_dropout,
+            ).to(dtype)
+        return expert_ffn(
             x_TD,
-            self.weights,
+            weights,
             ids_TK,
             gates_TK,
             num_experts=self.num_experts,
@@ -143,13 +234,10 @@ class SwitchableFFN(nn.Module):
             unit_gates=True,
             implementation=self.expert_compute,
         )
-        if self.down.bias is not None:
-            y_TD = y_TD + self.down.bias.to(y_TD.dtype)
-        return y_TD.view(x_BSD.shape)
 
     def _dense_is_faster(self, x_BSD: Tensor) -> bool:
-        """Whether this machine's table says so; always False where gradients are wanted."""
-        if torch.is_grad_enabled():
+        """Whether this machine's table says so; always False where gradients are wanted or the FFN is gated."""
+        if torch.is_grad_enabled() or self.gate_projection is not None:  # the table is of FFNs without a gate
             return False
         shape = Shape(
             tokens=x_BSD.numel() // self.d_model,
@@ -175,3 +263,12 @@ class SwitchableFFN(nn.Module):
     def extra_repr(self) -> str:
         """Say mode, K and E, as in `mode=sparse, experts=6/32`."""
         return f"mode={self.mode}, experts={self.experts_per_token}/{self.num_experts}"
+
+
+def _refuse_own_parameters(ffn: nn.Module, name: str) -> None:
+    own = [n for n, _ in (*ffn.named_parameters(recurse=False), *ffn.named_buffers(recurse=False))]
+    if own:
+        raise InputError(
+            f"{name} ({type(ffn).__name__}) holds tensors of its own ({', '.join(own)}) besides its projections; such "
+            "an FFN cannot be made switchable"
+        )

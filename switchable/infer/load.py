@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from switchable.config import RunConfig, from_dict, read_yaml
 from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
+from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.families import causal_lm
 from switchable.switching.config import SwitchConfig
 from switchable.train.checkpoint import restore_model, verify
 from switchable.train.rundir import RunDir
@@ -36,7 +36,7 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         raise InputError(f"{chosen} is damaged ({damage}); name another checkpoint of the run")
     described = json.loads((chosen / "switchable.json").read_text(encoding="utf-8"))
     # Only the shape: every weight is then read from the verified files.
-    model = causal_lm(AutoConfig.from_pretrained(chosen, local_files_only=True))
+    model = model_of(AutoConfig.from_pretrained(chosen, local_files_only=True))
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1))
     restore_model(chosen, model)
     for layer in layers_of(model):

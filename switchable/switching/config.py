@@ -17,7 +17,17 @@ class SwitchConfig:
     """How FFNs are cut into experts, how tokens choose them, and the schedule of dense and sparse steps."""
 
     num_experts: int = _option(32, "experts per FFN; divides d_ff")
-    experts_per_token: int = _option(6, "experts that each token computes in sparse mode")
+    experts_per_token: int = _option(
+        6, "experts that each token computes in sparse mode; with mass_target, where each layer starts"
+    )
+    mass_target: float | None = _option(
+        None,
+        "share of the activation mass that the router's experts must catch: each layer's experts per token follow "
+        "from it at every measurement; none: experts_per_token in every layer",
+    )
+    max_expert_fraction: float = _option(
+        0.5, "with mass_target: a layer that needs a larger fraction of its experts stays dense"
+    )
     structure: str = _option(
         "weights",
         "what neurons are grouped by: weights = rows of the input projection; coactivation = firing together on the "
@@ -31,6 +41,9 @@ class SwitchConfig:
         choices=("learned", "weight_mean"),
     )
     router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
+    activation_l1: float = _option(
+        0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
+    )
     expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
     schedule: str = _option(
         "ssd", "ssd: dense, then alternating, then dense; dense: never sparse", choices=("ssd", "dense")
@@ -64,6 +77,7 @@ class SwitchConfig:
                 f"use 1 to {self.num_experts}"
             )
         names = (
+            "max_expert_fraction",
             "min_dense_fraction",
             "final_dense_fraction",
             "router_token_fraction",
@@ -72,6 +86,10 @@ class SwitchConfig:
         for name in (*names, "stability_threshold", "regroup_below"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name}={getattr(self, name)} is out of range; use a number from 0 to 1")
+        if self.mass_target is not None and not 0.0 < self.mass_target < 1.0:
+            raise InputError(
+                f"mass_target={self.mass_target} is out of range; use a number between 0 and 1, e.g. 0.95, or none"
+            )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
 

@@ -38,6 +38,8 @@ class Measurement:
     """Whether each layer was given the structure just found."""
     takes_part: tuple[bool, ...]
     """Whether each layer is sparse in sparse steps from now on."""
+    experts_per_token: tuple[int, ...]
+    """K of each layer in sparse mode from now on."""
 
 
 class Controller:
@@ -72,7 +74,7 @@ class Controller:
         self.config = config or SwitchConfig()
         self.probe = _as_batches(probe)
         self.steps_done = 0
-        self.state: ScheduleState = initial(len(self.layers))
+        self.state: ScheduleState = initial(len(self.layers), self.config)
         self.last: list[Tensor | None] = [None] * len(self.layers)
         self.switches = 0
         self.regroupings = 0
@@ -132,14 +134,31 @@ class Controller:
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
                 if again:
-                    layer.router.initialise(layer.weights.up_FD)
+                    layer.router.initialise(layer.reads_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
-        return Measurement(self.steps_done, tuple(measures), decision.regroup, decision.state.takes_part)
+        return Measurement(
+            self.steps_done,
+            tuple(measures),
+            decision.regroup,
+            decision.state.takes_part,
+            decision.state.experts_per_token,
+        )
+
+    @property
+    def experts_now(self) -> tuple[int | None, ...]:
+        """Experts per token of each layer in the next step; None where the layer is dense."""
+        return tuple(
+            k if part and self.mode == "sparse" else None
+            for k, part in zip(self.state.experts_per_token, self.state.takes_part, strict=True)
+        )
 
     def _apply_mode(self) -> None:
-        for layer, part in zip(self.layers, self.state.takes_part, strict=True):
+        for layer, part, k in zip(
+            self.layers, self.state.takes_part, self.state.experts_per_token, strict=True
+        ):
             layer.takes_part = part
+            layer.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
     def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
@@ -158,6 +177,7 @@ class Controller:
             "switches": self.switches,
             "regroupings": self.regroupings,
             "takes_part": list(self.state.takes_part),
+            "experts_per_token": list(self.state.experts_per_token),
             "began": self.state.began,
             "last": list(self.last),
         }
@@ -166,7 +186,9 @@ class Controller:
         """Continue where `state_dict` was taken."""
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
-        self.state = ScheduleState(tuple(state["takes_part"]), state["began"])
+        self.state = ScheduleState(
+            tuple(state["takes_part"]), tuple(state["experts_per_token"]), state["began"]
+        )
         self.last = list(state["last"])
         self._apply_mode()
 

@@ -42,6 +42,8 @@ class LayerMeasures:
     """Share of neurons whose activation is not zero, 0 to 1."""
     mass_caught: float
     """Share of the activation mass in the router's K experts, 0 to 1."""
+    mass_by_k: tuple[float, ...]
+    """The same for the router's first 1, 2, ..., E experts."""
     mass_best: float
     """Share of the activation mass in the best K experts, 0 to 1."""
     load_imbalance: float
@@ -58,14 +60,16 @@ class _Tally:
     def __init__(self, keep_active: bool) -> None:
         self._pieces: list[Tensor] | None = [] if keep_active else None
         self.tokens = 0
-        self.active = self.caught = self.best = self.mass = torch.zeros((), dtype=torch.float64)
+        self.active = self.best = self.mass = torch.zeros((), dtype=torch.float64)
+        self.caught_E: Tensor | None = None
         self.load_E: Tensor | None = None
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
         x_TD = x.reshape(-1, layer.d_model)
         hidden_TF = layer.activations(x_TD)
         mass_TE = expert_mass(hidden_TF, layer.weights.down_FD, layer.num_experts)
-        ids_TK = layer.router(x_TD).topk(layer.experts_per_token, dim=-1).indices
+        ranked_TE = layer.router(x_TD).argsort(dim=-1, descending=True)
+        ids_TK = ranked_TE[:, : layer.experts_per_token]
         if self._pieces is not None:
             self._pieces.append(hidden_TF != 0)
         self.tokens += x_TD.shape[0]
@@ -73,13 +77,13 @@ class _Tally:
         sums = torch.stack(
             [
                 hidden_TF.count_nonzero().double(),
-                mass_TE.gather(1, ids_TK).sum(dtype=torch.float64),
                 mass_TE.topk(layer.experts_per_token, dim=-1).values.sum(dtype=torch.float64),
                 mass_TE.sum(dtype=torch.float64),
             ]
         ).cpu()
-        self.active, self.caught = self.active + sums[0], self.caught + sums[1]
-        self.best, self.mass = self.best + sums[2], self.mass + sums[3]
+        self.active, self.best, self.mass = self.active + sums[0], self.best + sums[1], self.mass + sums[2]
+        caught_E = mass_TE.gather(1, ranked_TE).sum(dim=0, dtype=torch.float64).cumsum(0).cpu()
+        self.caught_E = caught_E if self.caught_E is None else self.caught_E + caught_E
         load_E = torch.bincount(ids_TK.reshape(-1), minlength=layer.num_experts).cpu()
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
@@ -125,7 +129,7 @@ def neuron_features(layer: SwitchableFFN, active_TF: Tensor | None, structure: s
         active_TF: which neurons fire on which probe tokens; needed unless `structure` is `"weights"`.
         structure: `"weights"`, `"coactivation"` or `"mixed"`.
     """
-    weight_FD = weight_features(layer.weights.up_FD.detach())
+    weight_FD = weight_features(layer.reads_FD.detach())
     if structure == "weights":
         return weight_FD
     assert active_TF is not None, "co-activation needs the probe's activations"
@@ -169,10 +173,12 @@ def measure(
 
 def _summarise(tally: _Tally, layer: SwitchableFFN, last: Tensor | None, found: Tensor) -> LayerMeasures:
     assert tally.load_E is not None, "the probe never reached the layer"
+    assert tally.caught_E is not None
     mass = max(float(tally.mass), torch.finfo(torch.float64).tiny)
     return LayerMeasures(
         activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
-        mass_caught=float(tally.caught) / mass,
+        mass_caught=float(tally.caught_E[layer.experts_per_token - 1]) / mass,
+        mass_by_k=tuple((tally.caught_E / mass).tolist()),
         mass_best=float(tally.best) / mass,
         load_imbalance=float(tally.load_E.max() / tally.load_E.double().mean()),
         similarity=0.0 if last is None else similarity(last, found),

@@ -18,7 +18,7 @@ from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
 
 LEAVE_FACTOR = 1.25
-"""A layer that takes part leaves when its activation ratio exceeds the limit by this factor: no to and fro."""
+"""A layer that takes part leaves when it exceeds the limit by this factor: no to and fro."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ScheduleState:
     """Where the schedule stands. `began` is the step at which alternating began, None before."""
 
     takes_part: tuple[bool, ...]
+    experts_per_token: tuple[int, ...]
     began: int | None = None
 
 
@@ -37,9 +38,9 @@ class Decision:
     regroup: tuple[bool, ...]
 
 
-def initial(num_layers: int) -> ScheduleState:
+def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
     """Return the state at step 0: every layer dense."""
-    return ScheduleState(takes_part=(False,) * num_layers)
+    return ScheduleState((False,) * num_layers, (config.experts_per_token,) * num_layers)
 
 
 def dense_until(total_steps: int, config: SwitchConfig) -> int:
@@ -74,10 +75,13 @@ def decide(
 ) -> Decision:
     """Decide after a measurement taken when `step` steps are done.
 
-    A layer joins when it is sparse (activation ratio) and stable (similarity of successive structures); its structure
-    follows every measurement until then. Once it takes part its structure stands, unless it has drifted too far.
-    In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn it.
+    A layer joins when it is sparse (activation ratio, or the experts that the mass target needs) and stable (similarity
+    of successive structures); its structure follows every measurement until then. Once it takes part its structure
+    stands, unless it has drifted too far. In the last dense phase nothing is regrouped any more: sparse mode would have
+    no time to learn it. With a `mass_target`, each layer's K follows every measurement to the end.
     """
+    experts = tuple(experts_needed(m, config) for m in measures)
+    state = replace(state, experts_per_token=experts)
     if config.schedule == "dense" or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
     takes_part = tuple(
@@ -92,8 +96,20 @@ def decide(
     return Decision(replace(state, takes_part=takes_part, began=began), regroup)
 
 
+def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
+    """Return K: the fewest experts of the router's choice that catch the mass asked for, or the K of the settings."""
+    if config.mass_target is None:
+        return config.experts_per_token
+    enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= config.mass_target)
+    return next(enough, len(measured.mass_by_k))
+
+
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
+    if config.mass_target is None:
+        used, limit = measured.activation_ratio, config.max_activation_ratio
+    else:
+        used = experts_needed(measured, config) / len(measured.mass_by_k)
+        limit = config.max_expert_fraction
     if part:
-        return measured.activation_ratio <= LEAVE_FACTOR * config.max_activation_ratio
-    sparse = measured.activation_ratio <= config.max_activation_ratio
-    return may_join and sparse and measured.similarity >= config.stability_threshold
+        return used <= LEAVE_FACTOR * limit
+    return may_join and used <= limit and measured.similarity >= config.stability_threshold

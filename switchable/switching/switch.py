@@ -74,7 +74,13 @@ def current_structure(layer: SwitchableFFN) -> Tensor:
 
 def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[nn.Linear, bool, Tensor, bool]]:
     """Yield (projection, is output projection, parameter, is bias) for every parameter with a neuron axis."""
-    for projection, output in ((layer.up, False), (layer.down, True)):
+    for projection, output in (
+        (layer.gate_projection, False),
+        (layer.up_projection, False),
+        (layer.down_projection, True),
+    ):
+        if projection is None:
+            continue
         yield projection, output, projection.weight, False
         if projection.bias is not None and not output:
             yield projection, output, projection.bias, True
@@ -113,12 +119,11 @@ def _permute(layer: SwitchableFFN, perm_F: Tensor, optimizer: torch.optim.Optimi
 @torch.no_grad()
 def _fingerprint(layer: SwitchableFFN) -> Tensor:
     """Return the dense output for two fixed tokens: regrouping must not change it."""
-    parameter = layer.up.weight
+    parameter = layer.up_projection.weight
     x_TD = (
         torch.linspace(-1, 1, 2 * layer.d_model)
         .sin()
         .view(2, layer.d_model)
         .to(parameter.device, parameter.dtype)
     )
-    y_TD: Tensor = layer.down(layer.activations(x_TD))
-    return y_TD.float()
+    return layer.write(layer.activations(x_TD)).float()

@@ -220,8 +220,10 @@ def restore_model(folder: Path, model: nn.Module) -> None:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise InputError(f"{folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in missing if name not in tied]
+    # Of tied parameters one name is stored; the others are the same tensor.
+    held = dict(model.state_dict())
+    loaded = {held[name].data_ptr() for name in state if name in held}
+    missing = [name for name in missing if held[name].data_ptr() not in loaded]
     if missing or unexpected:
         raise InputError(
             f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "

@@ -4,8 +4,8 @@ The dense model is *counted* (torch's FlopCounterMode over one real forward and 
 its matmuls), so any architecture is covered. What a sparse step saves is then exact arithmetic, per token and layer,
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
-    dense FFN      3 · 4·D·F              (6·D·F per token forward for a gated FFN)
-    sparse FFN     3 · 4·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient)
+    dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
+    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient)
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchable.ffn.convert import kept_modes, layers_of
+from switchable.ffn.convert import kept_modes
 from switchable.ffn.layer import SwitchableFFN
 
 
@@ -36,23 +36,27 @@ class StepFlops:
     """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
-    ffn_sparse: tuple[float, ...]
-    """Per layer: K experts and the router."""
+    expert: tuple[float, ...]
+    """Per layer: one of its experts, computed for every token."""
+    router: tuple[float, ...]
+    """Per layer: its router in a sparse step."""
     router_learning: tuple[float, ...]
     """Per layer: training the router in a dense step."""
+    ffn_input: tuple[float, ...]
+    """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
-    def step(self, sparse_layers: tuple[bool, ...]) -> float:
-        """Return the FLOPs of a step in which the given layers are sparse and the others dense."""
+    def step(self, experts_per_token: Sequence[int | None]) -> float:
+        """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
         total = self.dense
-        for is_sparse, dense, sparse, learning in zip(
-            sparse_layers, self.ffn_dense, self.ffn_sparse, self.router_learning, strict=True
+        for k, dense, expert, router, learning in zip(
+            experts_per_token, self.ffn_dense, self.expert, self.router, self.router_learning, strict=True
         ):
-            total += sparse - dense if is_sparse else learning
+            total += learning if k is None else k * expert + router - dense
         return total
 
     def measurement(self, probe_tokens: int) -> float:
         """Return the FLOPs of one measurement: a dense forward, each input projection once more."""
-        return (self.dense + sum(self.ffn_dense) / 2) / 3 * probe_tokens / self.tokens
+        return (self.dense + sum(self.ffn_input)) / 3 * probe_tokens / self.tokens
 
 
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
@@ -63,12 +67,9 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         batch: model inputs with `input_ids` [B, S] and labels.
     """
     counter = FlopCounterMode(display=False)
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    watched = [*layers_of(model), *([head] if isinstance(head, nn.Linear) else [])]
     with (
-        _tokens_seen(watched) as seen,
         kept_modes(model) as layers,
+        _rows_seen([*layers, *_head(model)]) as rows,
         counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
@@ -76,40 +77,29 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
             layer.mode, layer.router_learns = "dense", False
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
-    pairs = list(zip(layers_of(model), seen, strict=False))
+    # Encoder and decoder of one model see different numbers of tokens.
+    each = list(zip(layers, rows, strict=False))
+    heads = zip(_head(model), rows[len(layers) :], strict=True)
     return StepFlops(
         tokens=batch["input_ids"].numel(),
         dense=float(counter.get_total_flops()),
-        head=6.0 * head.weight.numel() * seen[-1] if isinstance(head, nn.Linear) else 0.0,
-        ffn_dense=tuple(3.0 * 4 * layer.d_model * layer.d_ff * tokens for layer, tokens in pairs),
-        ffn_sparse=tuple(ffn_sparse(layer) * tokens for layer, tokens in pairs),
-        router_learning=tuple(router_learning(layer) * tokens for layer, tokens in pairs),
+        head=sum(6.0 * head.weight.numel() * n for head, n in heads),
+        ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
+        expert=tuple(ffn_dense(layer) / layer.num_experts * n for layer, n in each),
+        router=tuple(4.0 * layer.d_model * layer.num_experts * n for layer, n in each),
+        router_learning=tuple(router_learning(layer) * n for layer, n in each),
+        ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
     )
 
 
-@contextmanager
-def _tokens_seen(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """Count the tokens that pass through each module within the block: encoder and decoder see different ones."""
-    seen = [0] * len(modules)
-
-    def hook_for(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count_tokens(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[i] += inputs[0].shape[:-1].numel()
-
-        return count_tokens
-
-    hooks = [module.register_forward_pre_hook(hook_for(i)) for i, module in enumerate(modules)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def projections(layer: SwitchableFFN) -> int:
+    """Return the number of an FFN's projections: up and down, and the gate if there is one."""
+    return 2 if layer.gate_projection is None else 3
 
 
-def ffn_sparse(layer: SwitchableFFN) -> float:
-    """Return the FLOPs per token, forward and backward, of a layer in sparse mode."""
-    neurons = layer.d_ff // layer.num_experts * layer.experts_per_token
-    return 3.0 * 4 * layer.d_model * neurons + 4.0 * layer.d_model * layer.num_experts
+def ffn_dense(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token, forward and backward, of a layer in dense mode."""
+    return 3.0 * 2 * projections(layer) * layer.d_model * layer.d_ff
 
 
 def router_learning(layer: SwitchableFFN) -> float:
@@ -117,3 +107,29 @@ def router_learning(layer: SwitchableFFN) -> float:
     if not layer.router_learns:
         return 0.0
     return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + 2.0 * layer.d_ff)
+
+
+def _head(model: nn.Module) -> list[nn.Linear]:
+    """Return the output head, if the model has one."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return [head] if isinstance(head, nn.Linear) else []
+
+
+@contextmanager
+def _rows_seen(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Within the `with` block, count the rows (tokens) that each module is given."""
+    rows = [0] * len(modules)
+
+    def hook_for(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows[place] += args[0].shape[:-1].numel()
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(hook_for(place)) for place, module in enumerate(modules)]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -81,11 +81,13 @@ class RunLog:
                 "layers": layers,
                 "regrouped": list(measurement.regrouped),
                 "takes_part": list(measurement.takes_part),
+                "experts_per_token": list(measurement.experts_per_token),
             }
         )
-        for key in layers[0]:
-            for i, layer in enumerate(layers):
-                self._board.add_scalar(f"{key}/layer {i}", layer[key], measurement.step)
+        for i, (layer, k) in enumerate(zip(layers, measurement.experts_per_token, strict=True)):
+            curves = {key: value for key, value in layer.items() if not isinstance(value, tuple)}
+            for key, value in {**curves, "experts_per_token": k}.items():
+                self._board.add_scalar(f"{key}/layer {i}", value, measurement.step)
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Record a validation and say it on the terminal."""

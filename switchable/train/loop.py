@@ -103,7 +103,7 @@ class Trainer:
         job, counters = self.job, self.counters
         config, controller = job.config.train, job.controller
         begin = time.perf_counter()
-        mode = controller.mode
+        mode, experts = controller.mode, controller.experts_now
         learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
 
         loss = job.model(**job.batch(counters.steps)).loss
@@ -113,7 +113,7 @@ class Trainer:
         job.optimizer.zero_grad(set_to_none=True)
 
         self._window_loss += loss.detach()
-        self._count(mode, time.perf_counter() - begin)
+        self._count(mode, experts, time.perf_counter() - begin)
         self._learning_rate = learning_rate
         begin = time.perf_counter()
         if controller.measures_next:
@@ -124,11 +124,10 @@ class Trainer:
             counters.flops += self.flops.measurement(controller.probe_tokens)
             self.log.measure(measurement)
 
-    def _count(self, mode: str, seconds: float) -> None:
+    def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
-        taking_part = tuple(sparse and part for part in self.job.controller.state.takes_part)
         counters.steps += 1
-        counters.flops += self.flops.step(taking_part)
+        counters.flops += self.flops.step(experts)
         counters.sparse_steps += sparse
         counters.window_steps += 1
         counters.window_sparse += sparse

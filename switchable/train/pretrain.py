@@ -224,6 +224,7 @@ def summarise(
         "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
         "sparse_fraction": counters.sparse_steps / counters.steps,
         "sparse_layers": [int(part) for part in takes_part],
+        "experts_per_token": list(job.controller.state.experts_per_token),
         "switches": job.controller.switches,
         "regroupings": job.controller.regroupings,
         "step_speedup_sparse": seconds["dense"] / seconds["sparse"],

@@ -20,8 +20,8 @@ from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
+from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
-from switchable.ffn.families import build_causal_lm
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
 
@@ -76,7 +76,9 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     found = validation_batches(data.val.path, objective, train.batch_size, train.eval_tokens)
     validation = [model_inputs(batch, device) for batch in found]
     torch.manual_seed(train.seed)
-    model = build_model(config.model, train.sequence_length, data.vocab_size, data.end_of_text.id).to(device)
+    model = build_model(
+        config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
+    ).to(device)
     report = convert(model, config.switch)
     probe = _probe(model, validation, config.switch.probe_tokens)
     return Job(
@@ -93,8 +95,17 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     )
 
 
-def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_token_id: int) -> nn.Module:
-    """Return a transformers model with random weights (drawn from torch's global generator)."""
+def build_model(
+    model: ModelConfig, sequence_length: int, vocab_size: int, tokens: Mapping[str, int]
+) -> nn.Module:
+    """Return a transformers model with random weights (drawn from torch's global generator).
+
+    Args:
+        model: family and sizes.
+        sequence_length: its positions, unless `max_positions` is set.
+        vocab_size: rows of the embedding.
+        tokens: special tokens (see `builders.build_model`).
+    """
     sizes = {
         "d_model": model.d_model,
         "d_ff": d_ff(model),
@@ -102,7 +113,14 @@ def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_t
         "num_heads": model.num_heads,
         "max_positions": model.max_positions or sequence_length,
     }
-    return build_causal_lm(model.family, sizes, model.activation, vocab_size, eos_token_id)
+    return builders.build_model(model.family, sizes, model.activation, vocab_size, tokens)
+
+
+def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    tokens = {"eos_token_id": data.end_of_text.id}
+    if tokenizer.pad_token_id is not None:
+        tokens["pad_token_id"] = int(tokenizer.pad_token_id)
+    return tokens
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor, nn
 
+from switchable.ffn.convert import layers_of
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
 
 
@@ -49,6 +51,21 @@ def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
     assert y.grad is not None
     assert w.grad is not None
     assert (float(y.grad), float(w.grad)) == (5.0, 6.0)
+
+
+def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:
+    layer = layers_of(switchable_gpt2)[0].train()
+    layer.router_learns = False
+    x_TD = torch.randn(5, layer.d_model, generator=torch.Generator().manual_seed(0))
+
+    def gradient(l1: float, *extra: Tensor) -> Tensor:
+        layer.activation_l1 = l1
+        total = torch.stack([layer(x_TD).sum(), *extra]).sum()
+        return torch.autograd.grad(total, layer.up_projection.weight)[0]
+
+    # The mean over 5 tokens of the sum of |a_i|, times the coefficient.
+    penalty = 0.1 * layer.activations(x_TD).abs().sum() / 5
+    torch.testing.assert_close(gradient(0.1), gradient(0.0, penalty))
 
 
 def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from switchable.ffn.convert import layers_of
 from switchable.switching.monitor import measure, watch
 
 
-def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, float]:
+def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, Any]:
     """The same measures, token by token and neuron by neuron."""
     layer = layers_of(model)[index]
     inputs: list[Tensor] = []
@@ -24,7 +25,8 @@ def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, float
     x = inputs[0].reshape(-1, layer.d_model)
     up, down, bias = layer.weights.up_FD, layer.weights.down_FD, layer.weights.up_bias_F
     up, down, bias = up.detach(), down.detach(), bias.detach()  # type: ignore[union-attr]
-    active = caught = best = total = 0.0
+    active = best = total = 0.0
+    caught = [0.0] * layer.num_experts
     load = [0] * layer.num_experts
     for row in x:  # the slow way round on purpose
         masses = [0.0] * layer.num_experts
@@ -33,15 +35,17 @@ def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, float
             active += a > 0
             masses[i // (layer.d_ff // layer.num_experts)] += a * float(down[i].norm())
         scores = (layer.router.weight @ row + layer.router.bias).tolist()
-        chosen = sorted(range(layer.num_experts), key=lambda e: -scores[e])[: layer.experts_per_token]
-        for e in chosen:
+        ranked = sorted(range(layer.num_experts), key=lambda e: -scores[e])
+        for e in ranked[: layer.experts_per_token]:
             load[e] += 1
-        caught += sum(masses[e] for e in chosen)
+        for k in range(layer.num_experts):
+            caught[k] += sum(masses[e] for e in ranked[: k + 1])
         best += sum(sorted(masses)[-layer.experts_per_token :])
         total += sum(masses)
     return {
         "activation_ratio": active / (len(x) * layer.d_ff),
-        "mass_caught": caught / total,
+        "mass_caught": caught[layer.experts_per_token - 1] / total,
+        "mass_by_k": [value / total for value in caught],
         "mass_best": best / total,
         "load_imbalance": max(load) / (sum(load) / len(load)),
     }

@@ -22,22 +22,26 @@ CONFIG = SwitchConfig(
 
 
 def measured(ratio: float, similarity: float, in_use: float = 1.0) -> LayerMeasures:
-    return LayerMeasures(ratio, 0.9, 0.95, 1.5, similarity, in_use)
+    return LayerMeasures(ratio, 0.8, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use)
+
+
+def alternating(*takes_part: bool) -> ScheduleState:
+    return ScheduleState(takes_part, (CONFIG.experts_per_token,) * len(takes_part), began=10)
 
 
 def test_dense_until_stable_sparse_and_allowed() -> None:
-    state = initial(2)
+    state = initial(2, CONFIG)
     early = decide(9, state, [measured(0.1, 0.9)] * 2, 100, CONFIG)
     assert early.state == state
     assert early.regroup == (True, True)
     unstable = decide(10, state, [measured(0.1, 0.49)] * 2, 100, CONFIG)
     assert unstable.state == state
     one = decide(10, state, [measured(0.4, 0.9), measured(0.1, 0.5)], 100, CONFIG)
-    assert one.state == ScheduleState(takes_part=(False, True), began=10)
+    assert one.state == alternating(False, True)
 
 
 def test_a_structure_in_use_stands_unless_it_has_drifted() -> None:
-    state = ScheduleState(takes_part=(True, True), began=10)
+    state = alternating(True, True)
     decision = decide(
         20, state, [measured(0.1, 0.9, in_use=0.39), measured(0.1, 0.9, in_use=0.4)], 100, CONFIG
     )
@@ -46,13 +50,27 @@ def test_a_structure_in_use_stands_unless_it_has_drifted() -> None:
 
 
 def test_a_layer_leaves_when_it_is_no_longer_sparse_but_not_at_once() -> None:
-    state = ScheduleState(takes_part=(True,), began=10)
+    state = alternating(True)
     assert decide(20, state, [measured(0.37, 0.9)], 100, CONFIG).state.takes_part == (True,)
     assert decide(20, state, [measured(0.38, 0.9)], 100, CONFIG).state.takes_part == (False,)
 
 
+def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
+    # The router's first 1, 2, 3, 4 experts catch 0.5, 0.8, 0.95 and 1.
+    config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, mass_target=0.8)
+    decision = decide(10, initial(1, config), [measured(0.9, 0.9)], 100, config)
+    assert decision.state == ScheduleState(
+        (True,), (2,), began=10
+    )  # 2 of 4 experts, however many neurons fire
+    strict = dataclasses.replace(config, mass_target=0.9)
+    assert decide(10, initial(1, strict), [measured(0.1, 0.9)], 100, strict).state.takes_part == (False,)
+    kept = decide(90, decision.state, [measured(0.9, 0.9)], 100, strict).state
+    assert kept == ScheduleState((True,), (3,), began=10)  # K follows to the end, the rest stands
+    assert decide(10, initial(1, CONFIG), [measured(0.1, 0.9)], 100, CONFIG).state.experts_per_token == (6,)
+
+
 def test_modes_alternate_and_the_last_phase_is_dense() -> None:
-    state = ScheduleState(takes_part=(True,), began=10)
+    state = alternating(True)
     modes = [mode_at(step, state, 100, CONFIG)[0] for step in range(8, 19)]
     assert "".join(modes) == "ddsssdsssds"
     assert mode_at(78, state, 100, CONFIG) == "sparse"
@@ -62,23 +80,25 @@ def test_modes_alternate_and_the_last_phase_is_dense() -> None:
         "alternating",
         "final dense",
     ]
-    assert phase_at(50, initial(1), 100, CONFIG) == "dense"
+    assert phase_at(50, initial(1, CONFIG), 100, CONFIG) == "dense"
 
 
 def test_nothing_is_regrouped_in_the_last_phase() -> None:
-    state = ScheduleState(takes_part=(True,), began=10)
+    state = alternating(True)
     assert decide(80, state, [measured(0.1, 0.9, in_use=0.0)], 100, CONFIG).regroup == (False,)
 
 
 def test_the_dense_schedule_never_switches() -> None:
     config = dataclasses.replace(CONFIG, schedule="dense")
-    decision = decide(50, initial(1), [measured(0.01, 1.0)], 100, config)
-    assert decision.state == initial(1)
+    decision = decide(50, initial(1, CONFIG), [measured(0.01, 1.0)], 100, config)
+    assert decision.state == initial(1, CONFIG)
     assert mode_at(50, decision.state, 100, config) == "dense"
 
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"min_dense_fraction=1.5 is out of range; use a number from 0 to 1"):
         SwitchConfig(min_dense_fraction=1.5)
+    with pytest.raises(InputError, match=r"mass_target=1.0 is out of range; use a number between 0 and 1"):
+        SwitchConfig(mass_target=1.0)
     with pytest.raises(InputError, match="sparse_steps=0 is out of range"):
         SwitchConfig(sparse_steps=0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+from families.models import make
 from torch import Tensor, nn
 
+from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.train.flops import count
 
@@ -21,8 +25,30 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert flops.head == 3 * T * 2 * D * V
     sparse_ffn = 3 * 4 * D * F * K / E + 4 * D * E
     learning = 0.5 * (4 * D * E + 2 * F)
-    assert flops.step((False, False)) == flops.dense + T * 2 * learning
-    assert flops.step((False, True)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
+    assert flops.step((None, None)) == flops.dense + T * 2 * learning
+    assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     assert all(layer.mode == "sparse" and layer.router_learns for layer in layers_of(switchable_gpt2))
     assert all(p.grad is None for p in switchable_gpt2.parameters())
+
+
+def test_a_gated_ffn_has_three_projections() -> None:
+    model = make("llama").train()
+    convert(model, SwitchConfig(num_experts=E, experts_per_token=K, router_token_fraction=1.0))
+    ids = torch.randint(3, 61, (4, 24))
+    flops = count(model, {"input_ids": ids, "labels": ids})
+    assert flops.ffn_dense == (T * 3 * 6 * D * F,) * L
+    assert flops.expert == (T * 3 * 6 * D * F / E,) * L
+    assert flops.router == (T * 4 * D * E,) * L
+    assert flops.measurement(T) * 3 == pytest.approx(flops.dense + L * T * 3 * 4 * D * F)
+    heads = 2 * 2 * D * D + 2 * 2 * D * (D // 2)  # q and output; k and v of one head of two
+    forward = L * (heads + 2 * S * D * 2 + 6 * D * F) + 2 * D * V
+    assert flops.dense == 3 * T * forward
+
+
+def test_both_sides_of_a_model_count_their_own_tokens() -> None:
+    model = make("t5").train()
+    convert(model, SwitchConfig(num_experts=E, experts_per_token=K))
+    flops = count(model, {"input_ids": torch.ones(2, 12).long(), "labels": torch.ones(2, 7).long()})
+    assert flops.ffn_dense == (24 * 3 * 4 * D * F,) * 2 + (14 * 3 * 4 * D * F,) * 3
+    assert flops.head == 14 * 6 * D * V

@@ -23,8 +23,12 @@ def eager(
     num_experts: int,
     activation: str,
     unit_gates: bool = False,  # noqa: ARG001 - the reference multiplies by the gates even when they are one
+    hidden_dropout: float = 0.0,
 ) -> Tensor:
-    """Return y_TD, computing only the selected experts of each token (see `expert_ffn` for the arguments)."""
+    """Return y_TD, computing only the selected experts of each token (see `expert_ffn` for the arguments).
+
+    `hidden_dropout` is the probability of a dropout between the projections, for models trained with one.
+    """
     act = ACT2FN[activation]
     y_TD = torch.zeros_like(x_TD)
     neurons = weights.up_FD.shape[0] // num_experts
@@ -40,6 +44,8 @@ def eager(
                 act(torch.nn.functional.linear(x, weights.gate_FD[own], _part(weights.gate_bias_F, own)))
                 * hidden
             )
+        if hidden_dropout:
+            hidden = torch.nn.functional.dropout(hidden, hidden_dropout)
         y = hidden @ weights.down_FD[own]
         if gates_TK is not None:
             y = y * gates_TK[tokens, slots].unsqueeze(-1)

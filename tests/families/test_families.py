@@ -1,0 +1,259 @@
+"""Every family: conversion changes no logits and no names, all FFNs are found, all experts on is dense mode."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from families.models import CASES, inputs, make, output
+from torch import Tensor, nn
+
+from switchable import Family, InputError, SwitchConfig, convert, set_mode
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.families import FAMILIES, family_of
+from switchable.switching.monitor import measure
+from switchable.switching.switch import regroup
+
+CONFIG = SwitchConfig(num_experts=8, experts_per_token=3, expert_compute="eager")
+T5S = ("t5", "t5-gated", "mt5", "umt5")
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    output(model, batch).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    assert {make(case).config.model_type for case in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conversion_is_a_no_op_in_dense_mode(case: str) -> None:
+    model, batch = make(case), inputs(case)
+    plain = copy.deepcopy(model)
+    before, names = output(model, batch), list(model.state_dict())
+    report = convert(model, CONFIG)
+    assert report.converted == CASES[case][3]
+    assert str(report) == f"{CASES[case][3]} of {CASES[case][3]} FFNs are switchable: 8 experts of 8 neurons"
+    assert torch.equal(output(model, batch), before)
+    kept = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
+    assert list(kept) == names
+    assert len(model.state_dict()) == len(names) + 2 * report.converted
+    before_grads = gradients(plain, batch)
+    after_grads = gradients(model, batch)
+    for name, grad in before_grads.items():
+        assert torch.equal(after_grads[name], grad), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_experts_on_is_dense_and_one_expert_is_not(case: str) -> None:
+    model, batch = make(case), inputs(case)
+    convert(model, CONFIG)
+    dense, dense_grads = output(model, batch), gradients(model, batch)
+    set_mode(model, "sparse", experts_per_token=8)
+    assert relative(output(model, batch), dense) < 1e-5
+    for name, grad in gradients(model, batch).items():
+        if name in dense_grads:
+            assert (
+                relative(grad, dense_grads[name]) < 1e-4 or (grad - dense_grads[name]).abs().max() < 1e-7
+            ), name
+    set_mode(model, "sparse", experts_per_token=1)
+    assert relative(output(model, batch), dense) > 1e-4
+    set_mode(model, "dense")
+    assert torch.equal(output(model, batch), dense)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt", "llama", "bert", "t5", "t5-gated", "bart"])
+def test_regrouping_moves_weights_and_moments_and_changes_no_logits(case: str) -> None:
+    model, batch = make(case), inputs(case)
+    convert(model, CONFIG)
+    before = output(model, batch).detach()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        output(m, batch).square().mean().backward()
+        optimizer.step()
+    measures, found = measure(model, [batch], [None] * CASES[case][3], random_state=0)
+    assert all(0 < m.mass_caught <= m.mass_best <= 1 for m in measures)
+    moved = regroup(layers_of(model), found, optimizers[0])
+    assert any(perm is not None for perm in moved)
+    assert relative(output(model, batch), output(twin, batch)) < 1e-5
+    assert relative(output(model, batch), before) > 1e-3  # the step did something
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        optimizer.zero_grad()
+        output(m, batch).square().mean().backward()
+        optimizer.step()
+    assert relative(output(model, batch), output(twin, batch)) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["t5", "t5-gated", "bart"])
+def test_dropout_between_the_projections(case: str) -> None:
+    model, batch = make(case), inputs(case)
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout"):  # all others off
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "activation_dropout"):
+            module.activation_dropout = 0.25
+    for module in model.modules():
+        if type(module).__name__.startswith("T5Dense"):
+            module.dropout.p = 0.25
+    plain = copy.deepcopy(model)
+    convert(model, CONFIG)
+    model.train()
+    plain.train()
+    torch.manual_seed(5)
+    expected = output(plain, batch)
+    torch.manual_seed(5)
+    assert torch.equal(output(model, batch), expected)
+    # Sparse: it drops out a quarter of the neurons, and scales the others up by 4/3.
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        layer.down_projection.weight.fill_(1.0)
+        layer.up_projection.weight.abs_()
+        if layer.gate_projection is not None:
+            layer.gate_projection.weight.abs_()
+    x = torch.ones(4000, 16)
+    set_mode(model, "sparse", experts_per_token=8)
+    trained = layer(x)[:, 0]
+    model.eval()
+    exact = layer(x)[0, 0]
+    assert relative(trained.mean(), exact) < 0.02
+    assert trained.std() > 0.01 * exact
+
+
+def test_encoder_and_decoder_are_counted_each_by_its_own_number() -> None:
+    model = make("t5")
+    model.config.num_decoder_layers = 4
+    with pytest.raises(InputError, match=r"found 5 of 6 FFNs of class 'T5DenseActDense'"):
+        convert(model, CONFIG)
+    assert not layers_of(model)
+
+
+def test_an_unknown_family_says_what_was_found_and_how_to_describe_it() -> None:
+    model = make("opt")
+    model.config.model_type = "optt"
+    with pytest.raises(InputError) as raised:
+        convert(model, CONFIG)
+    message = str(raised.value)
+    assert "model type 'optt' is not known" in message
+    assert "did you mean 'opt'" in message
+    assert "OPTDecoderLayer (fc1 (64, 16), fc2 (16, 64))" in message
+    assert message.count("\n    ") == 3
+
+
+def test_a_row_that_leaves_out_a_part_is_noticed() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.act, self.norm = (
+                nn.Linear(6, 24),
+                nn.Linear(24, 6),
+                nn.ReLU(),
+                nn.LayerNorm(24),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.norm(self.act(self.up(x))))
+
+    model = nn.Sequential(Scaled())
+    with pytest.raises(InputError, match=r"0 \(Scaled\) computes something else"):
+        convert(model, SwitchConfig(num_experts=4, experts_per_token=2), Family("Scaled", "up", "down"))
+    with pytest.raises(InputError, match=r"0\.gate is NoneType; it must be Linear or Conv1D"):
+        convert(
+            model,
+            SwitchConfig(num_experts=4, experts_per_token=2),
+            Family("Scaled", "up", "down", gate="gate"),
+        )
+    assert isinstance(model[0], Scaled)
+
+
+def test_a_part_whose_name_we_need() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.weights = nn.Linear(6, 24), nn.Linear(24, 6), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.weights(self.up(x)))
+
+    model, x = nn.Sequential(Mlp()), torch.randn(3, 6)
+    before, config = model(x), SwitchConfig(num_experts=4, experts_per_token=2)
+    with pytest.raises(InputError, match=r"a part called 'weights', a name that we need.*in_layer=True"):
+        convert(model, config, Family("Mlp", "up", "down", "weights"))
+    convert(model, config, Family("Mlp", "up", "down", "weights", in_layer=True))
+    assert torch.equal(model(x), before)
+
+
+def test_a_gated_ffn_inside_a_layer() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = nn.Linear(6, 24), nn.Linear(24, 6), nn.Linear(6, 24)
+            self.act, self.norm = nn.ReLU(), nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.w2(self.act(self.w1(x)) * self.w3(x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Layer(), Layer()), torch.randn(3, 5, 6)
+    before = model(x)
+    family = Family("Layer", gate="w1", up="w3", down="w2", in_layer=True)
+    convert(model, SwitchConfig(num_experts=4, experts_per_token=2), family)
+    assert torch.equal(model(x), before)
+    set_mode(model, "sparse", experts_per_token=4)
+    assert relative(model(x), before) < 1e-5
+
+
+def test_a_mixture_of_experts_and_odd_activations_are_refused() -> None:
+    model = make("gpt2")
+    model.transformer.h[0].add_module("router", nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"routers of its own \(transformer\.h\.0\.router\.weight\)"):
+        convert(model, CONFIG)
+    model = make("gpt2")
+    model.transformer.h[1].mlp.act = nn.PReLU()
+    with pytest.raises(InputError, match=r"activation of transformer\.h\.1\.mlp, PReLU, has parameters"):
+        convert(model, CONFIG)
+
+
+def test_output_projection_in_float32() -> None:
+    model, batch = make("t5").bfloat16(), inputs("t5")
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    before = output(model, batch)
+    convert(model, CONFIG)
+    assert torch.equal(output(model, batch), before)
+    set_mode(model, "sparse", experts_per_token=8)
+    assert relative(output(model, batch).float(), before.float()) < 0.05
+
+
+def test_conversion_survives_a_copy_and_generation() -> None:
+    for case in ("opt", "t5", "llama"):
+        model = make(case)
+        ids = inputs(case)["input_ids"][:1]
+        # Without a cache for T5: transformers' has a place for as many layers as the encoder has.
+        how = {"max_new_tokens": 5, "do_sample": False, "use_cache": case != "t5"}
+        plain = model.generate(ids, **how)
+        convert(model, CONFIG)
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(twin.generate(ids, **how), plain)
+        assert layers_of(twin)[0].up_projection is not layers_of(model)[0].up_projection
+        set_mode(twin, "sparse")
+        assert layers_of(model)[0].mode == "dense"
+        twin.generate(ids, **how)
+
+
+def test_which_row_depends_on_the_model_not_only_on_its_type() -> None:
+    assert family_of(make("t5")).ffn == "T5DenseActDense"
+    assert family_of(make("t5-gated")).gate == "wi_0"
