@@ -12,13 +12,14 @@ import argparse
 import os
 import sys
 
-from switchable.cli import evaluate, finetune, generate, prepare, pretrain
+from switchable.cli import compare, evaluate, finetune, generate, prepare, pretrain
 from switchable.errors import InputError
 
 VERBS = {
     "prepare": prepare,
     "pretrain": pretrain,
     "generate": generate,
+    "compare": compare,
     "eval": evaluate,
     "finetune": finetune,
 }
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"switchable {args.verb}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, and nobody to say it to.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - must stay open until the interpreter ends

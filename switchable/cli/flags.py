@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import typing
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchable"
 
 
-def add_config_flags(verb: argparse.ArgumentParser, only: Container[str] | None = None) -> None:
+def add_config_flags(
+    verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Sequence[str] = ()
+) -> None:
     """Add one flag per config field, its help with unit and default; what is not given is not set."""
     from switchable.config import sections
 
@@ -34,7 +36,7 @@ def add_config_flags(verb: argparse.ArgumentParser, only: Container[str] | None 
             continue
         group = verb.add_argument_group(section)
         hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
+        for f in (f for f in dataclasses.fields(cls) if f.name not in skip):
             many = typing.get_origin(hints[f.name]) is tuple
             group.add_argument(
                 f"--{f.name.replace('_', '-')}",

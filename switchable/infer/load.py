@@ -41,6 +41,7 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
     restore_model(chosen, model)
     for layer in layers_of(model):
         stored = described["layers"][layer.name]
+        layer.expert_gate = described.get("gate", "unit")
         layer.set_experts_per_token(stored["experts_per_token"])
         layer.takes_part = stored["takes_part"]
     tokenizer = load_tokenizer_of(chosen)

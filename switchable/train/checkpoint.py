@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.layout import laid_out_like
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
 MANIFEST = "manifest.json"
@@ -86,6 +87,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
         folder / "switchable.json",
         {
             "num_experts": layers[0].num_experts,
+            "gate": layers[0].expert_gate,
             "layers": {
                 layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
                 for layer in layers
@@ -199,8 +201,9 @@ def restore(
         if name.startswith("optimizer:"):
             _, parameter_name, key = name.split(":")
             # AdamW keeps its step count on the CPU; moments live beside their parameter.
-            home = tensor if tensor.ndim == 0 else tensor.to(device)
-            optimizer.state[parameters[parameter_name]][key] = home
+            parameter = parameters[parameter_name]
+            home = tensor if tensor.ndim == 0 else laid_out_like(tensor.to(device), parameter)
+            optimizer.state[parameter][key] = home
     for full, value in values["optimizer"].items():
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
@@ -209,13 +212,20 @@ def restore(
     return controller_state, values["counters"]
 
 
-def restore_model(folder: Path, model: nn.Module) -> None:
+def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     """Load weights and routers of a checkpoint into a converted model of the same shape.
+
+    Args:
+        folder: the checkpoint.
+        model: the model to load into.
+        routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
 
     Raises:
         InputError: names or shapes do not fit.
     """
-    state = load_file(folder / "model.safetensors") | load_file(folder / "switchable.safetensors")
+    state = load_file(folder / "model.safetensors")
+    if routers:
+        state |= load_file(folder / "switchable.safetensors")
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -223,7 +233,8 @@ def restore_model(folder: Path, model: nn.Module) -> None:
     # Of tied parameters one name is stored; the others are the same tensor.
     held = dict(model.state_dict())
     loaded = {held[name].data_ptr() for name in state if name in held}
-    missing = [name for name in missing if held[name].data_ptr() not in loaded]
+    kept = () if routers else tuple(filter(is_router_parameter, missing))
+    missing = [name for name in missing if name not in kept and held[name].data_ptr() not in loaded]
     if missing or unexpected:
         raise InputError(
             f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
