@@ -12,16 +12,25 @@ import argparse
 import os
 import sys
 
-from switchable.cli import compare, evaluate, finetune, generate, prepare, pretrain
+from switchable.cli import (
+    bench,
+    compare,
+    evaluate,
+    finetune,
+    generate,
+    prepare,
+    pretrain,
+)
 from switchable.errors import InputError
 
 VERBS = {
     "prepare": prepare,
     "pretrain": pretrain,
-    "generate": generate,
     "compare": compare,
+    "generate": generate,
     "eval": evaluate,
     "finetune": finetune,
+    "bench": bench,
 }
 
 

@@ -120,6 +120,11 @@ class Table:
             self.save()
         return self.seconds[shape.key]
 
+    def forget(self, shape: Shape) -> None:
+        """Measure a shape anew when it is next asked for."""
+        self.seconds.pop(shape.key, None)
+        self.answers.clear()
+
     def save(self) -> None:
         """Write the file in one step; where that is impossible the table lives as long as the process."""
         if self.path is None:
