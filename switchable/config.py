@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from switchable.data.config import DataConfig
+from switchable.data.config import DataConfig, ObjectiveConfig
+from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
 
@@ -82,6 +83,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
@@ -119,6 +121,7 @@ def check(config: RunConfig) -> None:
             f"sequence_length={train.sequence_length} is longer than the model's max_positions={model.max_positions}; "
             "shorten the sequences or give the model more positions"
         )
+    _check_objective(config)
     for name in ("warmup_fraction", "decay_fraction"):
         if not 0.0 <= getattr(train, name) <= 1.0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
@@ -127,6 +130,30 @@ def check(config: RunConfig) -> None:
     for name in ("learning_rate", "router_learning_rate"):
         if not getattr(train, name) > 0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
+
+
+FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span", "bart": "span"}
+"""What the families learn that do not learn to predict the next token."""
+
+
+def objective_of(config: RunConfig) -> str:
+    """Return what the model learns: the objective given, or that of its family."""
+    return config.objective.objective or FAMILY_OBJECTIVES.get(config.model.family, "causal")
+
+
+def _check_objective(config: RunConfig) -> None:
+    name, family = objective_of(config), config.model.family
+    fitting = FAMILY_OBJECTIVES.get(family, "causal")
+    if name != fitting:
+        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2"
+        raise InputError(
+            f"objective={name} does not fit family={family}, which learns objective={fitting}; leave the objective "
+            f"out, or use a family that learns it ({others})"
+        )
+    if config.objective.whole_words and name != "masked":
+        raise InputError(f"whole_words is for objective=masked, not for {name}; leave it out")
+    if config.data.tokenizer is None:
+        check_vocab_size(config.data.vocab_size, name)
 
 
 def d_ff(model: ModelConfig) -> int:
@@ -224,7 +251,7 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     for f in dataclasses.fields(built):
         choices = f.metadata.get("choices")
         value = getattr(built, f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise InputError(
                 f"{where}: {f.name}={value!r} is not known; use one of {', '.join(map(str, choices))}"
             )

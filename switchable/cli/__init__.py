@@ -15,6 +15,8 @@ import sys
 from switchable.cli import (
     bench,
     compare,
+    evaluate,
+    finetune,
     generate,
     prepare,
     pretrain,
@@ -27,6 +29,8 @@ VERBS = {
     "pretrain": pretrain,
     "compare": compare,
     "generate": generate,
+    "eval": evaluate,
+    "finetune": finetune,
     "bench": bench,
     "study": study,
 }

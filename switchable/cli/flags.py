@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ def default_cache() -> Path:
 
 
 def add_config_flags(
-    verb: argparse.ArgumentParser, only: str | None = None, skip: Sequence[str] = ()
+    verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Sequence[str] = ()
 ) -> None:
     """Add one flag per config field, its help with unit and default; what is not given is not set."""
     from switchable.config import sections
 
     for section, cls in sections().items():
-        if only is not None and section != only:
+        if only is not None and section not in only:
             continue
         group = verb.add_argument_group(section)
         hints = typing.get_type_hints(cls)

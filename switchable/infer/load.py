@@ -8,6 +8,8 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from switchable.config import RunConfig, from_dict, read_yaml
+from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
@@ -26,7 +28,7 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         The model, and its tokenizer if there is one.
 
     Raises:
-        InputError: no such folder, nothing to load in it, or a damaged file.
+        InputError: no such folder, nothing to load in it, a damaged file, or a tokenizer that does not fit.
     """
     chosen = find_model(folder)
     damage = verify(chosen)
@@ -42,7 +44,18 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         layer.expert_gate = described.get("gate", "unit")
         layer.set_experts_per_token(stored["experts_per_token"])
         layer.takes_part = stored["takes_part"]
-    return model.eval(), _tokenizer(chosen)
+    tokenizer = load_tokenizer_of(chosen)
+    if tokenizer is not None:
+        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)  # type: ignore[operator]
+    return model.eval(), tokenizer
+
+
+def run_config(folder: Path) -> RunConfig | None:
+    """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
+    for place in (folder, folder.parent, folder.parent.parent):
+        if RunDir(place).config.is_file():
+            return from_dict(read_yaml(RunDir(place).config), str(RunDir(place).config))
+    return None
 
 
 def find_model(folder: Path) -> Path:
@@ -65,7 +78,8 @@ def find_model(folder: Path) -> Path:
     )
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model, from its folder or the run that it lies in; None if there is none."""
     for place in (folder, folder.parent.parent / "tokenizer"):
         if (place / "tokenizer_config.json").is_file():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, local_files_only=True)

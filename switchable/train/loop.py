@@ -221,9 +221,10 @@ class Trainer:
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per token) and bits per byte in both modes, None for a mode there is not.
+        """Return validation loss (nats per predicted token) and bits per byte in both modes, None for what is not.
 
-        There is no sparse mode before sparse training has begun, and no dense one with softmax gates.
+        There is no sparse mode before sparse training has begun, and no dense one with softmax gates; bits per byte of
+        text follow from the loss only where every token is predicted, that is for causal models.
         """
         job = self.job
         dense = (
@@ -242,8 +243,10 @@ class Trainer:
         }
 
     def _bits_per_byte(self, loss: float | None) -> float | None:
+        if loss is None or self.job.objective != "causal":
+            return None
         val = self.job.data.val
-        return None if loss is None else bits_per_byte(loss, val.tokens, val.text_bytes)
+        return bits_per_byte(loss, val.tokens, val.text_bytes)
 
     def _snapshot(self) -> None:
         """Keep the weights as they are now, for `switchable study`."""
