@@ -63,7 +63,9 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
     def forward(mode: str, fallback: bool) -> None:
         set_mode(model, mode, dense_fallback=fallback)
         for layer in layers:
-            layer(next(drawn))  # another token each time: it chooses other experts, which are not in the cache
+            layer(
+                next(drawn)
+            )  # another token each time: it chooses other experts, which are not in the cache
 
     contenders = {
         "dense": lambda: forward("dense", False),
