@@ -12,10 +12,16 @@ import argparse
 import os
 import sys
 
-from switchable.cli import generate, prepare, pretrain
+from switchable.cli import convert, export, generate, prepare, pretrain
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "convert": convert,
+    "export": export,
+    "generate": generate,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
