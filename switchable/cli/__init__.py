@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from switchable.cli import convert, export, generate, prepare, pretrain
+from switchable.cli import convert, evaluate, export, finetune, generate, prepare, pretrain
 from switchable.errors import InputError
 
 VERBS = {
@@ -21,6 +21,8 @@ VERBS = {
     "convert": convert,
     "export": export,
     "generate": generate,
+    "eval": evaluate,
+    "finetune": finetune,
 }
 
 

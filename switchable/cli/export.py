@@ -11,7 +11,9 @@ HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switc
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or a converted model")
+    verb.add_argument(
+        "folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or a converted model"
+    )
     verb.add_argument(
         "--to",
         choices=("dense", "sparse"),
@@ -27,7 +29,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="experts per token the sparse folder starts with: one number, or one for each FFN (default: the model's)",
     )
     verb.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file of weights (default %(default)s)"
+        "--max-shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="largest file of weights (default %(default)s)",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
 

@@ -32,18 +32,25 @@ def add_config_flags(verb: argparse.ArgumentParser, only: Container[str] | None 
     for section, cls in sections().items():
         if only is not None and section not in only:
             continue
-        group = verb.add_argument_group(section)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            many = typing.get_origin(hints[f.name]) is tuple
-            group.add_argument(
-                f"--{f.name.replace('_', '-')}",
-                dest=f"config.{f.name}",
-                default=argparse.SUPPRESS,
-                nargs="+" if many else None,
-                metavar=f.name.split("_")[-1].upper(),
-                help=_help(f),
-            )
+        add_dataclass_flags(verb.add_argument_group(section), cls)
+
+
+def add_dataclass_flags(group: Any, cls: type, leave_out: Container[str] = ()) -> None:
+    """Add one flag per field of a config dataclass to a group of arguments."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.name in leave_out:
+            continue
+        many = typing.get_origin(hints[f.name]) is tuple
+        group.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            dest=f"config.{f.name}",
+            default=argparse.SUPPRESS,
+            nargs="+" if many else "?" if hints[f.name] is bool else None,
+            const=True if hints[f.name] is bool else None,
+            metavar=f.name.split("_")[-1].upper(),
+            help=_help(f),
+        )
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -31,10 +31,16 @@ def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -
     return total / max(tokens, 1)
 
 
+def objective_of_model(model: nn.Module) -> str:
+    """Return what a transformers model predicts, by its kind: `"causal"`, `"masked"` or `"span"`."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "span"
+    return "masked" if type(model).__name__.endswith("ForMaskedLM") else "causal"
+
+
 def shifts_labels(model: nn.Module) -> bool:
-    """Return whether a model predicts label i + 1 at place i, as causal models do; others have a label of their own."""
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return not encoder_decoder and not type(model).__name__.endswith("ForMaskedLM")
+    """Return whether a model predicts label i + 1 at place i, as causal models do; others predict label i there."""
+    return objective_of_model(model) == "causal"
 
 
 def loss_in_mode(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], mode: str) -> float:

@@ -1,8 +1,8 @@
 """A trained or converted model for other tools: dense (a plain checkpoint), or sparse (a switchable one).
 
-    dense    config.json, *.safetensors, tokenizer: nothing of ours is in it, any tool opens it
-    sparse   the same with the routers among the weights; `AutoModelFor...from_pretrained` opens it as a switchable
-             model after `import switchable` (see `sparse_folder.py`), and without it as the dense model
+dense    config.json, *.safetensors, tokenizer: nothing of ours is in it, any tool opens it
+sparse   the same with the routers among the weights; `AutoModelFor...from_pretrained` opens it as a switchable
+         model after `import switchable` (see `sparse_folder.py`), and without it as the dense model
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def export(
     return {
         "out": str(out),
         "to": to,
-        "parameters": sum(p.numel() for n, p in model.named_parameters() if to == "sparse" or ".router." not in n),
+        "parameters": sum(
+            p.numel() for n, p in model.named_parameters() if to == "sparse" or ".router." not in n
+        ),
         "weight_files": len(weights),
         "bytes": sum(path.stat().st_size for path in weights),
         "num_experts": layers_of(model)[0].num_experts,
@@ -104,4 +106,6 @@ def check_output(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"{out} exists and does not hold a model; choose another folder with --out")
     if not overwrite:
-        raise InputError(f"{out} holds a model already; replace it with --overwrite, or choose another folder with --out")
+        raise InputError(
+            f"{out} holds a model already; replace it with --overwrite, or choose another folder with --out"
+        )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from switchable.config import RunConfig, from_dict, read_yaml
 from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
@@ -30,7 +31,7 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         The model, and its tokenizer if there is one.
 
     Raises:
-        InputError: no such folder, nothing to load in it, or a damaged file.
+        InputError: no such folder, nothing to load in it, a damaged file, or a tokenizer that does not fit.
     """
     chosen = find_model(folder)
     if is_sparse_export(chosen):
@@ -131,6 +132,14 @@ def is_sparse_export(folder: Path) -> bool:
 def _open_sparse_export(folder: Path) -> nn.Module:
     register()
     return load_pretrained(folder)
+
+
+def run_config(folder: Path) -> RunConfig | None:
+    """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
+    for place in (folder, folder.parent, folder.parent.parent):
+        if RunDir(place).config.is_file():
+            return from_dict(read_yaml(RunDir(place).config), str(RunDir(place).config))
+    return None
 
 
 def find_model(folder: Path) -> Path:

@@ -1,0 +1,89 @@
+"""What a conversion found, in figures and as text: a row per FFN, and the loss in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.infer.evaluate import loss_in_mode, validation_loss
+from switchable.switching.monitor import Batch, watch
+
+FRACTIONS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5}
+"""K/E at which the loss is measured."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One FFN on the validation text; shares, 0 to 1."""
+
+    name: str
+    activation_ratio: float
+    """Share of (token, neuron) pairs whose activation is not zero."""
+    mass_caught: float
+    """Share of the activation mass in the router's K experts."""
+    mass_best: float
+    """Share of the activation mass in each token's best K experts."""
+    takes_part: bool
+    """Whether the FFN is sparse in sparse mode."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses on the validation text, nats per predicted token."""
+
+    dense: float
+    sparse: dict[str, float]
+    """By K/E; FFNs that do not take part are dense."""
+
+
+def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
+    """Measure every FFN at its own K on model inputs without labels."""
+    rows = []
+    for layer, tally in zip(layers_of(model), watch(model, probe), strict=True):
+        assert tally.caught_E is not None, "the text never reached the layer"
+        mass = max(float(tally.mass), 1e-300)
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
+                mass_caught=float(tally.caught_E[layer.experts_per_token - 1]) / mass,
+                mass_best=float(tally.best) / mass,
+                takes_part=layer.takes_part,
+            )
+        )
+    return rows
+
+
+def losses(model: nn.Module, validation: Sequence[Batch]) -> Losses:
+    """Measure the loss in dense mode and at each K/E."""
+    sparse = {}
+    with kept_modes(model) as layers:
+        for name, fraction in FRACTIONS.items():
+            set_mode(model, "sparse", [max(1, round(fraction * layer.num_experts)) for layer in layers])
+            sparse[name] = validation_loss(model, validation)
+    return Losses(loss_in_mode(model, validation, "dense"), sparse)
+
+
+def as_text(rows: Sequence[LayerRow], found: Losses, experts_per_token: int, num_experts: int) -> str:
+    """Return the table."""
+    width = max(len("FFN"), *(len(row.name) for row in rows))
+    caught = f"caught at {experts_per_token}/{num_experts}"
+    lines = [f"{'FFN':<{width}}  active  {caught}  best choice  sparse mode"]
+    for row in rows:
+        lines.append(
+            f"{row.name:<{width}}  {row.activation_ratio:6.3f}  {row.mass_caught:{len(caught)}.3f}  "
+            f"{row.mass_best:11.3f}  {'sparse' if row.takes_part else 'stays dense'}"
+        )
+    lines.append(f"loss, nats per token: dense {found.dense:.4f}; {sparse_losses(found)}")
+    return "\n".join(lines)
+
+
+def sparse_losses(found: Losses) -> str:
+    """Say the losses of sparse mode and how much higher they are than the dense one."""
+    return ", ".join(
+        f"K/E = {name} {loss:.4f} ({100 * (loss / found.dense - 1):+.1f} %)"
+        for name, loss in found.sparse.items()
+    )
