@@ -27,7 +27,7 @@ MEMORY_BYTES = 2**30
 """For what is kept of one piece of the text, all layers together."""
 EPOCHS = 4
 """Times that a piece is gone through."""
-MINIBATCH = 1024
+MINIBATCH = 512
 """Tokens per step of a router."""
 
 

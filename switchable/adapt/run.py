@@ -31,6 +31,7 @@ from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import check_fits, load_tokenizer
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
+from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
 from switchable.ffn.structure import cluster_layers
@@ -95,21 +96,19 @@ def adapt(
     if not source.is_dir():
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
     final = RunDir(source).final
-    if (final / "config.json").is_file():
-        source = final
-        data = (
-            dataclasses.replace(data, tokenizer=str(final)) if data.tokenizer == str(source.parent) else data
-        )
+    source = final if (final / "config.json").is_file() else source
+    data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(source,))
+    switch = SwitchConfig(
+        num_experts=config.num_experts, experts_per_token=config.default_k, structure=config.structure
+    )
+    _check_convertible(source, switch)
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
     figures: dict[str, Any] = {"model": str(source), "out": str(out)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
-    switch = SwitchConfig(
-        num_experts=config.num_experts, experts_per_token=config.default_k, structure=config.structure
-    )
     _say(str(convert(model, switch)), quiet)
     _group(model, text, config)
     _choose_layers(model, text, config)
@@ -119,6 +118,12 @@ def adapt(
     figures |= _figures(rows, found, config) | {"seconds": round(time.perf_counter() - begin, 1)}
     save(out, model.to("cpu"), tokenizer=tokenizer, notes={"conversion.json": figures})
     return figures
+
+
+def _check_convertible(source: Path, switch: SwitchConfig) -> None:
+    """Refuse what `convert` would refuse, before the text is read: on a model without weights."""
+    with torch.device("meta"):
+        convert(model_of(load_config(source)), switch)
 
 
 def _text(

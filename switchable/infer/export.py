@@ -7,6 +7,7 @@ sparse   the same with the routers among the weights; `AutoModelFor...from_pretr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
 from switchable.infer.load import load_switchable
 from switchable.infer.sparse_folder import METHOD
 from switchable.train.checkpoint import SHARD_SIZE, describe, save_dense, whole_folder
@@ -47,23 +48,20 @@ def export(
     """
     if to not in ("dense", "sparse"):
         raise InputError(f"to={to!r} is not known; use 'dense' or 'sparse'")
+    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
+        raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB")
     check_output(out, overwrite, sources=(folder,))
     model, tokenizer = load_switchable(folder)
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
-    try:
-        with whole_folder(out, "what was there before stands. Free some space and start again") as temporary:
-            write(model, tokenizer, to, temporary, max_shard_size)
-    except ValueError as error:
-        if "size" not in str(error):
-            raise
-        raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB") from None
+    with whole_folder(out, "what was there before stands. Free some space and start again") as temporary:
+        write(model, tokenizer, to, temporary, max_shard_size)
     weights = sorted(out.glob("*.safetensors"))
     return {
         "out": str(out),
         "to": to,
         "parameters": sum(
-            p.numel() for n, p in model.named_parameters() if to == "sparse" or ".router." not in n
+            p.numel() for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)
         ),
         "weight_files": len(weights),
         "bytes": sum(path.stat().st_size for path in weights),
