@@ -12,17 +12,29 @@ import argparse
 import os
 import sys
 
-from switchable.cli import convert, evaluate, export, finetune, generate, prepare, pretrain
+from switchable.cli import (
+    bench,
+    compare,
+    convert,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    prepare,
+    pretrain,
+)
 from switchable.errors import InputError
 
 VERBS = {
     "prepare": prepare,
     "pretrain": pretrain,
+    "compare": compare,
     "convert": convert,
     "export": export,
     "generate": generate,
     "eval": evaluate,
     "finetune": finetune,
+    "bench": bench,
 }
 
 
@@ -35,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"switchable {args.verb}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, and nobody to say it to.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - must stay open until the interpreter ends

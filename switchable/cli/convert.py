@@ -25,7 +25,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--cache", type=Path, default=default_cache(), help="folder for token files (default %(default)s)"
     )
     verb.add_argument("--quiet", action="store_true", help="show no progress")
-    add_dataclass_flags(verb.add_argument_group("text"), DataConfig, leave_out=("vocab_size",))
+    add_dataclass_flags(verb.add_argument_group("text"), DataConfig, skip=("vocab_size",))
     add_dataclass_flags(verb.add_argument_group("conversion"), AdaptConfig)
 
 

@@ -25,21 +25,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchable"
 
 
-def add_config_flags(verb: argparse.ArgumentParser, only: Container[str] | None = None) -> None:
+def add_config_flags(
+    verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Container[str] = ()
+) -> None:
     """Add one flag per config field, its help with unit and default; what is not given is not set."""
     from switchable.config import sections
 
     for section, cls in sections().items():
         if only is not None and section not in only:
             continue
-        add_dataclass_flags(verb.add_argument_group(section), cls)
+        add_dataclass_flags(verb.add_argument_group(section), cls, skip)
 
 
-def add_dataclass_flags(group: Any, cls: type, leave_out: Container[str] = ()) -> None:
+def add_dataclass_flags(group: Any, cls: type, skip: Container[str] = ()) -> None:
     """Add one flag per field of a config dataclass to a group of arguments."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        if f.name in leave_out:
+        if f.name in skip:
             continue
         many = typing.get_origin(hints[f.name]) is tuple
         group.add_argument(

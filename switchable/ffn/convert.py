@@ -16,6 +16,7 @@ from switchable.errors import InputError
 from switchable.ffn.experts import check_implementation
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.placement import put_into_layer
 from switchable.switching.config import SwitchConfig
 
@@ -41,7 +42,11 @@ class ConversionReport:
 
 
 def convert(
-    model: nn.Module, config: SwitchConfig | None = None, family: Family | None = None
+    model: nn.Module,
+    config: SwitchConfig | None = None,
+    family: Family | None = None,
+    *,
+    neuron_major: bool = True,
 ) -> ConversionReport:
     """Make every FFN of a transformers model switchable, in place; the model stays in dense mode.
 
@@ -49,6 +54,9 @@ def convert(
         model: a transformers model, on any device.
         config: experts and router; default `SwitchConfig()`.
         family: where the FFNs are, for a model that `families.py` does not know.
+        neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
+            neuron's weights are contiguous (`layout.py`): sparse mode is faster. False keeps all memory as it is,
+            for tools that want contiguous parameters, such as `fully_shard`.
 
     Raises:
         InputError: unknown family, not all FFNs found, the model is converted already, or E does not divide F.
@@ -70,6 +78,8 @@ def convert(
             put_into_layer(ffn, family, layer)
         else:
             model.set_submodule(name, layer)
+        if neuron_major:
+            store_by_neuron(layer)
     names = tuple(name for name, _ in found)
     return ConversionReport(len(built), names, config.num_experts, built[0][2].d_ff)
 
@@ -80,6 +90,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
         _check_same_function(ffn, layer)
     layer.router_learns = config.router == "learned" and config.schedule != "dense"
     layer.router_token_fraction = config.router_token_fraction
+    layer.expert_gate, layer.load_balance = config.gate, config.load_balance
     layer.activation_l1 = config.activation_l1
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute

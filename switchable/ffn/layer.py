@@ -26,7 +26,15 @@ from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+from switchable.ffn.router import (
+    Router,
+    attach_loss,
+    expert_mass,
+    load_balance_loss,
+    router_loss,
+    select,
+    softmax_gates,
+)
 
 
 class SwitchableFFN(nn.Module):
@@ -90,17 +98,21 @@ class SwitchableFFN(nn.Module):
         self.mode = "dense"
         self.takes_part = True
         self.dense_fallback = False
+        self._dense_wins: dict[tuple[object, ...], bool] = {}
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.expert_gate = "unit"
+        self.load_balance = 0.0
         self.activation_l1 = 0.0
 
     def _part(self, path: str) -> nn.Module:
         """Return a module by its path in the family's row."""
         home = self._layer[0] if self.family.in_layer else self
-        return home.get_submodule(path)
+        child = home._modules.get(path)  # get_submodule takes 5 µs, and decoding asks seven times per layer
+        return home.get_submodule(path) if child is None else child
 
     @property
     def up_projection(self) -> nn.Linear:
@@ -201,14 +213,19 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, self.d_model)
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
-        # gradient of x is that of the function computed, and with all experts on that of the dense layer.
-        ids_TK, gates_TK = select(self.router(x_TD.detach()), self.experts_per_token)
+        # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
+        # softmax gates: the output depends on x through them too.
+        softmax = self.expert_gate == "softmax"
+        scores_TE = self.router(x_TD if softmax else x_TD.detach())
+        ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
+        if self.load_balance and self.training and torch.is_grad_enabled():
+            y_TD = attach_loss(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
         return y_TD.view(x_BSD.shape)
 
-    def _experts(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+    def _experts(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
         """Return what the experts write, without the bias of the output projection."""
         weights, dtype = self.weights, self.down_projection.weight.dtype
         if dtype != x_TD.dtype and not torch.is_autocast_enabled(x_TD.device.type):
@@ -231,7 +248,7 @@ class SwitchableFFN(nn.Module):
             gates_TK,
             num_experts=self.num_experts,
             activation=self.activation,
-            unit_gates=True,
+            unit_gates=self.expert_gate == "unit",
             implementation=self.expert_compute,
         )
 
@@ -239,18 +256,22 @@ class SwitchableFFN(nn.Module):
         """Whether this machine's table says so; always False where gradients are wanted or the FFN is gated."""
         if torch.is_grad_enabled() or self.gate_projection is not None:  # the table is of FFNs without a gate
             return False
-        shape = Shape(
-            tokens=x_BSD.numel() // self.d_model,
-            d_model=self.d_model,
-            d_ff=self.d_ff,
-            num_experts=self.num_experts,
-            experts_per_token=self.experts_per_token,
-            activation=self.activation,
-            dtype=x_BSD.dtype,
-            device=x_BSD.device.type,
-            training=False,
-        )
-        return resolve(shape) == "dense"
+        tokens, dtype, device = x_BSD.numel() // self.d_model, x_BSD.dtype, x_BSD.device.type
+        question = (tokens, self.experts_per_token, dtype, device, torch.get_num_threads())
+        if question not in self._dense_wins:
+            shape = Shape(
+                tokens=tokens,
+                d_model=self.d_model,
+                d_ff=self.d_ff,
+                num_experts=self.num_experts,
+                experts_per_token=self.experts_per_token,
+                activation=self.activation,
+                dtype=dtype,
+                device=device,
+                training=False,
+            )
+            self._dense_wins[question] = resolve(shape) == "dense"
+        return self._dense_wins[question]
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
         every = max(1, round(1.0 / self.router_token_fraction))

@@ -46,20 +46,52 @@ class Router(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return scores_TE, in float32 whatever the autocast: a choice must not hang on a rounding of 8 bits."""
+        if x_TD.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(
+            x_TD.device.type
+        ):
+            return nnf.linear(
+                x_TD, self.weight, self.bias
+            )  # the usual case, and decoding feels every microsecond
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return nnf.linear(x_TD.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-def select(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+def select(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor | None]:
     """Return the K best experts of each token and their gates.
 
     Returns:
-        ids_TK, int64, and gates_TK, whose values are exactly 1 and whose gradient reaches the scores.
+        ids_TK, int64, and gates_TK, whose values are exactly 1 and whose gradient reaches the scores; None in place
+        of gates through which no gradient would flow.
     """
     top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
+    if not top_TK.requires_grad:
+        return ids_TK, None
     p_TK = top_TK.softmax(dim=-1)
     return ids_TK, 1.0 + (p_TK - p_TK.detach())
+
+
+def softmax_gates(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Return the K best experts of each token and the gates of a mixture of experts, K x softmax over their scores.
+
+    The factor K makes the gates 1 on average, so that the layer starts at the scale of the dense one.
+
+    Returns:
+        ids_TK, int64, and gates_TK, which add up to K for each token.
+    """
+    top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
+    return ids_TK, experts_per_token * top_TK.softmax(dim=-1)
+
+
+def load_balance_loss(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Return E Σ_e f_e P_e: 1 if all experts are used alike, E if one does everything (Fedus et al. 2022).
+
+    f_e is expert e's share of the choices, P_e the mean over the tokens of its softmax probability, through which
+    the gradient flows.
+    """
+    experts = scores_TE.shape[-1]
+    share_E = torch.bincount(ids_TK.reshape(-1), minlength=experts) / ids_TK.numel()
+    return experts * (share_E * scores_TE.softmax(dim=-1).mean(dim=0)).sum()
 
 
 def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:

@@ -49,6 +49,11 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
         make_switchable(model, self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        from switchable.ffn.convert import layers_of
+        from switchable.ffn.layout import store_by_neuron
+
+        for layer in layers_of(model):
+            store_by_neuron(layer)
         # Nothing is quantised: training, .half() and saving are as for any model. The config keeps the description.
         del model.hf_quantizer
         model.is_quantized = False

@@ -95,10 +95,9 @@ def _shade(axes: Axes, train: Sequence[dict[str, Any]]) -> None:
 
 def _draw_loss(axes: Axes, train: Sequence[dict[str, Any]], evaluated: Sequence[dict[str, Any]]) -> None:
     axes.plot([r["step"] for r in train], [r["loss"] for r in train], color=TRAIN, lw=1, label="training")
-    steps = [r["step"] for r in evaluated]
-    axes.plot(
-        steps, [r["val_loss_dense"] for r in evaluated], "o-", color=DENSE, label="validation, dense mode"
-    )
+    dense = [(r["step"], r["val_loss_dense"]) for r in evaluated if r["val_loss_dense"] is not None]
+    if dense:
+        axes.plot(*zip(*dense, strict=True), "o-", color=DENSE, label="validation, dense mode")
     sparse = [(r["step"], r["val_loss_sparse"]) for r in evaluated if r["val_loss_sparse"] is not None]
     if sparse:
         axes.plot(

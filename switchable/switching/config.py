@@ -45,10 +45,28 @@ class SwitchConfig:
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
     )
     expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
-    schedule: str = _option(
-        "ssd", "ssd: dense, then alternating, then dense; dense: never sparse", choices=("ssd", "dense")
+    gate: str = _option(
+        "unit",
+        "factor of a selected expert's output: unit = 1, so that all experts together are the dense layer; softmax = "
+        "K x softmax over the selected scores, as a mixture of experts has (there is no dense mode then)",
+        choices=("unit", "softmax"),
     )
-    monitor_every: int = _option(50, "optimizer steps between measurements on the probe")
+    load_balance: float = _option(
+        0.0, "coefficient of the load-balance loss of sparse steps (Switch Transformer); 0 = none"
+    )
+    schedule: str = _option(
+        "ssd",
+        "ssd: dense, then alternating, then dense; dense: never sparse; static: dense, then sparse ever after; "
+        "sparse: sparse from the first step",
+        choices=("ssd", "dense", "static", "sparse"),
+    )
+    join: str = _option(
+        "each",
+        "each: a layer takes part in sparse steps as soon as it is sparse and stable itself; "
+        "together: all layers, as soon as they are on average",
+        choices=("each", "together"),
+    )
+    monitor_every: int = _option(50, "optimizer steps between measurements on the probe; 0 = never")
     probe_tokens: int = _option(2048, "validation tokens on which everything is measured")
     min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
     final_dense_fraction: float = _option(0.1, "fraction of all steps, at the end, that are always dense")
@@ -60,6 +78,12 @@ class SwitchConfig:
     )
     sparse_steps: int = _option(3, "sparse steps in a row before the next return to dense")
     dense_steps: int = _option(1, "dense steps at each return")
+    regroup: str = _option(
+        "drift",
+        "when layers that take part get a new structure: drift = see regroup_below; "
+        "switch = at every change from dense to sparse",
+        choices=("drift", "switch"),
+    )
     regroup_below: float = _option(
         0.5, "a layer is regrouped when its structure's similarity to a fresh one falls below this; 0 = never"
     )
@@ -67,7 +91,7 @@ class SwitchConfig:
     def __post_init__(self) -> None:
         self._check_whole("num_experts", 1)
         self._check_whole("experts_per_token", 1)
-        self._check_whole("monitor_every", 1)
+        self._check_whole("monitor_every", 0)
         self._check_whole("probe_tokens", 1)
         self._check_whole("sparse_steps", 1)
         self._check_whole("dense_steps", 0)
@@ -92,6 +116,20 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
+        if self.load_balance < 0:
+            raise InputError(
+                f"load_balance={self.load_balance} is out of range; use 0 or more (0.01 is usual)"
+            )
+        if self.monitor_every == 0 and self.schedule in ("ssd", "static"):
+            raise InputError(
+                f"monitor_every=0 with schedule={self.schedule} would never find a layer to make sparse; measure every "
+                "50 steps, say, or use schedule dense or sparse"
+            )
+        if self.gate == "softmax" and self.schedule != "sparse":
+            raise InputError(
+                f"gate=softmax with schedule={self.schedule} would train two different functions in dense and "
+                "sparse steps; use gate unit, or schedule sparse"
+            )
 
     def _check_whole(self, name: str, least: int) -> None:
         if getattr(self, name) < least:

@@ -23,7 +23,14 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import Batch, LayerMeasures, measure
-from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
+from switchable.switching.schedule import (
+    ScheduleState,
+    decide,
+    enters_sparse,
+    initial,
+    mode_at,
+    phase_at,
+)
 from switchable.switching.switch import regroup
 
 
@@ -92,13 +99,16 @@ class Controller:
 
     @property
     def phase(self) -> str:
-        """The phase of the next step: `"dense"`, `"alternating"` or `"final dense"`."""
+        """The phase of the next step: `"dense"`, `"alternating"`, `"sparse"` or `"final dense"`."""
         return phase_at(self.steps_done, self.state, self.total_steps, self.config)
 
     @property
     def measures_next(self) -> bool:
         """Whether the next call of `step` takes a measurement."""
-        return (self.steps_done + 1) % self.config.monitor_every == 0
+        done, config = self.steps_done + 1, self.config
+        if config.monitor_every and done % config.monitor_every == 0:
+            return True
+        return config.regroup == "switch" and enters_sparse(done, self.state, self.total_steps, config)
 
     def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.

@@ -2,6 +2,9 @@
 
     dense ──(some layer is sparse and its structure is stable)──> alternating ──(last part of the run)──> final dense
 
+(schedule `ssd`; of the others, `dense` never leaves the first phase, `static` is sparse ever after instead of
+alternating, and `sparse` is that from the first step.)
+
 While alternating, `sparse_steps` sparse steps are followed by `dense_steps` dense ones, over and over: a change of
 mode costs nothing while the structure stands, and the dense steps keep both modes and the router together. Which
 layers take part is decided per layer and by measurement: one that is not sparse (usually the first) stays dense.
@@ -16,6 +19,9 @@ from dataclasses import dataclass, replace
 
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
+
+EVER_SPARSE = ("static", "sparse")
+"""Schedules that have no dense steps once they are sparse."""
 
 LEAVE_FACTOR = 1.25
 """A layer that takes part leaves when it exceeds the limit by this factor: no to and fro."""
@@ -39,8 +45,11 @@ class Decision:
 
 
 def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
-    """Return the state at step 0: every layer dense."""
-    return ScheduleState((False,) * num_layers, (config.experts_per_token,) * num_layers)
+    """Return the state at step 0: every layer dense, or with schedule `sparse` every layer sparse."""
+    sparse = config.schedule == "sparse"
+    return ScheduleState(
+        (sparse,) * num_layers, (config.experts_per_token,) * num_layers, began=0 if sparse else None
+    )
 
 
 def dense_until(total_steps: int, config: SwitchConfig) -> int:
@@ -49,7 +58,9 @@ def dense_until(total_steps: int, config: SwitchConfig) -> int:
 
 
 def dense_from(total_steps: int, config: SwitchConfig) -> int:
-    """Return the first step (counted from 0) of the last dense phase."""
+    """Return the first step (counted from 0) of the last dense phase; `total_steps` if there is none."""
+    if config.schedule in EVER_SPARSE:
+        return total_steps
     return total_steps - round(config.final_dense_fraction * total_steps)
 
 
@@ -59,15 +70,25 @@ def mode_at(step: int, state: ScheduleState, total_steps: int, config: SwitchCon
         return "dense"
     if not any(state.takes_part):
         return "dense"
+    if config.schedule in EVER_SPARSE:
+        return "sparse"
     place = (step - state.began) % (config.sparse_steps + config.dense_steps)
     return "sparse" if place < config.sparse_steps else "dense"
 
 
+def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
+    """Return whether step `step` is sparse and the one before it dense, as far as the state now tells."""
+    modes = [mode_at(s, state, total_steps, config) for s in (step - 1, step)]
+    return modes == ["dense", "sparse"]
+
+
 def phase_at(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> str:
-    """Return the phase of step `step`: `"dense"`, `"alternating"` or `"final dense"`."""
+    """Return the phase of step `step`: `"dense"`, `"alternating"` (or `"sparse"`), or `"final dense"`."""
     if step >= dense_from(total_steps, config):
         return "final dense"
-    return "alternating" if state.began is not None and any(state.takes_part) else "dense"
+    if state.began is None or not any(state.takes_part):
+        return "dense"
+    return "sparse" if config.schedule in EVER_SPARSE else "alternating"
 
 
 def decide(
@@ -77,19 +98,24 @@ def decide(
 
     A layer joins when it is sparse (activation ratio, or the experts that the mass target needs) and stable (similarity
     of successive structures); its structure follows every measurement until then. Once it takes part its structure
-    stands, unless it has drifted too far. In the last dense phase nothing is regrouped any more: sparse mode would have
-    no time to learn it. With a `mass_target`, each layer's K follows every measurement to the end.
+    stands, unless it has drifted too far (or, with `regroup="switch"`, until the next change to sparse). In the last
+    dense phase nothing is regrouped any more: sparse mode would have no time to learn it. With a `mass_target`, each
+    layer's K follows every measurement to the end.
     """
     experts = tuple(experts_needed(m, config) for m in measures)
     state = replace(state, experts_per_token=experts)
-    if config.schedule == "dense" or step >= dense_from(total_steps, config):
+    if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
-    takes_part = tuple(
-        _takes_part(part, m, step >= dense_until(total_steps, config), config)
-        for part, m in zip(state.takes_part, measures, strict=True)
-    )
+    may_join = step >= dense_until(total_steps, config)
+    if config.join == "together":
+        takes_part = _together(state.takes_part, measures, may_join, config)
+    else:
+        takes_part = tuple(
+            _takes_part(part, m, may_join, config) for part, m in zip(state.takes_part, measures, strict=True)
+        )
+    at_switch = enters_sparse(step, state, total_steps, config)
     regroup = tuple(
-        not part or m.similarity_in_use < config.regroup_below
+        not part or _regroups(m, at_switch, config)
         for part, m in zip(state.takes_part, measures, strict=True)
     )
     began = step if state.began is None and any(takes_part) else state.began
@@ -105,11 +131,39 @@ def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
 
 
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
-    if config.mass_target is None:
-        used, limit = measured.activation_ratio, config.max_activation_ratio
-    else:
-        used = experts_needed(measured, config) / len(measured.mass_by_k)
-        limit = config.max_expert_fraction
+    used, limit = _use(measured, config)
+    if part and config.schedule == "static":
+        return True
     if part:
         return used <= LEAVE_FACTOR * limit
     return may_join and used <= limit and measured.similarity >= config.stability_threshold
+
+
+def _together(
+    takes_part: tuple[bool, ...], measures: Sequence[LayerMeasures], may_join: bool, config: SwitchConfig
+) -> tuple[bool, ...]:
+    """All layers join at once, when their means pass, and none leaves."""
+    if any(takes_part):
+        return takes_part
+    used, limits = zip(*(_use(m, config) for m in measures), strict=True)
+    sparse = _mean(used) <= limits[0]
+    stable = _mean([m.similarity for m in measures]) >= config.stability_threshold
+    return (may_join and sparse and stable,) * len(measures)
+
+
+def _use(measured: LayerMeasures, config: SwitchConfig) -> tuple[float, float]:
+    """Return how much of a layer its tokens use, and up to what it counts as sparse."""
+    if config.mass_target is None:
+        return measured.activation_ratio, config.max_activation_ratio
+    return experts_needed(measured, config) / len(measured.mass_by_k), config.max_expert_fraction
+
+
+def _regroups(measured: LayerMeasures, at_switch: bool, config: SwitchConfig) -> bool:
+    """Whether a layer that takes part is given the structure just found."""
+    if config.schedule == "static":
+        return False
+    return at_switch if config.regroup == "switch" else measured.similarity_in_use < config.regroup_below
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

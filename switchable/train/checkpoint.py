@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.errors import InputError
 from switchable.ffn.convert import convert, is_router_parameter, layers_of
 from switchable.ffn.families import Family
+from switchable.ffn.layout import laid_out_like
 from switchable.switching.config import SwitchConfig
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
@@ -123,10 +124,12 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what makes a model switchable besides its routers' weights: plain values, as `apply` takes them."""
+    """Return what makes a model switchable besides its routers' weights: plain values, as `make_switchable` takes
+    them."""
     layers = layers_of(model)
     return {
         "num_experts": layers[0].num_experts,
+        "gate": layers[0].expert_gate,
         "family": dataclasses.asdict(layers[0].family),
         "layers": {
             layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
@@ -152,6 +155,7 @@ def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
                 f"the description of the experts has none for {layer.name}; it is another model's"
             )
         stored = described["layers"][layer.name]
+        layer.expert_gate = described.get("gate", "unit")
         layer.set_experts_per_token(stored["experts_per_token"])
         layer.takes_part = stored["takes_part"]
 
@@ -264,8 +268,9 @@ def restore(
         if name.startswith("optimizer:"):
             _, parameter_name, key = name.split(":")
             # AdamW keeps its step count on the CPU; moments live beside their parameter.
-            home = tensor if tensor.ndim == 0 else tensor.to(device)
-            optimizer.state[parameters[parameter_name]][key] = home
+            parameter = parameters[parameter_name]
+            home = tensor if tensor.ndim == 0 else laid_out_like(tensor.to(device), parameter)
+            optimizer.state[parameter][key] = home
     for full, value in values["optimizer"].items():
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
@@ -274,13 +279,18 @@ def restore(
     return controller_state, values["counters"]
 
 
-def restore_model(folder: Path, model: nn.Module) -> None:
+def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     """Load weights and routers of a checkpoint into a converted model of the same shape.
+
+    Args:
+        folder: the checkpoint.
+        model: the model to load into.
+        routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
 
     Raises:
         InputError: names or shapes do not fit.
     """
-    state = load_file(folder / "switchable.safetensors")
+    state = load_file(folder / "switchable.safetensors") if routers else {}
     for shard in folder.glob("model*.safetensors"):
         state |= load_file(shard)
     try:
@@ -290,7 +300,8 @@ def restore_model(folder: Path, model: nn.Module) -> None:
     # Of tied parameters one name is stored; the others are the same tensor.
     held = dict(model.state_dict())
     loaded = {held[name].data_ptr() for name in state if name in held}
-    missing = [name for name in missing if held[name].data_ptr() not in loaded]
+    kept = () if routers else tuple(filter(is_router_parameter, missing))
+    missing = [name for name in missing if name not in kept and held[name].data_ptr() not in loaded]
     if missing or unexpected:
         raise InputError(
             f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "

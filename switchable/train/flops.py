@@ -5,7 +5,7 @@ its matmuls), so any architecture is covered. What a sparse step saves is then e
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
     dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
-    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient)
+    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient; 3 · 2·D·E with softmax gates)
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -86,7 +86,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         head=sum(6.0 * head.weight.numel() * n for head, n in heads),
         ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
         expert=tuple(ffn_dense(layer) / layer.num_experts * n for layer, n in each),
-        router=tuple(4.0 * layer.d_model * layer.num_experts * n for layer, n in each),
+        router=tuple(router_sparse(layer) * n for layer, n in each),
         router_learning=tuple(router_learning(layer) * n for layer, n in each),
         ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
     )
@@ -100,6 +100,12 @@ def projections(layer: SwitchableFFN) -> int:
 def ffn_dense(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token, forward and backward, of a layer in dense mode."""
     return 3.0 * 2 * projections(layer) * layer.d_model * layer.d_ff
+
+
+def router_sparse(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token of a layer's router in a sparse step."""
+    passes = 3.0 if layer.expert_gate == "softmax" else 2.0
+    return passes * 2 * layer.d_model * layer.num_experts
 
 
 def router_learning(layer: SwitchableFFN) -> float:

@@ -4,7 +4,7 @@ Every line of metrics.jsonl has a `kind` and a `step`:
 
     train    loss (mean since the last line), mode, learning rate, tokens, FLOPs so far, tokens per second
     measure  the monitor's measures per layer, what was regrouped, which layers take part in sparse steps
-    eval     validation loss in both modes, bits per byte
+    eval     validation loss in both modes, bits per byte; tokens, FLOPs and seconds of training so far
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ class RunLog:
             for key, value in {**curves, "experts_per_token": k}.items():
                 self._board.add_scalar(f"{key}/layer {i}", value, measurement.step)
 
-    def evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Record a validation and say it on the terminal."""
-        self._write({"kind": "eval", "step": step, **values})
+    def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Record a validation, and what training had cost by then, and say it on the terminal."""
+        self._write({"kind": "eval", "step": step, **values, **progress})
         for key, value in values.items():
             if value is not None:
                 self._board.add_scalar(f"eval/{key}", value, step)
-        sparse = values["val_loss_sparse"]
-        shown = "" if sparse is None else f", sparse {sparse:.4f}"
-        self.say(f"step {step}/{self._total}: validation loss dense {values['val_loss_dense']:.4f}{shown}")
+        modes = [(mode, values[f"val_loss_{mode}"]) for mode in ("dense", "sparse")]
+        shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in modes if loss is not None)
+        self.say(f"step {step}/{self._total}: validation loss {shown}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

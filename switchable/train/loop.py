@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,11 +49,20 @@ class Counters:
     """Wall-clock of measuring, clustering and regrouping."""
     seconds_other: float = 0.0
     """Wall-clock of validation and saving."""
+    cpu_seconds: float = 0.0
+    """CPU time of all steps and measurements, all threads together: on a busy machine a fairer clock."""
     window_loss: float = 0.0
     """Sum of the losses (nats per token) since the last train line."""
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0
+    ran_with: list[dict[str, Any]] = field(default_factory=list)
+    """What it was trained with: threads, jobs at a time on the machine, device; one entry unless that changed."""
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall-clock of training so far: all steps and measurements, without validation and saving."""
+        return self.seconds_dense + self.seconds_sparse + self.seconds_measure
 
 
 class Trainer:
@@ -92,7 +102,7 @@ class Trainer:
             if finished or done % train.log_every == 0:
                 self._log_train()
             if finished or (train.eval_every and done % train.eval_every == 0):
-                self._evaluate()
+                self.evaluate()
             if finished or self.stop.requested or done % train.checkpoint_every == 0:
                 self.save()
             if self.stop.requested and not finished:
@@ -102,7 +112,7 @@ class Trainer:
         """One optimizer step and what the controller does after it."""
         job, counters = self.job, self.counters
         config, controller = job.config.train, job.controller
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         mode, experts = controller.mode, controller.experts_now
         learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
 
@@ -123,6 +133,7 @@ class Trainer:
             counters.seconds_measure += time.perf_counter() - begin
             counters.flops += self.flops.measurement(controller.probe_tokens)
             self.log.measure(measurement)
+        counters.cpu_seconds += time.process_time() - cpu
 
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
@@ -174,19 +185,30 @@ class Trainer:
             f"stopped, {last}. Lower --learning-rate or set --grad-clip, and start again"
         )
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Validate in both modes and record it, with what training had cost by then."""
         begin = time.perf_counter()
         self.validation = self.validate()
-        self.log.evaluation(self.counters.steps, self.validation)
+        counters = self.counters
+        progress = {
+            "tokens": counters.steps * self.flops.tokens,
+            "flops": counters.flops,
+            "train_seconds": counters.train_seconds,
+            "cpu_seconds": counters.cpu_seconds,
+        }
+        self.log.evaluation(counters.steps, self.validation, progress)
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per predicted token) in dense mode and, if it has begun, in sparse mode.
+        """Return validation loss (nats per predicted token) in both modes, None for a mode there is not.
 
-        Bits per byte of text beside it where every token is predicted, that is for causal models.
+        There is no sparse mode before sparse training has begun, and no dense one with softmax gates. Bits per byte
+        of text stand beside it where every token is predicted, that is for causal models.
         """
         job = self.job
-        dense = loss_in_mode(job.model, job.validation, "dense")
+        dense = (
+            None if job.config.switch.gate == "softmax" else loss_in_mode(job.model, job.validation, "dense")
+        )
         sparse = (
             loss_in_mode(job.model, job.validation, "sparse")
             if any(job.controller.state.takes_part)

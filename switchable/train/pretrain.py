@@ -35,7 +35,7 @@ MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", 
 
 
 def pretrain(
-    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False
+    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False, jobs: int = 1
 ) -> dict[str, Any]:
     """Start a run in the folder `out` and train to its end.
 
@@ -45,6 +45,7 @@ def pretrain(
         cache: folder for token files.
         overwrite: replace a run that is there.
         quiet: show nothing.
+        jobs: runs that share the machine at this time; only noted in the summary.
 
     Returns:
         The summary, as written to `summary.json`.
@@ -66,13 +67,18 @@ def pretrain(
         rundir.clear()
         job.tokenizer.save_pretrained(rundir.tokenizer)
         write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
-        return _run(job, rundir, Counters(data=job.data.train.sha256), quiet)
+        return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
     finally:
         rundir.release()
 
 
 def resume(
-    out: Path, flags: dict[str, Any], cache: Path, resume_from: str | None = None, quiet: bool = False
+    out: Path,
+    flags: dict[str, Any],
+    cache: Path,
+    resume_from: str | None = None,
+    quiet: bool = False,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Go on with the run in the folder `out`, bitwise as if it had never stopped.
 
@@ -82,6 +88,7 @@ def resume(
         cache: folder for token files.
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
         quiet: show nothing.
+        jobs: runs that share the machine at this time; only noted in the summary.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
@@ -98,7 +105,7 @@ def resume(
         _check_same_data(rundir, job, step)
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
-        return _run(job, rundir, Counters(**counters), quiet)
+        return _run(job, rundir, Counters(**counters), quiet, jobs)
     finally:
         rundir.release()
 
@@ -158,7 +165,10 @@ def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
         )
 
 
-def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str, Any]:
+def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:
+    here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
+    if counters.steps < job.config.train.steps and here not in counters.ran_with:
+        counters.ran_with.append(here)
     log = RunLog(rundir, job.config.train.steps, counters.steps, quiet)
     try:
         log.say(
@@ -173,12 +183,12 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool) -> dict[str,
                 again = f"switchable pretrain --out {rundir.path} --resume"
                 log.say(f"stopped and saved at step {counters.steps}; go on with: {again}")
                 raise
-        return _finish(trainer)
+        return finish(trainer)
     finally:
         log.close()
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
+def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, draw, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
@@ -195,10 +205,10 @@ def _show_samples(trainer: Trainer) -> None:
     job, prompt = trainer.job, trainer.job.config.train.sample_prompt
     if prompt is None:
         return
-    sparse = any(job.controller.state.takes_part)
+    validated = trainer.validation or trainer.validate()
     with kept_modes(job.model):
         job.model.eval()
-        for mode in ("dense", "sparse") if sparse else ("dense",):
+        for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
             text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")
 
@@ -212,13 +222,13 @@ def summarise(
     # All-dense training has neither routers nor a monitor.
     all_dense = flops.dense * counters.steps
     head = flops.head * counters.steps
-    training_seconds = counters.seconds_dense + counters.seconds_sparse + counters.seconds_measure
     return {
         **validation,
         "steps": counters.steps,
         "tokens": counters.steps * flops.tokens,
         "parameters": _parameters(job),
         "flops": counters.flops,
+        "flops_nonembedding": counters.flops - head,
         "flops_all_dense": all_dense,
         "flops_ratio": counters.flops / all_dense,
         "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
@@ -229,11 +239,14 @@ def summarise(
         "regroupings": job.controller.regroupings,
         "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
         "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
-        "wall_seconds": training_seconds + counters.seconds_other,
+        "wall_seconds": counters.train_seconds + counters.seconds_other,
+        "wall_seconds_train": counters.train_seconds,
+        "cpu_seconds_train": counters.cpu_seconds,
         "wall_seconds_dense": counters.seconds_dense,
         "wall_seconds_sparse": counters.seconds_sparse,
         "wall_seconds_measure": counters.seconds_measure,
-        "wall_ratio": training_seconds / (seconds["dense"] * counters.steps),
+        "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
+        "ran_with": counters.ran_with,
         "versions": {
             "switchable": switchable.__version__,
             "torch": torch.__version__,

@@ -23,6 +23,10 @@ TEMPORARY = ".tmp-"
 """Prefix of names that are not complete yet."""
 
 
+class FolderInUse(InputError):
+    """Another process holds the lock of a run's folder."""
+
+
 class RunDir:
     """Paths of a run's folder, and its lock.
 
@@ -46,19 +50,29 @@ class RunDir:
         """Create the folder if need be and take its lock.
 
         Raises:
-            InputError: another process holds it, or the path is not a folder that can be written.
+            FolderInUse: another process holds it.
+            InputError: the path is not a folder that can be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            raise InputError(
+            raise FolderInUse(
                 f"{self.path} is in use by another run; wait for it to end or choose another folder with --out"
             ) from None
         except OSError as error:
             raise InputError(
                 f"{self.path} cannot be used as output folder: {error.strerror}; choose another"
             ) from None
+
+    def in_use(self) -> bool:
+        """Return whether another process holds the lock now (it may have changed by the time this returns)."""
+        try:
+            self.acquire()
+        except FolderInUse:
+            return True
+        self.release()
+        return False
 
     def release(self) -> None:
         """Give the lock back."""

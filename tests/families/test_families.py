@@ -42,14 +42,14 @@ def test_conversion_is_a_no_op_in_dense_mode(case: str) -> None:
     report = convert(model, CONFIG)
     assert report.converted == CASES[case][3]
     assert str(report) == f"{CASES[case][3]} of {CASES[case][3]} FFNs are switchable: 8 experts of 8 neurons"
-    assert torch.equal(output(model, batch), before)
+    assert relative(output(model, batch), before) < 1e-5  # memory is laid out anew: the last bits may differ
     kept = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(kept) == names
     assert len(model.state_dict()) == len(names) + 2 * report.converted
     before_grads = gradients(plain, batch)
     after_grads = gradients(model, batch)
     for name, grad in before_grads.items():
-        assert torch.equal(after_grads[name], grad), name
+        assert relative(after_grads[name], grad) < 1e-5 or grad.abs().max() < 1e-7, name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,7 +191,7 @@ def test_a_part_whose_name_we_need() -> None:
     with pytest.raises(InputError, match=r"a part called 'weights', a name that we need.*in_layer=True"):
         convert(model, config, Family("Mlp", "up", "down", "weights"))
     convert(model, config, Family("Mlp", "up", "down", "weights", in_layer=True))
-    assert torch.equal(model(x), before)
+    torch.testing.assert_close(model(x), before)
 
 
 def test_a_gated_ffn_inside_a_layer() -> None:
@@ -209,7 +209,7 @@ def test_a_gated_ffn_inside_a_layer() -> None:
     before = model(x)
     family = Family("Layer", gate="w1", up="w3", down="w2", in_layer=True)
     convert(model, SwitchConfig(num_experts=4, experts_per_token=2), family)
-    assert torch.equal(model(x), before)
+    torch.testing.assert_close(model(x), before)
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
 

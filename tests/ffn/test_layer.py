@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,46 @@ def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
     assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
 
 
+def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A mixture of experts token by token, and its load-balance loss."""
+    weights, scores = layer.weights, nn.functional.linear(x, layer.router.weight, layer.router.bias)
+    top, ids = scores.topk(3)
+    rows = []
+    for t in range(len(x)):
+        gates = 3 * top[t].softmax(dim=0)
+        y = layer.down_projection.bias
+        for gate, e in zip(gates, ids[t].tolist(), strict=True):
+            own = slice(8 * e, 8 * e + 8)
+            hidden = torch.relu(weights.up_FD[own] @ x[t] + weights.up_bias_F[own])
+            y = y + gate * (hidden @ weights.down_FD[own])
+        rows.append(y)
+    share = torch.bincount(ids.flatten(), minlength=8) / ids.numel()
+    return torch.stack(rows), 8 * (share * scores.softmax(dim=1).mean(dim=0)).sum()
+
+
+@pytest.mark.parametrize("compute", ["eager", "sorted"])
+def test_a_mixture_of_experts_and_all_its_gradients(make_gpt2: Make, compute: str) -> None:
+    model = make_gpt2(layers=1, dtype=torch.float64)
+    config = SwitchConfig(
+        num_experts=8, experts_per_token=3, schedule="sparse", gate="softmax", load_balance=0.5, monitor_every=0,
+        expert_compute=compute,
+    )  # fmt: skip
+    convert(model, config)
+    model.double()  # the router too
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    weigh = torch.randn(40, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, balance = mixture(layer, x)
+    names = [name for name, _ in layer.named_parameters()]
+    expected = torch.autograd.grad((weigh * y).sum() + 0.5 * balance, [x, *layer.parameters()])
+    out = layer(x[None])[0]
+    torch.testing.assert_close(out, y)
+    found = torch.autograd.grad((weigh * out).sum(), [x, *layer.parameters()])
+    for name, a, b in zip(["x", *names], found, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_a_layer_that_does_not_take_part_stays_dense(switchable_gpt2: nn.Module) -> None:
     first, second = layers_of(switchable_gpt2)
     first.takes_part = False
@@ -87,7 +128,7 @@ def test_parameters_keep_their_names(make_gpt2: Make) -> None:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     after = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(after) == list(before)
-    assert all(after[n].data_ptr() == before[n].data_ptr() for n in before)
+    assert all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Make) -> None:
@@ -146,7 +187,9 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
         model, SwitchConfig(num_experts=4, experts_per_token=2), Family(ffn="MyMLP", up="fc1", down="fc2")
     )
     assert report.converted == 3
-    assert torch.equal(model(x), before)
+    assert (
+        relative(model(x), before) < 1e-6
+    )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
 

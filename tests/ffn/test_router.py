@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from switchable.ffn.convert import layers_of
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, select
+from switchable.ffn.router import (
+    Router,
+    attach_loss,
+    expert_mass,
+    load_balance_loss,
+    router_loss,
+    select,
+    softmax_gates,
+)
 
 
 def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
@@ -20,6 +29,22 @@ def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
     p = math.exp(2) / (math.exp(2) + math.exp(1))
     expected = torch.tensor([[0.0, p * (1 - p), 0.0, -p * (1 - p)]], dtype=torch.float64)
     torch.testing.assert_close(scores.grad, expected)
+
+
+def test_softmax_gates_by_hand() -> None:
+    ids, gates = softmax_gates(torch.tensor([[0.0, math.log(3.0), -9.0]]), 2)  # softmax over two: 1/4, 3/4
+    by_expert = dict(zip(ids[0].tolist(), gates[0].tolist(), strict=True))
+    assert by_expert == {0: pytest.approx(0.5), 1: pytest.approx(1.5)}
+
+
+def test_load_balance_loss_by_hand() -> None:
+    even = load_balance_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]]))
+    assert float(even) == pytest.approx(1.0)
+    scores = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # mean probabilities 3/8, 5/8
+    assert float(load_balance_loss(scores, torch.tensor([[1], [0]]))) == pytest.approx(1.0)
+    assert float(load_balance_loss(scores, torch.tensor([[1], [1]]))) == pytest.approx(2 * 5 / 8)
+    sure = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
+    assert float(load_balance_loss(sure, torch.tensor([[0]]))) == pytest.approx(4.0)
 
 
 def test_expert_mass_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from switchable import InputError, SwitchConfig
 from switchable.switching.monitor import LayerMeasures
-from switchable.switching.schedule import ScheduleState, decide, initial, mode_at, phase_at
+from switchable.switching.schedule import ScheduleState, decide, enters_sparse, initial, mode_at, phase_at
 
 CONFIG = SwitchConfig(
     min_dense_fraction=0.1,
@@ -93,6 +93,68 @@ def test_the_dense_schedule_never_switches() -> None:
     decision = decide(50, initial(1, CONFIG), [measured(0.01, 1.0)], 100, config)
     assert decision.state == initial(1, CONFIG)
     assert mode_at(50, decision.state, 100, config) == "dense"
+
+
+def test_a_static_schedule_is_sparse_ever_after_and_its_structure_stands() -> None:
+    config = dataclasses.replace(CONFIG, schedule="static")
+    joined = decide(10, initial(2, config), [measured(0.4, 0.9), measured(0.1, 0.9)], 100, config)
+    assert joined.regroup == (True, True)
+    state = joined.state
+    assert state == alternating(False, True)
+    assert [mode_at(s, state, 100, config) for s in (9, 10, 50, 99)] == [
+        "dense",
+        "sparse",
+        "sparse",
+        "sparse",
+    ]
+    assert phase_at(99, state, 100, config) == "sparse"
+    later = decide(90, state, [measured(0.1, 0.9), measured(0.9, 0.0, in_use=0.0)], 100, config)
+    assert later.state.takes_part == (True, True)  # the second stays whatever is measured
+    assert later.regroup == (True, False)
+
+
+def test_a_sparse_schedule_is_sparse_from_the_first_step() -> None:
+    config = dataclasses.replace(CONFIG, schedule="sparse")
+    state = initial(2, config)
+    assert {mode_at(s, state, 100, config) for s in range(100)} == {"sparse"}
+    decision = decide(50, state, [measured(0.9, 0.0, in_use=0.0)] * 2, 100, config)
+    assert (decision.state, decision.regroup) == (state, (False, False))
+
+
+def test_layers_that_join_together_go_by_their_means() -> None:
+    config = dataclasses.replace(CONFIG, join="together")
+    start = initial(2, config)
+    almost = [measured(0.5, 0.9), measured(0.2, 0.9)]  # mean activation ratio 0.35 > 0.3
+    assert decide(10, start, almost, 100, config).state == start
+    unstable = [measured(0.1, 0.9), measured(0.1, 0.0)]  # mean similarity 0.45 < 0.5
+    assert decide(10, start, unstable, 100, config).state == start
+    passing = [measured(0.5, 0.9), measured(0.1, 0.1)]
+    assert decide(9, start, passing, 100, config).state == start
+    state = decide(10, start, passing, 100, config).state
+    assert state == alternating(True, True)
+    assert decide(20, state, [measured(0.9, 0.0)] * 2, 100, config).state == state  # none leaves
+
+
+def test_regrouping_at_switches_only() -> None:
+    config = dataclasses.replace(CONFIG, regroup="switch")
+    state = alternating(True)  # sparse 10 11 12, dense 13, sparse 14 ...
+    assert [s for s in range(1, 20) if enters_sparse(s, state, 100, config)] == [10, 14, 18]
+    for step, expected in ((13, False), (14, True), (15, False)):
+        for in_use in (0.0, 1.0):
+            found = decide(step, state, [measured(0.1, 0.9, in_use=in_use)], 100, config).regroup
+            assert found == (expected,), step
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InputError, match="monitor_every=0 with schedule=ssd would never find a layer"):
+        SwitchConfig(monitor_every=0)
+    assert SwitchConfig(monitor_every=0, schedule="dense").monitor_every == 0
+    with pytest.raises(
+        InputError, match="gate=softmax with schedule=ssd would train two different functions"
+    ):
+        SwitchConfig(gate="softmax")
+    with pytest.raises(InputError, match=r"load_balance=-0.1 is out of range"):
+        SwitchConfig(load_balance=-0.1)
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -32,6 +32,14 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert all(p.grad is None for p in switchable_gpt2.parameters())
 
 
+def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    batch = {"input_ids": tokens, "labels": tokens}
+    unit = count(switchable_gpt2, batch)
+    for layer in layers_of(switchable_gpt2):
+        layer.expert_gate = "softmax"
+    assert count(switchable_gpt2, batch).step((3, 3)) == unit.step((3, 3)) + T * L * 2 * D * E
+
+
 def test_a_gated_ffn_has_three_projections() -> None:
     model = make("llama").train()
     convert(model, SwitchConfig(num_experts=E, experts_per_token=K, router_token_fraction=1.0))

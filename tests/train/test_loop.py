@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,9 +84,44 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     assert _without_clock(tmp_path / "run") == _without_clock(whole[0])
 
 
+CLOCKS = ("tokens_per_second", "train_seconds", "cpu_seconds")
+
+
 def _without_clock(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+
+
+def test_the_clock_of_training_survives_a_crash_and_counts_nothing_twice(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that ticks at each look: a step takes 1 s, a measurement 1 s, and both clocks together 2 s of CPU."""
+    ticks, cpu = itertools.count(), itertools.count(step=2)
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), process_time=lambda: next(cpu))
+    monkeypatch.setattr("switchable.train.loop.time", clock)
+    step = Trainer._step
+
+    def crash_at_13(self: Trainer) -> None:
+        step(self)
+        if self.counters.steps == 13:
+            raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", crash_at_13)
+        with pytest.raises(RuntimeError, match="crash"):
+            pretrain(small(corpus), tmp_path / "run", tmp_path / "cache", quiet=True, jobs=2)
+    figures = resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True, jobs=1)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    # Measured after steps 3, 6, 9, 12, 15, 18; validated after 5, 10, 15, 20.
+    assert [line["train_seconds"] for line in evals] == [5 + 1, 10 + 3, 15 + 5, 20 + 6]
+    assert [line["cpu_seconds"] for line in evals] == [10, 20, 30, 40]
+    assert [line["tokens"] for line in evals] == [5 * 64, 10 * 64, 15 * 64, 20 * 64]
+    assert (figures["wall_seconds_train"], figures["cpu_seconds_train"]) == (26, 40)
+    assert figures["wall_seconds_dense"] + figures["wall_seconds_sparse"] == 20
+    assert figures["wall_seconds_measure"] == 6
+    assert evals[-1]["flops"] == figures["flops"]
+    assert figures["ran_with"] == [{"threads": 1, "jobs": jobs, "device": "cpu"} for jobs in (2, 1)]
 
 
 def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -97,6 +134,7 @@ def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
     assert figures["switches"] == 10
     assert figures["tokens"] == 20 * 4 * 16
     assert figures["flops"] == train[-1]["flops"]
+    assert figures["flops_nonembedding"] == figures["flops"] - 20 * 6 * 300 * 16 * 64
     assert figures["flops_ratio"] == pytest.approx(figures["flops"] / figures["flops_all_dense"])
     assert json.loads((run / "summary.json").read_text()) == figures
     assert (

@@ -2,8 +2,8 @@
 
 `eager` is the reference; the others exist because they are faster somewhere. Names shared with transformers
 (`eager`, `grouped_mm`, `batched_mm`) mean the same there. On the CPU, `sorted` is for training and prefill, `decode`
-for a few tokens without gradients; on CUDA, `triton` (and `triton_atomic`, which adds up in any order) and
-`torch_grouped_mm`; `auto` asks a table measured on the machine.
+for a few tokens without gradients, `masked` for tokens that together need most experts; on CUDA, `triton` (and
+`triton_atomic`, which adds up in any order) and `torch_grouped_mm`; `auto` picks one of them (docs/experts.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from switchable.ffn.experts.autotune import auto
 from switchable.ffn.experts.cpu import sorted_experts
 from switchable.ffn.experts.decode import decode
 from switchable.ffn.experts.eager import eager
+from switchable.ffn.experts.masked import masked
 from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
 from switchable.ffn.experts.transformers_mm import batched_mm, grouped_mm
 from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
@@ -45,6 +46,7 @@ IMPLEMENTATIONS: dict[str, ExpertCompute] = {
     "eager": eager,
     "sorted": sorted_experts,
     "decode": decode,
+    "masked": masked,
     "grouped_mm": grouped_mm,
     "batched_mm": batched_mm,
     "triton": triton_ffn,

@@ -1,11 +1,16 @@
-"""`auto`: which way of multiplying is fastest for a shape, measured on this machine and remembered.
+"""`auto`: which way of multiplying is fastest for a shape; and is it faster than dense on this machine?
+
+Among the sparse ways on the CPU a rule decides: a training run that is resumed must get the same bits, so a stopwatch
+must not choose. `decode` for a few tokens without gradients; else `sorted` where the products are large enough to be
+worth its calls, N · D · I multiplications of an expert with its N tokens; else `masked`.
+
+Against dense, and between the ways on CUDA, measurements decide:
 
     choice(shape) = argmin over ways of the median time, "dense" unless a sparse way is at least 3 % faster
 
-Sparse computation is worth its overhead only from some size on, and where that size lies depends on the cores, their
-caches and the libraries. So nothing is hard-wired: the first question about a shape times the dense layer and the
-candidates in turns (interleaved, so that a slow phase of the machine hits all of them) and stores the medians in a
-JSON file, one per machine, thread count and torch version. After that the answer is a look-up and always the same.
+The first question about a shape times the dense layer and the candidates in turns (interleaved, so that a slow phase
+of the machine hits all of them) and stores the medians in a JSON file, one per machine, thread count and torch
+version. After that the answer is a look-up and always the same. `switchable bench` prints the table.
 
 Tokens are measured at powers of two. Between two of them a sparse way is chosen only if it wins at both; above
 4,096 the figures of 4,096 stand. In distributed training let rank 0 resolve and broadcast the answer: ranks that
@@ -36,14 +41,19 @@ from transformers.activations import ACT2FN
 
 from switchable.ffn.experts.weights import FFNWeights
 
-CANDIDATES = {"cpu": ("sorted", "decode"), "cuda": ("triton", "torch_grouped_mm")}
-"""Sparse ways that are timed, by type of device; those that are not registered are left out."""
+GENERATION = 2
+"""Of the implementations: to be raised when one of them becomes faster or slower, so that figures are taken anew."""
+CUDA_CANDIDATES = ("triton", "torch_grouped_mm")
+"""Sparse ways that are timed on CUDA."""
+WORTH_SORTING = 700_000
+"""N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
+Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lies between 500,000 and 800,000 everywhere."""
 MARGIN = 0.97
 """A sparse way must take at most this share of the dense time: a tie goes to dense."""
 LARGEST = 4096
 """Tokens; ratios no longer change above."""
 LARGEST_DECODE = 16
-"""Tokens; `decode` is not timed above."""
+"""Tokens; above, `decode` is not asked."""
 FEW_TOKENS = 64
 """Up to so many, reading the weights is most of the time, and they must not come from the cache."""
 CACHE_BYTES = 64 * 2**20
@@ -96,10 +106,11 @@ class Table:
 
     @classmethod
     def load(cls, path: Path) -> Table:
-        """Read a table; a file that is missing, or was cut off, counts as empty."""
+        """Read a table; a file that is missing or damaged counts as empty."""
         try:
-            return cls(path, json.loads(path.read_text(encoding="utf-8"))["seconds"])
-        except (OSError, ValueError, KeyError):
+            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+            return cls(path, {key: _checked(times) for key, times in seconds.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(path)
 
     def lookup(self, shape: Shape) -> dict[str, float]:
@@ -108,6 +119,11 @@ class Table:
             self.seconds[shape.key] = measure(shape)
             self.save()
         return self.seconds[shape.key]
+
+    def forget(self, shape: Shape) -> None:
+        """Measure a shape anew when it is next asked for."""
+        self.seconds.pop(shape.key, None)
+        self.answers.clear()
 
     def save(self) -> None:
         """Write the file in one step; where that is impossible the table lives as long as the process."""
@@ -132,6 +148,14 @@ class Table:
             measured = [self.lookup(neighbour) for neighbour in shape.measured_at]
             self.answers[shape, dense_allowed] = _fastest(measured, dense_allowed)
         return self.answers[shape, dense_allowed]
+
+
+def _checked(times: dict[str, float]) -> dict[str, float]:
+    """Return an entry of the file if it is one, or raise what `Table.load` expects."""
+    seconds = {name: float(value) for name, value in times.items()}
+    if not seconds["dense"] > 0:
+        raise ValueError("no time of the dense layer")
+    return seconds
 
 
 def _fastest(measured: list[dict[str, float]], dense_allowed: bool) -> str:
@@ -160,7 +184,11 @@ def cache_path(folder: str | None, threads: int) -> Path:
     """Return this machine's file in `folder`/switchable; None means `~/.cache`."""
     name = "-".join([*machine().values(), f"{threads} threads"])
     name = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)
-    return (Path(folder) if folder else Path.home() / ".cache") / "switchable" / f"experts-{name}.json"
+    return (
+        (Path(folder) if folder else Path.home() / ".cache")
+        / "switchable"
+        / f"experts-{GENERATION}-{name}.json"
+    )
 
 
 @functools.cache
@@ -241,27 +269,23 @@ def measure(shape: Shape) -> dict[str, float]:
 
 @dataclass
 class _Layer:
-    """Random weights of one layer and a batch."""
+    """Random weights of one layer, stored neuron by neuron as `convert` leaves them, and a batch."""
 
     shape: Shape
     generator: torch.Generator
 
     def __post_init__(self) -> None:
         T, D, F, E = self.shape.tokens, self.shape.d_model, self.shape.d_ff, self.shape.num_experts
-        self.x_TD, self.up_FD, self.down_DF = self._normal(T, D), self._normal(F, D), self._normal(D, F)
+        self.x_TD, self.up_FD, self.down_FD = self._normal(T, D), self._normal(F, D), self._normal(F, D)
         self.bias_F, self.router_ED = self._normal(F), self._normal(E, D)
 
     def _normal(self, *size: int) -> Tensor:
         values = torch.randn(*size, generator=self.generator).to(self.shape.device, self.shape.dtype)
         return values.requires_grad_(self.shape.training)
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [self.x_TD, self.up_FD, self.down_DF, self.bias_F]
-
     def dense(self) -> Tensor:
         hidden_TF: Tensor = ACT2FN[self.shape.activation](linear(self.x_TD, self.up_FD, self.bias_F))
-        return linear(hidden_TF, self.down_DF)
+        return linear(hidden_TF, self.down_FD.t())
 
     def sparse(self, implementation: str) -> Tensor:
         """With the router, since dense needs none."""
@@ -271,9 +295,9 @@ class _Layer:
         top = scores_TE.topk(self.shape.experts_per_token)
         return expert_ffn(
             self.x_TD,
-            FFNWeights(self.up_FD, self.down_DF.t(), self.bias_F),
+            FFNWeights(self.up_FD, self.down_FD, self.bias_F),
             top.indices,
-            top.values.softmax(-1),
+            top.values.softmax(-1) if self.shape.training else None,
             num_experts=self.shape.num_experts,
             activation=self.shape.activation,
             unit_gates=True,
@@ -295,16 +319,15 @@ def _contenders(shape: Shape) -> dict[str, list[Callable[[], Tensor]]]:
     return contenders
 
 
-def _candidates(shape: Shape) -> list[str]:
-    """The sparse ways that can compute a shape on its device."""
-    from switchable.ffn.experts import IMPLEMENTATIONS
-
-    few = shape.tokens <= LARGEST_DECODE and not shape.training
-    return [
-        name
-        for name in CANDIDATES.get(shape.device, ())
-        if name in IMPLEMENTATIONS and (name != "decode" or few)
-    ]
+def _candidates(shape: Shape) -> tuple[str, ...]:
+    """The sparse ways that come into question for a shape on its device."""
+    if shape.device == "cuda":
+        return CUDA_CANDIDATES
+    if not shape.training and shape.tokens <= LARGEST_DECODE:
+        return ("decode",)
+    mean_rows = shape.tokens * shape.experts_per_token / shape.num_experts
+    work = mean_rows * shape.d_model * shape.d_ff / shape.num_experts
+    return ("sorted",) if work >= WORTH_SORTING else ("masked",)
 
 
 def _seconds(calls: list[Callable[[], Tensor]], shape: Shape) -> float:

@@ -1,0 +1,107 @@
+"""`switchable compare`: several ways to train the same model, side by side, and one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.errors import InputError
+
+HELP = "train with several methods on the same data and initial weights; write one table"
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    from switchable.compare.methods import METHODS
+
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.description = "methods:\n" + "\n".join(
+        f"  {name:15} {method.summary}" for name, method in METHODS.items()
+    )
+    verb.add_argument(
+        "--methods", nargs="+", default=["dense", "ssd"], metavar="METHOD", help="default: dense ssd"
+    )
+    verb.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="default: 0")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/compare"),
+        help="folder of the comparison; what is finished there is not trained again, what was interrupted goes on "
+        "(default %(default)s)",
+    )
+    verb.add_argument(
+        "--jobs",
+        default="1",
+        metavar="N",
+        help="runs at a time, each with cores / N threads unless --threads says otherwise (default %(default)s)",
+    )
+    add_common(verb)
+    add_config_flags(verb, skip=("seed",))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is not trained yet, write the table, and print its figures as one JSON line."""
+    from switchable.compare.methods import check_methods, check_seeds
+    from switchable.compare.runs import others_finished, plan
+    from switchable.config import load
+
+    if args.config is None:
+        raise InputError("no configuration given; name a YAML file, e.g. configs/parity-quick.yaml")
+    methods, seeds = check_methods(args.methods), check_seeds(args.seeds)
+    jobs = _jobs(args.jobs)
+    flags = {"threads": max(1, cores() // jobs)} | given_flags(args)
+    config = load(args.config, flags)
+    runs = plan(config, methods, seeds, args.out)
+    make_folder(args.out)
+    # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.compare.report import last_line, markdown, write_report
+    from switchable.compare.supervise import Supervisor
+    from switchable.data.tokens import prepare
+
+    if not all(run.finished() for run in runs):
+        prepare(config.data, args.cache, progress=not args.quiet)
+    supervisor = Supervisor(runs, args.cache, jobs, config.train.threads or 1, args.quiet)
+    signum = supervisor.train()
+    if signum is not None:
+        print(f"stopped; go on with: {shlex.join(['switchable', *sys.argv[1:]])}", file=sys.stderr)
+        return 128 + signum
+    finished = [run for run in runs if run.finished()]
+    finished += others_finished(config, args.out, runs)
+    if finished:
+        table = write_report(finished, args.out)
+        print(markdown(table))
+        print(f"table: {args.out / 'compare.md'}   picture: {args.out / 'compare.png'}", file=sys.stderr)
+        print(last_line(table, args.out))
+    if supervisor.failed:
+        whys = "; ".join(f"{name}: {why}" for name, why in supervisor.failed.items())
+        raise InputError(f"{len(supervisor.failed)} of {len(runs)} runs failed ({whys})")
+    return 0
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_folder(out: Path) -> None:
+    """Create the comparison's folder.
+
+    Raises:
+        InputError: the path is not a folder that can be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be used as output folder: {error.strerror}; choose another") from None
+
+
+def _jobs(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= cores()):
+        raise InputError(
+            f"jobs={given!r} is not possible; use a whole number from 1 to {cores()}, the cores here"
+        )
+    return int(given)

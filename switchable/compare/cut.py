@@ -1,0 +1,187 @@
+"""`dense-then-moe`: a finished dense model is cut into experts, and routers learn to choose among them.
+
+    load the dense run's weights -> group each layer's neurons -> a router per layer learns on training text
+
+The weights stay as they are (the neurons change places, which changes nothing), so dense mode's loss is the dense
+run's. The routers see as much text as `ROUTER_FRACTION` of the run, from its beginning; which layers become sparse is
+decided by their activation ratio, as in `ssd`. All of it is charged to the run's clock and FLOPs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from switchable.compare.runs import Run
+from switchable.config import to_dict
+from switchable.errors import InputError
+from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
+from switchable.switching.monitor import measure
+from switchable.switching.schedule import decide
+from switchable.switching.switch import current_structure, regroup
+from switchable.train import checkpoint
+from switchable.train.flops import StepFlops, count, router_learning
+from switchable.train.log import RunLog
+from switchable.train.loop import Counters, Trainer
+from switchable.train.pretrain import finish
+from switchable.train.rundir import RunDir, write_text
+from switchable.train.setup import Job, set_up
+from switchable.train.signals import StopRequest
+
+ROUTER_FRACTION = 0.05
+"""Router training as a fraction of the run's optimizer steps."""
+
+
+def cut(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
+    """Make the run from the finished dense run of its seed; return its summary.
+
+    Args:
+        run: what to make; its folder is replaced.
+        cache: folder for token files.
+        jobs: runs that share the machine at this time, to be noted.
+
+    Raises:
+        FolderInUse: another process is at it.
+        InputError: the dense run is damaged, or its text has changed.
+    """
+    assert run.starts_from is not None
+    rundir = RunDir(run.path)
+    rundir.acquire()
+    try:
+        job = set_up(run.config, cache)
+        dense = RunDir(run.starts_from)
+        _load_weights(dense.final, job.model)
+        rundir.clear()
+        write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
+        write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
+        before = json.loads(dense.summary.read_text(encoding="utf-8"))
+        return _cut(job, rundir, before, jobs)
+    finally:
+        rundir.release()
+
+
+def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[str, Any]:
+    counters = Counters(
+        data=job.data.train.sha256,
+        steps=before["steps"],
+        flops=before["flops"],
+        seconds_dense=before["wall_seconds_dense"],
+        cpu_seconds=before["cpu_seconds_train"],
+        ran_with=before["ran_with"],
+    )
+    here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
+    counters.ran_with += [here] if here not in counters.ran_with else []
+    log = RunLog(rundir, counters.steps, counters.steps)
+    try:
+        flops = count(job.model, job.batch(0))
+        trainer = Trainer(job, rundir, log, flops, counters, StopRequest())
+        begin, cpu = time.perf_counter(), time.process_time()
+        counters.flops += cut_into_experts(job, flops)
+        counters.seconds_measure += time.perf_counter() - begin
+        counters.cpu_seconds += time.process_time() - cpu
+        trainer.evaluate()
+        validation = trainer.validation
+        assert validation is not None
+        if abs((validation["val_loss_dense"] or 0.0) - before["val_loss_dense"]) > 1e-3:
+            raise InputError(
+                f"the model of {rundir.path} has another loss ({validation['val_loss_dense']:.4f}) than the dense run "
+                f"it comes from ({before['val_loss_dense']:.4f}); has its text changed? Compare into another folder"
+            )
+        return finish(trainer)
+    finally:
+        log.close()
+
+
+def cut_into_experts(job: Job, flops: StepFlops) -> float:
+    """Group the neurons of a dense model, train routers, and let the sparse layers take part in sparse mode.
+
+    Args:
+        job: its model holds the trained dense weights.
+        flops: cost of a step.
+
+    Returns:
+        The FLOPs it took.
+    """
+    switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
+    seed, total = job.config.train.seed, job.config.train.steps
+    _, found = measure(job.model, controller.probe, [None] * len(layers), seed, switch.structure)
+    regroup(layers, found, None)
+    for layer in layers:
+        layer.router.initialise(layer.weights.up_FD)
+    spent = 2 * flops.measurement(controller.probe_tokens)
+    if switch.router == "learned":
+        steps = max(1, round(ROUTER_FRACTION * total))
+        train_routers(job, steps)
+        spent += steps * router_step_flops(job.model, flops)
+    # Which layers take part, and with how many experts, is decided as in training, but for their stability.
+    structures = [current_structure(layer) for layer in layers]
+    measures, _ = measure(job.model, controller.probe, structures, seed, switch.structure)
+    rule = dataclasses.replace(
+        switch, schedule="static", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
+    )
+    stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
+    controller.state = decide(total - 1, controller.state, stable, total, rule).state
+    for layer, part, k in zip(
+        layers, controller.state.takes_part, controller.state.experts_per_token, strict=True
+    ):
+        layer.takes_part = part
+        layer.set_experts_per_token(k)
+    return spent
+
+
+def train_routers(job: Job, steps: int) -> None:
+    """Train the routers in dense mode on the run's first `steps` batches; nothing else learns.
+
+    The learning rate falls linearly from the configuration's `router_learning_rate`.
+    """
+    model, peak = job.model, job.config.train.router_learning_rate
+    layers = layers_of(model)
+    routers = [p for name, p in model.named_parameters() if is_router_parameter(name)]
+    others = [p for name, p in model.named_parameters() if not is_router_parameter(name)]
+    optimizer = torch.optim.AdamW(routers, lr=peak, weight_decay=0.0)
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        with kept_modes(model):
+            set_mode(model, "dense")
+            model.train()
+            for layer in layers:
+                layer.router_learns = True
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
+                # Every router's loss is attached to its layer's output: this trains them all.
+                model(**job.batch(step)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def router_step_flops(model: nn.Module, flops: StepFlops) -> float:
+    """Return the FLOPs of one step of `train_routers`: forward, gradients of the inputs, and the routers."""
+    with kept_modes(model) as layers:
+        for layer in layers:
+            layer.router_learns = True
+        return flops.dense * 2 / 3 + sum(router_learning(layer) for layer in layers) * flops.tokens
+
+
+def _load_weights(final: Path, model: nn.Module) -> None:
+    """Load the weights of a dense run's exported model; the routers stay as they are.
+
+    Raises:
+        InputError: the export is damaged, or of another model.
+    """
+    damage = checkpoint.verify(final)
+    if damage is not None:
+        raise InputError(
+            f"{final} is damaged ({damage}); remove {final.parent / 'summary.json'} and start again"
+        )
+    checkpoint.restore_model(final, model, routers=False)

@@ -1,0 +1,165 @@
+"""The methods that are compared, each as a few changes to one configuration.
+
+    config of a run = the user's configuration  +  the method's changes  +  the seed
+
+What is the same in all: model, initial weights (a seed draws the same ones whatever the method, since neither
+routers nor converting draw random numbers), data and their order, steps, optimizer and learning rate. What a method
+takes over from the `switch` section is said in `keeps`; the rest of that section has its plain defaults, so that
+tuning `ssd` leaves the others alone, and a dense run serves any recipe.
+
+`ssd-paper` follows Zhang et al. 2024 (arXiv 2410.03440) as far as its abstract, figures and public clustering code
+tell: structure from the weights, a router that is the mean of its expert's neurons, every layer, dense at first until
+the structure is stable and dense at the end, in between long sparse and dense phases, the structure found anew at
+each change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean
+similarity of their structures reaches the configuration's threshold, a sparse phase takes 7.5 % of the run and the
+dense one behind it 2.5 % (three to one, as `ssd`'s default), the first and last dense phases are those of the
+configuration, K is the same, and in sparse steps the router learns through the straight-through gate, at the model's
+learning rate.
+
+`moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
+experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
+load-balance loss of Fedus et al. 2022 with their coefficient 0.01, router trained at the model's learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from switchable.config import RunConfig, TrainConfig
+from switchable.errors import InputError, nearest
+from switchable.switching.config import SwitchConfig
+
+EXPERTS = ("num_experts", "experts_per_token", "expert_compute")
+SCHEDULE = (
+    "monitor_every",
+    "probe_tokens",
+    "min_dense_fraction",
+    "final_dense_fraction",
+    "stability_threshold",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train. A value that is a function is called with the user's configuration."""
+
+    summary: str
+    """One line, for tables and `--help`."""
+    switch: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the `switch` section."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the `train` section."""
+    keeps: tuple[str, ...] | None = None
+    """Settings of the `switch` section taken over from the user; None = all of them."""
+    starts_from: str | None = None
+    """The method whose finished run this one goes on from."""
+
+
+def _fraction_of_steps(fraction: float) -> Callable[[RunConfig], int]:
+    return lambda config: max(1, round(fraction * config.train.steps))
+
+
+def _models_learning_rate(config: RunConfig) -> float:
+    return config.train.learning_rate
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method(
+        "all dense: no routers, no measuring",
+        switch={"schedule": "dense", "monitor_every": 0, "num_experts": 1, "experts_per_token": 1},
+        train={"router_learning_rate": TrainConfig().router_learning_rate},
+        keeps=(),
+    ),
+    "ssd": Method("the configuration as given", switch={"schedule": "ssd"}),
+    "ssd-paper": Method(
+        "the paper's: weight-mean router, every layer, long phases, regrouped at each switch",
+        switch={
+            "schedule": "ssd",
+            "router": "weight_mean",
+            "structure": "weights",
+            "join": "together",
+            "max_activation_ratio": 1.0,
+            "sparse_steps": _fraction_of_steps(0.075),
+            "dense_steps": _fraction_of_steps(0.025),
+            "regroup": "switch",
+        },
+        train={"router_learning_rate": _models_learning_rate},
+        keeps=EXPERTS + SCHEDULE,
+    ),
+    "static": Method(
+        "clustered once, when ssd would begin, and sparse ever after", switch={"schedule": "static"}
+    ),
+    "moe": Method(
+        "a mixture of experts from the first step: softmax gates, load-balance loss, every layer",
+        switch={"schedule": "sparse", "gate": "softmax", "load_balance": 0.01, "monitor_every": 0},
+        train={"router_learning_rate": _models_learning_rate},
+        keeps=EXPERTS,
+    ),
+    "dense-then-moe": Method(
+        "all dense; experts cut and routers trained at the end, the weights untouched",
+        switch={"schedule": "dense"},
+        starts_from="dense",
+    ),
+}
+
+UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sample_prompt")
+"""Settings of `train` that may differ from one start to the next: they alter neither results nor their spacing."""
+
+
+def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
+    """Return the configuration of one run of a comparison.
+
+    Args:
+        config: the user's.
+        method: a name in `METHODS`.
+        seed: seed of initial weights and data order.
+
+    Raises:
+        InputError: the changes do not fit the user's settings.
+    """
+    chosen = METHODS[method]
+    kept = dataclasses.asdict(config.switch)
+    if chosen.keeps is not None:
+        kept = {name: kept[name] for name in chosen.keeps}
+    switch = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
+    train = dataclasses.replace(config.train, seed=seed, **_resolved(chosen.train, config))
+    return dataclasses.replace(config, switch=switch, train=train)
+
+
+def _resolved(changes: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    return {name: value(config) if callable(value) else value for name, value in changes.items()}
+
+
+def check_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the methods named, without repetitions.
+
+    Raises:
+        InputError: none, or an unknown one (the nearest known one is named).
+    """
+    for name in names:
+        if name not in METHODS:
+            raise InputError(
+                f"method {name!r} is not known{nearest(name, METHODS)}; use one or more of {', '.join(METHODS)}"
+            )
+    if not names:
+        raise InputError(f"no method given; use one or more of {', '.join(METHODS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_seeds(given: Sequence[str]) -> tuple[int, ...]:
+    """Return the seeds, without repetitions.
+
+    Raises:
+        InputError: none, or one that is not a whole number of at least 0.
+    """
+    for seed in given:
+        if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
+            raise InputError(
+                f"seed {seed!r} is not usable; give whole numbers from 0 to 999999999, e.g. --seeds 0 1 2"
+            )
+    if not given:
+        raise InputError("no seed given; give one or more, e.g. --seeds 0 1 2")
+    return tuple(dict.fromkeys(int(seed) for seed in given))

@@ -1,0 +1,218 @@
+"""One table of a comparison: `compare.json` (everything), `compare.md` (to read), `compare.png` (the picture).
+
+It covers every finished run of the comparison that is in the folder, whoever trained it and when.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from switchable.compare.figures import (
+    OWN,
+    PAIRED,
+    Validation,
+    curve,
+    gain_at_equal_flops,
+    over_seeds,
+    own_figures,
+    paired_figures,
+)
+from switchable.compare.methods import METHODS
+from switchable.compare.picture import draw_comparison
+from switchable.compare.runs import Run
+from switchable.study.curves import read_metrics
+from switchable.train.rundir import write_json, write_text
+
+GAIN = "gain_of_ssd_at_equal_flops"
+
+ROWS: dict[str, tuple[str, str]] = {
+    "val_loss_dense": ("validation loss, dense mode (nats per token)", ".4f"),
+    "val_loss_sparse": ("validation loss, sparse mode", ".4f"),
+    "bits_per_byte_dense": ("bits per byte, dense mode", ".4f"),
+    "bits_per_byte_sparse": ("bits per byte, sparse mode", ".4f"),
+    "delta_dense": ("dense mode - dense's loss (nats)", "+.4f"),
+    "delta_sparse": ("sparse mode - dense's loss (nats)", "+.4f"),
+    "sparse_fraction": ("share of sparse steps", ".3f"),
+    "expert_fraction": ("K/E in sparse mode, mean over layers (dense ones: 1)", ".3f"),
+    "flops": ("FLOPs in all", ".3g"),
+    "flops_ratio": ("FLOPs / dense's", ".3f"),
+    "flops_ratio_nonembedding": ("FLOPs without embeddings and head / dense's", ".3f"),
+    "wall_seconds": ("wall-clock of training (s)", ".0f"),
+    "wall_ratio": ("wall-clock / dense's", ".3f"),
+    "cpu_seconds": ("CPU time of training (s, all threads)", ".0f"),
+    "cpu_ratio": ("CPU time / dense's", ".3f"),
+    "time_to_dense_loss_ratio": ("time to dense's final loss / dense's", ".3f"),
+    "loss_at_dense_time": ("loss at dense's time", ".4f"),
+    "flops_to_dense_loss_ratio": ("FLOPs to dense's final loss / dense's", ".3f"),
+    "loss_at_dense_flops": ("loss at dense's FLOPs", ".4f"),
+    GAIN: ("ssd's loss below this one's at equal FLOPs (nats)", "+.4f"),
+}
+"""Figure -> how its row is called, and its format."""
+
+HEADLINE = (
+    "delta_dense",
+    "delta_sparse",
+    "flops_ratio",
+    "flops_ratio_nonembedding",
+    "wall_ratio",
+    "time_to_dense_loss_ratio",
+)
+"""Figures of `ssd` that the last line of output starts with."""
+
+
+def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
+    """Write the table of the finished runs in all three forms.
+
+    Args:
+        runs: finished runs.
+        out: the comparison's folder.
+
+    Returns:
+        What `compare.json` holds.
+
+    Raises:
+        InputError: a summary is damaged.
+    """
+    summaries = {(run.method, run.seed): run.summary() for run in runs}
+    curves = {(run.method, run.seed): curve(read_metrics(run.path / "metrics.jsonl")) for run in runs}
+    table = tabulate(summaries, curves)
+    write_json(out / "compare.json", table)
+    write_text(out / "compare.md", markdown(table))
+    draw_comparison(curves, out / "compare.png")
+    return table
+
+
+def tabulate(
+    summaries: Mapping[tuple[str, int], Mapping[str, Any]],
+    curves: Mapping[tuple[str, int], Sequence[Validation]],
+) -> dict[str, Any]:
+    """Return the table: method -> figure -> mean, spread and value per seed.
+
+    Args:
+        summaries: (method, seed) -> the run's `summary.json`.
+        curves: (method, seed) -> the run's validations.
+    """
+    methods: dict[str, Any] = {}
+    for method in (name for name in METHODS if any(key[0] == name for key in summaries)):
+        seeds = sorted(seed for name, seed in summaries if name == method)
+        own = {seed: own_figures(summaries[method, seed]) for seed in seeds}
+        paired = {
+            seed: paired_figures(
+                own[seed],
+                curves[method, seed],
+                own_figures(summaries["dense", seed]),
+                curves["dense", seed],
+            )
+            for seed in seeds
+            if ("dense", seed) in summaries
+        }
+        gains = {
+            seed: gain_at_equal_flops(curves["ssd", seed], curves[method, seed])
+            for seed in seeds
+            if method != "ssd" and ("ssd", seed) in summaries
+        }
+        methods[method] = {
+            "seeds": seeds,
+            **{name: over_seeds({seed: values[name] for seed, values in own.items()}) for name in OWN},
+            **{name: over_seeds({seed: values[name] for seed, values in paired.items()}) for name in PAIRED},
+            GAIN: over_seeds(gains),
+            "ended_before_dense": _ended_before_dense(method, seeds, curves),
+            "ran_with": _distinct([how for seed in seeds for how in summaries[method, seed]["ran_with"]]),
+        }
+    return {"methods": methods, "warnings": warnings(methods)}
+
+
+def warnings(methods: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the table must know."""
+    said = []
+    if "dense" not in methods:
+        said.append("there is no finished dense run to compare with, so there are no ratios")
+    else:
+        lacking = {
+            name: [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
+            for name, found in methods.items()
+        }
+        for name in (name for name in lacking if lacking[name]):
+            seeds = ", ".join(map(str, lacking[name]))
+            said.append(f"{name} has seeds without a dense run ({seeds}); its ratios leave them out")
+    ways = {name: found["ran_with"] for name, found in methods.items()}
+    if len(_distinct([how for hows in ways.values() for how in hows])) > 1:
+        shown = "; ".join(
+            f"{name}: {', '.join(_how(how) for how in hows) or 'unknown'}" for name, hows in ways.items()
+        )
+        said.append(f"wall-clock is not comparable, the runs shared the machine differently: {shown}")
+    return said
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """Return the table to read: a row per figure, a column per method."""
+    methods = table["methods"]
+    lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    lines.append("| seeds | " + " | ".join(_seeds(found["seeds"]) for found in methods.values()) + " |")
+    for figure, (label, form) in ROWS.items():
+        cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    notes = ["Mean over seeds ± standard deviation; — where there is no value."]
+    early = [name for name, found in methods.items() if any(found["ended_before_dense"].values())]
+    if early:
+        notes.append(f"\\* ended with less than dense's (the final loss is shown): {', '.join(early)}.")
+    notes += [f"Note: {warning}." for warning in table["warnings"]]
+    methods_list = "\n".join(f"- `{name}`: {METHODS[name].summary}" for name in methods)
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + methods_list + "\n"
+
+
+def last_line(table: Mapping[str, Any], out: Path) -> str:
+    """Return the comparison's closing line of JSON: ssd's headline figures, then every method's means."""
+    methods = table["methods"]
+    ssd = methods.get("ssd")
+    means = {
+        name: {figure: found[figure]["mean"] for figure in (*OWN, *PAIRED, GAIN)}
+        for name, found in methods.items()
+    }
+    headline = {figure: None if ssd is None else ssd[figure]["mean"] for figure in HEADLINE}
+    return json.dumps(
+        {**headline, "methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
+    )
+
+
+def _ended_before_dense(
+    method: str, seeds: Sequence[int], curves: Mapping[tuple[str, int], Sequence[Validation]]
+) -> dict[str, bool]:
+    """Say along which axis the runs ended before the dense ones did, in any seed."""
+    pairs = [(curves[method, seed], curves["dense", seed]) for seed in seeds if ("dense", seed) in curves]
+    return {
+        "loss_at_dense_time": any(own[-1].seconds < dense[-1].seconds for own, dense in pairs),
+        "loss_at_dense_flops": any(own[-1].flops < dense[-1].flops for own, dense in pairs),
+    }
+
+
+def _mark(figure: str, found: Mapping[str, Any]) -> str:
+    return " \\*" if found["ended_before_dense"].get(figure) else ""
+
+
+def _cell(value: Mapping[str, Any], form: str, mark: str) -> str:
+    mean, spread = value["mean"], value["spread"]
+    if mean is None:
+        reached = [v for v in value["per_seed"].values() if v is not None]
+        return f"— ({len(reached)} of {len(value['per_seed'])})" if reached else "—"
+    shown = f"{mean:{form}}"
+    return shown + ("" if spread is None else f" ± {spread:{form.lstrip('+')}}") + mark
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _distinct(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for item in items:
+        if dict(item) not in found:
+            found.append(dict(item))
+    return found
+
+
+def _how(how: Mapping[str, Any]) -> str:
+    return f"{how['threads']} threads on {how['device']}, {how['jobs']} at a time"

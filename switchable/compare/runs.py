@@ -1,0 +1,143 @@
+"""The runs of a comparison: which there are, whether their folders fit, and how one is trained.
+
+    DIR/<method>-s<seed>/     an ordinary run folder, as `switchable pretrain` makes it
+
+A run is finished (it has a summary: nothing to do), begun (it has a checkpoint: resumed) or to be started. The
+folder's lock decides who trains it, so a comparison may be started several times at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from switchable.compare.methods import METHODS, UNCOMPARED, method_config
+from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
+from switchable.errors import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison."""
+
+    method: str
+    seed: int
+    path: Path
+    """Its folder."""
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The folder's name, e.g. `ssd-s0`."""
+        return self.path.name
+
+    @property
+    def starts_from(self) -> Path | None:
+        """The folder of the run this one goes on from, if it does."""
+        before = METHODS[self.method].starts_from
+        return None if before is None else folder(self.path.parent, before, self.seed)
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return (self.path / "summary.json").exists()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of a finished run.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        file = self.path / "summary.json"
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(
+                f"{file} is damaged; remove it and start again: the run's last checkpoint is kept"
+            ) from None
+        return found
+
+
+def folder(out: Path, method: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return out / f"{method}-s{seed}"
+
+
+def plan(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+    """Return the runs of a comparison, seed by seed, each after the one it goes on from.
+
+    Raises:
+        InputError: settings that cannot work, or a folder that holds a run with other settings.
+    """
+    needed = [before for name in methods if (before := METHODS[name].starts_from) is not None]
+    order = tuple(dict.fromkeys([*needed, *methods]))
+    runs = [
+        Run(method, seed, folder(out, method, seed), method_config(config, method, seed))
+        for seed in seeds
+        for method in order
+    ]
+    for run in runs:
+        check(run.config)
+        difference = differs(run)
+        if difference:
+            raise InputError(
+                f"{run.path} was trained with other settings ({'; '.join(difference)}); "
+                "compare into another folder with --out, or remove that one"
+            )
+    return runs
+
+
+def differs(run: Run) -> list[str]:
+    """Return in which settings a run's folder differs from what it should hold; nothing if there is none yet."""
+    stored = run.path / "config.yaml"
+    if not stored.exists():
+        return []
+    lines = changed(from_dict(read_yaml(stored), str(stored)), run.config)
+    return [line for line in lines if line.split(":")[0] not in {f"train.{name}" for name in UNCOMPARED}]
+
+
+def others_finished(config: RunConfig, out: Path, besides: Sequence[Run]) -> list[Run]:
+    """Return the finished runs in `out` that belong to the same comparison though they were not asked for now."""
+    asked = {run.path for run in besides}
+    found = []
+    for summary in sorted(out.glob("*/summary.json")):
+        method, _, seed = summary.parent.name.rpartition("-s")
+        if method not in METHODS or not (seed.isascii() and seed.isdigit()) or summary.parent in asked:
+            continue
+        try:
+            run = Run(method, int(seed), summary.parent, method_config(config, method, int(seed)))
+            if not differs(run):
+                found.append(run)
+        except InputError:
+            continue  # not of this comparison: settings that this method or this version does not know
+    return found
+
+
+def train(run: Run, cache: Path, jobs: int) -> None:
+    """Start a run or go on with it, unless it is finished.
+
+    Args:
+        run: which.
+        cache: folder for token files.
+        jobs: runs that share the machine at this time, to be noted.
+
+    Raises:
+        FolderInUse: another process is at it.
+        InputError: settings, data or a checkpoint are unusable.
+        TrainingStopped: stopped by a signal, after saving.
+    """
+    from switchable.compare.cut import cut
+    from switchable.train.pretrain import pretrain, resume
+    from switchable.train.rundir import RunDir
+
+    if run.finished():
+        return
+    if run.starts_from is not None:
+        cut(run, cache, jobs)
+    elif (run.path / "config.yaml").exists() and RunDir(run.path).steps():
+        train_settings = to_dict(run.config)["train"]
+        resume(run.path, {name: train_settings[name] for name in UNCOMPARED}, cache, jobs=jobs)
+    else:
+        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs)

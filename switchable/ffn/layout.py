@@ -1,0 +1,60 @@
+"""Where a neuron's weights lie in memory: side by side, so that an expert is one block of it.
+
+    shape   as the model has it: nn.Linear's down.weight [D, F], transformers' Conv1D c_fc.weight [D, F]
+    strides (D, 1) neuron by neuron:    row i of `neurons_first(projection)` is contiguous
+
+Of the two projections of an FFN one always has its neurons in columns. A slice of it is then D pieces of I numbers,
+each on another page of memory: slow to read when decoding, and its gradient cannot be summed row by row. So `convert`
+transposes that one's *storage*. Names, shapes and values stay as they were, and so does the dense product, to the
+rounding of its last bits (BLAS takes either order); gradients and element-wise optimizers' moments take over the
+strides of their parameter by themselves.
+
+What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`.
+Files are written contiguous in any case.
+
+Shapes: D d_model, F d_ff, I neurons per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from switchable.ffn.families import neurons_first
+from switchable.ffn.layer import SwitchableFFN
+
+
+def store_by_neuron(layer: SwitchableFFN) -> None:
+    """Lay out a layer's weights so that each neuron's are contiguous, in place; a second call changes nothing."""
+    for parameter, neurons_FD in _matrices(layer):
+        if neurons_FD.stride(1) != 1:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
+def store_by_row(layer: SwitchableFFN) -> None:
+    """Lay out a layer's weights as `torch.empty` would, in place: every parameter contiguous."""
+    for parameter, _ in _matrices(layer):
+        parameter.data = parameter.data.contiguous()
+
+
+@torch.no_grad()
+def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor's values in a parameter's memory layout (as they are if the shapes differ).
+
+    An optimizer's moments read from a file must lie in memory as they did before: the rounding of element-wise
+    operations may depend on it.
+    """
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each matrix of the FFN with its view neuron by neuron."""
+    gate = layer.gate_projection
+    if gate is not None:
+        yield gate.weight, neurons_first(gate, output=False)
+    yield layer.up_projection.weight, neurons_first(layer.up_projection, output=False)
+    yield layer.down_projection.weight, neurons_first(layer.down_projection, output=True)

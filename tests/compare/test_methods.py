@@ -1,0 +1,112 @@
+"""Each method is a few changes to one configuration; what is to be the same is the same to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from switchable import InputError
+from switchable.compare.methods import METHODS, check_methods, check_seeds, method_config
+from switchable.config import RunConfig, check, from_dict
+from switchable.ffn.convert import is_router_parameter
+from switchable.train.setup import set_up
+
+GIVEN: dict[str, Any] = {
+    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2},
+    "data": {"vocab_size": 300},
+    "train": {"steps": 400, "batch_size": 4, "sequence_length": 16, "learning_rate": 2e-3, "threads": 1},
+    "switch": {
+        "num_experts": 8, "experts_per_token": 3, "monitor_every": 7, "stability_threshold": 0.4,
+        "structure": "coactivation", "sparse_steps": 5, "max_activation_ratio": 0.25,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(corpus: Path) -> RunConfig:
+    return from_dict(GIVEN | {"data": {"vocab_size": 300, "data": [str(corpus)]}})
+
+
+def test_seeds_draw_the_same_weights_and_batches_whatever_the_method(
+    given: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    jobs = {name: set_up(method_config(given, name, 5), cache, quiet=True) for name in METHODS}
+    other = set_up(method_config(given, "ssd", 6), cache, quiet=True)
+    first = jobs["dense"]
+    weights = {n: p for n, p in first.model.named_parameters() if not is_router_parameter(n)}
+    for name, job in jobs.items():
+        own = {n: p for n, p in job.model.named_parameters() if not is_router_parameter(n)}
+        assert own.keys() == weights.keys(), name
+        assert all(torch.equal(own[n], weights[n]) for n in own), name
+        for step in (0, 399):
+            assert torch.equal(job.batch(step)["input_ids"], first.batch(step)["input_ids"]), name
+    assert not torch.equal(other.batch(0)["input_ids"], first.batch(0)["input_ids"])
+    assert not torch.equal(next(other.model.parameters()), next(first.model.parameters()))
+
+
+def test_what_each_method_changes(given: RunConfig) -> None:
+    found = {name: method_config(given, name, 3) for name in METHODS}
+    for name, config in found.items():
+        check(config)
+        assert (config.model, config.data) == (given.model, given.data)
+        assert config.train.seed == 3
+        same = dataclasses.replace(
+            config.train, seed=0, router_learning_rate=given.train.router_learning_rate
+        )
+        assert same == given.train, name
+    assert found["ssd"].switch == given.switch
+    assert found["static"].switch == dataclasses.replace(given.switch, schedule="static")
+    assert found["dense-then-moe"].switch == dataclasses.replace(given.switch, schedule="dense")
+    paper, moe = found["ssd-paper"].switch, found["moe"].switch
+    assert (paper.router, paper.structure, paper.join, paper.regroup) == (
+        "weight_mean",
+        "weights",
+        "together",
+        "switch",
+    )
+    assert (paper.sparse_steps, paper.dense_steps, paper.max_activation_ratio) == (30, 10, 1.0)
+    assert (paper.num_experts, paper.experts_per_token, paper.stability_threshold) == (8, 3, 0.4)
+    assert (moe.schedule, moe.gate, moe.load_balance, moe.num_experts, moe.experts_per_token) == (
+        "sparse",
+        "softmax",
+        0.01,
+        8,
+        3,
+    )
+    for name in ("moe", "ssd-paper"):
+        assert found[name].train.router_learning_rate == given.train.learning_rate
+
+
+def test_tuning_the_recipe_leaves_the_others_alone(given: RunConfig) -> None:
+    tuned = dataclasses.replace(
+        given,
+        switch=dataclasses.replace(
+            given.switch, structure="mixed", sparse_steps=9, router_token_fraction=0.25, regroup_below=0.1
+        ),
+        train=dataclasses.replace(given.train, router_learning_rate=0.3),
+    )
+    for name in ("dense", "moe", "ssd-paper"):
+        assert method_config(tuned, name, 0) == method_config(given, name, 0)
+    more = dataclasses.replace(given.switch, num_experts=16)
+    assert method_config(dataclasses.replace(given, switch=more), "dense", 0) == method_config(
+        given, "dense", 0
+    )
+
+
+def test_unknown_methods_and_seeds_are_refused() -> None:
+    assert check_methods(["ssd", "dense", "ssd"]) == ("ssd", "dense")
+    with pytest.raises(InputError, match=r"method 'ssd-papr' is not known; did you mean 'ssd-paper'\?"):
+        check_methods(["dense", "ssd-papr"])
+    with pytest.raises(InputError, match="no method given"):
+        check_methods([])
+    assert check_seeds(["2", "0", "2"]) == (2, 0)
+    for wrong in ("-1", "1.5", "two", "", "²"):
+        with pytest.raises(InputError, match="is not usable; give whole numbers"):
+            check_seeds([wrong])
+    with pytest.raises(InputError, match="no seed given"):
+        check_seeds([])

@@ -1,0 +1,48 @@
+"""The experiments: every question's settings are valid, and the figures are those of a hand-made pair of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.recipe import QUESTIONS, compare, configure, line
+from switchable.config import check, from_dict, read_yaml
+
+BASE = from_dict(read_yaml(Path(__file__).parents[1] / "experiments/recipe.yaml"), "recipe.yaml")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_variant_is_a_possible_configuration_of_its_own(question: str) -> None:
+    configs = [configure(BASE, settings, seed=3) for settings in QUESTIONS[question].values()]
+    for config in configs:
+        check(config)
+        assert config.train.seed == 3
+    assert len(set(configs)) == len(configs)  # a setting that no section knows would change nothing
+
+
+def test_steps_are_a_factor() -> None:
+    assert configure(BASE, {"steps": 1.25}, seed=0).train.steps == 1875
+
+
+def test_a_variant_against_its_dense_run() -> None:
+    dense = {"val_loss_dense": 3.0, "flops_nonembedding": 8.0}
+    summary = {
+        "val_loss_dense": 3.25,
+        "val_loss_sparse": 3.5,
+        "flops_nonembedding": 6.0,
+        "sparse_fraction": 0.5,
+        "sparse_layers": [0, 1],
+        "experts_per_token": [6, 8],
+        "experts": {"num_experts": 32},
+    }
+    figures = compare(summary, dense)
+    assert figures == {
+        "delta_dense": 0.25,
+        "delta_sparse": 0.5,
+        "flops_ratio_nonembedding": 0.75,
+        "sparse_fraction": 0.5,
+        "expert_fraction": (1 + 0.25) / 2,
+    }
+    assert line("a", figures).split() == ["a", "+0.2500", "+0.5000", "0.750", "50.0%", "62.5%"]
+    assert compare(summary | {"val_loss_sparse": None}, dense)["delta_sparse"] is None
