@@ -66,6 +66,11 @@ def evaluate(request: EvalRequest) -> list[Score]:
     model, tokenizer = load_switchable(request.folder)
     if tokenizer is None:
         raise InputError(f"{request.folder} holds no tokenizer; give the folder of the run instead")
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise InputError(
+            f"{request.folder} holds a {type(model).__name__}, which predicts no text; give a language model. "
+            "What finetune measured is in the results.json of its --out"
+        )
     found_ways = ways(model, request.modes, request.experts_per_token)
     objective = objective_of_model(model)
     if tasks and objective == "masked":

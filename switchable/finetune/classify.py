@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -85,9 +87,9 @@ def finetune(
     trainer = _trainer(model, tokenizer, config, device, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
-    with _quiet_transformers(quiet):
+    with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         outcome = trainer.train()
-    scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config)
+        scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config)
     result = {
         "model": str(run),
         "task": config.task,
@@ -124,7 +126,7 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         chosen, local_files_only=True, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id
     )
     try:
-        with _quiet_transformers(True):
+        with _quiet_transformers():
             model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 chosen, config=settings, local_files_only=True
             )
@@ -144,21 +146,24 @@ def _switch_on(model: nn.Module, chosen: Path) -> None:
     schedule = "ssd" if can_be_sparse else "dense"  # the routers of an all-dense model have nothing to learn
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1, schedule=schedule))
     routers = load_file(chosen / "switchable.safetensors")
+    owners = {key.rpartition(".router.")[0] for key in routers}
+    places = {id(module): name for name, module in model.named_modules()}
     for layer in layers_of(model):
-        # A classifier may hold the body under another name (T5: transformer.encoder... for encoder...).
-        name = next((n for n in stored if n == layer.name or _ends_alike(n, layer.name)), None)
-        if name is None:
-            raise InputError(f"{chosen} has no router for {layer.name}; it holds {', '.join(stored)}")
-        layer.set_experts_per_token(stored[name]["experts_per_token"])
-        layer.takes_part = stored[name]["takes_part"]
-        prefix = f"{name}.router."
+        settings = stored[_alike(layer.name, stored, chosen)]
+        layer.set_experts_per_token(settings["experts_per_token"])
+        layer.takes_part = settings["takes_part"]
+        prefix = f"{_alike(places[id(layer)], owners, chosen)}.router."
         layer.router.load_state_dict(
             {key.removeprefix(prefix): value for key, value in routers.items() if key.startswith(prefix)}
         )
 
 
-def _ends_alike(a: str, b: str) -> bool:
-    return a.endswith(f".{b}") or b.endswith(f".{a}")
+def _alike(name: str, names: Iterable[str], chosen: Path) -> str:
+    """Find a module's name in the model before: a classifier may hold the body in a part (T5: `transformer.`)."""
+    for other in names:
+        if name == other or name.endswith(f".{other}") or other.endswith(f".{name}"):
+            return other
+    raise InputError(f"{chosen} has no router for {name}; it has {', '.join(names)}")
 
 
 def _training_way(model: nn.Module, config: FinetuneConfig) -> Way:
@@ -190,7 +195,9 @@ def _trainer(
         report_to=[],
         disable_tqdm=quiet,
     )
-    return Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _encode(
@@ -233,12 +240,15 @@ def _scores(trainer: Trainer, dev: list[dict[str, Any]], config: FinetuneConfig)
 
 
 @contextmanager
-def _quiet_transformers(quiet: bool) -> Iterator[None]:
-    """Keep transformers from listing the weights that a new head does not find; its level is put back."""
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from listing the weights that a new head does not find; its settings are put back."""
     level = transformers.logging.get_verbosity()
-    if quiet:
-        transformers.logging.set_verbosity_error()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -200,10 +200,10 @@ class Trainer:
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per predicted token) in both modes, None for a mode there is not.
+        """Return validation loss (nats per predicted token) and bits per byte in both modes, None for what is not.
 
-        There is no sparse mode before sparse training has begun, and no dense one with softmax gates. Bits per byte
-        of text stand beside it where every token is predicted, that is for causal models.
+        There is no sparse mode before sparse training has begun, and no dense one with softmax gates; bits per byte of
+        text follow from the loss only where every token is predicted, that is for causal models.
         """
         job = self.job
         dense = (

@@ -22,6 +22,7 @@ from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
 from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
+from switchable.infer.fill import check_prompt
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
 
@@ -71,6 +72,8 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     data = prepare(config.data, cache, objective=objective_of(config), progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)
     train = config.train
+    if train.sample_prompt is not None:
+        check_prompt(objective_of(config), tokenizer, train.sample_prompt)
     objective = build_objective(objective_of(config), config.objective, tokenizer, train.sequence_length)
     batches = Batches(data.train.path, objective, train.batch_size, train.seed)
     found = validation_batches(data.val.path, objective, train.batch_size, train.eval_tokens)
