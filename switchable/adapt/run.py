@@ -37,7 +37,7 @@ from switchable.ffn.families import family_of
 from switchable.ffn.structure import cluster_layers
 from switchable.infer.evaluate import objective_of_model, validation_loss
 from switchable.infer.export import check_output
-from switchable.infer.load import load_config, load_pretrained
+from switchable.infer.load import is_sparse_export, load_config, load_pretrained
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import Batch, neuron_features, watch
 from switchable.switching.switch import regroup
@@ -97,6 +97,8 @@ def adapt(
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
     final = RunDir(source).final
     source = final if (final / "config.json").is_file() else source
+    if is_sparse_export(source):
+        raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(source,))
     switch = SwitchConfig(
@@ -211,7 +213,7 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     cost = losses(model, text.validation)
     least = min(row.activation_ratio for row in rows)
     raise InputError(
-        f"the model's activations ({layers[0].activation}) are not sparse: in each of its {len(layers)} FFNs at least "
+        f"the model's activations ({layers[0].act_name}) are not sparse: in each of its {len(layers)} FFNs at least "
         f"{100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). Cut into experts "
         f"as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
         "ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"

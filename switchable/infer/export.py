@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
+from switchable.ffn.description import describe
 from switchable.infer.load import load_switchable
 from switchable.infer.sparse_folder import METHOD
-from switchable.train.checkpoint import SHARD_SIZE, describe, save_dense, whole_folder
+from switchable.train.checkpoint import SHARD_SIZE, save_dense, whole_folder
 
 
 def export(

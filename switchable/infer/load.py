@@ -16,8 +16,9 @@ from switchable.config import RunConfig, from_dict, read_yaml
 from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
+from switchable.ffn.description import make_switchable
 from switchable.infer.sparse_folder import METHOD, register
-from switchable.train.checkpoint import make_switchable, quiet_transformers, restore_routers, verify
+from switchable.train.checkpoint import quiet_transformers, restore_routers, verify
 from switchable.train.rundir import RunDir
 
 

@@ -31,7 +31,7 @@ METHOD = "switchable"
 
 
 class SwitchableFFNsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The description of a model's experts (`train.checkpoint.describe`) as a part of its config."""
+    """The description of a model's experts (`ffn.description.describe`) as a part of its config."""
 
     def __init__(self, quant_method: str = METHOD, **described: Any) -> None:
         self.quant_method = quant_method
@@ -44,7 +44,7 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        from switchable.train.checkpoint import make_switchable
+        from switchable.ffn.description import make_switchable
 
         make_switchable(model, self.quantization_config.to_dict())
 

@@ -10,7 +10,6 @@ The folder is written under a temporary name, flushed to disk, and renamed. Noth
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -28,10 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
-from switchable.ffn.convert import convert, is_router_parameter, layers_of
-from switchable.ffn.families import Family
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import describe
 from switchable.ffn.layout import laid_out_like
-from switchable.switching.config import SwitchConfig
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
 MANIFEST = "manifest.json"
@@ -121,43 +119,6 @@ def save_model(folder: Path, model: nn.Module) -> None:
     routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
     save_file(routers, folder / "switchable.safetensors")
     write_json(folder / "switchable.json", describe(model))
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what makes a model switchable besides its routers' weights: plain values, as `make_switchable` takes
-    them."""
-    layers = layers_of(model)
-    return {
-        "num_experts": layers[0].num_experts,
-        "gate": layers[0].expert_gate,
-        "family": dataclasses.asdict(layers[0].family),
-        "layers": {
-            layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
-            for layer in layers
-        },
-    }
-
-
-def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Convert a plain model to what `describe` returned for another; the routers' weights are still to be loaded.
-
-    Raises:
-        InputError: the description does not fit the model.
-    """
-    family = described.get("family")
-    if family is not None:
-        classes = family["ffn"]
-        family = Family(**{**family, "ffn": classes if isinstance(classes, str) else tuple(classes)})
-    convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1), family)
-    for layer in layers_of(model):
-        if layer.name not in described["layers"]:
-            raise InputError(
-                f"the description of the experts has none for {layer.name}; it is another model's"
-            )
-        stored = described["layers"][layer.name]
-        layer.expert_gate = described.get("gate", "unit")
-        layer.set_experts_per_token(stored["experts_per_token"])
-        layer.takes_part = stored["takes_part"]
 
 
 @contextmanager

@@ -22,8 +22,10 @@ from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import family_of
+from switchable.infer.export import export
 from switchable.infer.generate import generate_text
 from switchable.infer.load import load_pretrained, load_switchable
+from switchable.train.checkpoint import save
 
 SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
 SMALL = [
@@ -213,7 +215,7 @@ def test_a_model_that_is_not_sparse(
     assert set(figures["relufy"]) == {"steps", "loss_before", "loss_swapped", "loss_after"}
     model, _ = load_switchable(tmp_path / "out")
     assert model.config.activation_function == "relu"
-    assert layers_of(model)[0].activation == "relu"
+    assert layers_of(model)[0].act_name == "relu"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_relu_in_the_config(case: str, setting: str, value: str) -> None:
     assert getattr(changed, setting) == value
     again = type(model)(changed)
     convert(again, SwitchConfig(num_experts=8, experts_per_token=2))
-    assert {layer.activation for layer in layers_of(again)} == {"relu"}
+    assert {layer.act_name for layer in layers_of(again)} == {"relu"}
     with pytest.raises(InputError, match="already: leave out --relufy"):
         with_relu(changed, family_of(model))
 
@@ -263,6 +265,11 @@ def test_bad_input(
     big.save_pretrained(str(folder))
     if len(big) > config["vocab_size"]:
         assert "they do not belong together" in refused(folder)
+    model = make("gpt2")
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
+    save(tmp_path / "switchable", model)
+    export(tmp_path / "switchable", "sparse", tmp_path / "sparse")
+    assert "is switchable already" in refused(tmp_path / "sparse")
     make("llama").save_pretrained(tmp_path / "bare")
     assert "no tokenizer in the folder" in refused(tmp_path / "bare")
 
