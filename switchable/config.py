@@ -71,6 +71,9 @@ class TrainConfig:
     eval_tokens: int = option(65_536, "validation tokens used each time, the same ones every time")
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(3, "checkpoints to keep, newest first; 0 = all")
+    snapshots: int = option(
+        8, "model weights kept over the run for `switchable study`, closer together early on; 0 = none"
+    )
     sample_prompt: str | None = option(
         None, "text that the finished model continues in both modes; none = no sample"
     )
@@ -124,6 +127,8 @@ def check(config: RunConfig) -> None:
     for name in ("warmup_fraction", "decay_fraction"):
         if not 0.0 <= getattr(train, name) <= 1.0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
+    if train.snapshots < 0:
+        raise InputError(f"snapshots={train.snapshots} is out of range; use a whole number of at least 0")
     for name in ("learning_rate", "router_learning_rate"):
         if not getattr(train, name) > 0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")

@@ -13,7 +13,6 @@ Shapes: T tokens, D d_model, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass, router_loss
-from switchable.switching.monitor import Batch
+from switchable.switching.monitor import Batch, observed
 
 MEMORY_BYTES = 2**30
 """For what is kept of one piece of the text, all layers together."""
@@ -60,7 +59,7 @@ def calibrate(
         set_mode(model, "dense")
         model.eval()
         for piece in pieces:
-            seen = _record(model, layers, piece)
+            seen = _record(model, piece)
             for epoch in range(EPOCHS):
                 share = (done + len(piece) * epoch / EPOCHS) / len(batches)
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
@@ -79,38 +78,33 @@ def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterat
         yield batches[start : start + length]
 
 
-@torch.no_grad()
-def _record(
-    model: nn.Module, layers: Sequence[SwitchableFFN], batches: Iterable[Batch]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return each layer's inputs x_TD and its experts' shares of the mass, share_TE, in half precision."""
-    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+class _Seen:
+    """What one layer is given and what its experts do with it, in half precision."""
 
-    def hook(place: int, layer: SwitchableFFN, x: Tensor) -> None:
+    def __init__(self) -> None:
+        self._x: list[Tensor] = []
+        self._share: list[Tensor] = []
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Keep the tokens of one call."""
         x_TD = x.reshape(-1, layer.d_model)
         mass_TE = expert_mass(layer.activations(x_TD), layer.weights.down_FD, layer.num_experts)
         share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
-        kept[place].append((x_TD.to(torch.bfloat16), share_TE.half()))
+        self._x.append(x_TD.to(torch.bfloat16))
+        self._share.append(share_TE.half())
 
-    with _watched(layers, hook):
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the inputs x_TD and the experts' shares of the mass, share_TE."""
+        return torch.cat(self._x), torch.cat(self._share)
+
+
+@torch.no_grad()
+def _record(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
+    seen = [_Seen() for _ in layers_of(model)]
+    with observed(model, seen):
         for batch in batches:
             model(**batch)
-    return [(torch.cat([x for x, _ in rows]), torch.cat([s for _, s in rows])) for rows in kept]
-
-
-@contextmanager
-def _watched(
-    layers: Sequence[SwitchableFFN], see: Callable[[int, SwitchableFFN, Tensor], None]
-) -> Iterator[None]:
-    def hook_for(place: int, layer: SwitchableFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: see(place, layer, args[0])
-
-    hooks = [layer.register_forward_pre_hook(hook_for(i, layer)) for i, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [each.rows() for each in seen]
 
 
 def _epoch(

@@ -180,9 +180,7 @@ def _relufy(
 def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     """Put the neurons of every FFN in the order of the structure that the text shows."""
     layers = layers_of(model)
-    tallies = watch(
-        model, text.probe(model, config.structure_tokens), keep_active=config.structure != "weights"
-    )
+    tallies = watch(model, text.probe(model, config.structure_tokens))
     rows = [
         neuron_features(layer, tally.active_TF, config.structure)
         for layer, tally in zip(layers, tallies, strict=True)

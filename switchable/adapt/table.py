@@ -41,20 +41,26 @@ class Losses:
 
 def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
     """Measure every FFN at its own K on model inputs without labels."""
-    rows = []
-    for layer, tally in zip(layers_of(model), watch(model, probe), strict=True):
-        assert tally.caught_E is not None, "the text never reached the layer"
-        mass = max(float(tally.mass), 1e-300)
-        rows.append(
-            LayerRow(
-                name=layer.name,
-                activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
-                mass_caught=float(tally.caught_E[layer.experts_per_token - 1]) / mass,
-                mass_best=float(tally.best) / mass,
-                takes_part=layer.takes_part,
+    layers = layers_of(model)
+    sums = [[0.0] * 5 for _ in layers]
+    for batch in probe:  # one by one: a tally keeps every token's activity
+        for total, layer, tally in zip(sums, layers, watch(model, [batch]), strict=True):
+            assert tally.caught_E is not None, "the text never reached the layer"
+            caught = float(tally.caught_E[layer.experts_per_token - 1])
+            figures = (
+                tally.tokens * layer.d_ff,
+                float(tally.active),
+                caught,
+                float(tally.best),
+                float(tally.mass),
             )
+            total[:] = [a + b for a, b in zip(total, figures, strict=True)]
+    return [
+        LayerRow(
+            layer.name, active / pairs, caught / max(mass, 1e-300), best / max(mass, 1e-300), layer.takes_part
         )
-    return rows
+        for layer, (pairs, active, caught, best, mass) in zip(layers, sums, strict=True)
+    ]
 
 
 def losses(model: nn.Module, validation: Sequence[Batch]) -> Losses:

@@ -22,6 +22,7 @@ from switchable.cli import (
     generate,
     prepare,
     pretrain,
+    study,
 )
 from switchable.errors import InputError
 
@@ -35,6 +36,7 @@ VERBS = {
     "eval": evaluate,
     "finetune": finetune,
     "bench": bench,
+    "study": study,
 }
 
 

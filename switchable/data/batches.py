@@ -61,7 +61,7 @@ class Windows:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.tokens = _as_array(tokens)
+        self.tokens = token_array(tokens)
         self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
         self.rank, self.world_size = rank, world_size
         _check_batch(batch_size, sequence_length, rank, world_size)
@@ -187,7 +187,7 @@ def eval_batches(
     Raises:
         InputError: not even one window per rank (raised at once).
     """
-    array = _as_array(tokens)
+    array = token_array(tokens)
     _check_batch(batch_size, sequence_length, rank, world_size)
     count = min(len(array), eval_tokens) // sequence_length
     if count < world_size:
@@ -224,7 +224,12 @@ def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
     return loss_nats_per_token / math.log(2) * tokens / bytes
 
 
-def _as_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
+def token_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
+    """Return the token ids of a file that `tokens.prepare` made, mapped into memory, or the array itself.
+
+    Raises:
+        InputError: not a token file.
+    """
     if isinstance(tokens, np.ndarray):
         return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast
     path = Path(tokens)

@@ -39,7 +39,7 @@ from switchable.ffn.router import (
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_token_fraction", "expert_gate",
-    "load_balance", "activation_l1", "training",
+    "load_balance", "activation_l1", "neuron_ids_F", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -66,6 +66,9 @@ class SwitchableFFN(nn.Module):
     """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
     dense_fallback: bool
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
+    neuron_ids_F: Tensor
+    """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
+    compares them over time needs to know which is which."""
 
     def __init__(
         self, ffn: nn.Module, family: Family, name: str, num_experts: int, experts_per_token: int
@@ -95,6 +98,7 @@ class SwitchableFFN(nn.Module):
         self.act_name = activation
         up_FD = self.weights.up_FD
         self.d_ff, self.d_model = up_FD.shape
+        self.neuron_ids_F = torch.arange(self.d_ff, device="cpu")
         if num_experts < 1 or self.d_ff % num_experts:
             allowed = ", ".join(str(d) for d in divisors_near(self.d_ff, num_experts))
             raise InputError(

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.safetensors, .json     routers; experts, K and which layers are sparse
+    switchable.safetensors, .json     routers, which neuron is which; experts, K and which layers are sparse
     training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
@@ -35,6 +35,10 @@ from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 MANIFEST = "manifest.json"
 SHARD_SIZE = "5GB"
 """Largest file of weights."""
+PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
+"""Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
+NEURON_IDS = ".neuron_ids"
+"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
 
 
 def save(
@@ -117,7 +121,8 @@ def save_model(folder: Path, model: nn.Module) -> None:
     """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
     save_dense(folder, model)
     routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
-    save_file(routers, folder / "switchable.safetensors")
+    neuron_ids = {layer.name + NEURON_IDS: layer.neuron_ids_F.contiguous() for layer in layers_of(model)}
+    save_file(routers | neuron_ids, folder / "switchable.safetensors")
     write_json(folder / "switchable.json", describe(model))
 
 
@@ -201,9 +206,9 @@ def training_state(
             elif value is not None:
                 values["optimizer"][full] = value
     plain = dict(controller_state)
-    for i, labels in enumerate(plain.pop("last")):
-        if labels is not None:
-            tensors[f"structure:{i}"] = labels
+    for key, name in PER_LAYER.items():
+        found = enumerate(plain.pop(key))
+        tensors |= {f"{name}:{i}": tensor for i, tensor in found if tensor is not None}
     values["controller"] = plain
     return tensors, values
 
@@ -236,7 +241,8 @@ def restore(
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
-    controller_state["last"] = [tensors.get(f"structure:{i}") for i in range(len(layers_of(model)))]
+    layers = range(len(layers_of(model)))
+    controller_state |= {key: [tensors.get(f"{name}:{i}") for i in layers] for key, name in PER_LAYER.items()}
     return controller_state, values["counters"]
 
 
@@ -254,6 +260,7 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     state = load_file(folder / "switchable.safetensors") if routers else {}
     for shard in folder.glob("model*.safetensors"):
         state |= load_file(shard)
+    _take_neuron_ids(state, model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -286,3 +293,10 @@ def restore_routers(folder: Path, model: nn.Module) -> None:
     wrong = [*unexpected, *(name for name in missing if is_router_parameter(name))]
     if wrong:
         raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
+
+
+def _take_neuron_ids(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Move the names of the neurons from a file's tensors to the layers."""
+    for layer in layers_of(model):
+        # Models of other origin have none: their neurons stand in their first order.
+        layer.neuron_ids_F = state.pop(layer.name + NEURON_IDS, torch.arange(layer.d_ff))

@@ -94,16 +94,24 @@ class Trainer:
             TrainingStopped: stopped on request, after saving.
         """
         train = self.job.config.train
+        snapshots = snapshot_steps(train.steps, train.snapshots)
         self.job.model.train()
         while self.counters.steps < train.steps:
             self._step()
             done = self.counters.steps
             finished = done == train.steps
-            if finished or done % train.log_every == 0:
+            logs = finished or done % train.log_every == 0
+            evaluates = finished or (train.eval_every > 0 and done % train.eval_every == 0)
+            saves = finished or self.stop.requested or done % train.checkpoint_every == 0
+            if logs or evaluates or saves or done in snapshots:
+                self._settle()
+            if logs:
                 self._log_train()
-            if finished or (train.eval_every and done % train.eval_every == 0):
+            if evaluates:
                 self.evaluate()
-            if finished or self.stop.requested or done % train.checkpoint_every == 0:
+            if done in snapshots:
+                self._snapshot()
+            if saves:
                 self.save()
             if self.stop.requested and not finished:
                 raise TrainingStopped(self.stop.signum)
@@ -148,6 +156,19 @@ class Trainer:
         else:
             counters.seconds_dense += seconds
         self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
+
+    def _settle(self) -> None:
+        """Wait for the GPU, which runs behind the host, and count the wait as the training that it is."""
+        if self.job.device.type != "cuda":
+            return
+        begin = time.perf_counter()
+        torch.cuda.synchronize(self.job.device)
+        seconds, counters = time.perf_counter() - begin, self.counters
+        counters.window_seconds += seconds
+        # How much of it was for which kind of step is not known: by the steps since the last train line.
+        sparse = seconds * counters.window_sparse / max(1, counters.window_steps)
+        counters.seconds_sparse += sparse
+        counters.seconds_dense += seconds - sparse
 
     def _log_train(self) -> None:
         counters = self.counters
@@ -227,6 +248,12 @@ class Trainer:
         val = self.job.data.val
         return bits_per_byte(loss, val.tokens, val.text_bytes)
 
+    def _snapshot(self) -> None:
+        """Keep the weights as they are now, for `switchable study`."""
+        begin = time.perf_counter()
+        checkpoint.save(self.rundir.snapshot(self.counters.steps), self.job.model)
+        self.counters.seconds_other += time.perf_counter() - begin
+
     def save(self) -> None:
         """Write a checkpoint and drop those that are older than the `keep` newest."""
         begin = time.perf_counter()
@@ -242,3 +269,15 @@ class Trainer:
         checkpoint.save(self.rundir.checkpoint(counters.steps), job.model, state)
         self.rundir.drop_old(job.config.train.keep)
         counters.seconds_other += time.perf_counter() - begin
+
+
+def snapshot_steps(total_steps: int, count: int) -> set[int]:
+    """Return `count` steps (fewer in a short run) after which weights are kept: most of what happens, happens early.
+
+    Their distances grow like a geometric series, from a hundredth of the run to its end.
+    """
+    if not count:
+        return set()
+    first = max(1.0, total_steps / 100)
+    ratio = (total_steps / first) ** (1 / max(1, count - 1))
+    return {round(total_steps / ratio**i) for i in range(count)}

@@ -21,6 +21,8 @@ from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
 from switchable.study.curves import draw_curves
+from switchable.study.probe import save_probe
+from switchable.study.report import write_run_report
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import RunLog
@@ -67,6 +69,7 @@ def pretrain(
         rundir.clear()
         job.tokenizer.save_pretrained(rundir.tokenizer)
         write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+        save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
     finally:
         rundir.release()
@@ -195,8 +198,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     write_json(rundir.summary, figures)
     draw_curves(rundir.metrics, rundir.curves)
+    write_run_report(rundir.path)
     _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   picture: {rundir.curves}   figures: {rundir.summary}")
+    trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
     return figures
 
 
