@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +21,8 @@ from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
+
+T = TypeVar("T")
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -246,9 +248,20 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
             raise InputError(
                 f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
             )
+    return build(cls, values, where)
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a config dataclass from those of the values that are its fields, coerced to the fields' types.
+
+    Raises:
+        InputError: a value of the wrong type, or that is not among a field's choices.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {key: value for key, value in values.items() if key in hints}
     coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     built = cls(**coerced)
-    for f in dataclasses.fields(built):
+    for f in dataclasses.fields(built):  # type: ignore[arg-type]
         choices = f.metadata.get("choices")
         value = getattr(built, f.name)
         if choices and value is not None and value not in choices:
