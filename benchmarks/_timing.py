@@ -7,9 +7,12 @@ A slow phase of the machine then hits all contenders of a turn alike. Medians ar
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +55,32 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], seconds: float, r
     return Times(times)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the profiler's C++ half from writing to the streams; nothing in Python can ask it to be quiet."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in kept:
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return the most CPU memory that tensors take during a call, beyond what there was before.
 
     From the profiler's record of every allocation, so caches of the allocator do not count.
     """
     call()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     profiler = profile.profiler
     assert profiler is not None

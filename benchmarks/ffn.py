@@ -3,8 +3,9 @@
     python -m benchmarks.ffn [--quick]
 
 Parity comes first: outputs and gradients of every contender against `eager`; nothing is reported if one fails. Then
-all contenders take turns in one process, on the same weights and the same random routing, and ratios are medians
-over the turns. Training is forward and backward with gradients of input, weights, bias and gates (which are one,
+all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians over
+the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron, as
+`convert` leaves them. Training is forward and backward with gradients of input, weights, bias and gates (which are one,
 as in training); decoding is the forward alone over as many layers as it takes to push the weights out of the
 cache. `batched_mm` copies the weights once per token, so it takes part in decoding only; `eager` stands for the loop
 over experts that transformers calls eager. `auto` is the name that it resolves to.
@@ -69,6 +70,7 @@ class Layer:
         self.shape = shape
         self.x_TD = torch.randn(shape.T, shape.D, requires_grad=True)
         self.up, self.down = torch.nn.Linear(shape.D, shape.F), torch.nn.Linear(shape.F, shape.D, bias=False)
+        self.down_FD = self.down.weight.detach().t().contiguous().requires_grad_()
         self.ids_TK = torch.rand(shape.T, shape.E).topk(shape.K).indices
         self.gates_TK = torch.ones(shape.T, shape.K, requires_grad=True)
         self.dy_TD = torch.randn(shape.T, shape.D)
@@ -80,7 +82,7 @@ class Layer:
         return {
             "x": self.x_TD,
             "up": self.up.weight,
-            "down": self.down.weight,
+            "down": self.down_FD,
             "bias": up_bias,
             "gates": self.gates_TK,
         }
@@ -90,7 +92,7 @@ class Layer:
             return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
         return expert_ffn(
             self.x_TD,
-            FFNWeights(self.up.weight, self.down.weight.t(), self.up.bias),
+            FFNWeights(self.up.weight, self.down_FD, self.up.bias),
             self.ids_TK,
             self.gates_TK,
             num_experts=self.shape.E,
@@ -99,14 +101,14 @@ class Layer:
         )
 
     def train(self, name: str) -> None:
-        for leaf in self.leaves().values():
+        for leaf in (*self.leaves().values(), self.down.weight):
             leaf.grad = None
         torch.autograd.backward(self.forward(name), self.dy_TD)
 
     def route(self, training: bool) -> None:
         with torch.set_grad_enabled(training):
             _, gates_TK = select(self.router(self.x_TD.detach()), self.shape.K)
-        if training:
+        if gates_TK is not None:
             torch.autograd.backward(gates_TK, torch.ones_like(gates_TK))
 
 
@@ -225,7 +227,9 @@ def main() -> int:
     if errors:
         print("\n".join(errors), file=sys.stderr)
         return 1
-    print(f"{autotune.machine()}, {torch.get_num_threads()} threads, float32")
+    print(
+        f"{autotune.machine()['processor']}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
+    )
     rows = []
     for shape in TRAINING:
         rows.append(train_row(shape, seconds))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from switchable.cli.flags import default_cache
-from switchable.config import from_dict, read_yaml
+from switchable.config import from_dict, objective_of, read_yaml
 from switchable.data.batches import eval_batches
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
@@ -102,7 +102,7 @@ def main() -> int:
     try:
         model, _ = load_switchable(args.run)
         config = from_dict(read_yaml(args.run / "config.yaml"))
-        data = prepare(config.data, default_cache())
+        data = prepare(config.data, default_cache(), objective=objective_of(config))
     except InputError as error:
         print(f"benchmarks.structure: {error}", file=sys.stderr)
         return 2

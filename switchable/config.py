@@ -13,13 +13,16 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from switchable.data.config import DataConfig
+from switchable.data.config import DataConfig, ObjectiveConfig
+from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
+
+T = TypeVar("T")
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -31,7 +34,7 @@ def option(default: Any, help_text: str, **metadata: Any) -> Any:
 class ModelConfig:
     """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
 
-    family: str = option("gpt2", "model type of transformers to build; this version pre-trains gpt2")
+    family: str = option("gpt2", "model type of transformers to build: gpt2, opt, llama, bert, roberta or t5")
     d_model: int = option(256, "width of the residual stream")
     d_ff: int | None = option(None, "neurons per FFN; default 4 x d_model")
     num_layers: int = option(4, "Transformer blocks")
@@ -83,6 +86,9 @@ class TrainConfig:
     eval_tokens: int = option(65_536, "validation tokens used each time, the same ones every time")
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(3, "checkpoints to keep, newest first; 0 = all")
+    snapshots: int = option(
+        8, "model weights kept over the run for `switchable study`, closer together early on; 0 = none"
+    )
     sample_prompt: str | None = option(
         None, "text that the finished model continues in both modes; none = no sample"
     )
@@ -94,6 +100,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
@@ -142,12 +149,39 @@ def check(config: RunConfig) -> None:
             f"sequence_length={train.sequence_length} is longer than the model's max_positions={model.max_positions}; "
             "shorten the sequences or give the model more positions"
         )
+    _check_objective(config)
     for name in ("warmup_fraction", "decay_fraction"):
         if not 0.0 <= getattr(train, name) <= 1.0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a number from 0 to 1")
+    if train.snapshots < 0:
+        raise InputError(f"snapshots={train.snapshots} is out of range; use a whole number of at least 0")
     for name in ("learning_rate", "router_learning_rate"):
         if not getattr(train, name) > 0:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
+
+
+FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span"}
+"""What the families learn that do not learn to predict the next token."""
+
+
+def objective_of(config: RunConfig) -> str:
+    """Return what the model learns: the objective given, or that of its family."""
+    return config.objective.objective or FAMILY_OBJECTIVES.get(config.model.family, "causal")
+
+
+def _check_objective(config: RunConfig) -> None:
+    name, family = objective_of(config), config.model.family
+    fitting = FAMILY_OBJECTIVES.get(family, "causal")
+    if name != fitting:
+        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2, say"
+        raise InputError(
+            f"objective={name} does not fit family={family}, which learns objective={fitting}; leave the objective "
+            f"out, or use a family that learns it ({others})"
+        )
+    if config.objective.whole_words and name != "masked":
+        raise InputError(f"whole_words is for objective=masked, not for {name}; leave it out")
+    if config.data.tokenizer is None:
+        check_vocab_size(config.data.vocab_size, name)
 
 
 def d_ff(model: ModelConfig) -> int:
@@ -240,12 +274,23 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
             raise InputError(
                 f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
             )
+    return build(cls, values, where)
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a config dataclass from those of the values that are its fields, coerced to the fields' types.
+
+    Raises:
+        InputError: a value of the wrong type, or that is not among a field's choices.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {key: value for key, value in values.items() if key in hints}
     coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     built = cls(**coerced)
-    for f in dataclasses.fields(built):
+    for f in dataclasses.fields(built):  # type: ignore[arg-type]
         choices = f.metadata.get("choices")
         value = getattr(built, f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise InputError(
                 f"{where}: {f.name}={value!r} is not known; use one of {', '.join(map(str, choices))}"
             )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import tiny_gpt2
+from support import small_run, tiny_gpt2
 from torch import nn
 
 from switchable import SwitchConfig, convert
+from switchable.train.pretrain import pretrain
 
 
 @pytest.fixture
@@ -60,3 +62,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picks = torch.randint(0, len(words), (300,), generator=generator).tolist()
         (folder / f"{i:03d}.txt").write_text(" ".join(words[p] for p in picks), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """A finished run of 20 steps per family, made when first asked for: its folder and its summary."""
+    base = tmp_path_factory.mktemp("runs")
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(family: str) -> tuple[Path, dict[str, Any]]:
+        if family not in done:
+            done[family] = pretrain(small_run(corpus, family), base / family, base / "cache", quiet=True)
+        return base / family, done[family]
+
+    return run

@@ -1,9 +1,24 @@
-"""Models that the tests share."""
+"""Models and data that the tests share."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+from switchable.config import RunConfig, from_dict
+
+
+def shared(name: str) -> Path:
+    """The path of something in the folder of shared data; the test is skipped where it is not there."""
+    path = Path(os.environ.get("SWITCHABLE_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+    if not path.exists():
+        pytest.skip(f"no {path}: set SWITCHABLE_DATA to the folder of shared data")
+    return path
 
 
 def tiny_gpt2(activation: str = "relu", layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -43,3 +58,22 @@ class HomeMade(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return x
+
+
+def small_run(corpus: Path, family: str = "gpt2", **train: Any) -> RunConfig:
+    """A run of 20 steps with several switches and regroupings."""
+    return from_dict(
+        {
+            "model": {"family": family, "d_model": 16, "num_layers": 2, "num_heads": 2},
+            "data": {"data": [str(corpus)], "vocab_size": 400},
+            "train": {
+                "steps": 20, "batch_size": 4, "sequence_length": 24, "log_every": 4, "eval_every": 10,
+                "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "threads": 1, **train,
+            },
+            "switch": {
+                "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 200,
+                "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+                "min_dense_fraction": 0.15, "final_dense_fraction": 0.2, "regroup_below": 1.0,
+            },
+        }
+    )  # fmt: skip

@@ -12,10 +12,34 @@ import argparse
 import os
 import sys
 
-from switchable.cli import compare, generate, plan, prepare, pretrain
+from switchable.cli import (
+    bench,
+    compare,
+    convert,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    plan,
+    prepare,
+    pretrain,
+    study,
+)
 from switchable.errors import InputError
 
-VERBS = {"prepare": prepare, "pretrain": pretrain, "generate": generate, "compare": compare, "plan": plan}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "compare": compare,
+    "convert": convert,
+    "export": export,
+    "generate": generate,
+    "eval": evaluate,
+    "finetune": finetune,
+    "bench": bench,
+    "study": study,
+    "plan": plan,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

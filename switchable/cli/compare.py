@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, write the table, and print its figures as one JSON line."""
     from switchable.compare.methods import check_methods, check_seeds
     from switchable.compare.runs import others_finished, plan
-    from switchable.config import load
+    from switchable.config import load, objective_of
 
     if args.config is None:
         raise InputError("no configuration given; name a YAML file, e.g. configs/parity-quick.yaml")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from switchable.data.tokens import prepare
 
     if not all(run.finished() for run in runs):
-        prepare(config.data, args.cache, progress=not args.quiet)
+        prepare(config.data, args.cache, objective=objective_of(config), progress=not args.quiet)
     supervisor = Supervisor(runs, args.cache, jobs, config.train.threads or 1, args.quiet)
     signum = supervisor.train()
     if signum is not None:

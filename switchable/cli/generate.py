@@ -13,7 +13,11 @@ HELP = "write text with a trained model, dense or sparse"
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
-    verb.add_argument("--prompt", default="", help="text to continue")
+    verb.add_argument(
+        "--prompt",
+        default="",
+        help="text to continue; with <mask> (BERT) or <extra_id_0> (T5): blanks to fill",
+    )
     verb.add_argument("--mode", choices=("dense", "sparse"), default="dense", help="how the FFNs multiply")
     verb.add_argument("--experts-per-token", type=int, metavar="K", help="experts per token in sparse mode")
     verb.add_argument(

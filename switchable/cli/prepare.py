@@ -13,16 +13,16 @@ HELP = "text -> tokenizer -> token files (pretrain does it by itself)"
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_common(verb)
-    add_config_flags(verb, only="data")
+    add_config_flags(verb, only=("data", "objective"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data and print where it is."""
-    from switchable.config import load
+    from switchable.config import load, objective_of
     from switchable.data.tokens import prepare
 
     config = load(args.config, given_flags(args))
-    data = prepare(config.data, args.cache, progress=not args.quiet)
+    data = prepare(config.data, args.cache, objective=objective_of(config), progress=not args.quiet)
     print(
         json.dumps(
             {"train_tokens": data.train.tokens, "val_tokens": data.val.tokens, "folder": str(data.folder)}

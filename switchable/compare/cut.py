@@ -113,7 +113,7 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
     seed, total = job.config.train.seed, job.config.train.steps
     _, found = measure(job.model, controller.probe, [None] * len(layers), seed, switch.structure)
-    regroup(layers, found, None)
+    regroup(layers, [layer.labels_F for layer in found], None)
     for layer in layers:
         layer.router.initialise(layer.weights.up_FD)
     spent = 2 * flops.measurement(controller.probe_tokens)
@@ -122,8 +122,11 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
         train_routers(job, steps)
         spent += steps * router_step_flops(job.model, flops)
     # Which layers take part, and with how many experts, is decided as in training, but for their stability.
-    structures = [current_structure(layer) for layer in layers]
-    measures, _ = measure(job.model, controller.probe, structures, seed, switch.structure)
+    last = [
+        dataclasses.replace(before, labels_F=current_structure(layer))
+        for before, layer in zip(found, layers, strict=True)
+    ]
+    measures, _ = measure(job.model, controller.probe, last, seed, switch.structure)
     rule = dataclasses.replace(
         switch, schedule="static", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )

@@ -26,7 +26,7 @@ RETRY_SECONDS = 2.0
 
 @dataclass
 class _Child:
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     log: Path
     shown: int
     """Bytes of the log that were on it before, or have been shown."""
@@ -57,11 +57,13 @@ class Supervisor:
     def train(self) -> int | None:
         """Train all; return None, or the number of the signal that stopped it."""
         with StopRequest() as stop:
-            while (self._pending or self._active) and not stop.requested:
-                self._start()
-                time.sleep(POLL_SECONDS)
-                self._collect()
-            if stop.requested:
+            try:
+                while (self._pending or self._active) and not stop.requested:
+                    self._start()
+                    time.sleep(POLL_SECONDS)
+                    self._collect()
+            finally:
+                # Whatever ends this process, no child is left behind.
                 self._stop()
             return stop.signum
 
@@ -106,17 +108,13 @@ class Supervisor:
         }
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "switchable.compare.worker"],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-m", "switchable.compare.worker", task(run, self.cache, self.jobs)],
+                stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                text=True,
                 env=environment,
                 start_new_session=True,
             )
-        assert process.stdin is not None
-        process.stdin.write(task(run, self.cache, self.jobs))
-        process.stdin.close()
         return _Child(process, log, shown)
 
     def _collect(self) -> None:
@@ -130,7 +128,7 @@ class Supervisor:
                 # Another process was quicker.
                 self._wait_for(run)
                 self._pending.append(run)
-            elif code == 0:
+            elif code == 0 or run.finished():  # some libraries crash while a process ends
                 self._say(f"{run.name}: finished")
             elif code == 2:
                 self._fail(run, _last_line(child.log))
@@ -138,7 +136,9 @@ class Supervisor:
                 self._fail(run, f"it ended with code {code}; {child.log} says why")
 
     def _stop(self) -> None:
-        self._say("stopping: every run saves a checkpoint first ...")
+        """Ask the children that are still training to save and end, and wait for them."""
+        if self._active:
+            self._say("stopping: every run saves a checkpoint first ...")
         for child in self._active.values():
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The child process that trains one run of a comparison: `python -m switchable.compare.worker`, told what on stdin.
+"""The child process that trains one run of a comparison: `python -m switchable.compare.worker TASK`.
 
 Its exit code is its answer: 0 finished, 2 unusable input (the reason is the last line of its log), `IN_USE` another
 process is at that run, 128 + signal stopped and saved.
@@ -33,8 +33,8 @@ def task(run: Run, cache: Path, jobs: int) -> str:
 
 
 def main() -> int:
-    """Train the run described on stdin; return the exit code."""
-    told = json.load(sys.stdin)
+    """Train the run that the only argument describes; return the exit code."""
+    told = json.loads(sys.argv[1])
     run = Run(told["method"], told["seed"], Path(told["path"]), from_dict(told["config"]))
     # Loads torch, after what is needed to understand the task.
     from switchable.train.rundir import FolderInUse

@@ -1,4 +1,4 @@
-"""Token file -> the batch of a given index: `CausalBatches(tokens, ...).batch(index)`.
+"""Token file -> the batch of a given index: `Batches(tokens, objective, ...).batch(index)`.
 
 Last room of TEXT -> TOKENS -> BATCHES. A batch is a pure function of (seed, index): a run resumes from the
 one integer it has reached, and there is no reader with a state. How an index becomes windows of the file:
@@ -10,8 +10,8 @@ which NumPy promises not to change. The windows of all epochs stand in one endle
 windows from i · B on. So every epoch shows each window once, and a batch may hold the end of one epoch and
 the start of the next. The file is mapped into memory, never copied.
 
-`Windows` does all of that for any objective. A batch for masked or span-corruption training is a class beside
-`CausalBatches` that draws its masks from (seed, index) over the same windows.
+`Windows` does all of that for any objective; the objective makes model inputs of them (`objectives/`), from the
+number of each row in that endless row of windows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from switchable.data.objectives import Objective
 from switchable.errors import InputError
+
+VALIDATION_SEED = 0  # of what is masked in validation batches
 
 TokenSource = npt.NDArray[np.integer[Any]] | str | os.PathLike[str]
 
@@ -58,7 +61,7 @@ class Windows:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.tokens = _as_array(tokens)
+        self.tokens = token_array(tokens)
         self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
         self.rank, self.world_size = rank, world_size
         _check_batch(batch_size, sequence_length, rank, world_size)
@@ -103,27 +106,58 @@ class Windows:
         return np.argsort(raw[1:], kind="stable") * length + offset
 
 
-class CausalBatches:
-    """Batches to train a causal language model on: index -> LongTensor [B_local, S].
+class Batches:
+    """Batches to train on: index -> model inputs, each LongTensor [B_local, ...].
 
-    The labels of a causal model are its inputs (`transformers` shifts them), so one tensor is both. Arguments
-    and errors are those of `Windows`.
+    Args:
+        tokens, batch_size, seed, rank, world_size: as of `Windows`, which raises on them.
+        objective: what to make of a window.
     """
 
     def __init__(
         self,
         tokens: TokenSource,
+        objective: Objective,
         batch_size: int,
-        sequence_length: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.windows = Windows(tokens, batch_size, sequence_length, seed, rank, world_size)
+        self.objective = objective
+        self.windows = Windows(tokens, batch_size, objective.window, seed, rank, world_size)
 
-    def batch(self, index: int) -> Tensor:
-        """Return this rank's part of batch `index`: LongTensor [B / world_size, S]."""
-        return torch.from_numpy(self.windows.take(index))
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """Return this rank's part of batch `index`."""
+        windows = self.windows
+        rows = np.arange(index * windows.batch_size, (index + 1) * windows.batch_size, dtype=np.int64)
+        rows = rows[windows.rank :: windows.world_size]
+        return _tensors(self.objective(windows.take(index), rows, windows.seed))
+
+
+def validation_batches(
+    tokens: TokenSource,
+    objective: Objective,
+    batch_size: int,
+    eval_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[dict[str, Tensor]]:
+    """Return the validation batches, always the same, whatever the seed of training.
+
+    Arguments and errors are those of `eval_batches`, whose windows they are made of.
+    """
+    found = eval_batches(tokens, batch_size, objective.window, eval_tokens, rank, world_size)
+    batches: list[dict[str, Tensor]] = []
+    first = rank
+    for ids in found:
+        rows = first + world_size * np.arange(len(ids), dtype=np.int64)
+        batches.append(_tensors(objective(ids.numpy(), rows, VALIDATION_SEED)))
+        first += world_size * len(ids)
+    return batches
+
+
+def _tensors(arrays: dict[str, npt.NDArray[np.int64]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def eval_batches(
@@ -134,7 +168,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Tensor]:
-    """Return the validation batches, always the same: windows side by side from the start of the file.
+    """Return the windows to validate on, always the same: side by side from the start of the file.
 
     Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left
     out, unless it is the only one.
@@ -153,7 +187,7 @@ def eval_batches(
     Raises:
         InputError: not even one window per rank (raised at once).
     """
-    array = _as_array(tokens)
+    array = token_array(tokens)
     _check_batch(batch_size, sequence_length, rank, world_size)
     count = min(len(array), eval_tokens) // sequence_length
     if count < world_size:
@@ -190,7 +224,12 @@ def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
     return loss_nats_per_token / math.log(2) * tokens / bytes
 
 
-def _as_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
+def token_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
+    """Return the token ids of a file that `tokens.prepare` made, mapped into memory, or the array itself.
+
+    Raises:
+        InputError: not a token file.
+    """
     if isinstance(tokens, np.ndarray):
         return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast
     path = Path(tokens)

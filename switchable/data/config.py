@@ -1,4 +1,4 @@
-"""What text is read, and how it becomes tokens."""
+"""What text is read, how it becomes tokens, and what is predicted of it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class DataConfig:
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "folder of a tokenizer (Hugging Face form, or GPT-2's two files); none: train a BPE"
+            "help": "folder of a tokenizer (Hugging Face form, or the files of GPT-2, BERT or T5); none: train a BPE"
         },
     )
     vocab_size: int = field(
-        default=4096, metadata={"help": "vocabulary of the BPE trained here (tokens, special one included)"}
+        default=4096, metadata={"help": "vocabulary of the BPE trained here (tokens, special ones included)"}
     )
 
     def __post_init__(self) -> None:
@@ -59,3 +59,32 @@ class DataConfig:
                 )
         if self.tokenizer is None:
             tokenizers.check_vocab_size(self.vocab_size)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the model learns to predict."""
+
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "causal: the next token (GPT); masked: hidden tokens (BERT); span: spans cut out (T5); "
+            "default: that of the model's family",
+            "choices": ("causal", "masked", "span"),
+        },
+    )
+    mask_fraction: float = field(
+        default=0.15, metadata={"help": "share of the tokens that is masked, or cut out in spans (0 to 1)"}
+    )
+    whole_words: bool = field(
+        default=False, metadata={"help": "masked: mask all tokens of a word or none of them"}
+    )
+    mean_span_length: float = field(
+        default=3.0, metadata={"help": "span: mean length of the spans cut out (tokens)"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_fraction < 1:
+            raise InputError(f"mask_fraction={self.mask_fraction} is not between 0 and 1; use 0.15, say")
+        if not self.mean_span_length >= 1:
+            raise InputError(f"mean_span_length={self.mean_span_length} is below 1 token; use 3, say")

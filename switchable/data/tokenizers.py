@@ -1,8 +1,8 @@
 """Text -> token ids: a byte-level BPE trained on the spot, or any tokenizer given as a folder.
 
 Used by `tokens.py`. The BPE is GPT-2's recipe (Radford et al. 2019; Sennrich et al. 2016): 256 byte symbols,
-one special token, then the most frequent pair of symbols is merged until the vocabulary is full. Any UTF-8
-text comes back unchanged, and the same documents give the same vocabulary for any number of threads.
+the special tokens of the objective, then the most frequent pair of symbols is merged until the vocabulary is full.
+Any UTF-8 text comes back unchanged, and the same documents give the same vocabulary for any number of threads.
 
 Text is text: where a document spells out a special token such as `<|endoftext|>`, its characters are encoded,
 never the special token's id, so that the only ends of text in a token file are those that we put there.
@@ -11,6 +11,7 @@ Everything is read from and saved to a folder in Hugging Face form; no network, 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+SPECIAL_TOKENS: dict[str, dict[str, str]] = {
+    "causal": {"eos_token": END_OF_TEXT},
+    "masked": {
+        "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "mask_token": "<mask>",
+    },
+    "span": {"pad_token": "<pad>", "eos_token": "</s>"},
+}  # fmt: skip
+"""The special tokens of a tokenizer trained here, by the objective it is for; ids count from 0 in this order."""
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # for `span`, behind the others; T5's number of them
+TEMPLATES = {
+    "masked": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"),
+    "span": ("$A </s>", "$A </s> $B </s>"),
+}  # what a tokenizer trained here puts around one text and around two
 PIECE_CHARS = 200_000  # longer texts are encoded in pieces, so that memory stays bounded
 BATCH_CHARS = 2_000_000  # of text encoded at once
 TOKENIZER_FILES = (  # what a folder may hold of a tokenizer; a checkpoint folder holds much else
@@ -49,67 +62,95 @@ class EndOfText(NamedTuple):
     kind: str
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `texts`; the only special token is `<|endoftext|>`, with id 0.
+def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE on `texts`, with the special tokens that an objective wants.
 
     Args:
         texts: documents to train on; they are held in memory by the trainer as word counts.
-        vocab_size: tokens in the vocabulary, the special one included; a small corpus may give fewer.
+        vocab_size: tokens in the vocabulary, special ones included; a small corpus may give fewer.
+        objective: `"causal"`: `<|endoftext|>` only, with id 0; `"masked"`: those of RoBERTa; `"span"`: those of T5.
 
     Raises:
-        InputError: `vocab_size` has no room for all bytes and the special token.
+        InputError: `vocab_size` has no room for all bytes and the special tokens.
     """
-    check_vocab_size(vocab_size)
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    check_vocab_size(vocab_size, objective)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast  # takes seconds to import, and only some verbs need it
 
+    special = special_tokens(objective)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    if objective in TEMPLATES:
+        single, pair = TEMPLATES[objective]
+        ids = list(zip(special, range(len(special)), strict=True))
+        backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=SENTINELS if objective == "span" else None,
+        **SPECIAL_TOKENS[objective],
     )
 
 
-def check_vocab_size(vocab_size: int) -> None:
+def special_tokens(objective: str) -> list[str]:
+    """Return the special tokens of a tokenizer trained here for an objective, in the order of their ids."""
+    return list(dict.fromkeys(SPECIAL_TOKENS[objective].values())) + (
+        SENTINELS if objective == "span" else []
+    )
+
+
+def check_vocab_size(vocab_size: int, objective: str = "causal") -> None:
     """Raise InputError if a byte-level BPE of this vocabulary (tokens) has no room for all bytes."""
-    if vocab_size < MIN_VOCAB_SIZE:
+    special = len(special_tokens(objective))
+    if vocab_size < 256 + special:
         raise InputError(
-            f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and the end of text need "
-            f"{MIN_VOCAB_SIZE}; use more (default 4096)"
+            f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and {special} special token(s) need "
+            f"{256 + special}; use more (default 4096)"
         )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, offline and without running code from it.
 
-    The folder is in Hugging Face form (as `save_pretrained` writes it), or holds GPT-2's two files.
+    The folder is in Hugging Face form (as `save_pretrained` writes it), or holds the files of GPT-2 (`vocab.json`,
+    `merges.txt`), BERT (`vocab.txt`; lower-cased if no word in it has a capital) or T5 (`spiece.model`).
 
     Raises:
-        InputError: no such folder, no tokenizer in it, or one that cannot be read.
+        InputError: no such folder, no tokenizer in it, one that cannot be read, or a package for it is missing.
     """
     path = Path(folder).expanduser()
     present = {file.name for file in tokenizer_files(path)}
-    from transformers import AutoTokenizer, GPT2Tokenizer
+    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, T5Tokenizer
 
+    options: dict[str, object] = {}
     if present & {"tokenizer.json", "tokenizer_config.json"}:
         loader = AutoTokenizer
     elif {"vocab.json", "merges.txt"} <= present:
         loader = GPT2Tokenizer
+    elif "vocab.txt" in present:
+        loader, options = BertTokenizer, {"do_lower_case": _is_lower_case(path / "vocab.txt")}
+    elif "spiece.model" in present:
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise InputError(
+                f"reading {path / 'spiece.model'} needs the package sentencepiece: "
+                "pip install 'switchable[sentencepiece]'"
+            )
+        loader = T5Tokenizer
     else:
         raise InputError(
-            f"no tokenizer in the folder {str(path)!r}; give one with tokenizer.json (from save_pretrained) "
-            "or with GPT-2's vocab.json and merges.txt"
+            f"no tokenizer in the folder {str(path)!r}; give one with tokenizer.json (from save_pretrained), "
+            "GPT-2's vocab.json and merges.txt, BERT's vocab.txt or T5's spiece.model"
         )
     try:
-        return loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         # The Rust side raises a bare Exception for a broken file; the Python side, any of these.
         expected = (OSError, ValueError, KeyError, TypeError, ImportError)
@@ -120,6 +161,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"the tokenizer in {str(path)!r} cannot be loaded ({first_line}); "
             "save it again with save_pretrained"
         ) from error
+
+
+def _is_lower_case(vocabulary: Path) -> bool:
+    words = vocabulary.read_text(encoding="utf-8", errors="replace").split("\n")
+    return not any(word != word.lower() for word in words if not word.startswith("["))
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -152,6 +198,19 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many rows an embedding needs: the largest token id plus one, and no less than all tokens."""
     ids: Iterable[int] = tokenizer.get_vocab().values()
     return max(len(tokenizer), 1 + max(ids))
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:
+    """Refuse a tokenizer with more tokens than a model's embedding has rows.
+
+    Raises:
+        InputError: says both numbers.
+    """
+    if vocabulary_size(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer of {where} has {vocabulary_size(tokenizer):,} tokens, but the model's vocabulary only "
+            f"{rows:,}: they do not belong together; put the model's own tokenizer there"
+        )
 
 
 def encode_batch(

@@ -77,7 +77,13 @@ class PreparedData:
         return np.memmap(self.val.path, dtype=self.dtype, mode="r")
 
 
-def prepare(config: DataConfig, cache_dir: str | os.PathLike[str], *, progress: bool = True) -> PreparedData:
+def prepare(
+    config: DataConfig,
+    cache_dir: str | os.PathLike[str],
+    *,
+    objective: str = "causal",
+    progress: bool = True,
+) -> PreparedData:
     """Make the token files of `config` under `cache_dir`, unless they are there; return what there is.
 
     Any number of processes may call this at once: one works, the others wait and use its result.
@@ -85,20 +91,21 @@ def prepare(config: DataConfig, cache_dir: str | os.PathLike[str], *, progress: 
     Args:
         config: the corpus, its split and its tokenizer.
         cache_dir: folder for the results of all configurations, created if missing.
+        objective: what the tokens are for; decides the special tokens of a tokenizer trained here.
         progress: show progress bars, when standard error is a terminal.
 
     Raises:
         InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
             written in, or no space left there (what was written is removed); damaged files in the cache.
     """
-    fingerprint = _fingerprint(config)
+    fingerprint = _fingerprint(config, objective)
     folder = Path(cache_dir) / fingerprint
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _locked(folder, progress):
                 if not folder.exists():
-                    _make(config, folder, progress)
+                    _make(config, folder, objective, progress)
         except OSError as error:
             raise InputError(f"cannot write in {folder.parent} ({error}); give another folder") from error
     return load_prepared(folder)
@@ -130,14 +137,16 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
 # --- once per corpus: lock, make, rename ---
 
 
-def _fingerprint(config: DataConfig) -> str:
+def _fingerprint(config: DataConfig, objective: str) -> str:
     """16 hex digits that change with every setting and with the name, size or time of a file that is read."""
     files = [] if config.tokenizer is None else tokenizers.tokenizer_files(config.tokenizer)
-    known = {
+    known: dict[str, Any] = {
         "format": FORMAT,
         "settings": dataclasses.asdict(config) | {"tokenizer": corpora.signature(files)},
         "sources": corpora.signature(corpora.resolve(config.data)),
     }
+    if config.tokenizer is None and objective != "causal":
+        known["objective"] = objective
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -152,12 +161,12 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
         return lock.acquire()
 
 
-def _make(config: DataConfig, folder: Path, progress: bool) -> None:
+def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
     partial.mkdir()
     try:
-        _build(config, partial, folder.name, progress)
+        _build(config, partial, folder.name, objective, progress)
         _fsync(partial)
         os.replace(partial, folder)
     except BaseException as error:
@@ -180,11 +189,12 @@ def _fsync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _build(config: DataConfig, folder: Path, fingerprint: str, progress: bool) -> None:
+def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:
     scan = scan_corpus(config, progress)
     if config.tokenizer is None:
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
-        tokenizers.train_bpe(sample, config.vocab_size).save_pretrained(str(folder / "tokenizer"))
+        trained = tokenizers.train_bpe(sample, config.vocab_size, objective)
+        trained.save_pretrained(str(folder / "tokenizer"))
     else:
         tokenizers.load_tokenizer(config.tokenizer).save_pretrained(str(folder / "tokenizer"))
     scan.sample.clear()

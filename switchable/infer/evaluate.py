@@ -18,19 +18,33 @@ def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -
     Under torch.distributed every rank calls it with its part of the batches; all get the mean over all of them.
 
     Args:
-        model: a transformers causal language model (it predicts S - 1 tokens of each sequence of S).
-        batches: model inputs with `input_ids` [B, S] and `labels`.
+        model: a transformers model with a loss: causal (it predicts S - 1 tokens of each sequence of S), masked, or
+            encoder-decoder.
+        batches: model inputs with `labels` [B, S], -100 where nothing is predicted.
     """
     total, tokens = 0.0, 0.0
+    first = 1 if shifts_labels(model) else 0
     with kept_modes(model):
         model.eval()
         for batch in batches:
-            predicted = int((batch["labels"][:, 1:] != -100).sum())
+            predicted = int((batch["labels"][:, first:] != -100).sum())
             # A host sync per batch: evaluation is not the training step.
             total += float(model(**batch).loss) * predicted
             tokens += predicted
     total, tokens = sum_over_ranks([total, tokens])
     return total / max(tokens, 1)
+
+
+def objective_of_model(model: nn.Module) -> str:
+    """Return what a transformers model predicts, by its kind: `"causal"`, `"masked"` or `"span"`."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "span"
+    return "masked" if type(model).__name__.endswith("ForMaskedLM") else "causal"
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Return whether a model predicts label i + 1 at place i, as causal models do; others predict label i there."""
+    return objective_of_model(model) == "causal"
 
 
 def loss_in_mode(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], mode: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
+from switchable.infer.evaluate import objective_of_model
+from switchable.infer.fill import fill_masks, fill_spans
 
 
 @dataclass(frozen=True)
@@ -47,38 +50,49 @@ def generate_text(
     experts_per_token: int | None = None,
     sampling: Sampling | None = None,
 ) -> str:
-    """Return the prompt and what the model writes after it.
+    """Return the prompt and what the model writes after it, or into its blanks (see `fill.py`).
 
     Args:
-        model: a converted causal language model.
+        model: a converted language model: causal, masked, or encoder-decoder.
         tokenizer: its tokenizer.
-        prompt: text to continue; may be empty.
+        prompt: text to continue, which may be empty; for a masked model, text with masks.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K in sparse mode; None keeps the model's own.
         sampling: how tokens are drawn.
 
     Raises:
-        InputError: impossible mode or K, or no room for a new token within the model's positions.
+        InputError: impossible mode or K, no room for a new token within the model's positions, or no mask in the
+            prompt of a masked model.
     """
     sampling = sampling or Sampling()
     set_mode(model, mode, experts_per_token)
-    device = next(model.parameters()).device
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    room = min(sampling.max_new_tokens, positions - len(ids))
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
-            f"use a prompt of at most {positions - 1} tokens"
-        )
     torch.manual_seed(sampling.seed)
+    objective = objective_of_model(model)
+    if objective == "masked":
+        return fill_masks(model, tokenizer, prompt, sampling)
     choice = (
         {"do_sample": False}
         if sampling.temperature == 0
         else {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     )
-    input_ids = torch.tensor([ids], device=device)
-    written = model.generate(  # type: ignore[operator]
+    if objective == "span":
+        return fill_spans(model, tokenizer, prompt, choice, sampling.max_new_tokens)
+    return _continue(model, tokenizer, prompt, choice, sampling.max_new_tokens)
+
+
+def _continue(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: dict[str, Any], max_new_tokens: int
+) -> str:
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    room = min(max_new_tokens, positions - len(ids))
+    if room < 1:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
+            f"use a prompt of at most {positions - 1} tokens"
+        )
+    input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+    written = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=room,

@@ -13,10 +13,12 @@ Needs `accelerate`, as the Trainer itself does.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +29,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.switching.config import SwitchConfig
 from switchable.switching.controller import Controller, Measurement
+from switchable.train.snapshot import PER_LAYER
 
 Batch = Mapping[str, Tensor]
 
@@ -103,7 +106,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if self.controller is None:
             return {"args": {}, "attributes": {}}
         plain = self.controller.state_dict()
-        plain["last"] = [None if labels is None else labels.tolist() for labels in plain["last"]]
+        plain |= {key: [_as_text(tensor) for tensor in plain[key]] for key in PER_LAYER}
         return {"args": {}, "attributes": {"controller_state": plain}}
 
 
@@ -114,8 +117,23 @@ def _stored(state: TrainerState, name: str, step: int) -> dict[str, Any]:
         raise InputError(
             f"the checkpoint at step {step} was not trained with one {name}; resume from one that was, or start anew"
         )
-    last = [None if labels is None else torch.tensor(labels) for labels in kept["last"]]
-    return {**kept, "last": last}
+    return {**kept, **{key: [_as_tensor(text) for text in kept[key]] for key in PER_LAYER}}
+
+
+def _as_text(tensor: Tensor | None) -> dict[str, Any] | None:
+    """A tensor of whole numbers as JSON can hold it: type, shape, and bytes in base 64."""
+    if tensor is None:
+        return None
+    array = tensor.cpu().contiguous().numpy()
+    text = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "base64": text}
+
+
+def _as_tensor(stored: Mapping[str, Any] | None) -> Tensor | None:
+    if stored is None:
+        return None
+    flat = np.frombuffer(base64.b64decode(stored["base64"]), dtype=np.dtype(stored["dtype"]))
+    return torch.from_numpy(flat.reshape(stored["shape"]).copy())
 
 
 def _line(measurement: Measurement, epoch: float | None) -> dict[str, Any]:

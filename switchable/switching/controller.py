@@ -13,7 +13,7 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ranks import gathered
 from switchable.switching.config import SwitchConfig
-from switchable.switching.monitor import Batch, LayerMeasures, measure
+from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
 from switchable.switching.schedule import (
     ScheduleState,
     decide,
@@ -83,7 +83,7 @@ class Controller:
         self.probe = _as_batches(probe)
         self.steps_done = 0
         self.state: ScheduleState = initial(len(self.layers), self.config)
-        self.last: list[Tensor | None] = [None] * len(self.layers)
+        self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0
         self.regroupings = 0
         self._apply_mode()
@@ -137,10 +137,11 @@ class Controller:
             self.model, self.probe, self.last, self.seed + self.steps_done, self.config.structure
         )
         decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
-        wanted = [labels if again else None for labels, again in zip(found, decision.regroup, strict=True)]
+        wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = regroup(self.layers, wanted, optimizer)
         self.last = [
-            labels if perm is None else labels[perm] for labels, perm in zip(found, perms, strict=True)
+            f if perm is None else replace(f, labels_F=f.labels_F[perm])
+            for f, perm in zip(found, perms, strict=True)
         ]
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
@@ -184,7 +185,7 @@ class Controller:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs: plain values and one int64 tensor of labels per layer."""
+        """Return everything that a resumed run needs: plain values, and tensors per layer of the last measurement."""
         return {
             "steps_done": self.steps_done,
             "switches": self.switches,
@@ -192,7 +193,9 @@ class Controller:
             "takes_part": list(self.state.takes_part),
             "experts_per_token": list(self.state.experts_per_token),
             "began": self.state.began,
-            "last": list(self.last),
+            "last": [None if found is None else found.labels_F for found in self.last],
+            "patterns": [None if found is None else found.pattern_TW for found in self.last],
+            "routes": [None if found is None else found.route_TK for found in self.last],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,7 +205,8 @@ class Controller:
         self.state = ScheduleState(
             tuple(state["takes_part"]), tuple(state["experts_per_token"]), state["began"]
         )
-        self.last = list(state["last"])
+        parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
+        self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]
         self._apply_mode()
 
 

@@ -6,6 +6,9 @@ Per layer, over all probe tokens t:
     mass caught         Σ mass of the K experts chosen / Σ mass of all,   mass_e = Σ_{i in e} |a_i| ‖down_i‖
                         by the router, and by the best possible choice
     load imbalance      busiest expert's share of the choices x E (1 = all alike)
+    dead, always on     share of neurons that fire on no token, and on every token
+    pattern similarity  Jaccard index of the sets of active neurons now and last time, mean over the tokens
+    routing changed     share of tokens whose set of K experts is not last time's
     similarity          adjusted Rand index of the best structure now and last time's, and of it and the one in use
 
 The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
@@ -13,8 +16,10 @@ The training forward holds no measuring code; the layers are watched through hoo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +36,7 @@ from switchable.ffn.structure import (
     weight_features,
 )
 from switchable.ranks import from_main, gathered
+from switchable.switching.patterns import jaccard, pack, routes_changed
 from switchable.switching.switch import current_structure
 
 Batch = Mapping[str, Tensor]
@@ -54,13 +60,41 @@ class LayerMeasures:
     """Adjusted Rand index of the best structure now and the best one last time, -0.5 to 1; 0 the first time."""
     similarity_in_use: float
     """Adjusted Rand index of the best structure now and the one in use, -0.5 to 1."""
+    dead: float = 0.0
+    """Share of neurons that fire on no token of the probe, 0 to 1."""
+    always_on: float = 0.0
+    """Share of neurons that fire on every token of the probe, 0 to 1."""
+    pattern_similarity: float | None = None
+    """Jaccard index of the sets of active neurons now and last time, mean over tokens, 0 to 1; None the first time."""
+    routing_changed: float | None = None
+    """Share of tokens whose set of K experts is another than last time, 0 to 1; None the first time."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a measurement finds and the next one compares with, for one layer."""
+
+    labels_F: Tensor
+    """The best structure, for the neurons in their present order."""
+    pattern_TW: Tensor
+    """Which neurons fire on which tokens (`patterns.pack`)."""
+    route_TK: Tensor
+    """The experts chosen for each token."""
+
+
+class Observer(Protocol):
+    """Sees the input of one layer, a batch of the probe at a time."""
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Take in the layer's input `x`, [B, S, D] or [T, D]."""
 
 
 class _Tally:
     """Sums over the probe for one layer."""
 
-    def __init__(self, keep_active: bool) -> None:
-        self._pieces: list[Tensor] | None = [] if keep_active else None
+    def __init__(self) -> None:
+        self._active: list[Tensor] = []
+        self._routes: list[Tensor] = []
         self.tokens = 0
         self.active = self.best = self.mass = torch.zeros((), dtype=torch.float64)
         self.caught_E: Tensor | None = None
@@ -72,8 +106,8 @@ class _Tally:
         mass_TE = expert_mass(hidden_TF, layer.weights.down_FD, layer.num_experts)
         ranked_TE = layer.router(x_TD).argsort(dim=-1, descending=True)
         ids_TK = ranked_TE[:, : layer.experts_per_token]
-        if self._pieces is not None:
-            self._pieces.append(hidden_TF != 0)
+        self._active.append(hidden_TF != 0)
+        self._routes.append(ids_TK.cpu())
         self.tokens += x_TD.shape[0]
         # One host sync per layer and probe batch: the sums are kept in float64 on the host.
         sums = torch.stack(
@@ -90,51 +124,58 @@ class _Tally:
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
     @property
-    def active_TF(self) -> Tensor | None:
-        """Which neurons fired on which tokens, if that was to be kept."""
-        return None if self._pieces is None else torch.cat(self._pieces)
+    def active_TF(self) -> Tensor:
+        """Which neurons fired on which tokens (a byte each), in their present order."""
+        return torch.cat(self._active)
+
+    @property
+    def route_TK(self) -> Tensor:
+        """The experts chosen for each token, on the CPU."""
+        return torch.cat(self._routes)
 
 
-@torch.no_grad()
-def watch(model: nn.Module, probe: Sequence[Batch], keep_active: bool = False) -> list[_Tally]:
-    """Run the probe through the model in dense, evaluation mode and sum up what each switchable FFN does.
-
-    With `keep_active`, remember which neurons fired on which tokens (a byte each: T·F per layer).
-    """
+@contextmanager
+def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
+    """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
     layers = layers_of(model)
-    tallies = [_Tally(keep_active) for _ in layers]
 
-    def hook_for(tally: _Tally, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
-        return lambda _module, args: tally.add(layer, args[0])
+    def hook_for(observer: Observer, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
+        return lambda _module, args: observer.add(layer, args[0])
 
     hooks = [
-        layer.register_forward_pre_hook(hook_for(tally, layer))
-        for tally, layer in zip(tallies, layers, strict=True)
+        layer.register_forward_pre_hook(hook_for(observer, layer))
+        for observer, layer in zip(observers, layers, strict=True)
     ]
     try:
-        with kept_modes(model):
-            set_mode(model, "dense")
-            model.eval()
-            for batch in probe:
-                model(**batch)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
+    """Run the probe through the model in dense, evaluation mode and sum up what each switchable FFN does."""
+    tallies = [_Tally() for _ in layers_of(model)]
+    with kept_modes(model), observed(model, tallies):
+        set_mode(model, "dense")
+        model.eval()
+        for batch in probe:
+            model(**batch)
     return tallies
 
 
-def neuron_features(layer: SwitchableFFN, active_TF: Tensor | None, structure: str) -> Tensor:
+def neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
     """Return what a layer's neurons are grouped by, one row each.
 
     Args:
         layer: a switchable FFN.
-        active_TF: which neurons fire on which probe tokens; needed unless `structure` is `"weights"`.
+        active_TF: which neurons fire on which probe tokens.
         structure: `"weights"`, `"coactivation"` or `"mixed"`.
     """
     weight_FD = weight_features(layer.reads_FD.detach())
     if structure == "weights":
         return weight_FD
-    assert active_TF is not None, "co-activation needs the probe's activations"
     coactive_FR = coactivation_features(active_TF)
     return coactive_FR if structure == "coactivation" else mixed_features(weight_FD, coactive_FR)
 
@@ -142,10 +183,10 @@ def neuron_features(layer: SwitchableFFN, active_TF: Tensor | None, structure: s
 def measure(
     model: nn.Module,
     probe: Sequence[Batch],
-    last: Sequence[Tensor | None],
+    last: Sequence[Found | None],
     random_state: int,
     structure: str = "weights",
-) -> tuple[list[LayerMeasures], list[Tensor]]:
+) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
 
     Every rank runs the whole probe (rank 0's figures count), and finds the structure of its share of the layers.
@@ -154,45 +195,51 @@ def measure(
     Args:
         model: a converted model.
         probe: fixed batches of model inputs.
-        last: labels_F of the structure found last time per layer, for the neurons in their present order; or None.
+        last: what was found last time per layer, labels for the neurons in their present order; or None.
         random_state: seed of the clustering.
         structure: what neurons are grouped by (see `neuron_features`).
 
     Returns:
-        Measures per layer, and labels_F of the best structures now (in the neurons' present order), on the CPU.
+        Measures per layer, and what was found: the best structures now (labels for the neurons in their present
+        order), patterns and routes, on the CPU.
     """
     layers = layers_of(model)
-    tallies = watch(model, probe, keep_active=structure != "weights")
+    tallies = watch(model, probe)
     rows = [
         _features_here(i, layer, tally.active_TF, structure)
         for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
     ]
+    warm = [None if before is None else before.labels_F for before in last]
+    labels = cluster_layers(rows, layers[0].num_experts, warm=warm, random_state=random_state)
     found = [
-        labels.cpu()
-        for labels in cluster_layers(rows, layers[0].num_experts, warm=last, random_state=random_state)
+        Found(labels_F.cpu(), pack(tally.active_TF, layer.neuron_ids_F), tally.route_TK)
+        for labels_F, tally, layer in zip(labels, tallies, layers, strict=True)
     ]
     measures = [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)]
     return from_main(measures), found
 
 
-def _features_here(
-    index: int, layer: SwitchableFFN, active_TF: Tensor | None, structure: str
-) -> Tensor | None:
+def _features_here(index: int, layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor | None:
     """Return what a layer's neurons are grouped by, on the rank that groups it; one layer is gathered at a time."""
     with gathered(*layer.holders):
         return neuron_features(layer, active_TF, structure) if groups_layer(index) else None
 
 
-def _summarise(tally: _Tally, layer: SwitchableFFN, last: Tensor | None, found: Tensor) -> LayerMeasures:
+def _summarise(tally: _Tally, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:
     assert tally.load_E is not None, "the probe never reached the layer"
     assert tally.caught_E is not None
     mass = max(float(tally.mass), torch.finfo(torch.float64).tiny)
+    counts_F = tally.active_TF.sum(dim=0)
     return LayerMeasures(
         activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
         mass_caught=float(tally.caught_E[layer.experts_per_token - 1]) / mass,
         mass_by_k=tuple((tally.caught_E / mass).tolist()),
         mass_best=float(tally.best) / mass,
         load_imbalance=float(tally.load_E.max() / tally.load_E.double().mean()),
-        similarity=0.0 if last is None else similarity(last, found),
-        similarity_in_use=similarity(current_structure(layer), found),
+        similarity=0.0 if last is None else similarity(last.labels_F, found.labels_F),
+        similarity_in_use=similarity(current_structure(layer), found.labels_F),
+        dead=float((counts_F == 0).double().mean()),
+        always_on=float((counts_F == tally.tokens).double().mean()),
+        pattern_similarity=None if last is None else jaccard(last.pattern_TW, found.pattern_TW),
+        routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK)[0],
     )

@@ -52,6 +52,7 @@ def regroup(
     for layer, perm in moving:
         before = _fingerprint(layer)
         _permute(layer, perm, optimizer)
+        layer.neuron_ids_F = layer.neuron_ids_F[perm]
         after = _fingerprint(layer)
         scale = before.abs().max().clamp_min(1e-6)
         if not torch.isnan(before).any() and (after - before).abs().max() > 1e-2 * scale:

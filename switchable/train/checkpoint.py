@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.safetensors, .json     routers; experts, K and which layers are sparse
+    switchable.safetensors, .json     routers, which neuron is which; experts, K and which layers are sparse
     training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
@@ -15,13 +15,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -30,12 +33,15 @@ from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.train import tensorfile
 from switchable.train.rundir import TEMPORARY, is_no_space, remove, sync_folder, write_json
-from switchable.train.snapshot import Snapshot, take, untied_state
+from switchable.train.snapshot import NEURON_IDS, PER_LAYER, Snapshot, take, untied_state
 from switchable.train.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
+SHARD_SIZE = "5GB"
+"""Largest file of weights that an export writes."""
+REMEDY = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
 
 
 def save(
@@ -43,6 +49,7 @@ def save(
     model: nn.Module,
     training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint, atomically; an older one of the same name is replaced. Every rank must call it.
 
@@ -51,11 +58,12 @@ def save(
         model: a converted transformers model.
         training: tensors and plain values a resumed run needs (`training_state`), or None for a model only.
         tokenizer: the model's tokenizer, to make the folder complete by itself.
+        notes: plain values to keep beside it, by file name.
 
     Raises:
         InputError: no space left on the device. What was there before is untouched.
     """
-    write(folder, take(model, training, tokenizer))
+    write(folder, take(model, training, tokenizer, notes))
 
 
 def write(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
@@ -82,16 +90,21 @@ def write(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = No
             remove(temporary)
 
 
-def _guarded(folder: Path, work: Any) -> Any:
+def _guarded(folder: Path, work: Callable[[], Any]) -> Any:
     """Do `work`; a full disk is the user's affair, anything else a bug."""
-    try:
+    with _full_disk_told(folder, REMEDY):
         return work()
+
+
+@contextmanager
+def _full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if not is_no_space(error):
             raise
         raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and earlier checkpoints stand. "
-            "Free some space (or lower --keep) and go on with --resume"
+            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
         ) from None
 
 
@@ -101,8 +114,9 @@ def _begin(temporary: Path, snapshot: Snapshot) -> None:
         return
     remove(temporary)
     temporary.mkdir(parents=True)
-    for config in snapshot.configs:
-        config.save_pretrained(temporary)
+    with quiet_transformers():
+        for config in snapshot.configs:
+            config.save_pretrained(temporary)
     for name, value in snapshot.documents.items():
         write_json(temporary / name, value)
     for name, pieces in snapshot.tensors.items():
@@ -128,14 +142,74 @@ def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name (rank 0)."""
     if not ranks.is_main():
         return
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
-    sync_folder(temporary)
+    _seal(temporary, files)
     remove(folder)
     temporary.rename(folder)
     sync_folder(folder.parent)
+
+
+def _seal(folder: Path, files: Mapping[str, Any] | None = None) -> None:
+    """Flush every file of a folder to disk and write its manifest, with the checksums given or its own."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files = _checksums(folder) if files is None else files
+    write_json(folder / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
+    sync_folder(folder)
+
+
+@contextmanager
+def whole_folder(folder: Path, remedy: str) -> Iterator[Path]:
+    """Give the `with` block a new folder to fill, which takes the place of `folder` at its end, or is removed.
+
+    Args:
+        folder: where it shall stand; an older one is replaced.
+        remedy: what to do when the disk is full, for the message.
+
+    Raises:
+        InputError: no space left on the device. What was there before is untouched.
+    """
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    remove(temporary)
+    try:
+        with _full_disk_told(folder, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            remove(folder)
+            temporary.rename(folder)
+    finally:
+        remove(temporary)
+
+
+def save_dense(
+    folder: Path, model: nn.Module, routers: bool = False, max_shard_size: str = SHARD_SIZE
+) -> None:
+    """Write a converted model in Hugging Face form, under the plain model's names.
+
+    Args:
+        folder: where; must exist.
+        model: a converted transformers model.
+        routers: write the routers too, among the weights.
+        max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
+    """
+    state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and logging warnings; its settings are put back afterwards."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def sha256(path: Path) -> str:
@@ -198,8 +272,9 @@ def restore(
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
-    labels = [f"structure:{i}" for i in range(len(layers_of(model)))]
-    controller_state["last"] = [file.tensor(name) if name in file.names else None for name in labels]
+    for key, name in PER_LAYER.items():
+        names = [f"{name}:{i}" for i in range(len(layers_of(model)))]
+        controller_state[key] = [file.tensor(each) if each in file.names else None for each in names]
     return controller_state, values["counters"]
 
 
@@ -215,9 +290,9 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
         InputError: names or shapes do not fit; the model is unchanged then.
     """
     state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
-    names = ("model.safetensors", "switchable.safetensors") if routers else ("model.safetensors",)
-    files = [TensorFile(folder / name) for name in names]
-    stored = {name: file for file in files for name in file.names}
+    paths = [*folder.glob("model*.safetensors"), *([folder / "switchable.safetensors"] if routers else [])]
+    stored = {name: file for file in map(TensorFile, paths) for name in file.names}
+    _take_neuron_ids(stored, model)
     strange = sorted(state.keys() ^ stored.keys())
     if strange:
         missing = len(state.keys() - stored.keys())
@@ -233,3 +308,35 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
             )
     for name, tensor in state.items():
         stored[name].read_into(name, tensor)
+
+
+def restore_routers(folder: Path, model: nn.Module) -> None:
+    """Load the routers of a checkpoint into a converted model.
+
+    Raises:
+        InputError: names or shapes do not fit.
+    """
+    path = folder / "switchable.safetensors"
+    state = load_file(path)
+    names = dict.fromkeys(state, TensorFile(path))
+    _take_neuron_ids(names, model)
+    state = {name: state[name] for name in names}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"the routers of {folder} do not fit: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [*unexpected, *(name for name in missing if is_router_parameter(name))]
+    if wrong:
+        raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
+
+
+def _take_neuron_ids(stored: dict[str, TensorFile], model: nn.Module) -> None:
+    """Move the names of the neurons from files to the layers."""
+    for layer in layers_of(model):
+        # Models of other origin have none: their neurons stand in their first order.
+        file = stored.pop(layer.name + NEURON_IDS, None)
+        layer.neuron_ids_F = (
+            torch.arange(layer.d_ff) if file is None else file.tensor(layer.name + NEURON_IDS)
+        )

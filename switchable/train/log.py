@@ -115,7 +115,8 @@ class RunLog(NoLog):
         for i, (layer, k) in enumerate(zip(layers, measurement.experts_per_token, strict=True)):
             curves = {key: value for key, value in layer.items() if not isinstance(value, tuple)}
             for key, value in {**curves, "experts_per_token": k}.items():
-                self._board.add_scalar(f"{key}/layer {i}", value, measurement.step)
+                if value is not None:
+                    self._board.add_scalar(f"{key}/layer {i}", value, measurement.step)
 
     def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
         """Record a validation, and what training had cost by then, and say it on the terminal."""

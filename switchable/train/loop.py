@@ -107,6 +107,7 @@ class Trainer:
             TrainingStopped: stopped on request, after saving.
         """
         train = self.job.config.train
+        snapshots = snapshot_steps(train.steps, train.snapshots)
         self.job.model.train()
         while self.counters.steps < train.steps:
             self._vote.open(self.stop.signum)
@@ -114,11 +115,18 @@ class Trainer:
             stopping = self._vote.close(self.stop.signum)
             done = self.counters.steps
             finished = done == train.steps
-            if finished or done % train.log_every == 0:
+            logs = finished or done % train.log_every == 0
+            evaluates = finished or (train.eval_every > 0 and done % train.eval_every == 0)
+            saves = finished or stopping is not None or done % train.checkpoint_every == 0
+            if logs or evaluates or saves or done in snapshots:
+                self._settle()
+            if logs:
                 self._log_train()
-            if finished or (train.eval_every and done % train.eval_every == 0):
+            if evaluates:
                 self.evaluate()
-            if finished or stopping or done % train.checkpoint_every == 0:
+            if done in snapshots:
+                self._snapshot()
+            if saves:
                 self.save()
             if stopping and not finished:
                 self.saver.wait()
@@ -163,6 +171,19 @@ class Trainer:
         else:
             counters.seconds_dense += seconds
         self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
+
+    def _settle(self) -> None:
+        """Wait for the GPU, which runs behind the host, and count the wait as the training that it is."""
+        if self.job.device.type != "cuda":
+            return
+        begin = time.perf_counter()
+        torch.cuda.synchronize(self.job.device)
+        seconds, counters = time.perf_counter() - begin, self.counters
+        counters.window_seconds += seconds
+        # How much of it was for which kind of step is not known: by the steps since the last train line.
+        sparse = seconds * counters.window_sparse / max(1, counters.window_steps)
+        counters.seconds_sparse += sparse
+        counters.seconds_dense += seconds - sparse
 
     def _log_train(self) -> None:
         counters = self.counters
@@ -219,9 +240,10 @@ class Trainer:
         self.counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
-        """Return validation loss (nats per token) and bits per byte in both modes, None for a mode there is not.
+        """Return validation loss (nats per predicted token) and bits per byte in both modes, None for what is not.
 
-        There is no sparse mode before sparse training has begun, and no dense one with softmax gates.
+        There is no sparse mode before sparse training has begun, and no dense one with softmax gates; bits per byte of
+        text follow from the loss only where every token is predicted, that is for causal models.
         """
         job = self.job
         with job.replica.autocast():
@@ -243,8 +265,18 @@ class Trainer:
         }
 
     def _bits_per_byte(self, loss: float | None) -> float | None:
+        if loss is None or self.job.objective != "causal":
+            return None
         val = self.job.data.val
-        return None if loss is None else bits_per_byte(loss, val.tokens, val.text_bytes)
+        return bits_per_byte(loss, val.tokens, val.text_bytes)
+
+    def _snapshot(self) -> None:
+        """Keep the weights as they are now, for `switchable study`."""
+        begin = time.perf_counter()
+        self.saver.start(
+            self.rundir.snapshot(self.counters.steps), snapshot.take(self.job.model), then=lambda: None
+        )
+        self.counters.seconds_other += time.perf_counter() - begin
 
     def save(self) -> None:
         """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
@@ -261,3 +293,15 @@ class Trainer:
             then=lambda: self.rundir.drop_old(job.config.train.keep),
         )
         counters.seconds_other += time.perf_counter() - begin
+
+
+def snapshot_steps(total_steps: int, count: int) -> set[int]:
+    """Return `count` steps (fewer in a short run) after which weights are kept: most of what happens, happens early.
+
+    Their distances grow like a geometric series, from a hundredth of the run to its end.
+    """
+    if not count:
+        return set()
+    first = max(1.0, total_steps / 100)
+    ratio = (total_steps / first) ** (1 / max(1, count - 1))
+    return {round(total_steps / ratio**i) for i in range(count)}

@@ -1,6 +1,6 @@
 """One training step on several processes: torch's DDP or FSDP2 around the same model, and nothing else changes.
 
-    gradient of the batch = mean over ranks and micro-batches of the gradients of their rows        (equal parts)
+    gradient of the batch = mean over ranks of sums over micro-batches of  weight · gradient of their mean loss
 
     ddp     every rank holds the whole model; gradients are averaged while the backward pass runs
     fsdp    every rank holds its rows of every parameter, gradient and moment; each block's parameters, and each
@@ -31,6 +31,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.layout import store_by_row
+from switchable.infer.evaluate import shifts_labels
 
 Batch = Mapping[str, Tensor]
 
@@ -168,16 +169,28 @@ class Replica:
         Args:
             batch: model inputs with labels, [B / world_size, S].
         """
-        parts = self._config.gradient_accumulation_steps
-        rows = len(batch["input_ids"]) // parts
+        rows = len(batch["labels"]) // self._config.gradient_accumulation_steps
+        pieces = split(batch, rows)
         total = torch.zeros((), device=self._device, dtype=torch.float64)
-        for i, piece in enumerate(split(batch, rows)):
-            with self._gradients_shared(last=i == parts - 1):
+        for i, (piece, weight) in enumerate(zip(pieces, self._weights(pieces), strict=True)):
+            with self._gradients_shared(last=i == len(pieces) - 1):
                 with self.autocast():
-                    loss = self._wrapped(**piece).loss / parts
+                    loss = self._wrapped(**piece).loss * weight
                 loss.backward()
             total = total + loss.detach()
         return total
+
+    def _weights(self, pieces: list[Batch]) -> Tensor:
+        """Return what each piece's mean loss counts, so that the mean over ranks of their sum is that of the batch.
+
+        A piece counts by the tokens it predicts: fewer or more in each where they are drawn at random (masks, spans).
+        """
+        first = 1 if shifts_labels(self.model) else 0
+        counts = torch.stack([(piece["labels"][:, first:] != -100).sum() for piece in pieces]).double()
+        total = counts.sum()
+        if ranks.running():
+            dist.all_reduce(total)
+        return counts * ranks.world_size() / total
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the model multiplies in the configured precision."""
@@ -197,7 +210,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
     """Cut a batch into pieces of at most `rows` rows; what is not a tensor goes into each."""
     return [
         {k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-        for i in range(0, len(batch["input_ids"]), rows)
+        for i in range(0, len(batch["labels"] if "labels" in batch else batch["input_ids"]), rows)
     ]
 
 
@@ -218,7 +231,7 @@ def settle_expert_compute(model: nn.Module, tokens: int, config: TrainConfig, de
                 d_ff=layer.d_ff,
                 num_experts=layer.num_experts,
                 experts_per_token=layer.experts_per_token,
-                activation=layer.activation,
+                activation=layer.act_name,
                 dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.get_default_dtype(),
                 device=device.type,
             )

@@ -30,6 +30,8 @@ from switchable.train.flops import count
 from switchable.train.parallel import blocks_of, check_division
 from switchable.train.setup import build_model
 
+TOKENS = {"eos_token_id": 0, "pad_token_id": 0}
+"""Special tokens of a model that is only looked at."""
 WEIGHT, MOMENTS = 4, 8
 """Bytes per parameter in float32: the weight (and the gradient); AdamW's two moments."""
 
@@ -95,7 +97,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     train, switch = config.train, config.switch
     rows = train.batch_size // world_size // train.gradient_accumulation_steps
     with torch.device("meta"):
-        model = build_model(config.model, train.sequence_length, vocab_size, 0)
+        model = build_model(config.model, train.sequence_length, vocab_size, TOKENS)
     convert(model, switch)
     ids = torch.zeros(rows, train.sequence_length, dtype=torch.int64, device="meta")
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)

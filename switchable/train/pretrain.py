@@ -26,7 +26,8 @@ from switchable.config import RunConfig, changed, check, from_dict, read_yaml, t
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
-from switchable.study.curves import draw_curves
+from switchable.study.probe import save_probe
+from switchable.study.report import write_run_report
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
@@ -146,6 +147,7 @@ def _begin(rundir: RunDir, job: Job) -> None:
     rundir.claim()
     job.tokenizer.save_pretrained(rundir.tokenizer)
     write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
+    save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
@@ -246,9 +248,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     if ranks.is_main():
         write_json(rundir.summary, figures)
-        draw_curves(rundir.metrics, rundir.curves)
+        write_run_report(rundir.path)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   picture: {rundir.curves}   figures: {rundir.summary}")
+    trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
     return figures
 
 
@@ -282,6 +284,8 @@ def summarise(
     head = flops.head * counters.steps
     return {
         **validation,
+        "objective": job.objective,
+        "loss_unit": job.batches.objective.unit,
         "steps": counters.steps,
         "tokens": counters.steps * flops.tokens,
         "parameters": _parameters(job),

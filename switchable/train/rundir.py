@@ -1,6 +1,7 @@
 """The folder of a run: who may write in it, and what lies where.
 
-    config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-000100/ ...   final/   curves.png   summary.json
+    config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-000100/ ...   final/   summary.json
+    curves.png   report.html   probe.safetensors   snapshots/step-000012/ ...
 
 One process writes at a time (a lock that the operating system releases when the process dies, however it dies).
 Files are written under a temporary name and renamed, so a reader never sees half a file.
@@ -41,11 +42,14 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
+        self.probe = path / "probe.safetensors"
         self.final = path / "final"
         self.tokenizer = path / "tokenizer"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
         self._launcher = path / "launcher"
+        self.report = path / "report.html"
         self._lock = FileLock(path / "run.lock", timeout=0)
 
     def acquire(self) -> None:
@@ -90,17 +94,14 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what an earlier run left here; the lock stays."""
-        for folder in (self.tensorboard, self.checkpoints, self.final, self.tokenizer):
+        for folder in (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.metrics, self.summary, self.curves):
+        for file in (self.config, self.metrics, self.summary, self.curves, self.report, self.probe):
             file.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""
-        found = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
-        return sorted(
-            int(p.name.removeprefix("step-")) for p in found if p.name.removeprefix("step-").isdigit()
-        )
+        return sorted(steps_in(self.checkpoints))
 
     def drop_old(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest; 0 keeps all."""
@@ -109,13 +110,24 @@ class RunDir:
 
     def sweep(self) -> None:
         """Remove what a process that was killed left half done."""
-        for place in (self.path, self.checkpoints):
+        for place in (self.path, self.checkpoints, self.snapshots):
             for left in place.glob(TEMPORARY + "*"):
                 remove(left)
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint taken after `step` steps."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def snapshot(self, step: int) -> Path:
+        """Return the folder of the weights kept for `switchable study` after `step` steps."""
+        return self.snapshots / f"step-{step:06d}"
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """Return the folders `step-000100` and so on in a folder, by step; none if there is no such folder."""
+    found = folder.glob("step-*") if folder.is_dir() else []
+    numbers = {path.name.removeprefix("step-"): path for path in found}
+    return {int(number): path for number, path in numbers.items() if number.isdigit()}
 
 
 def _launcher() -> str:

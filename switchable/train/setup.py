@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
-from switchable.config import ModelConfig, RunConfig, TrainConfig, check, d_ff
-from switchable.data.batches import CausalBatches, eval_batches
+from switchable.config import ModelConfig, RunConfig, TrainConfig, check, d_ff, objective_of
+from switchable.data.batches import Batches, validation_batches
+from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
 from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
+from switchable.infer.fill import check_prompt
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
 from switchable.train.parallel import Replica, check_division, settle_expert_compute, split
@@ -41,7 +44,7 @@ class Job:
     report: ConversionReport
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    batches: CausalBatches
+    batches: Batches
     validation: list[Batch]
     optimizer: torch.optim.Optimizer
     controller: Controller
@@ -49,7 +52,12 @@ class Job:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the model inputs of step `step` (counted from 0)."""
-        return causal_inputs(self.batches.batch(step), self.device)
+        return model_inputs(self.batches.batch(step), self.device)
+
+    @property
+    def objective(self) -> str:
+        """What the model learns: `"causal"`, `"masked"` or `"span"`."""
+        return self.batches.objective.name
 
 
 def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
@@ -93,7 +101,7 @@ class _Parts:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    batches: CausalBatches
+    batches: Batches
     validation: list[Batch]
     probe: list[Batch]
     model: nn.Module
@@ -104,24 +112,35 @@ def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
-    data = prepare(config.data, cache, progress=not quiet)
+    name = objective_of(config)
+    data = prepare(config.data, cache, objective=name, progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    batches = CausalBatches(data.train.path, train.batch_size, train.sequence_length, train.seed, rank, world)
-    validation = _validation(data, config, device, rank, world)
-    # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
-    probe = _probe(_validation(data, config, device), config.switch.probe_tokens)
-    rows = micro_rows(train)
+    if train.sample_prompt is not None:
+        check_prompt(name, tokenizer, train.sample_prompt)
+    objective = build_objective(name, config.objective, tokenizer, train.sequence_length)
+    batches = Batches(data.train.path, objective, train.batch_size, train.seed, rank, world)
+
+    def validation(rank: int, world: int) -> list[Batch]:
+        found = validation_batches(data.val.path, objective, train.batch_size, train.eval_tokens, rank, world)
+        return [model_inputs(batch, device) for batch in found]
+
     torch.manual_seed(train.seed)
-    model = build_model(config.model, train.sequence_length, data.vocab_size, data.end_of_text.id).to(device)
+    model = build_model(
+        config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
+    ).to(device)
+    report = convert(model, config.switch)
+    # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
+    probe = probe_inputs(model, validation(0, 1), config.switch.probe_tokens)
+    rows = micro_rows(train)
     return _Parts(
         device=device,
         tokenizer=tokenizer,
         data=data,
         batches=batches,
-        validation=[piece for batch in validation for piece in split(batch, rows)],
+        validation=[piece for batch in validation(rank, world) for piece in split(batch, rows)],
         probe=[piece for batch in probe for piece in split(batch, rows)],
         model=model,
-        report=convert(model, config.switch),
+        report=report,
     )
 
 
@@ -130,8 +149,17 @@ def micro_rows(train: TrainConfig) -> int:
     return train.batch_size // ranks.world_size() // train.gradient_accumulation_steps
 
 
-def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_token_id: int) -> nn.Module:
-    """Return a transformers model with random weights (drawn from torch's global generator)."""
+def build_model(
+    model: ModelConfig, sequence_length: int, vocab_size: int, tokens: Mapping[str, int]
+) -> nn.Module:
+    """Return a transformers model with random weights (drawn from torch's global generator).
+
+    Args:
+        model: family and sizes.
+        sequence_length: its positions, unless `max_positions` is set.
+        vocab_size: rows of the embedding.
+        tokens: special tokens (see `builders.build_model`).
+    """
     sizes = {
         "d_model": model.d_model,
         "d_ff": d_ff(model),
@@ -139,9 +167,14 @@ def build_model(model: ModelConfig, sequence_length: int, vocab_size: int, eos_t
         "num_heads": model.num_heads,
         "max_positions": model.max_positions or sequence_length,
     }
-    return builders.build_model(
-        model.family, sizes, model.activation, vocab_size, {"eos_token_id": eos_token_id}
-    )
+    return builders.build_model(model.family, sizes, model.activation, vocab_size, tokens)
+
+
+def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    tokens = {"eos_token_id": data.end_of_text.id}
+    if tokenizer.pad_token_id is not None:
+        tokens["pad_token_id"] = int(tokenizer.pad_token_id)
+    return tokens
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -162,29 +195,26 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def causal_inputs(ids_BS: Tensor, device: torch.device) -> Batch:
-    """Return the inputs of a causal language model: the ids, and the same ids as labels (the model shifts them)."""
-    ids_BS = ids_BS.to(device, non_blocking=True)
-    return {"input_ids": ids_BS, "labels": ids_BS, "use_cache": False}  # type: ignore[dict-item]
+def model_inputs(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device, with the request to keep no cache of keys and values: training has no use for it."""
+    inputs: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return inputs | {"use_cache": False}
 
 
-def _validation(
-    data: PreparedData, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1
-) -> list[Batch]:
-    train = config.train
-    found = eval_batches(
-        data.val.path, train.batch_size, train.sequence_length, train.eval_tokens, rank, world_size
-    )
-    return [causal_inputs(ids, device) for ids in found]
+def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list[Batch]:
+    """Return the first validation batches with at least `tokens` tokens together, without the loss.
 
-
-def _probe(validation: list[Batch], tokens: int) -> list[Batch]:
-    """Return the first batches of the validation text with at least `tokens` tokens together, without labels."""
+    A decoder gets its inputs, which it otherwise makes of the labels.
+    """
     probe: list[Batch] = []
     seen = 0
     for batch in validation:
         if seen >= tokens:
             break
-        probe.append({key: value for key, value in batch.items() if key != "labels"})
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            shift = model.prepare_decoder_input_ids_from_labels  # transformers' name for it
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])  # type: ignore[operator]
+        probe.append(inputs)
         seen += batch["input_ids"].numel()
     return probe

@@ -17,7 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import describe
 from switchable.train.tensorfile import Piece, copy_piece
+
+PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
+"""Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
+NEURON_IDS = ".neuron_ids"
+"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
 
 
 @dataclass
@@ -36,6 +42,7 @@ def take(
     model: nn.Module,
     training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint of `model` holds.
 
@@ -43,13 +50,16 @@ def take(
         model: a converted transformers model.
         training: tensors and plain values that a resumed run needs (`training_state`), or None for a model only.
         tokenizer: the model's tokenizer, to make the folder complete by itself.
+        notes: plain values to keep beside it, by file name.
     """
     state = untied_state(model)
     tensors = {
         "model.safetensors": {n: copy_piece(t) for n, t in state.items() if not is_router_parameter(n)},
         "switchable.safetensors": {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)},
     }
-    documents: dict[str, Any] = {"switchable.json": _description(model)}
+    for layer in layers_of(model):
+        tensors["switchable.safetensors"][layer.name + NEURON_IDS] = copy_piece(layer.neuron_ids_F)
+    documents: dict[str, Any] = {"switchable.json": describe(model), **(notes or {})}
     if training is not None:
         tensors["training.safetensors"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
         documents["training.json"] = training[1]
@@ -76,19 +86,6 @@ def _config(model: nn.Module) -> Any:
     config.architectures = [plain.__name__]
     config.dtype = next(model.parameters()).dtype
     return config
-
-
-def _description(model: nn.Module) -> dict[str, Any]:
-    """Return what makes the model switchable besides its routers' weights."""
-    layers = layers_of(model)
-    return {
-        "num_experts": layers[0].num_experts,
-        "gate": layers[0].expert_gate,
-        "layers": {
-            layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
-            for layer in layers
-        },
-    }
 
 
 def training_state(
@@ -118,8 +115,8 @@ def training_state(
             elif value is not None:
                 values["optimizer"][full] = value
     plain = dict(controller_state)
-    for i, labels in enumerate(plain.pop("last")):
-        if labels is not None:
-            tensors[f"structure:{i}"] = labels
+    for key, name in PER_LAYER.items():
+        found = enumerate(plain.pop(key))
+        tensors |= {f"{name}:{i}": tensor for i, tensor in found if tensor is not None}
     values["controller"] = plain
     return tensors, values

@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from switchable.data.batches import CausalBatches, Windows, bits_per_byte, eval_batches
+from switchable.data.batches import Batches, Windows, bits_per_byte, eval_batches
+from switchable.data.objectives import CausalLM
 from switchable.errors import InputError
+
+
+class CausalBatches(Batches):
+    """Plain windows, as a causal model sees them: one tensor per batch."""
+
+    def __init__(self, tokens, batch_size, sequence_length, seed, rank=0, world_size=1) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(tokens, CausalLM(sequence_length), batch_size, seed, rank, world_size)
+
+    def batch(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        inputs = super().batch(index)
+        assert torch.equal(inputs["input_ids"], inputs["labels"])
+        return inputs["input_ids"]
 
 
 def arange(n: int) -> np.ndarray:

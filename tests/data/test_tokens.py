@@ -173,9 +173,9 @@ def test_bpe_is_trained_on_a_bounded_sample_of_training_documents(
     seen: list[str] = []
     train_bpe = tokenizers.train_bpe
 
-    def spy(texts: Iterator[str], vocab_size: int) -> Any:
+    def spy(texts: Iterator[str], vocab_size: int, objective: str) -> Any:
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe(seen, vocab_size, objective)
 
     monkeypatch.setattr(tokenizers, "train_bpe", spy)
     prepare(config_for(source, val_fraction=0.5), tmp_path / "a")

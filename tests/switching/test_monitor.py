@@ -28,11 +28,13 @@ def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, Any]:
     active = best = total = 0.0
     caught = [0.0] * layer.num_experts
     load = [0] * layer.num_experts
+    fired = [0] * layer.d_ff
     for row in x:  # the slow way round on purpose
         masses = [0.0] * layer.num_experts
         for i in range(layer.d_ff):
             a = max(0.0, float(row @ up[i] + bias[i]))
             active += a > 0
+            fired[i] += a > 0
             masses[i // (layer.d_ff // layer.num_experts)] += a * float(down[i].norm())
         scores = (layer.router.weight @ row + layer.router.bias).tolist()
         ranked = sorted(range(layer.num_experts), key=lambda e: -scores[e])
@@ -48,6 +50,8 @@ def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, Any]:
         "mass_by_k": [value / total for value in caught],
         "mass_best": best / total,
         "load_imbalance": max(load) / (sum(load) / len(load)),
+        "dead": fired.count(0) / layer.d_ff,
+        "always_on": fired.count(len(x)) / layer.d_ff,
     }
 
 
@@ -60,6 +64,16 @@ def test_measures_equal_brute_force(switchable_gpt2: nn.Module, tokens: Tensor) 
         assert measured.similarity == 0.0
     again, _ = measure(switchable_gpt2, probe, found, random_state=0)
     assert all(m.similarity > 0.9 for m in again)  # warm-started on unchanged weights
+    assert [(m.pattern_similarity, m.routing_changed) for m in again] == [(1.0, 0.0)] * 2
+    with torch.no_grad():  # every neuron that fired is silent now, and the others fire
+        first = layers_of(switchable_gpt2)[0]
+        first.up_projection.weight.neg_()
+        first.up_projection.bias.neg_()
+        first.router.weight.neg_()
+        first.router.bias.neg_()
+    turned, _ = measure(switchable_gpt2, probe, found, random_state=0)
+    assert turned[0].pattern_similarity == 0.0
+    assert turned[0].routing_changed == 1.0
 
 
 @pytest.mark.parametrize("structure", ["weights", "coactivation", "mixed"])
@@ -67,8 +81,8 @@ def test_every_kind_of_structure_is_balanced(
     switchable_gpt2: nn.Module, tokens: Tensor, structure: str
 ) -> None:
     _, found = measure(switchable_gpt2, [{"input_ids": tokens}], [None, None], 0, structure)
-    for labels in found:
-        assert torch.equal(torch.bincount(labels, minlength=8), torch.full((8,), 8))
+    for layer in found:
+        assert torch.equal(torch.bincount(layer.labels_F, minlength=8), torch.full((8,), 8))
 
 
 def test_watching_leaves_the_model_as_it_was(switchable_gpt2: nn.Module, tokens: Tensor) -> None:

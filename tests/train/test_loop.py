@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from switchable import InputError
 from switchable.config import RunConfig, from_dict
-from switchable.train.loop import Trainer
+from switchable.train.loop import Counters, Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.signals import TrainingStopped
 
@@ -122,6 +122,18 @@ def test_the_clock_of_training_survives_a_crash_and_counts_nothing_twice(
     assert figures["wall_seconds_measure"] == 6
     assert evals[-1]["flops"] == figures["flops"]
     assert figures["ran_with"] == [{"threads": 1, "jobs": jobs, "device": "cpu"} for jobs in (2, 1)]
+
+
+def test_waiting_for_a_gpu_counts_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(step=8)
+    monkeypatch.setattr("switchable.train.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda _device: None)
+    counters = Counters(window_steps=4, window_sparse=3, window_seconds=1.0)
+    for kind in ("cpu", "cuda"):  # on the CPU there is nothing to wait for
+        run = SimpleNamespace(job=SimpleNamespace(device=torch.device(kind)), counters=counters)
+        Trainer._settle(run)  # type: ignore[arg-type]
+    assert (counters.seconds_sparse, counters.seconds_dense, counters.window_seconds) == (6, 2, 9)
+    assert counters.train_seconds == 8
 
 
 def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:

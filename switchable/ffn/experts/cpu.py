@@ -163,7 +163,7 @@ def _forward(
         if gates_P1 is not None:
             hidden = torch.mul(hidden, gates_P1[chunk.rows], out=hidden_buffer[:rows])
         torch.bmm(pairs.by_lane(hidden), down_LID[e], out=x_LND)
-        y_TD.index_add_(0, tokens, x.to(y_TD.dtype))
+        y_TD.index_add_(0, tokens, x if x.dtype == y_TD.dtype else x.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
@@ -178,7 +178,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     dx_TD = _zeros_for_sums(x_TD) if need_x else None
     dup = _WeightGradient(up_FD, plan) if need_up else None
     ddown = _WeightGradient(down_FD, plan) if need_down else None
-    dbias = _WeightGradient(bias_F.unsqueeze(1), plan) if need_bias else None
+    dbias = _BiasGradient(bias_F, plan) if need_bias else None
     dgates_P = x_TD.new_empty(len(act_PI)) if need_gates else None
     up_LID, down_LDI = plan.slices(up_FD, 0), plan.slices(down_FD.t(), 1)
     for chunk, tokens, act in zip(
@@ -204,17 +204,17 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         else:
             torch.ops.aten.threshold_backward.grad_input(dact, act, 0, grad_input=dact)
         if dbias is not None:
-            dbias.add_rows(chunk, dact)
+            dbias.add(chunk, dact)
         if dup is not None:
             dup.add(chunk, dact, torch.index_select(x_TD, 0, tokens, out=in_buffer[:rows]))
         if dx_TD is not None:
             torch.bmm(dact_LNI, up_LID[e], out=pairs.by_lane(dy))
-            dx_TD.index_add_(0, tokens, dy.to(dx_TD.dtype))
+            dx_TD.index_add_(0, tokens, dy if dy.dtype == dx_TD.dtype else dy.to(dx_TD.dtype))
     return (
         None if dx_TD is None else dx_TD.to(x_TD.dtype),
         None if dup is None else dup.total,
         None if ddown is None else ddown.total,
-        None if dbias is None else dbias.total.squeeze(1),
+        None if dbias is None else dbias.total,
         None if dgates_P is None else _unsorted(dgates_P, pairs, gates_TK),
     )
 
@@ -228,9 +228,9 @@ class _WeightGradient:
         self.slices = self.total.view(plan.num_experts, -1, weight_FX.shape[1]).unbind(0)
         for expert in plan.pairs.unused:
             self.slices[expert].zero_()
-        # Sums of lanes are worth their addition where the result is stored row by row; not where it would have to
-        # be transposed.
-        row_wise = weight_FX.shape[1] > 1 and weight_FX.stride(1) == 1
+        # Sums of lanes are worth their addition where the result is stored row by row (`ffn/layout.py`); not where it
+        # would have to be transposed.
+        row_wise = weight_FX.stride(1) == 1
         self.partial = (
             weight_FX.new_empty(plan.pairs.lanes, *self.slices[0].shape)
             if row_wise and plan.pairs.lanes > 1
@@ -251,9 +251,19 @@ class _WeightGradient:
         else:
             torch.sum(self.partial, 0, out=own)
 
-    def add_rows(self, chunk: Chunk, left_RI: Tensor) -> None:
-        """Add the sum of the rows of `left` (a bias's gradient)."""
-        own = self.slices[chunk.expert].squeeze(1)
+
+class _BiasGradient:
+    """Gradient of a vector that holds I numbers for each expert."""
+
+    def __init__(self, bias_F: Tensor, plan: _Plan):
+        self.total = torch.empty_like(bias_F)
+        self.slices = self.total.view(plan.num_experts, -1).unbind(0)
+        for expert in plan.pairs.unused:
+            self.slices[expert].zero_()
+
+    def add(self, chunk: Chunk, left_RI: Tensor) -> None:
+        """Add the sum of the rows to the slice of the chunk's expert."""
+        own = self.slices[chunk.expert]
         if chunk.first:
             torch.sum(left_RI, 0, out=own)
         else:

@@ -1,0 +1,144 @@
+"""lm-eval on the live model, in each way it can multiply.
+
+sst2=PATH, lambada=PATH     our task file with local data (tasks.py): nothing is downloaded
+hellaswag                   a task of lm-eval's own by its name, with the data that it fetches
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from switchable.errors import InputError
+from switchable.evaluation.scores import Score
+from switchable.evaluation.tasks import NAMES, task_config
+from switchable.evaluation.ways import Way, going
+
+RESAMPLES = 1000
+"""Bootstrap resamples of lm-eval, for metrics whose standard error has no formula."""
+
+
+def resolve_tasks(names: Sequence[str]) -> list[Any]:
+    """Return tasks in a form that lm-eval takes; checked before any model is loaded.
+
+    Args:
+        names: `NAME=PATH` for one of our task files, `NAME` for a task of lm-eval.
+
+    Raises:
+        InputError: lm-eval is not installed, an unknown task (the nearest names are listed), or missing data.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("tasks need lm-eval: pip install 'switchable[eval]'")
+    tasks: list[Any] = []
+    for given in names:
+        name, equals, path = given.partition("=")
+        if equals:
+            tasks.append(task_config(name, Path(path).expanduser()))
+        else:
+            _check_known(name)
+            tasks.append(name)
+    return tasks
+
+
+def _check_known(name: str) -> None:
+    with quiet_harness():
+        from lm_eval.tasks import TaskManager
+
+        known = set(TaskManager().all_tasks)
+    if name in NAMES and name not in known:
+        raise InputError(f"task {name!r} needs its data: --tasks {name}=PATH")
+    if name not in known:
+        close = difflib.get_close_matches(
+            name, sorted({*known, *(f"{n}=PATH" for n in NAMES)}), n=5, cutoff=0.4
+        )
+        raise InputError(
+            f"task {name!r} is not known to lm-eval; nearest: {', '.join(close) or 'none'}. "
+            f"With local data: {', '.join(f'{n}=PATH' for n in NAMES)}"
+        )
+
+
+def task_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Any],
+    found_ways: Iterable[Way],
+    batch_size: int,
+    limit: int | None = None,
+) -> list[Score]:
+    """Return every metric of every task in every way.
+
+    Args:
+        model: a converted causal or sequence-to-sequence model.
+        tokenizer: its tokenizer.
+        tasks: from `resolve_tasks`.
+        found_ways: the ways.
+        batch_size: sequences at a time.
+        limit: examples per task at most.
+
+    Raises:
+        InputError: the data of one of lm-eval's tasks cannot be had.
+    """
+    scores: list[Score] = []
+    with quiet_harness():
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+        live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        for way in found_ways:
+            with going(model, way):
+                try:
+                    found = lm_eval.simple_evaluate(
+                        model=live,
+                        tasks=list(tasks),
+                        task_manager=manager,
+                        limit=limit,
+                        bootstrap_iters=RESAMPLES,
+                        log_samples=False,
+                    )
+                except OSError as error:
+                    reason = " ".join(str(error).split())
+                    raise InputError(
+                        f"the data of the tasks cannot be had ({reason}); tasks with local data: "
+                        f"{', '.join(f'{n}=PATH' for n in NAMES)}"
+                    ) from None
+            scores += _scores(found, way)
+    return scores
+
+
+def _scores(found: dict[str, Any], way: Way) -> list[Score]:
+    scores = []
+    for task, figures in found["results"].items():
+        examples = int(found["n-samples"].get(task, {}).get("effective", 0))
+        for key, value in figures.items():
+            metric, comma, variant = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{variant}")
+            known = float(stderr) if isinstance(stderr, (int, float)) else None
+            shown = metric if variant == "none" else f"{metric} ({variant})"
+            scores.append(Score(task, shown, way, float(value), known, examples))
+    return scores
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep lm-eval's prints out of our output, and its log to errors; its level is put back afterwards."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,67 @@
+"""The ways a model is evaluated in: dense, and sparse with each of a range of K."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the FFNs multiply."""
+
+    mode: str
+    """`"dense"` or `"sparse"`."""
+    experts_per_token: int | None = None
+    """K in sparse mode; None where layers differ and each keeps its own."""
+
+    def __str__(self) -> str:
+        if self.mode == "dense":
+            return "dense"
+        return "sparse" if self.experts_per_token is None else f"sparse K={self.experts_per_token}"
+
+
+def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequence[int] = ()) -> list[Way]:
+    """Return the ways to evaluate a model in.
+
+    Args:
+        model: a converted model.
+        modes: `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
+        experts_per_token: values of K for sparse mode; empty: the model's own.
+
+    Raises:
+        InputError: an impossible K, or sparse mode of a model that was trained all dense.
+    """
+    layers = layers_of(model)
+    can_be_sparse = any(layer.takes_part for layer in layers)
+    if not can_be_sparse and ("sparse" in modes or experts_per_token):
+        raise InputError(
+            "no layer of this model takes part in sparse mode (it was trained all dense); use --mode dense"
+        )
+    for k in experts_per_token:
+        if not 1 <= k <= layers[0].num_experts:
+            raise InputError(
+                f"experts_per_token={k} is not possible with the model's {layers[0].num_experts} experts; "
+                f"use 1 to {layers[0].num_experts}"
+            )
+    found = [Way("dense")] if "dense" in modes or not modes else []
+    if can_be_sparse and ("sparse" in modes or not modes):
+        own = {layer.experts_per_token for layer in layers if layer.takes_part}
+        wanted: Sequence[int | None] = experts_per_token or [own.pop() if len(own) == 1 else None]
+        found += [Way("sparse", k) for k in dict.fromkeys(wanted)]
+    return found
+
+
+@contextmanager
+def going(model: nn.Module, way: Way) -> Iterator[None]:
+    """Within the block the model is in evaluation mode and multiplies this way; afterwards as before."""
+    with kept_modes(model):
+        set_mode(model, way.mode, way.experts_per_token)
+        model.eval()
+        yield

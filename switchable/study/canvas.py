@@ -1,0 +1,160 @@
+"""One picture for all places: PNG and SVG files, and an image in the report whose points tell their values.
+
+A picture is a matplotlib figure plus hover points: a place in it and what is to be read there. Colours are ordered by
+lightness and lines differ by marker too, so that pictures can be read in grey and by colour-blind eyes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from switchable.train.rundir import TEMPORARY
+
+MARKERS = "osD^vPX*<>"
+DENSE, SPARSE, TRAIN = "#00334e", "#d55e00", "#9aa5ad"
+PANEL_INCHES = (4.4, 3.3)
+"""Width and height of a panel: its text is still legible on a phone's width."""
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "switchable", "font.size": 10.0, "axes.titlesize": 10.0}
+PNG_DPI = 150
+
+
+@dataclass
+class Picture:
+    """A figure and what can be read at its points."""
+
+    figure: Figure
+    points: list[tuple[Axes, float, float, str]] = field(default_factory=list)
+
+    def hover(self, axes: Axes, x: float, y: float, text: str) -> None:
+        """Tell `text` at a point, in the coordinates of the data."""
+        self.points.append((axes, x, y, text))
+
+
+Draw = Callable[[Picture, Axes], None]
+
+
+def draw_picture(panels: Sequence[Draw], columns: int = 1) -> Picture:
+    """Draw panels into a grid of `columns` columns."""
+    with mpl.rc_context(STYLE):
+        rows = math.ceil(len(panels) / columns)
+        size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
+        figure = Figure(figsize=size, dpi=72, layout="constrained")
+        FigureCanvasAgg(figure)
+        picture = Picture(figure)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, draw in zip(grid.flat, panels, strict=False):
+            draw(picture, axes)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        # Laid out once, for all files: hover points lie where they are drawn, and drawing takes a third of the time.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        return picture
+
+
+def save(picture: Picture, folder: Path, name: str) -> None:
+    """Write `name.png` and `name.svg`, each completely or not at all."""
+    for kind in ("png", "svg"):
+        write_picture(picture, folder / f"{name}.{kind}")
+
+
+def write_picture(picture: Picture, path: Path) -> None:
+    """Write a picture, as what the name ends in says, completely or not at all."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_bytes(_rendered(picture, path.suffix[1:]))
+    temporary.replace(path)
+
+
+def embedded(picture: Picture) -> dict[str, Any]:
+    """Return what the report needs: the image as a data URI, its size, and its hover points.
+
+    A point is `[x, y, text]`, x and y being fractions of the image's width and height from the top left.
+    """
+    image = base64.b64encode(_rendered(picture, "svg")).decode("ascii")
+    width, height = picture.figure.get_size_inches() * picture.figure.dpi
+    points = []
+    for axes, x, y, text in picture.points:
+        across, up = axes.transData.transform((x, y))
+        points.append([round(float(across / width), 4), round(float(1 - up / height), 4), text])
+    return {
+        "src": f"data:image/svg+xml;base64,{image}",
+        "width": round(float(width)),
+        "height": round(float(height)),
+        "points": points,
+    }
+
+
+def _rendered(picture: Picture, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        picture.figure.savefig(
+            buffer,
+            format=kind,
+            dpi=PNG_DPI if kind == "png" else 72,
+            metadata={"Date": None} if kind == "svg" else None,
+        )
+    return buffer.getvalue()
+
+
+def layer_style(index: int, count: int) -> dict[str, Any]:
+    """Return colour (dark to light) and marker of a layer's line."""
+    return {
+        "color": colormaps["viridis"](0.9 * index / max(1, count - 1)),
+        "marker": MARKERS[index % len(MARKERS)],
+        "ms": 4,
+        "lw": 1.2,
+    }
+
+
+def step_axis(axes: Axes, steps: Sequence[float]) -> None:
+    """Make the x axis one of optimizer steps, logarithmic where that says more."""
+    positive = [s for s in steps if s > 0]
+    if len(positive) > 2 and max(positive) / min(positive) > 8:
+        if min(steps) > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=min(positive))
+        wide = max(positive) / min(positive) > 300
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("optimizer step (log scale)")
+    else:
+        axes.set_xlabel("optimizer step")
+
+
+def plain_axes(axes: Axes) -> None:
+    """A light grid, no box."""
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_above(axes: Axes) -> None:
+    """Put the legend above the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=min(4, len(handles)),
+            fontsize=8,
+            frameon=False,
+            borderaxespad=0.2,
+            columnspacing=1.2,
+            handlelength=1.6,
+        )

@@ -1,0 +1,143 @@
+"""What was found, in three sentences made of numbers: is it sparse, does the pattern settle, do experts catch it.
+
+The words follow the numbers: "sparse" is a mean activation ratio of at most 0.2, "early" the first third of the
+checkpoints' span of steps, "settled" a Jaccard index of at least 0.9 between the last two. The first layer is told
+apart from the others, because it behaves differently.
+"""
+
+from __future__ import annotations
+
+import math
+
+from switchable.study.measures import QUANTILES
+from switchable.study.result import Series, Study, mean
+
+SPARSE = 0.2
+EARLY = 1 / 3
+SETTLED = 0.9
+
+
+def findings(study: Study) -> list[str]:
+    """Return up to three sentences; fewer where nothing was measured."""
+    sentences = [_sparsity(study), _pattern(study) or _neurons(study), _experts(study)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _behind_first(study: Study) -> list[int]:
+    return list(range(1, study.num_layers)) or list(range(study.num_layers))
+
+
+def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]:
+    if not layers or not all(series[i][0] for i in layers):
+        return []
+    steps = series[layers[0]][0]
+    return [(s, mean([series[i][1][n] for i in layers])) for n, s in enumerate(steps)]
+
+
+def _sparsity(study: Study) -> str:
+    series = study.series("activation_ratio")
+    layers = _behind_first(study)
+    points = _mean_series(series, layers)
+    if not points:
+        return ""
+    first_layer = f"; in the first layer {_percent(series[0][1][-1])}" if study.num_layers > 1 else ""
+    whose = "the layers behind the first" if study.num_layers > 1 else "the layer"
+    (step, ratio), (start, before) = points[-1], points[0]
+    if len(points) == 1:
+        verdict = "Activation is sparse" if ratio <= SPARSE else "Activation is not sparse"
+        return f"{verdict}: a token activates {_percent(ratio)} of the neurons of {whose}{first_layer}."
+    now = f"{_percent(ratio)} at step {step:,.0f}{first_layer}"
+    history = f"a token activates {_percent(before)} of the neurons of {whose} at step {start:,.0f}"
+    since = _sparse_since(points)
+    if since is None:
+        return f"Activation is not sparse at the end: {history} and {now}."
+    if since == start:
+        return f"Activation is sparse from the first measurement on: {history} and {now}."
+    early = since - start <= EARLY * (step - start)
+    reached = f"at most {SPARSE:.0%} from step {since:,.0f} on"
+    return (
+        f"Activation becomes sparse{' early' if early else ''} and stays so: {history}, {reached}, and {now}."
+    )
+
+
+def _sparse_since(points: list[tuple[float, float]]) -> float | None:
+    """The step from which on every value is at most SPARSE; None if the last is not."""
+    since = None
+    for step, value in reversed(points):
+        if value > SPARSE:
+            break
+        since = step
+    return since
+
+
+def _pattern(study: Study) -> str:
+    if len(study.steps) > 1 and "pattern" in study.pairs:
+        matrix, steps = study.mean_pairs("pattern"), study.steps
+        last = float(matrix[-1, -2])
+        between = f"between the last two checkpoints (steps {steps[-2]:,} and {steps[-1]:,})"
+        others = (
+            ""
+            if len(steps) == 2
+            else f" and by {matrix[-1, 0]:.2f} between the first (step {steps[0]:,}) and the last"
+        )
+    else:
+        points = _mean_series(study.series("pattern_similarity"), list(range(study.num_layers)))
+        if len(points) < 2:
+            return ""
+        last = points[-1][1]
+        between = f"between the last two measurements (steps {points[-2][0]:,.0f} and {points[-1][0]:,.0f})"
+        others = f", after {points[0][1]:.2f} between the first two (up to step {points[0][0]:,.0f})"
+    verdict = "has settled" if last >= SETTLED else "is still changing at the end"
+    return (
+        f"The activation pattern {verdict}: the sets of neurons active on the same token overlap by {last:.2f} "
+        f"(Jaccard index, mean over layers) {between}{others}."
+    )
+
+
+def _neurons(study: Study) -> str:
+    if not study.results:
+        return ""
+    last = study.results[-1]
+    dead, always = mean([r.dead for r in last]), mean([r.always_on for r in last])
+    low = min(r.ratio_quantiles[QUANTILES.index(0.05)] for r in last)
+    high = max(r.ratio_quantiles[QUANTILES.index(0.95)] for r in last)
+    return (
+        f"{_percent(dead)} of the neurons are active on no token of the probe and {_percent(always)} on all of them; "
+        f"nine of ten tokens activate between {_percent(low)} and {_percent(high)} of a layer."
+    )
+
+
+def _experts(study: Study) -> str:
+    layers = _behind_first(study)
+    if study.results:
+        caught = mean([study.mass_at_k("router", i) for i in layers])
+        best = mean([study.mass_at_k("best", i) for i in layers])
+        chance = mean([study.layers[i].experts_per_token / study.layers[i].num_experts for i in layers])
+        busiest = max(study.results[-1][i].load_imbalance for i in layers)
+        counts = sorted({study.layers[i].experts_per_token for i in layers})
+        k = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        which = (
+            f"The router's {k} of {study.layers[0].num_experts} experts ({_percent(chance)} of the neurons)"
+        )
+    else:
+        ends = {}
+        for name in ("mass_caught", "mass_best", "load_imbalance"):
+            series = study.series(name)
+            if not layers or not all(series[i][1] for i in layers):
+                return ""
+            ends[name] = [series[i][1][-1] for i in layers]
+        caught, best = mean(ends["mass_caught"]), mean(ends["mass_best"])
+        busiest, chance = max(ends["load_imbalance"]), math.nan
+        which = "The experts chosen by the router"
+    against = "" if math.isnan(chance) else f" and a random choice {_percent(chance)}"
+    behind = " behind the first layer" if study.num_layers > 1 else ""
+    return (
+        f"{which} catch {_percent(caught)} of the activation mass{behind}, where the best possible choice would catch "
+        f"{_percent(best)}{against}; the busiest expert has {busiest:.1f} times the mean load."
+    )
+
+
+def _percent(value: float) -> str:
+    if value >= 0.1 or value == 0:
+        return f"{value:.0%}"
+    return f"{value:.1%}" if value >= 0.001 else "under 0.1%"

@@ -1,0 +1,264 @@
+"""Everything that one pass over the probe tells about every FFN of a model; docs/measures.md has the equations.
+
+Sums are exact and kept in float64; of what grows with the tokens only one number per token and one bit per token and
+neuron is kept, so that memory is bounded whatever the model's width and depth. The layers are watched through hooks,
+the model is left as it was.
+
+    probe -> measure_model(model) -> per layer: LayerStudy (numbers, goes into the report)
+                                              + Fingerprint (bits, compared between checkpoints by similarity.py)
+
+What counts as an active neuron: a_i ≠ 0 for ReLU and its kin. Other activations are never exactly zero; there a neuron
+is active on a token if it is among the fewest that give 99 % of the output (`needed_neurons`).
+
+Shapes: B batch, S sequence, T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.router import expert_mass
+from switchable.study.probe import Batch, Probe
+from switchable.switching.monitor import observed
+from switchable.switching.patterns import pack
+from switchable.switching.switch import current_structure
+
+EXACT_ZEROS = ("relu", "relu2", "relu6")
+"""Activations (names in `ACT2FN`) that are exactly zero for an inactive neuron."""
+OUTPUT_SHARE = 0.99
+SAMPLED_TOKENS = 512
+"""Tokens on which `needed_neurons` is found where it does not define what is active."""
+AT_ONCE = 1024
+"""Tokens whose activations are in memory at once."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+FREQUENCY_RANKS = (10, 100, 1_000, 10_000)
+"""Last rank of each frequency band but the last."""
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """The measures of one layer of one checkpoint; shares are 0 to 1."""
+
+    activation_ratio: float
+    """Mean over tokens of the share of neurons that are active."""
+    ratio_quantiles: list[float]
+    """Quantiles (`QUANTILES`) over tokens of the share of neurons that are active."""
+    by_position: dict[str, float]
+    """Activation ratio per band of positions in the sequence (from 0)."""
+    by_frequency: dict[str, float]
+    """Activation ratio per band of ranks of the token in the text, the most frequent token having rank 1."""
+    dead: float
+    """Share of neurons active on no token."""
+    always_on: float
+    """Share of neurons active on every token."""
+    needed: float
+    """Mean share of neurons that give 99 % of a token's output."""
+    mass_best: list[float]
+    """Share of the activation mass in the best 1, 2, ... E experts of each token."""
+    mass_router: list[float]
+    """The same for the router's first 1, 2, ... E experts."""
+    load: list[float]
+    """Share of all choices (K per token) that fell on each expert."""
+    load_imbalance: float
+    """Load of the busiest expert over the mean load, 1 to E."""
+
+    @property
+    def mass_random(self) -> list[float]:
+        """The same for experts drawn at random, on average: K/E."""
+        experts = len(self.load)
+        return [(k + 1) / experts for k in range(experts)]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What of a layer is compared between checkpoints, in the neurons' first order."""
+
+    pattern_TW: Tensor
+    """Which neurons are active on which tokens, packed (`patterns.pack`)."""
+    structure_F: Tensor
+    """The expert of each neuron."""
+    route_TK: Tensor
+    """The experts that the router chooses for each token."""
+
+
+def measure_model(
+    model: nn.Module, probe: Probe, pattern_tokens: int | None = None
+) -> list[tuple[LayerStudy, Fingerprint]]:
+    """Measure every switchable FFN of a model on a probe, in one pass without gradients.
+
+    Args:
+        model: a converted model; its modes are kept.
+        probe: fixed tokens.
+        pattern_tokens: keep the patterns of so many tokens at most, evenly spaced; None: of all.
+    """
+    layers = layers_of(model)
+    band_V = frequency_bands(probe.counts_V)
+    meters = [_Meter(band_V, probe.tokens, pattern_tokens) for _ in layers]
+    device = next(model.parameters()).device
+    with torch.no_grad(), kept_modes(model), observed(model, meters):
+        set_mode(model, "dense")
+        model.eval()
+        for batch in probe.batches:
+            for meter, layer in zip(meters, layers, strict=True):
+                meter.ids_BS = _ids_for(layer, batch)
+            model(**{key: value.to(device) for key, value in batch.items()})
+    return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
+
+
+def _ids_for(layer: SwitchableFFN, batch: Batch) -> Tensor:
+    """The tokens that a layer sees: a decoder that has inputs of its own sees those."""
+    own = "decoder_input_ids" in batch and "decoder" in layer.name.split(".")
+    return batch["decoder_input_ids" if own else "input_ids"]
+
+
+def frequency_bands(counts_V: Tensor) -> Tensor:
+    """Return the band of each token, 0 (the 10 most frequent) to 4; equally frequent tokens rank by their number."""
+    rank_V = torch.empty_like(counts_V)
+    rank_V[counts_V.argsort(descending=True, stable=True)] = torch.arange(1, len(counts_V) + 1)
+    return torch.bucketize(rank_V, torch.tensor(FREQUENCY_RANKS))
+
+
+def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHARE) -> tuple[Tensor, Tensor]:
+    """Find how many neurons of each token give its output up to a relative error of 1 - share.
+
+    Neurons are taken in the order of |a_i| · ‖down_i‖, the length of what they add to the output; the error is that of
+    the sum of the others, ‖Σ a_i down_i‖ / ‖output‖ (CETT, Zhang et al. 2024, arXiv 2402.03804). The number is found by
+    bisection, per token: so many are enough, and one less is not. (The error need not fall with every neuron added
+    where activations have both signs, so that fewer may be enough by chance.)
+
+    Args:
+        hidden_TF: activations.
+        down_FD: output projection, a row per neuron; its bias is left out.
+        share: wanted share of the output.
+
+    Returns:
+        needed_T, int64, and which neurons these are, bool [T, F].
+    """
+    hidden_TF, down_FD = hidden_TF.float(), down_FD.float()
+    strength_TF = hidden_TF.abs() * down_FD.norm(dim=1)
+    sorted_TF, order_TF = strength_TF.sort(dim=1, descending=True, stable=True)
+    place_TF = torch.empty_like(order_TF).scatter_(
+        1, order_TF, torch.arange(order_TF.shape[1], device=order_TF.device).expand_as(order_TF)
+    )
+    allowed_T = (1 - share) * (hidden_TF @ down_FD).norm(dim=1)
+    high_T = (sorted_TF > 0).sum(dim=1)  # enough: nothing is left out
+    low_T = torch.full_like(high_T, -1)  # not enough
+    while bool((open_T := high_T - low_T > 1).any()):
+        middle_T = (low_T + high_T) // 2
+        rest_TF = hidden_TF * (place_TF >= middle_T[:, None])
+        enough_T = (rest_TF @ down_FD).norm(dim=1) <= allowed_T
+        high_T = torch.where(open_T & enough_T, middle_T, high_T)
+        low_T = torch.where(open_T & ~enough_T, middle_T, low_T)
+    return high_T, place_TF < high_T[:, None]
+
+
+class _Meter:
+    """Takes in one layer's inputs, a batch at a time."""
+
+    def __init__(self, band_V: Tensor, tokens: int, pattern_tokens: int | None) -> None:
+        self.band_V = band_V
+        self.ids_BS = torch.zeros(0)
+        self.pattern_every = 1 if pattern_tokens is None else max(1, -(-tokens // pattern_tokens))
+        self.sample_every = max(1, tokens // SAMPLED_TOKENS)
+        self.seen = 0
+        self.ratios: list[Tensor] = []
+        self.needed: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.bands: list[Tensor] = []
+        self.patterns: list[Tensor] = []
+        self.routes: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        x_TD = x.reshape(-1, layer.d_model)
+        if self.ids_BS.numel() == len(x_TD):
+            self.positions.append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
+            self.bands.append(self.band_V[self.ids_BS.reshape(-1)])
+        for piece_TD in torch.split(x_TD, AT_ONCE):
+            self._add_piece(layer, piece_TD)
+
+    def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:
+        hidden_TF = layer.activations(x_TD)
+        down_FD = layer.weights.down_FD
+        if layer.activation in EXACT_ZEROS:
+            active_TF = hidden_TF != 0
+            picked = self._every(self.sample_every, len(x_TD))
+            needed_T, _ = needed_neurons(hidden_TF[picked], down_FD)
+        else:
+            needed_T, active_TF = needed_neurons(hidden_TF, down_FD)
+        self.needed.append(needed_T.cpu())
+        self.ratios.append(active_TF.double().mean(dim=1).cpu())
+        picked = self._every(self.pattern_every, len(x_TD))
+        self.patterns.append(pack(active_TF[picked], layer.neuron_ids_F))
+        self._sum("fired", active_TF.sum(dim=0))
+        self._add_mass(layer, x_TD, expert_mass(hidden_TF, down_FD, layer.num_experts))
+        self.seen += len(x_TD)
+
+    def _add_mass(self, layer: SwitchableFFN, x_TD: Tensor, mass_TE: Tensor) -> None:
+        order_TE = layer.router(x_TD).argsort(dim=1, descending=True)
+        route_TK = order_TE[:, : layer.experts_per_token]
+        self.routes.append(route_TK.cpu())
+        self._sum("load", torch.bincount(route_TK.reshape(-1), minlength=layer.num_experts))
+        self._sum("best", mass_TE.sort(dim=1, descending=True).values.sum(dim=0, dtype=torch.float64))
+        self._sum("router", mass_TE.gather(1, order_TE).sum(dim=0, dtype=torch.float64))
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        self.sums[name] = value.cpu() + self.sums.get(name, 0)
+
+    def _every(self, every: int, count: int) -> slice:
+        """The tokens among the next `count` whose number is a multiple of `every`."""
+        return slice(-self.seen % every, count, every)
+
+    def result(self, layer: SwitchableFFN) -> tuple[LayerStudy, Fingerprint]:
+        assert self.seen, "the probe never reached the layer"
+        ratio_T = torch.cat(self.ratios)
+        load_E, fired_F = self.sums["load"].double(), self.sums["fired"]
+        total = max(float(self.sums["best"].sum()), torch.finfo(torch.float64).tiny)
+        quantiles = torch.quantile(ratio_T, torch.tensor(QUANTILES, dtype=torch.float64))
+        study = LayerStudy(
+            activation_ratio=float(ratio_T.mean()),
+            ratio_quantiles=quantiles.tolist(),
+            by_position=_by_band(ratio_T, self.positions, position_band, position_name),
+            by_frequency=_by_band(ratio_T, self.bands, lambda band: band, frequency_name),
+            dead=float((fired_F == 0).double().mean()),
+            always_on=float((fired_F == self.seen).double().mean()),
+            needed=float(torch.cat(self.needed).double().mean()) / layer.d_ff,
+            mass_best=(self.sums["best"].cumsum(0) / total).tolist(),
+            mass_router=(self.sums["router"].cumsum(0) / total).tolist(),
+            load=(load_E / load_E.sum()).tolist(),
+            load_imbalance=float(load_E.max() / load_E.mean()),
+        )
+        structure_F = torch.empty(layer.d_ff, dtype=torch.long)
+        structure_F[layer.neuron_ids_F] = current_structure(layer)
+        return study, Fingerprint(torch.cat(self.patterns), structure_F, torch.cat(self.routes))
+
+
+def position_band(position: Tensor) -> Tensor:
+    """Return the band of positions in a sequence: 0, 1, 2-3, 4-7, 8-15, ... are 0, 1, 2, 3, 4, ..."""
+    return torch.log2(position.clamp(min=1).double()).floor().long() + (position > 0)
+
+
+def position_name(band: int) -> str:
+    """Return the positions of a band, as `"4-7"`."""
+    return str(band) if band < 2 else f"{2 ** (band - 1)}-{2**band - 1}"
+
+
+def frequency_name(band: int) -> str:
+    """Return the ranks of a frequency band, as `"11-100"`."""
+    first = 1 if band == 0 else FREQUENCY_RANKS[band - 1] + 1
+    return f"{first:,}+" if band == len(FREQUENCY_RANKS) else f"{first:,}-{FREQUENCY_RANKS[band]:,}"
+
+
+def _by_band(ratio_T: Tensor, pieces: Sequence[Tensor], band_of, name_of) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Mean ratio per band, in the order of the bands; empty if the layer's tokens could not be told."""
+    values_T = torch.cat(list(pieces)) if pieces else torch.zeros(0)
+    if len(values_T) != len(ratio_T):
+        return {}
+    band_T = band_of(values_T)
+    return {name_of(int(band)): float(ratio_T[band_T == band].mean()) for band in band_T.unique()}

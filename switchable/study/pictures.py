@@ -1,0 +1,249 @@
+"""The pictures of a study: what each shows, when it can be drawn, and how (`panels.py` draws one panel each).
+
+pictures_of(study) -> list of Figure_: a name, a caption, one panel or one per layer
+write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from switchable.study import panels
+from switchable.study.canvas import Draw, draw_picture, save, write_picture
+from switchable.study.result import SIMILARITIES, Study
+
+MAX_LAYERS = 16
+"""Deeper models are shown at so many layers, evenly spaced; tables and study.json have them all."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel, and the layer it is about (`None`: all of them)."""
+
+    draw: Draw
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class PictureOf:
+    """A picture to draw."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is a panel for each layer."""
+        return any(panel.layer is not None for panel in self.panels)
+
+
+def shown_layers(study: Study) -> list[int]:
+    """Return the layers of which there are pictures."""
+    count = study.num_layers
+    if count <= MAX_LAYERS:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (MAX_LAYERS - 1)) for i in range(MAX_LAYERS)})
+
+
+def pictures_of(study: Study) -> list[PictureOf]:
+    """Return the pictures that can be drawn from what a study has."""
+    found = [*_over_training(study), *_similarity(study), *_experts(study), *_tokens(study)]
+    return [picture for picture in found if picture.panels]
+
+
+def write_files(study: Study, folder: Path) -> list[str]:
+    """Draw every picture into `folder` as PNG and SVG; return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for picture in pictures_of(study):
+        columns = min(4, math.ceil(len(picture.panels) ** 0.5)) if picture.per_layer else 1
+        save(draw_picture([panel.draw for panel in picture.panels], columns), folder, picture.name)
+        names.append(picture.name)
+    return names
+
+
+def draw_curves(study: Study, path: Path) -> None:
+    """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, stability of structures."""
+    draws = [partial(panels.loss, study)] if study.records("train") else []
+    draws += [
+        partial(panels.over_steps, study, name, label)
+        for name, label in (
+            ("activation_ratio", "activation ratio (share of neurons)"),
+            ("similarity", "similarity of structures (ARI)"),
+        )
+        if _points(study, name)
+    ]
+    if draws:
+        write_picture(draw_picture(draws), path)
+
+
+def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
+    return PictureOf(name, title, caption, tuple(Panel(draw) for draw in draws))
+
+
+def _over_training(study: Study) -> list[PictureOf]:
+    found = []
+    if study.records("train"):
+        found.append(
+            _one(
+                "loss",
+                "Loss and computation",
+                "Above: loss in nats per token; where the background is coloured, some steps are sparse. "
+                "Below: FLOPs spent so far, measuring included.",
+                partial(panels.loss, study),
+                partial(panels.flops, study),
+            )
+        )
+    if _points(study, "activation_ratio") > 1:
+        found.append(
+            _one(
+                "activation_ratio",
+                "How many neurons a token needs",
+                "Share of a layer's neurons that are active on a token, mean over the probe.",
+                partial(panels.over_steps, study, "activation_ratio", "activation ratio (share of neurons)"),
+            )
+        )
+    if _points(study, "dead") > 1:
+        found.append(
+            _one(
+                "neurons",
+                "Dead and always-on neurons",
+                "Share of a layer's neurons active on no token of the probe (above) and on every token (below).",
+                partial(panels.over_steps, study, "dead", "dead neurons (share)"),
+                partial(panels.over_steps, study, "always_on", "always-on neurons (share)"),
+            )
+        )
+    return found
+
+
+def _points(study: Study, name: str) -> int:
+    return max((len(steps) for steps, _ in study.series(name)), default=0)
+
+
+SIMILARITY_CAPTIONS = {
+    "pattern": (
+        "Same neurons, same tokens?",
+        "Jaccard index of the sets of neurons that are active on the same tokens at two checkpoints: 1 is the same "
+        "set. A pattern that had settled would be dark only at the start and light ever after.",
+    ),
+    "coactivation": (
+        "Same neurons firing together?",
+        "Correlation of the co-activation matrices of two checkpoints: which neurons fire together.",
+    ),
+    "structure": (
+        "Same experts?",
+        "Adjusted Rand index of the neurons' assignments to experts at two checkpoints: 1 is the same, 0 unrelated.",
+    ),
+}
+
+
+def _similarity(study: Study) -> list[PictureOf]:
+    found = []
+    for kind in SIMILARITIES if len(study.steps) > 1 and study.pairs else ():
+        title, caption = SIMILARITY_CAPTIONS[kind]
+        mean = Panel(partial(panels.heat_map, study, kind, None))
+        per_layer = [Panel(partial(panels.heat_map, study, kind, i), i) for i in shown_layers(study)]
+        found.append(PictureOf(f"similarity_{kind}", title, caption, (mean, *per_layer)))
+    if len(study.steps) > 2 and study.pairs:
+        draw = partial(panels.neighbours, study.neighbours("pattern"))
+        found.append(_changes("Jaccard index of the active sets at a checkpoint and the one before.", draw))
+    elif _points(study, "pattern_similarity") > 1:
+        draw = partial(panels.neighbours, study.series("pattern_similarity"))
+        found.append(_changes("Jaccard index of the active sets at a measurement and the one before.", draw))
+    return found
+
+
+def _changes(caption: str, draw: Draw) -> PictureOf:
+    return _one("pattern_change", "Does the pattern keep changing?", caption, draw)
+
+
+def _experts(study: Study) -> list[PictureOf]:
+    found = []
+    if study.results:
+        layers = shown_layers(study)
+        found.append(
+            PictureOf(
+                "mass",
+                "How concentrated the activation is",
+                "Share of the activation mass in K experts: the best ones of each token, those the router chooses, and "
+                "any K drawn at random. The line marks the K in use; at the last checkpoint.",
+                tuple(Panel(partial(panels.mass, study, i), i) for i in layers),
+            )
+        )
+        found.append(
+            PictureOf(
+                "load",
+                "Expert load over time",
+                "Share of the router's choices that fall on each expert, times the number of experts: 1 is an equal "
+                "share. Experts are sorted by their load at the last checkpoint.",
+                tuple(Panel(partial(panels.load, study, i), i) for i in layers),
+            )
+        )
+    for name, title, caption, label in (
+        (
+            "mass_caught",
+            "What the router catches",
+            "Share of the activation mass in the router's K experts.",
+            "share of the mass",
+        ),
+        (
+            "load_imbalance",
+            "Imbalance of the load",
+            "Load of the busiest expert over the mean load.",
+            "busiest over mean",
+        ),
+    ):
+        if _points(study, name) > 1:
+            found.append(_one(name, title, caption, partial(panels.over_steps, study, name, label)))
+    if len(study.changes) > 1:
+        found.append(
+            _one(
+                "routing",
+                "Tokens that change experts",
+                "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
+                "a token's experts that were replaced (below).",
+                partial(panels.changes, study, 0),
+                partial(panels.changes, study, 1),
+            )
+        )
+    elif _points(study, "routing_changed") > 1:
+        label = "tokens with another set (share)"
+        caption = "Share of tokens whose set of experts is not that of the measurement before."
+        draw = partial(panels.over_steps, study, "routing_changed", label)
+        found.append(_one("routing", "Tokens that change experts", caption, draw))
+    return found
+
+
+def _tokens(study: Study) -> list[PictureOf]:
+    if not study.results:
+        return []
+    at = "" if len(study.steps) < 2 else ", at the last checkpoint"
+    found = [
+        _one(
+            "spread",
+            "Tokens differ",
+            f"Activation ratio over tokens: median, middle half and middle nine tenths{at}.",
+            partial(panels.spread, study),
+        )
+    ]
+    for name, field, title, label in (
+        ("position", "by_position", "By position", "position in the sequence (tokens, from 0)"),
+        ("frequency", "by_frequency", "By frequency", "rank of the token by frequency (1 = most frequent)"),
+    ):
+        if any(getattr(layer, field) for layer in study.results[-1]):
+            caption = f"Activation ratio per band{at}."
+            found.append(_one(name, title, caption, partial(panels.bands, study, field, label)))
+    return found
+
+
+def html_panels(picture: PictureOf) -> Sequence[tuple[int | None, Sequence[Draw]]]:
+    """Return the images of a picture in the report: one per layer, or one with all its panels."""
+    if picture.per_layer:
+        return [(panel.layer, [panel.draw]) for panel in picture.panels]
+    return [(None, [panel.draw for panel in picture.panels])]

@@ -1,0 +1,189 @@
+"""report.html: one file that opens anywhere, without network, with everything in it.
+
+It opens with what was found; then the pictures (images whose points tell their values), a slider for K, tables, the
+configuration and the versions. Everything that comes from outside (names, settings, messages) is escaped by the
+template, or set as text by the script.
+
+    write_report(study, path)         from any study
+    write_run_report(folder)          from what a run has recorded itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from switchable.study.canvas import draw_picture, embedded
+from switchable.study.findings import findings
+from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
+from switchable.study.result import Study, mean
+from switchable.study.study import records_of_run
+from switchable.train.rundir import RunDir, write_text
+
+
+def write_report(study: Study, path: Path) -> None:
+    """Write the report of a study, completely or not at all."""
+    points: dict[str, Any] = {}
+    figures = [_figure(picture, points) for picture in pictures_of(study)]
+    mass = _mass(study)
+    names = {i: layer.name for i, layer in enumerate(study.layers)}
+    per_layer = any(figure["per_layer"] for figure in figures)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("switchable.study", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=study.title,
+        findings=findings(study),
+        problems=study.problems,
+        notes=study.notes,
+        figures=figures,
+        layers_shown=[{"number": i, "name": names.get(i, "")} for i in shown_layers(study)]
+        if per_layer
+        else [],
+        has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
+        mass=mass,
+        tables=list(_tables(study)),
+        data={"points": points, "mass": mass["curves"] if mass else []},
+    )
+    write_text(path, page)
+
+
+def write_run_report(folder: Path) -> Path:
+    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself.
+
+    It measures nothing and is a matter of seconds.
+
+    Raises:
+        InputError: the folder is not a run.
+    """
+    study = records_of_run(folder)
+    study.notes.append(
+        "Measured during training, on the probe. `switchable study` on this run compares its checkpoints with one "
+        "another and shows more."
+    )
+    run = RunDir(folder)
+    draw_curves(study, run.curves)
+    write_report(study, run.report)
+    return run.report
+
+
+def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:
+    images = []
+    for i, (layer, draws) in enumerate(html_panels(picture)):
+        image = embedded(draw_picture(draws))
+        key = f"{picture.name}-{i}"
+        points[key] = image.pop("points")
+        name = "" if not picture.per_layer else "mean" if layer is None else str(layer)
+        images.append({**image, "key": key, "layer": name, "hidden": i > 0})
+    return {
+        "name": picture.name,
+        "title": picture.title,
+        "caption": picture.caption,
+        "per_layer": picture.per_layer,
+        "images": images,
+    }
+
+
+def _mass(study: Study) -> dict[str, Any] | None:
+    if not study.results:
+        return None
+    return {
+        "k": study.layers[-1].experts_per_token,
+        "experts": study.layers[0].num_experts,
+        "rows": [{"name": f"{i} ({layer.name})"} for i, layer in enumerate(study.layers)],
+        "curves": [
+            [_short(r.mass_router), _short(r.mass_best), _short(r.mass_random)] for r in study.results[-1]
+        ],
+    }
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    return [round(value, 5) for value in values]
+
+
+def _tables(study: Study) -> Iterable[dict[str, Any]]:
+    if study.results:
+        yield _layer_table(study)
+    if len(study.steps) > 1:
+        yield _step_table(study)
+    for title, values in (
+        ("The run's figures", study.summary),
+        ("Probe", study.probe),
+        ("Configuration", study.config),
+        ("Versions", study.versions),
+    ):
+        if values:
+            rows = [[key, _text(value)] for key, value in values.items() if not isinstance(value, dict)]
+            yield {"title": title, "head": ["", ""], "rows": rows, "caption": ""}
+
+
+def _layer_table(study: Study) -> dict[str, Any]:
+    rows = []
+    for i, (shape, r) in enumerate(zip(study.layers, study.results[-1], strict=True)):
+        rows.append(
+            [
+                f"{i} ({shape.name})",
+                f"{shape.d_ff:,}",
+                _share(r.activation_ratio),
+                _share(r.needed),
+                _share(r.dead),
+                _share(r.always_on),
+                f"{shape.experts_per_token} of {shape.num_experts}",
+                _share(study.mass_at_k("router", i)),
+                _share(study.mass_at_k("best", i)),
+                f"{r.load_imbalance:.2f}",
+            ]
+        )
+    at = f" at step {study.steps[-1]:,}" if len(study.steps) > 1 else ""
+    return {
+        "title": f"The layers{at}",
+        "head": [
+            "layer", "neurons", "active per token", "needed for 99 %", "dead", "always on", "K",
+            "mass in router's K", "in best K", "busiest / mean load",
+        ],
+        "rows": rows,
+        "caption": "Shares of neurons, and of the activation mass. The measures are defined in docs/measures.md.",
+    }  # fmt: skip
+
+
+def _step_table(study: Study) -> dict[str, Any]:
+    before = study.mean_pairs("pattern").diagonal(offset=1).tolist() if study.pairs else []
+    rows = []
+    for n, (step, layers) in enumerate(zip(study.steps, study.results, strict=True)):
+        rows.append(
+            [
+                f"{step:,}",
+                _share(mean([r.activation_ratio for r in layers])),
+                _share(mean([r.dead for r in layers])),
+                _share(mean([study.mass_at_k("router", i, n) for i in range(len(layers))])),
+                f"{mean([r.load_imbalance for r in layers]):.2f}",
+                f"{before[n - 1]:.3f}" if n and before else "",
+                _share(mean([tokens for tokens, _ in study.changes[n - 1]])) if n and study.changes else "",
+            ]
+        )
+    return {
+        "title": "The checkpoints, mean over layers",
+        "head": [
+            "step", "active per token", "dead", "mass in router's K", "busiest / mean load",
+            "Jaccard with the one before", "tokens with other experts",
+        ],
+        "rows": rows,
+        "caption": "",
+    }  # fmt: skip
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(v) for v in value) or "none"
+    return "none" if value is None else str(value)

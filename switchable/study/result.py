@@ -1,0 +1,125 @@
+"""What a study found, as plain data: what pictures, tables and sentences are made of, and `study.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from switchable.study.measures import LayerStudy
+
+Series = list[tuple[list[float], list[float]]]
+"""Per layer: steps and values."""
+SIMILARITIES = ("pattern", "coactivation", "structure")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer is."""
+
+    name: str
+    d_model: int
+    d_ff: int
+    num_experts: int
+    experts_per_token: int
+    activation: str
+
+
+@dataclass
+class Study:
+    """The result of studying a run, a series of checkpoints or one model."""
+
+    title: str
+    layers: list[LayerShape] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """Optimizer steps of the checkpoints, ascending."""
+    results: list[list[LayerStudy]] = field(default_factory=list)
+    """Per checkpoint, per layer."""
+    pairs: dict[str, list[npt.NDArray[np.float64]]] = field(default_factory=dict)
+    """Per kind of similarity, per layer: a matrix [checkpoints, checkpoints]."""
+    changes: list[list[tuple[float, float]]] = field(default_factory=list)
+    """Per checkpoint but the first, per layer: tokens whose expert set changed, experts replaced; shares."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """The run's own records (`metrics.jsonl`)."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    """Tokens measured on, and where they are from."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader must know: samples, what was left out."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be shown, and why."""
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Return the run's records of a kind (`train`, `measure`, `eval`)."""
+        return [record for record in self.metrics if record.get("kind") == kind]
+
+    @property
+    def num_layers(self) -> int:
+        """FFNs of the model."""
+        measured = self.records("measure")
+        return len(self.layers) or (len(measured[0]["layers"]) if measured else 0)
+
+    def series(self, name: str) -> Series:
+        """Return a measure over training: at the checkpoints, and where the run itself measured it."""
+        found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
+        # The first structure has none before it to be similar to.
+        for record in self.records("measure")[name == "similarity" :]:
+            for i, values in enumerate(record["layers"][: self.num_layers]):
+                if values.get(name) is not None:
+                    found[i][record["step"]] = values[name]
+        for step, layers in zip(self.steps, self.results, strict=True):
+            for i, layer in enumerate(layers):
+                value = getattr(layer, name, None)
+                if value is not None:
+                    found[i][step] = value
+        return [(sorted(values), [values[step] for step in sorted(values)]) for values in found]
+
+    def mass_at_k(self, kind: str, layer: int, checkpoint: int = -1) -> float:
+        """Return the share of the activation mass in `"best"` or `"router"` K experts."""
+        curve: list[float] = getattr(self.results[checkpoint][layer], f"mass_{kind}")
+        return curve[self.layers[layer].experts_per_token - 1]
+
+    def mean_pairs(self, kind: str) -> npt.NDArray[np.float64]:
+        """Return a similarity's mean over the layers in which it is defined."""
+        stacked = np.stack(self.pairs[kind])
+        known = ~np.isnan(stacked)
+        total = np.where(known, stacked, 0.0).sum(axis=0)
+        return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+
+    def neighbours(self, kind: str) -> Series:
+        """Return, per layer, the similarity of each checkpoint to the one before."""
+        steps = [float(s) for s in self.steps[1:]]
+        return [(steps, [float(v) for v in np.diagonal(m, offset=1)]) for m in self.pairs[kind]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the run's own records as plain values (not-a-numbers as null)."""
+        plain = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("metrics", "results")
+        }
+        plain["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        plain["results"] = [[dataclasses.asdict(layer) for layer in layers] for layers in self.results]
+        return {key: _plain(value) for key, value in plain.items()}
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

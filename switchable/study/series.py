@@ -1,0 +1,237 @@
+"""Where the models of a study are, and how each is brought into the one form that is measured.
+
+    a run of ours      its snapshots and checkpoints; experts, routers and the neurons' order are stored with them
+    other checkpoints  Hugging Face folders in the order of the steps in their names; experts are found on the fly:
+                       neurons grouped by weights, each layer starting from the grouping of the checkpoint before,
+                       and the router of the paper's authors (the mean of an expert's neurons). Files stay as they are.
+
+What cannot be read is left out and told (`Skipped`), so that the rest can be shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from switchable.data.tokenizers import load_tokenizer
+from switchable.errors import InputError, divisors_near
+from switchable.ffn.convert import convert, layers_of
+from switchable.ffn.families import family_of, find_ffns, neurons_first
+from switchable.ffn.structure import cluster_layers, weight_features
+from switchable.infer.load import load_switchable
+from switchable.switching.config import SwitchConfig
+from switchable.switching.switch import regroup
+from switchable.train.checkpoint import quiet_transformers
+from switchable.train.rundir import RunDir, steps_in
+from switchable.train.snapshot import NEURON_IDS
+
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
+"""What libraries raise for a file that is cut off, missing or not what its name says."""
+
+
+class Skipped(Exception):
+    """A checkpoint that cannot be studied; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to study."""
+
+    path: Path
+    step: int
+    """Optimizer steps done; where the name does not tell, its place in the series."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was written by this package, with experts and routers."""
+        return (self.path / "switchable.json").is_file()
+
+
+def run_sources(run: RunDir) -> list[Source]:
+    """Return the checkpoints that a run still has, in order of their steps."""
+    found = steps_in(run.checkpoints) | steps_in(run.snapshots)
+    return [Source(found[step], step) for step in sorted(found)]
+
+
+def listed_sources(patterns: Sequence[str]) -> list[Source]:
+    """Return the checkpoints of a list of folders or patterns such as `runs/x/step*`, in order of their steps.
+
+    Raises:
+        InputError: nothing there, or folders without a model.
+    """
+    folders: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        matched = (
+            [path]
+            if path.exists()
+            else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        )
+        if not matched:
+            raise InputError(
+                f"no such folder: {pattern!r}; give folders of checkpoints, e.g. --checkpoints out/step*"
+            )
+        folders += matched
+    folders = [f for f in folders if f.is_dir()]
+    models = [f for f in folders if (f / "config.json").is_file()]
+    if not models:
+        raise InputError(
+            f"none of {', '.join(patterns)} is a folder with a model (config.json); give folders of checkpoints in "
+            "Hugging Face form"
+        )
+    numbers = [re.findall(r"\d+", f.name) for f in models]
+    if all(numbers):
+        sources = [Source(f, int(n[-1])) for f, n in zip(models, numbers, strict=True)]
+    else:
+        sources = [Source(f, i) for i, f in enumerate(models)]
+    return sorted(sources, key=lambda source: source.step)
+
+
+class Loader:
+    """Loads the models of a series one after another, converted, on one device.
+
+    Args:
+        num_experts: E for models without experts; None: the divisor of F nearest to 32.
+        experts_per_token: K, or None for the model's own (or 3/16 of the experts).
+        device: where to put them.
+    """
+
+    def __init__(self, num_experts: int | None, experts_per_token: int | None, device: torch.device) -> None:
+        self.num_experts, self.experts_per_token, self.device = num_experts, experts_per_token, device
+        self._labels: list[Tensor] | None = None
+        self._shape: list[tuple[str, int, int, int]] | None = None
+
+    def load(self, source: Source) -> nn.Module:
+        """Return the model of a checkpoint.
+
+        Raises:
+            Skipped: it cannot be read, or does not have the shape of the first one.
+        """
+        try:
+            with quiet_transformers():
+                model = self._ours(source) if source.is_ours else self._other(source)
+        except InputError as error:
+            raise Skipped(str(error)) from None
+        except UNREADABLE as error:
+            first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise Skipped(f"{source.path} cannot be read ({first_line})") from None
+        model_config(model).use_cache = False
+        self._check_shape(source, model)
+        return model.eval().to(self.device)
+
+    def _ours(self, source: Source) -> nn.Module:
+        model, _ = load_switchable(source.path)
+        if self.experts_per_token is not None:
+            for layer in layers_of(model):
+                layer.set_experts_per_token(self.experts_per_token)
+        return model
+
+    def _other(self, source: Source) -> nn.Module:
+        model = load_plain(source.path)
+        d_ff = _d_ff(model)
+        experts = self.num_experts or max(divisors_near(d_ff, 32), key=lambda d: (-abs(d - 32), d))
+        per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
+        convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))
+        layers = layers_of(model)
+        rows = [weight_features(layer.reads_FD.detach()) for layer in layers]
+        before = self._labels or []
+        fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
+        self._labels = cluster_layers(rows, experts, warm=before if fits else None)
+        regroup(layers, self._labels, None)
+        for layer in layers:
+            layer.router.initialise(layer.reads_FD)
+        return model
+
+    def _check_shape(self, source: Source, model: nn.Module) -> None:
+        shape = [(layer.name, layer.d_model, layer.d_ff, layer.num_experts) for layer in layers_of(model)]
+        if self._shape is None:
+            self._shape = shape
+        if shape == self._shape:
+            return
+        if len(shape) != len(self._shape):
+            raise Skipped(f"{source.path} has {len(shape)} FFNs, the first checkpoint {len(self._shape)}")
+        is_, was = next((a, b) for a, b in zip(shape, self._shape, strict=True) if a != b)
+        raise Skipped(
+            f"{source.path} is of another shape: {is_[0]} has d_model={is_[1]}, d_ff={is_[2]}, {is_[3]} experts; in "
+            f"the first checkpoint {was[0]} has {was[1]}, {was[2]}, {was[3]}"
+        )
+
+
+def model_config(model: nn.Module) -> Any:
+    """Return the configuration of a transformers model."""
+    return model.config
+
+
+def _d_ff(model: nn.Module) -> int:
+    family = family_of(model)
+    projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
+    return int(neurons_first(projection, output=False).shape[0])
+
+
+def load_plain(folder: Path) -> nn.Module:
+    """Load a Hugging Face model with the class its configuration names, offline and without code of its own.
+
+    Raises:
+        InputError: not a model that transformers can load. Other errors come from transformers and safetensors.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    named: Any = getattr(
+        transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM
+    )
+    loader = named if hasattr(named, "from_pretrained") else AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    missing = [name for name in info["missing_keys"] if "weight" in name or "bias" in name]
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
+    plain: nn.Module = model.float()
+    return plain
+
+
+def order_is_known(source: Source) -> bool:
+    """Whether the checkpoint tells which neuron is which (others than ours never move them)."""
+    if not source.is_ours:
+        return True
+    try:
+        with safe_open(source.path / "switchable.safetensors", "pt") as file:
+            return any(str(name).endswith(NEURON_IDS) for name in file.keys())  # noqa: SIM118
+    except UNREADABLE:
+        return False
+
+
+def find_tokenizer(given: Path | None, sources: Sequence[Source]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer given, or the one that lies with the checkpoints.
+
+    Raises:
+        InputError: there is none.
+    """
+    if given is not None:
+        return load_tokenizer(given)
+    last = sources[-1].path
+    for place in (last, last.parent, last.parent.parent / "tokenizer"):
+        if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
+            return load_tokenizer(place)
+    raise InputError(f"{last} holds no tokenizer; name its folder with --tokenizer")
+
+
+def unfinished(run: RunDir) -> str | None:
+    """Return None if a run has ended, else how far it has come, in a few words."""
+    if run.summary.is_file():
+        return None
+    last = 0
+    if run.metrics.is_file():
+        for line in run.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                last = max(last, int(json.loads(line)["step"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return f"{run.path} is not finished (it has written figures up to step {last})"

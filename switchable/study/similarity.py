@@ -1,0 +1,107 @@
+"""How alike the checkpoints of a series are, every one with every other, layer by layer.
+
+    pattern        Jaccard index of the sets of active neurons on the same tokens, mean over tokens
+    co-activation  Pearson correlation of the entries above the diagonal of two co-activation matrices,
+                   C_ij = correlation over tokens of "i is active" and "j is active"
+    structure      adjusted Rand index of the assignments of neurons to experts
+
+All three compare neuron by neuron and therefore need every pattern in the neurons' first order, which `Fingerprint`
+guarantees. Memory: the fingerprints (a bit per token and neuron; `tokens_within` keeps them below 512 MiB) and, one
+layer at a time, one co-activation matrix per checkpoint over at most 512 neurons, drawn once (all if F is smaller).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from switchable.ffn.structure import similarity
+from switchable.study.measures import Fingerprint
+from switchable.switching.patterns import jaccard, routes_changed, unpack
+
+MAX_BYTES = 512 * 2**20
+MAX_NEURONS = 512
+Matrix = npt.NDArray[np.float64]
+
+
+def tokens_within(checkpoints: int, neurons: int, max_bytes: int = MAX_BYTES) -> int:
+    """Return how many tokens' patterns may be kept: `neurons` of all layers together, one bit each per checkpoint."""
+    return max(1, max_bytes * 8 // max(1, checkpoints * neurons))
+
+
+def compare_checkpoints(
+    fingerprints: Sequence[Sequence[Fingerprint]], progress: bool = False
+) -> dict[str, list[Matrix]]:
+    """Compare all pairs of checkpoints.
+
+    Args:
+        fingerprints: per checkpoint, per layer; of the same tokens everywhere.
+        progress: show a bar.
+
+    Returns:
+        `"pattern"`, `"coactivation"` and `"structure"`: per layer a symmetric matrix [checkpoints, checkpoints] with
+        1 on the diagonal; NaN where a correlation is not defined.
+    """
+    found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": [], "structure": []}
+    layers = list(zip(*fingerprints, strict=True))
+    for layer in tqdm(layers, desc="comparing", unit="layer", disable=not progress, leave=False):
+        patterns = [f.pattern_TW for f in layer]
+        structures = [f.structure_F for f in layer]
+        found["pattern"].append(_all_pairs(patterns, jaccard))
+        found["coactivation"].append(_coactivation_similarity(patterns, len(structures[0])))
+        found["structure"].append(_all_pairs(structures, similarity))
+    return found
+
+
+def routing_changes(
+    fingerprints: Sequence[Sequence[Fingerprint]],
+) -> list[list[tuple[float, float]]]:
+    """Compare each checkpoint's choice of experts with the one before.
+
+    Returns:
+        Per checkpoint but the first, per layer: the share of tokens whose set of experts changed, and the mean share
+        of a token's experts that were replaced.
+    """
+    return [
+        [routes_changed(a.route_TK, b.route_TK) for a, b in zip(before, after, strict=True)]
+        for before, after in pairwise(fingerprints)
+    ]
+
+
+def _all_pairs(things: Sequence[Tensor], compare: Callable[[Tensor, Tensor], float]) -> Matrix:
+    matrix = np.eye(len(things))
+    for i, j in combinations(range(len(things)), 2):
+        matrix[i, j] = matrix[j, i] = compare(things[i], things[j])
+    return matrix
+
+
+def _coactivation_similarity(patterns: Sequence[Tensor], neurons: int) -> Matrix:
+    picked = np.random.default_rng(0).permutation(neurons)[:MAX_NEURONS]
+    above = torch.triu_indices(len(picked), len(picked), offset=1)
+    entries = []
+    for pattern_TW in patterns:
+        matrix_FF = coactivation(unpack(pattern_TW, neurons)[:, torch.from_numpy(picked)])
+        entries.append(matrix_FF[above[0], above[1]].double().numpy())
+    stacked = np.stack(entries)
+    centred = stacked - stacked.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(centred, axis=1)
+    length[length < 1e-9] = np.nan  # a layer whose neurons never change has nothing to correlate
+    matrix: Matrix = centred @ centred.T / np.outer(length, length)
+    matrix = np.clip(matrix, -1.0, 1.0)
+    np.fill_diagonal(matrix, 1.0)
+    return matrix
+
+
+def coactivation(active_TF: Tensor) -> Tensor:
+    """Return the correlations [F, F] of the neurons' activity over tokens; 0 for a neuron that never changes."""
+    z_TF = active_TF.float()
+    z_TF = z_TF - z_TF.mean(dim=0)
+    deviation_F = z_TF.square().mean(dim=0).sqrt()
+    z_TF /= torch.where(deviation_F > 0, deviation_F, torch.inf)
+    return z_TF.T @ z_TF / len(z_TF)

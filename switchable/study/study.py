@@ -1,0 +1,214 @@
+"""A study from beginning to end: checkpoints -> one model at a time -> measures -> comparison -> `Study`.
+
+study_run(folder)         a run of ours: its checkpoints, its own records, its configuration
+study_checkpoints(list)   other checkpoints, a series or one model
+records_of_run(folder)    only what a run wrote itself: what `pretrain` reports at its end, in no time
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import switchable
+from switchable.config import read_yaml
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
+from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
+from switchable.study.probe import Probe, load_probe, probe_from_text
+from switchable.study.records import read_metrics
+from switchable.study.result import LayerShape, Study
+from switchable.study.series import (
+    Loader,
+    Skipped,
+    Source,
+    find_tokenizer,
+    listed_sources,
+    model_config,
+    order_is_known,
+    run_sources,
+    unfinished,
+)
+from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
+from switchable.train.rundir import RunDir
+
+DEFAULT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a user may choose."""
+
+    text: tuple[str, ...] | None = None
+    """Text to measure on; None: a run's own probe, or the Python installation's source files."""
+    tokenizer: Path | None = None
+    probe_tokens: int | None = None
+    """Tokens to measure on; None: all of a run's probe, or 2,048."""
+    sequence_length: int = 256
+    """Tokens per sequence of a probe made of text."""
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: bool = False
+
+
+def study_run(folder: Path, settings: StudySettings) -> Study:
+    """Study a run of ours: its checkpoints and snapshots, and what it wrote itself.
+
+    Raises:
+        InputError: not a run, nothing to show at all, or an unusable probe.
+    """
+    run = RunDir(folder)
+    study = records_of_run(folder)
+    going_on = unfinished(run)
+    if going_on is not None:
+        study.problems.append(f"{going_on}; shown is what there is so far")
+    sources = run_sources(run)
+    if not sources:
+        study.problems.append(f"{folder} has no checkpoints; shown is what the run itself has recorded")
+        if not study.metrics:
+            raise InputError(f"{folder} has neither checkpoints nor figures yet; try again later")
+        return study
+    return _fill(study, sources, settings, run)
+
+
+def study_checkpoints(patterns: Sequence[str], settings: StudySettings) -> Study:
+    """Study a list of checkpoint folders (or patterns), in the order of their steps.
+
+    Raises:
+        InputError: no checkpoint, none that can be read, or an unusable probe.
+    """
+    sources = listed_sources(patterns)
+    study = Study(title=", ".join(patterns), versions=versions())
+    return _fill(study, sources, settings, None)
+
+
+def records_of_run(folder: Path) -> Study:
+    """Return what a run has recorded itself, without measuring anything.
+
+    Raises:
+        InputError: the folder is not a run.
+    """
+    run = RunDir(folder)
+    if not run.config.is_file():
+        raise InputError(
+            f"{folder} is not the folder of a run (no config.yaml); give one, or folders of models with --checkpoints"
+        )
+    sections = read_yaml(run.config)
+    summary: dict[str, Any] = {}
+    if run.summary.is_file():
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    return Study(
+        title=str(folder),
+        metrics=read_metrics(run.metrics) if run.metrics.is_file() else [],
+        summary=summary,
+        config={f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()},
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that made this study."""
+    return {
+        "switchable": switchable.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run: RunDir | None) -> Study:
+    """Measure the checkpoints one after another and compare them."""
+    loader = Loader(settings.num_experts, settings.experts_per_token, settings.device)
+    probe: Probe | None = None
+    fingerprints: list[list[Fingerprint]] = []
+    pattern_tokens = 0
+    read: list[Source] = []
+    for source in tqdm(
+        sources, desc="measuring", unit="checkpoint", disable=not settings.progress, leave=False
+    ):
+        try:
+            model = loader.load(source)
+        except Skipped as skipped:
+            study.problems.append(f"left out: {skipped}")
+            continue
+        if probe is None:
+            probe = _probe(settings, run, sources, model)
+            neurons = sum(layer.d_ff for layer in layers_of(model))
+            pattern_tokens = tokens_within(len(sources), neurons)
+            _describe(study, model, probe, pattern_tokens)
+        measured = measure_model(model, probe, pattern_tokens)
+        study.steps.append(source.step)
+        study.results.append([result for result, _ in measured])
+        fingerprints.append([fingerprint for _, fingerprint in measured])
+        read.append(source)
+    if not read:
+        raise InputError(f"none of {len(sources)} checkpoints can be studied; {study.problems[-1]}")
+    if len(read) > 1:
+        study.changes = routing_changes(fingerprints)
+        unknown = [source for source in read if not order_is_known(source)]
+        if unknown:
+            study.problems.append(
+                f"{unknown[0].path} does not tell which neuron is which (written by an older version), so checkpoints "
+                "cannot be compared neuron by neuron"
+            )
+        else:
+            study.pairs = compare_checkpoints(fingerprints, settings.progress)
+    return study
+
+
+def _probe(settings: StudySettings, run: RunDir | None, sources: Sequence[Source], model: nn.Module) -> Probe:
+    if run is not None and settings.text is None:
+        return load_probe(run.probe, settings.probe_tokens)
+    tokenizer: PreTrainedTokenizerBase = find_tokenizer(settings.tokenizer, sources)
+    tokens = settings.probe_tokens or DEFAULT_TOKENS
+    return probe_from_text(settings.text or (), tokenizer, model, tokens, settings.sequence_length)
+
+
+def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int) -> None:
+    layers = layers_of(model)
+    study.layers = [
+        LayerShape(
+            layer.name,
+            layer.d_model,
+            layer.d_ff,
+            layer.num_experts,
+            layer.experts_per_token,
+            layer.act_name,
+        )
+        for layer in layers
+    ]
+    study.probe = {
+        "tokens": probe.tokens,
+        "sequence_length": probe.sequence_length,
+        "text": probe.source,
+        "model type": model_config(model).model_type,
+    }
+    if probe.tokens > pattern_tokens:
+        study.notes.append(
+            f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most."
+        )
+    if max(layer.d_ff for layer in layers) > MAX_NEURONS:
+        study.notes.append(
+            f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random."
+        )
+    if all(layer.activation in EXACT_ZEROS for layer in layers):
+        if probe.tokens > SAMPLED_TOKENS:
+            study.notes.append(
+                f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens."
+            )
+    else:
+        study.notes.append(
+            f"{layers[0].activation} is never exactly zero: a neuron counts as active on a token if it is among the "
+            "fewest that give 99 % of the output (docs/measures.md)."
+        )

@@ -1,0 +1,63 @@
+"""Activation patterns: which neurons fire on which tokens, kept in one bit each, whoever moves the neurons.
+
+    Jaccard index of two patterns, per token t:   J(t) = |A(t) ∩ B(t)| / |A(t) ∪ B(t)|,  A(t) the set of active neurons
+
+A regrouping reorders the neurons of a layer. Patterns are therefore packed in the neurons' first order
+(`SwitchableFFN.neuron_ids_F`), so that two patterns of the same tokens can be compared whatever happened in between.
+
+Shapes: T tokens, F neurons, W = ceil(F/8) bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def pack(active_TF: Tensor, neuron_ids_F: Tensor) -> Tensor:
+    """Return the pattern as bits, uint8 [T, W], in the neurons' first order, on the CPU.
+
+    Args:
+        active_TF: bool, neurons in their present order.
+        neuron_ids_F: which neuron stands in each row (`SwitchableFFN.neuron_ids_F`).
+    """
+    first_TF = np.zeros(active_TF.shape, dtype=np.bool_)
+    first_TF[:, neuron_ids_F.cpu().numpy()] = active_TF.cpu().numpy()
+    return torch.from_numpy(np.packbits(first_TF, axis=1))
+
+
+def unpack(packed_TW: Tensor, neurons: int) -> Tensor:
+    """Return the pattern of `pack` as bool [T, neurons], in the neurons' first order."""
+    return torch.from_numpy(np.unpackbits(packed_TW.numpy(), axis=1, count=neurons).view(np.bool_))
+
+
+def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
+    """Return the Jaccard index of two packed patterns of the same tokens, mean over the tokens.
+
+    A token on which no neuron fires in either pattern counts as 1: nothing differs.
+    """
+    a, b = a_TW.numpy(), b_TW.numpy()
+    both_T, either_T = _count(a & b), _count(a | b)
+    index_T = np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1.0)
+    return float(index_T.mean())
+
+
+def routes_changed(a_TK: Tensor, b_TK: Tensor) -> tuple[float, float]:
+    """Compare the experts chosen for the same tokens.
+
+    Args:
+        a_TK, b_TK: the K expert numbers of each token, in any order.
+
+    Returns:
+        The share of tokens whose set of experts is another one, and the mean share of a set that was replaced.
+    """
+    kept_T = (a_TK[:, :, None] == b_TK[:, None, :]).sum(dim=(1, 2))
+    k = max(a_TK.shape[1], b_TK.shape[1])
+    return float((kept_T < k).double().mean()), 1.0 - float(kept_T.double().mean()) / k
+
+
+def _count(packed_TW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    count_T: npt.NDArray[np.int64] = np.bitwise_count(packed_TW).sum(axis=1, dtype=np.int64)
+    return count_T

@@ -1,0 +1,139 @@
+"""lm-eval on the live model with local data: its figures against ours by hand; wrong tasks and data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from switchable import InputError, set_mode
+from switchable.cli import main
+from switchable.evaluation.run import EvalRequest, evaluate
+from switchable.evaluation.tasks import task_config
+from switchable.infer.load import load_switchable
+
+Runs = Callable[[str], tuple[Path, dict[str, Any]]]
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("default")  # lm-eval's own warnings are not ours to mend
+
+
+@pytest.fixture
+def lambada(tmp_path: Path) -> Path:
+    texts = ["the cat sat on a mat and saw one red dog", "over the hill to find some fish", "the dog run on"]
+    path = tmp_path / "lambada_test.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+@pytest.fixture
+def glue(tmp_path: Path) -> Path:
+    for name, lines in {
+        "SST-2": ["sentence\tlabel", "the cat sat \t1", "a red dog \t0", 'fish "to" find\t1'],
+        "CoLA": ["x1\t1\t\tThe cat sat.", "x1\t0\t*\tSat cat the."],
+        "RTE": ["index\tsentence1\tsentence2\tlabel", "0\tthe cat sat\ta cat sat\tentailment",
+                "1\tthe dog\ta fish\tnot_entailment"],
+    }.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dev.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_lambada_by_hand(trained: Runs, lambada: Path) -> None:
+    folder, _ = trained("gpt2")
+    request = EvalRequest(folder, tasks=(f"lambada={lambada}",), experts_per_token=(2,), threads=1)
+    scores = {(str(s.way), s.metric): s for s in evaluate(request)}
+    model, tokenizer = load_switchable(folder)
+    assert tokenizer is not None
+    for way, mode in (("dense", "dense"), ("sparse K=2", "sparse")):
+        set_mode(model, mode, 2)
+        logs, right = [], []
+        for line in lambada.read_text().splitlines():
+            context, _, word = json.loads(line)["text"].rpartition(" ")
+            before, after = tokenizer(context)["input_ids"], tokenizer(" " + word)["input_ids"]
+            with torch.no_grad():
+                log_p = model(input_ids=torch.tensor([before + after])).logits[0].log_softmax(-1)
+            rows = log_p[len(before) - 1 : -1]
+            logs.append(sum(float(row[t]) for row, t in zip(rows, after, strict=True)))
+            right.append(rows.argmax(-1).tolist() == after)
+        assert scores[way, "perplexity"].value == pytest.approx(math.exp(-sum(logs) / 3), rel=1e-4)
+        assert scores[way, "acc"].value == pytest.approx(sum(right) / 3)
+        assert scores[way, "acc"].stderr is not None
+        assert scores[way, "acc"].examples == 3
+
+
+def test_the_command(
+    trained: Runs, glue: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained("t5")  # an encoder-decoder model has probabilities of texts too
+    out = tmp_path / "scores.json"
+    code = main(
+        ["eval", str(folder), "--tasks", f"sst2={glue}", f"cola={glue}", f"rte={glue}", "--data", str(corpus),
+         "--mode", "sparse", "--threads", "1", "--out", str(out)]
+    )  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert printed[0].split() == ["task", "metric", "examples", "sparse", "K=3"]
+    result = json.loads(printed[-1])
+    assert result == json.loads(out.read_text())
+    found = {(s["task"], s["metric"]): s["examples"] for s in result["scores"]}
+    assert found.pop(("text", "loss (nats per token of the spans)")) > 1
+    assert found == {("sst2", "acc"): 3, ("cola", "mcc"): 2, ("cola", "acc"): 2, ("rte", "acc"): 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "hellaswg"], ["'hellaswg' is not known", "hellaswag", "sst2=PATH"]),
+        (["--tasks", "sst3={data}"], ["'sst3' has no task file here", "did you mean 'sst2'?"]),
+        (["--tasks", "sst2={data}/nothing"], ["no dev.tsv of sst2", "nothing/SST-2/dev.tsv"]),
+        (["--tasks", "lambada={data}/nothing"], ["no LAMBADA data"]),
+        (["--data", "{data}/nothing.txt"], ["nothing.txt"]),
+        ([], ["nothing to evaluate on"]),
+        (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
+        (["--data", "{data}", "--batch-size", "0"], ["batch_size=0"]),
+    ],
+)
+def test_wrong_requests(
+    trained: Runs, glue: Path, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained("gpt2")
+    assert main(["eval", str(folder), *(a.replace("{data}", str(glue)) for a in arguments)]) == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+
+
+def test_wrong_models(trained: Runs, glue: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(trained("bert")[0]), "--tasks", f"sst2={glue}"]) == 2
+    assert "a masked language model gives no probability of a text" in capsys.readouterr().err
+    assert main(["eval", str(glue / "nowhere"), "--tasks", f"sst2={glue}"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_without_lm_eval(trained: Runs, lambada: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    with pytest.raises(InputError, match=r"pip install 'switchable\[eval\]'"):
+        evaluate(EvalRequest(trained("gpt2")[0], tasks=(f"lambada={lambada}",)))
+
+
+def test_wrong_lines_are_named(tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nfine\t1\nfine\t2\n")
+    with pytest.raises(InputError, match=r"dev.tsv, line 3: label '2' is not one of 0, 1"):
+        task_config("sst2", tmp_path)
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nno label\n")
+    with pytest.raises(InputError, match="line 2: 1 columns"):
+        task_config("sst2", tmp_path)
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(InputError, match="holds no examples"):
+        task_config("sst2", tmp_path)
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "one two"}\n{"txt": "three"}\n')
+    with pytest.raises(InputError, match="line 2: not a record"):
+        task_config("lambada", tmp_path)

@@ -1,0 +1,87 @@
+"""Loss on text: every token once, by hand; bits per byte; every way; masked and span models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from switchable import InputError, set_mode
+from switchable.data.objectives import CausalLM
+from switchable.evaluation.run import EvalRequest, evaluate
+from switchable.evaluation.text import TokenisedText, overlapping_windows, text_scores
+from switchable.evaluation.ways import Way, ways
+from switchable.ffn.convert import layers_of
+
+Runs = Callable[[str], tuple[Path, dict[str, Any]]]
+
+
+def test_every_token_but_the_first_is_predicted_once() -> None:
+    batches = list(overlapping_windows(np.arange(10, 33), sequence_length=8, batch_size=2))
+    predicted = [int(t) for batch in batches for row in batch["labels"] for t in row[1:] if t != -100]
+    assert predicted == list(range(11, 33))
+    assert [b["input_ids"].shape for b in batches] == [(2, 8), (2, 8)]
+    assert batches[1]["labels"][1].tolist() == [31, 32, *[-100] * 6]
+
+
+def test_by_hand(switchable_gpt2: nn.Module) -> None:
+    ids = np.random.default_rng(0).integers(0, 61, 40)
+    text = TokenisedText(ids, text_bytes=100)
+    found = text_scores(switchable_gpt2, text, CausalLM(12), 12, [Way("dense"), Way("sparse", 2)], 3)
+    for i, (mode, k) in enumerate((("dense", 3), ("sparse", 2))):
+        set_mode(switchable_gpt2, mode, k)
+        windows = []
+        for start in range(0, 39, 11):
+            window = torch.tensor(ids[start : start + 12])[None]
+            with torch.no_grad():
+                log_p = switchable_gpt2.eval()(input_ids=window).logits[0, :-1].log_softmax(-1)
+            windows.append([-float(row[t]) for row, t in zip(log_p, window[0, 1:], strict=True)])
+        nats, n = [sum(w) for w in windows], [len(w) for w in windows]
+        assert n == [11, 11, 11, 6]
+        loss = sum(nats) / 39
+        residuals = [a - loss * b for a, b in zip(nats, n, strict=True)]
+        stderr = math.sqrt(sum(r * r for r in residuals) / 3) / (39 / 4) / 2
+        one, two, three = found[3 * i : 3 * i + 3]
+        assert (one.value, one.stderr) == pytest.approx((loss, stderr), rel=1e-5)
+        assert (two.value, two.stderr) == pytest.approx((math.exp(loss), math.exp(loss) * stderr), rel=1e-4)
+        per_byte = 39 / math.log(2) / 100
+        assert (three.value, three.stderr) == pytest.approx((loss * per_byte, stderr * per_byte), rel=1e-5)
+    assert layers_of(switchable_gpt2)[0].mode == "sparse"  # as it was set above
+
+
+def test_ways(switchable_gpt2: nn.Module) -> None:
+    assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 3)]
+    assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [Way("sparse", 2), Way("sparse", 8)]
+    layers_of(switchable_gpt2)[0].experts_per_token = 5
+    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse"]  # each layer has a K of its own
+    with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
+        ways(switchable_gpt2, [], [9])
+    for layer in layers_of(switchable_gpt2):
+        layer.takes_part = False
+    assert ways(switchable_gpt2) == [Way("dense")]
+    with pytest.raises(InputError, match="trained all dense"):
+        ways(switchable_gpt2, ["sparse"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_a_run_on_text(trained: Runs, family: str, corpus: Path) -> None:
+    folder, figures = trained(family)
+    scores = evaluate(EvalRequest(folder, data=(str(corpus),), experts_per_token=(1, 3, 8), threads=1))
+    losses = {str(s.way): s.value for s in scores if s.metric.startswith("loss")}
+    assert list(losses) == ["dense", "sparse K=1", "sparse K=3", "sparse K=8"]
+    assert losses["sparse K=8"] == pytest.approx(
+        losses["dense"], rel=1e-4
+    )  # all experts on is the dense layer
+    # The same kind of text as the validation's: the same loss within five standard errors.
+    stderr = scores[0].stderr
+    assert stderr is not None
+    assert losses["dense"] == pytest.approx(figures["val_loss_dense"], abs=5 * stderr + 0.05)
+    unit = f"loss ({figures['loss_unit']})"
+    causal = {unit, "perplexity", "bits per byte"}
+    assert {s.metric for s in scores} == (causal if family == "gpt2" else {unit})

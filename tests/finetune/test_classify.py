@@ -1,0 +1,141 @@
+"""Fine-tuning learns what can be learned, dense and sparse, and keeps the model switchable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from switchable import InputError, set_mode
+from switchable.cli import main
+from switchable.ffn.convert import layers_of
+from switchable.finetune.classify import finetune, load_classifier
+from switchable.finetune.config import FinetuneConfig
+from switchable.infer.load import load_switchable
+
+Runs = Callable[[str], tuple[Path, dict[str, Any]]]
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("default")  # accelerate's own warnings are not ours to mend
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task that one word decides: a text with a fish in it is good."""
+    folder = tmp_path_factory.mktemp("glue")
+    generator = torch.Generator().manual_seed(0)
+    words = ["the", "cat", "sat", "on", "mat", "dog", "hill"]
+    for split, count in (("train", 256), ("dev", 64)):
+        lines = ["sentence\tlabel"]
+        for i in range(count):
+            picks = torch.randint(0, len(words), (4,), generator=generator).tolist()
+            text = [words[p] for p in picks]
+            if i % 2:
+                text[i // 2 % 4] = "fish"
+            lines.append(f"{' '.join(text)}\t{i % 2}")
+        (folder / "SST-2").mkdir(exist_ok=True)
+        (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def learn(**settings: Any) -> FinetuneConfig:
+    return FinetuneConfig("sst2", epochs=8, batch_size=16, learning_rate=5e-3, threads=1, **settings)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_bert_learns(trained: Runs, glue: Path, mode: str, tmp_path: Path) -> None:
+    config = learn(mode=mode, experts_per_token=4)
+    scores, result = finetune(trained("bert")[0], glue, config, tmp_path / "out", quiet=True)
+    assert [(str(s.way), s.metric, s.examples) for s in scores] == [
+        ("dense", "accuracy", 64), ("dense", "matthews", 64),
+        ("sparse K=4", "accuracy", 64), ("sparse K=4", "matthews", 64),
+    ]  # fmt: skip
+    trained_way = "dense" if mode == "dense" else "sparse K=4"
+    assert result["trained"] == trained_way
+    assert next(s.value for s in scores if str(s.way) == trained_way) >= 0.9
+    assert json.loads((tmp_path / "out/results.json").read_text()) == result
+    # What was saved is a plain classifier, and ours is the same in dense mode and still switchable.
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    model, tokenizer = load_switchable(tmp_path / "out")
+    assert tokenizer is not None
+    inputs = tokenizer(["the cat sat", "the fish sat"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits)
+        dense = model(**inputs).logits
+        set_mode(model, "sparse", 1)
+        assert not torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_a_classifier_has_the_body_and_the_routers_of_the_run(trained: Runs, family: str) -> None:
+    folder, _ = trained(family)
+    body, _ = load_switchable(folder)
+    classifier, tokenizer = load_classifier(folder, 2)
+    assert tokenizer.pad_token_id is not None
+    pairs = list(zip(layers_of(body), layers_of(classifier), strict=True))
+    assert len(pairs) == (4 if family == "t5" else 2)
+    for ours, new in pairs:
+        assert torch.equal(ours.router.weight, new.router.weight)
+        assert torch.equal(ours.up_projection.weight, new.up_projection.weight)
+        assert (new.experts_per_token, new.takes_part, new.router_learns) == (3, True, True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_other_families_learn_too(trained: Runs, glue: Path, family: str) -> None:
+    scores, _ = finetune(trained(family)[0], glue, learn(), quiet=True)
+    assert scores[0].value >= 0.9
+
+
+def test_the_command(trained: Runs, glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = trained("bert")[0], tmp_path / "out"
+    command = [
+        "finetune", str(folder), "--task", "sst2", "--data", str(glue), "--out", str(out), "--epochs", "1",
+        "--max-train-examples", "32", "--threads", "1", "--quiet",
+    ]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["task", "metric", "examples", "dense", "sparse", "K=3"]
+    result = json.loads(printed[-1])
+    assert result["train_examples"] == 32
+    assert main(command) == 2
+    assert "holds a model already" in capsys.readouterr().err
+    assert main(["eval", str(out), "--data", str(glue)]) == 2
+    assert "BertForSequenceClassification, which predicts no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"--task": "sst"}, ["'sst' is not known", "did you mean 'sst2'?"]),
+        ({"--task": "rte"}, ["no train.tsv of rte"]),
+        ({"--data": "nowhere"}, ["no train.tsv of sst2 in nowhere"]),
+        ({"--epochs": "0"}, ["epochs=0.0"]),
+        ({"--batch-size": "0"}, ["batch_size=0"]),
+        ({"--mode": "sparse", "--experts-per-token": "9"}, ["experts_per_token=9", "use 1 to 8"]),
+    ],
+)
+def test_wrong_requests(
+    trained: Runs, glue: Path, changed: dict[str, str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--task": "sst2", "--data": str(glue)} | changed
+    assert (
+        main(["finetune", str(trained("bert")[0]), *(part for pair in given.items() for part in pair)]) == 2
+    )
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+
+
+def test_without_accelerate(trained: Runs, glue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name)
+    )
+    with pytest.raises(InputError, match=r"pip install 'switchable\[finetune\]'"):
+        finetune(trained("bert")[0], glue, learn())

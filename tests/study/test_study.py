@@ -1,0 +1,275 @@
+"""The study as a whole: runs, series of other checkpoints, single models, and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import tiny_gpt2
+from torch import nn
+
+from switchable import InputError
+from switchable.cli import main
+from switchable.config import from_dict
+from switchable.data.tokenizers import train_bpe
+from switchable.ffn.convert import layers_of
+from switchable.infer.load import load_switchable
+from switchable.study.measures import measure_model
+from switchable.study.pictures import pictures_of
+from switchable.study.probe import load_probe
+from switchable.study.report import write_report
+from switchable.study.result import Study
+from switchable.study.study import StudySettings, study_checkpoints, study_run
+from switchable.train import checkpoint
+from switchable.train.loop import snapshot_steps
+from switchable.train.pretrain import pretrain
+
+SMALL: dict[str, Any] = {
+    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2},
+    "data": {"vocab_size": 300},
+    "train": {
+        "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 10, "checkpoint_every": 10,
+        "eval_tokens": 512, "threads": 1, "snapshots": 3,
+    },
+    "switch": {
+        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256, "regroup_below": 1.0,
+        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("study")
+    config = from_dict(SMALL | {"data": {"vocab_size": 300, "data": [str(corpus)]}})
+    pretrain(config, base / "run", base / "cache", quiet=True)
+    return base / "run"
+
+
+@pytest.fixture
+def study_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, dict[str, Any], str]]:
+    """Run the verb; returns exit code, the JSON line (empty if none) and what is on stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, dict[str, Any], str]:
+        code = main(["study", *map(str, arguments), "--out", str(tmp_path / "out"), "--quiet"])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out else {}, err
+
+    return run
+
+
+def test_snapshots_stand_close_together_early_on() -> None:
+    assert sorted(snapshot_steps(600, 5)) == [6, 19, 60, 190, 600]
+    assert sorted(snapshot_steps(20, 3)) == [1, 4, 20]
+    assert snapshot_steps(600, 1) == {600}
+    assert snapshot_steps(600, 0) == set()
+
+
+def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
+    code, printed, err = study_of(trained)
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "out/study.json").read_text())
+    assert found["steps"] == [1, 4, 10, 20]  # three snapshots, and the checkpoint of step 10
+    assert len(printed["findings"]) == 3
+    for name in printed["pictures"]:
+        assert (tmp_path / f"out/pictures/{name}.png").stat().st_size > 5000
+        assert "<svg" in (tmp_path / f"out/pictures/{name}.svg").read_text()
+    needed = {"loss", "activation_ratio", "similarity_pattern", "mass", "load"}
+    assert needed <= set(printed["pictures"])
+    # The figures of the last checkpoint are those of the finished model, and the monitor's at that step or near it.
+    model, _ = load_switchable(trained / "final")
+    direct = measure_model(model, load_probe(trained / "probe.safetensors"))
+    for layer, (expected, _) in zip(found["results"][-1], direct, strict=True):
+        assert layer["activation_ratio"] == pytest.approx(expected.activation_ratio)
+        assert layer["mass_router"] == pytest.approx(expected.mass_router)
+    assert any(not torch.equal(layer.neuron_ids_F, torch.arange(64)) for layer in layers_of(model))
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(sentence.replace("'", "&#39;") in page for sentence in printed["findings"])
+
+
+def test_the_monitor_measures_patterns_and_routes_live(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if line["kind"] == "measure"]
+    assert measured[0]["layers"][0]["pattern_similarity"] is None
+    for line in measured[1:]:
+        for layer in line["layers"]:
+            assert 0.0 < layer["pattern_similarity"] <= 1.0
+            assert 0.0 <= layer["routing_changed"] <= 1.0
+            assert layer["dead"] + layer["always_on"] <= 1.0
+
+
+def test_pretrain_writes_a_report_of_its_own(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert "Activation" in page
+    assert "data:image/svg+xml;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_run_still_being_written_shows_what_there_is(trained: Path, study_of: Any, tmp_path: Path) -> None:
+    going_on = tmp_path / "going-on"
+    shutil.copytree(trained, going_on, ignore=shutil.ignore_patterns("summary.json", "final", "report.html"))
+    shutil.rmtree(going_on / "snapshots/step-000020")
+    shutil.rmtree(going_on / "checkpoints")
+    code, printed, err = study_of(going_on)
+    assert code == 2
+    assert printed["checkpoints"] == 2
+    assert "is not finished" in err
+    assert "is not finished" in (tmp_path / "out/report.html").read_text()
+    shutil.rmtree(going_on / "snapshots")
+    study = study_run(going_on, StudySettings())
+    assert "has no checkpoints" in study.problems[1]
+    assert {"loss", "activation_ratio"} <= names(study)
+    (going_on / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="neither checkpoints nor figures yet"):
+        study_run(going_on, StudySettings())
+
+
+def names(study: Study) -> set[str]:
+    return {picture.name for picture in pictures_of(study)}
+
+
+def test_a_truncated_checkpoint_is_left_out(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(trained, run)
+    weights = run / "snapshots/step-000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    study = study_run(run, StudySettings())
+    assert study.steps == [1, 10, 20]
+    assert "step-000004 is damaged (model.safetensors has 1000 bytes instead of" in study.problems[0]
+
+
+def test_an_empty_folder_and_other_wrong_input_are_refused(
+    trained: Path, study_of: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([tmp_path / "empty"], "is not the folder of a run"),
+        ([tmp_path / "nowhere"], "is not the folder of a run"),
+        ([trained, "--probe-tokens", "16"], "too small for the measures"),
+        ([trained, "--checkpoints", tmp_path], "give either"),
+        ([], "give either"),
+        (["--checkpoints", tmp_path / "no*"], "no such folder"),
+        (["--checkpoints", tmp_path / "empty"], "is a folder with a model"),
+        ([trained, "--probe-tokens", "0"], "probe_tokens=0 is out of range"),
+    ):
+        code, printed, err = study_of(*arguments)
+        assert (code, printed) == (2, {}), arguments
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """Three plain checkpoints as transformers saves them, with a tokenizer, and one of another shape."""
+    base = tmp_path_factory.mktemp("series")
+    tokenizer = train_bpe([p.read_text() for p in sorted(corpus.iterdir())[:3]], 260)
+    for step in (100, 20, 3):
+        model = resized(tiny_gpt2())
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.mlp.c_fc.weight.add_(0.003 * step * torch.randn(block.mlp.c_fc.weight.shape))
+        model.save_pretrained(base / f"step{step}")
+    resized(tiny_gpt2(layers=3)).save_pretrained(base / "other7")
+    tokenizer.save_pretrained(base)
+    return base
+
+
+def resized(model: nn.Module) -> Any:
+    any_model: Any = model
+    any_model.resize_token_embeddings(300)
+    return any_model
+
+
+def settings(text: Path, **changes: Any) -> StudySettings:
+    return StudySettings(text=(str(text),), **changes)
+
+
+def test_plain_checkpoints_are_studied_and_stay_as_they_are(series: Path, corpus: Path) -> None:
+    before = {p: p.read_bytes() for p in series.rglob("*") if p.is_file()}
+    study = study_checkpoints([f"{series}/step*"], settings(corpus, probe_tokens=256, num_experts=16))
+    assert (study.problems, study.steps) == ([], [3, 20, 100])
+    assert (study.layers[0].num_experts, study.layers[0].experts_per_token) == (16, 3)
+    assert study.probe["tokens"] == 256
+    pattern = study.pairs["pattern"][0]
+    assert pattern[0][1] > pattern[0][2]  # further apart, less alike: neurons are compared with themselves
+    assert {p: p.read_bytes() for p in series.rglob("*") if p.is_file()} == before
+    assert "similarity_pattern" in names(study)
+    assert "loss" not in names(study)
+
+
+def test_checkpoints_of_another_shape_and_broken_ones_are_left_out(
+    series: Path, corpus: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "step500"
+    shutil.copytree(series / "step20", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    given = [str(f) for f in (series / "step3", series / "other7", series / "step20", broken)]
+    study = study_checkpoints(given, settings(corpus, tokenizer=series))
+    assert study.steps == [3, 20]
+    assert "other7 has 3 FFNs, the first checkpoint 2" in study.problems[0]
+    assert "step500 cannot be read" in study.problems[1]
+    with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be read"):
+        study_checkpoints([str(broken)], settings(corpus, tokenizer=series))
+
+
+def test_one_model_of_another_activation_is_studied(
+    series: Path, corpus: Path, study_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resized(tiny_gpt2("gelu_new")).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    code, printed, err = study_of(
+        tmp_path / "model", "--text", corpus, "--tokenizer", series, "--sequence-length", 16
+    )
+    assert (code, err) == (0, "")
+    assert len(printed["findings"]) == 3
+    assert not {"similarity_pattern", "activation_ratio"} & set(printed["pictures"])
+    assert "gelu_new is never exactly zero" in (tmp_path / "out/report.html").read_text()
+
+
+def test_too_little_text_is_refused(series: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(InputError, match="measuring needs at least 64 tokens"):
+        study_checkpoints([f"{series}/step*"], settings(tmp_path / "short.txt"))
+
+
+def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "old"
+    shutil.copytree(trained, run)
+    folder = run / "snapshots/step-000004"
+    state = load_file(folder / "switchable.safetensors")
+    save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(folder)
+    study = study_run(run, StudySettings())
+    assert "step-000004 does not tell which neuron is which" in study.problems[0]
+    assert "similarity_pattern" not in names(study)
+    assert "mass" in names(study)
+
+
+def test_everything_shown_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>&"
+    study = Study(title=evil, config={evil: evil}, notes=[evil], problems=[evil], versions={evil: evil})
+    write_report(study, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;") == 8
+
+
+def test_neuron_order_goes_with_the_checkpoint(trained: Path) -> None:
+    early, _ = load_switchable(trained / "snapshots/step-000001")
+    for layer in layers_of(early):
+        assert torch.equal(layer.neuron_ids_F, torch.arange(64))
+    late, _ = load_switchable(trained / "final")
+    for layer in layers_of(late):
+        assert torch.equal(layer.neuron_ids_F.sort().values, torch.arange(64))
