@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -99,6 +99,9 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     with torch.device("meta"):
         model = build_model(config.model, train.sequence_length, vocab_size, TOKENS)
     convert(model, switch)
+    cast(
+        Any, model
+    ).config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
     ids = torch.zeros(rows, train.sequence_length, dtype=torch.int64, device="meta")
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)

@@ -61,4 +61,5 @@ class Saver:
             if kind is None:
                 self.wait()
         finally:
-            self._thread.shutdown(wait=True)
+            # With several ranks, one of them may be what has gone wrong: the thread would wait for its word.
+            self._thread.shutdown(wait=kind is None or self._group is None)
