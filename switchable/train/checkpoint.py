@@ -284,6 +284,7 @@ def restore_routers(folder: Path, model: nn.Module) -> None:
         InputError: names or shapes do not fit.
     """
     state = load_file(folder / "switchable.safetensors")
+    _take_neuron_ids(state, model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
