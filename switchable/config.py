@@ -34,7 +34,7 @@ def option(default: Any, help_text: str, **metadata: Any) -> Any:
 class ModelConfig:
     """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
 
-    family: str = option("gpt2", "model type of transformers to build; this version pre-trains gpt2")
+    family: str = option("gpt2", "model type of transformers to build: gpt2, opt, llama, bert, roberta or t5")
     d_model: int = option(256, "width of the residual stream")
     d_ff: int | None = option(None, "neurons per FFN; default 4 x d_model")
     num_layers: int = option(4, "Transformer blocks")
@@ -134,7 +134,7 @@ def check(config: RunConfig) -> None:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
 
 
-FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span", "bart": "span"}
+FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span"}
 """What the families learn that do not learn to predict the next token."""
 
 
@@ -147,7 +147,7 @@ def _check_objective(config: RunConfig) -> None:
     name, family = objective_of(config), config.model.family
     fitting = FAMILY_OBJECTIVES.get(family, "causal")
     if name != fitting:
-        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2"
+        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2, say"
         raise InputError(
             f"objective={name} does not fit family={family}, which learns objective={fitting}; leave the objective "
             f"out, or use a family that learns it ({others})"

@@ -23,7 +23,7 @@ from switchable.compare.figures import (
 from switchable.compare.methods import METHODS
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
-from switchable.study.curves import read_metrics
+from switchable.study.records import read_metrics
 from switchable.train.rundir import write_json, write_text
 
 GAIN = "gain_of_ssd_at_equal_flops"

@@ -24,6 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from switchable.train.rundir import TEMPORARY
 
 MARKERS = "osD^vPX*<>"
+DENSE, SPARSE, TRAIN = "#00334e", "#d55e00", "#9aa5ad"
 PANEL_INCHES = (4.4, 3.3)
 """Width and height of a panel: its text is still legible on a phone's width."""
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "switchable", "font.size": 10.0, "axes.titlesize": 10.0}
@@ -67,10 +68,14 @@ def draw_picture(panels: Sequence[Draw], columns: int = 1) -> Picture:
 def save(picture: Picture, folder: Path, name: str) -> None:
     """Write `name.png` and `name.svg`, each completely or not at all."""
     for kind in ("png", "svg"):
-        path = folder / f"{name}.{kind}"
-        temporary = folder / f"{TEMPORARY}{path.name}"
-        temporary.write_bytes(_rendered(picture, kind))
-        temporary.replace(path)
+        write_picture(picture, folder / f"{name}.{kind}")
+
+
+def write_picture(picture: Picture, path: Path) -> None:
+    """Write a picture, as what the name ends in says, completely or not at all."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_bytes(_rendered(picture, path.suffix[1:]))
+    temporary.replace(path)
 
 
 def embedded(picture: Picture) -> dict[str, Any]:

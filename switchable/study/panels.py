@@ -8,9 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from switchable.study.canvas import Picture, layer_style, legend_above, plain_axes, step_axis
-from switchable.study.curves import DENSE, SPARSE, TRAIN, sparse_spans
+from switchable.study.canvas import (
+    DENSE,
+    SPARSE,
+    TRAIN,
+    Picture,
+    layer_style,
+    legend_above,
+    plain_axes,
+    step_axis,
+)
 from switchable.study.measures import QUANTILES
+from switchable.study.records import sparse_spans
 from switchable.study.result import Series, Study
 
 LEGEND_LAYERS = 8

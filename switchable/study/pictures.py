@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from switchable.study import panels
-from switchable.study.canvas import Draw, draw_picture, save
+from switchable.study.canvas import Draw, draw_picture, save, write_picture
 from switchable.study.result import SIMILARITIES, Study
 
 MAX_LAYERS = 16
@@ -66,6 +66,21 @@ def write_files(study: Study, folder: Path) -> list[str]:
         save(draw_picture([panel.draw for panel in picture.panels], columns), folder, picture.name)
         names.append(picture.name)
     return names
+
+
+def draw_curves(study: Study, path: Path) -> None:
+    """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, stability of structures."""
+    draws = [partial(panels.loss, study)] if study.records("train") else []
+    draws += [
+        partial(panels.over_steps, study, name, label)
+        for name, label in (
+            ("activation_ratio", "activation ratio (share of neurons)"),
+            ("similarity", "similarity of structures (ARI)"),
+        )
+        if _points(study, name)
+    ]
+    if draws:
+        write_picture(draw_picture(draws), path)
 
 
 def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:

@@ -18,7 +18,7 @@ import jinja2
 
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
-from switchable.study.pictures import PictureOf, html_panels, pictures_of, shown_layers
+from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
 from switchable.study.result import Study, mean
 from switchable.study.study import records_of_run
 from switchable.train.rundir import RunDir, write_text
@@ -54,7 +54,9 @@ def write_report(study: Study, path: Path) -> None:
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder, from what the run has recorded itself; a matter of seconds.
+    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself.
+
+    It measures nothing and is a matter of seconds.
 
     Raises:
         InputError: the folder is not a run.
@@ -64,9 +66,10 @@ def write_run_report(folder: Path) -> Path:
         "Measured during training, on the probe. `switchable study` on this run compares its checkpoints with one "
         "another and shows more."
     )
-    path = RunDir(folder).report
-    write_report(study, path)
-    return path
+    run = RunDir(folder)
+    draw_curves(study, run.curves)
+    write_report(study, run.report)
+    return run.report
 
 
 def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:

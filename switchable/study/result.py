@@ -69,7 +69,8 @@ class Study:
     def series(self, name: str) -> Series:
         """Return a measure over training: at the checkpoints, and where the run itself measured it."""
         found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
-        for record in self.records("measure"):
+        # The first structure has none before it to be similar to.
+        for record in self.records("measure")[name == "similarity" :]:
             for i, values in enumerate(record["layers"][: self.num_layers]):
                 if values.get(name) is not None:
                     found[i][record["step"]] = values[name]

@@ -24,9 +24,9 @@ import switchable
 from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
-from switchable.study.curves import read_metrics
 from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
 from switchable.study.probe import Probe, load_probe, probe_from_text
+from switchable.study.records import read_metrics
 from switchable.study.result import LayerShape, Study
 from switchable.study.series import (
     Loader,

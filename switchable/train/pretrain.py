@@ -20,7 +20,6 @@ from switchable.config import RunConfig, changed, check, from_dict, read_yaml, t
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
-from switchable.study.curves import draw_curves
 from switchable.study.probe import save_probe
 from switchable.study.report import write_run_report
 from switchable.train import checkpoint
@@ -197,7 +196,6 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     write_json(rundir.summary, figures)
-    draw_curves(rundir.metrics, rundir.curves)
     write_run_report(rundir.path)
     _show_samples(trainer)
     trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
@@ -228,6 +226,8 @@ def summarise(
     head = flops.head * counters.steps
     return {
         **validation,
+        "objective": job.objective,
+        "loss_unit": job.batches.objective.unit,
         "steps": counters.steps,
         "tokens": counters.steps * flops.tokens,
         "parameters": _parameters(job),

@@ -1,4 +1,4 @@
-"""The picture of a run: what is shaded, and that it is drawn from metrics of any length."""
+"""A run's own records: what is shaded, and that its picture is drawn from metrics of any length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from switchable.study.curves import draw_curves, read_metrics, sparse_spans
+from switchable.study.pictures import draw_curves
+from switchable.study.records import read_metrics, sparse_spans
+from switchable.study.result import Study
 
 
 def line(step: int, share: float) -> dict[str, Any]:
@@ -33,13 +35,12 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("\n".join(json.dumps(r) for r in records) + '\n{"kind": "tra')
     assert len(read_metrics(metrics)) == len(records)
-    draw_curves(metrics, tmp_path / "curves.png")
+    draw_curves(Study("a run", metrics=read_metrics(metrics)), tmp_path / "curves.png")
     pixels = imread(tmp_path / "curves.png")
-    assert pixels.shape[:2] == (1200, 1080)
+    assert pixels.shape[:2] == (1485, 660)
     assert pixels.std() > 0.05
 
 
 def test_a_run_without_measurements_is_drawn_too(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1, 0.0)) + "\n")
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    draw_curves(Study("a run", metrics=[line(1, 0.0)]), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
