@@ -7,7 +7,8 @@
     ...                                                                             # your loop:
         controller.step(optimizer)                                                  # after optimizer.step()
 
-Names are imported when first used, so that `switchable --help` answers without loading torch.
+Names are imported when first used, so that `switchable --help` answers without loading torch. The one thing that
+happens on import: transformers learns to open the folders that `switchable export --to sparse` writes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from switchable.infer.announce import announce
+
 if TYPE_CHECKING:
     from switchable.errors import InputError
-    from switchable.ffn.convert import ConversionReport, convert, set_mode
+    from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
     from switchable.ffn.families import Family
     from switchable.switching.config import SwitchConfig
     from switchable.switching.controller import Controller
 
 __version__ = "0.1.0"
-__all__ = ["Controller", "ConversionReport", "Family", "InputError", "SwitchConfig", "convert", "set_mode"]
+__all__ = [
+    "Controller",
+    "ConversionReport",
+    "Family",
+    "InputError",
+    "SwitchConfig",
+    "convert",
+    "in_mode",
+    "set_mode",
+]
 
 _HOMES = {
     "ConversionReport": "switchable.ffn.convert",
@@ -32,6 +44,7 @@ _HOMES = {
     "InputError": "switchable.errors",
     "SwitchConfig": "switchable.switching.config",
     "convert": "switchable.ffn.convert",
+    "in_mode": "switchable.ffn.convert",
     "set_mode": "switchable.ffn.convert",
 }
 
@@ -41,3 +54,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'switchable' has no attribute {name!r}")
+
+
+announce()

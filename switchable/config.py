@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +21,8 @@ from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.switching.config import SwitchConfig
+
+T = TypeVar("T")
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -32,7 +34,7 @@ def option(default: Any, help_text: str, **metadata: Any) -> Any:
 class ModelConfig:
     """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
 
-    family: str = option("gpt2", "model type of transformers to build; this version pre-trains gpt2")
+    family: str = option("gpt2", "model type of transformers to build: gpt2, opt, llama, bert, roberta or t5")
     d_model: int = option(256, "width of the residual stream")
     d_ff: int | None = option(None, "neurons per FFN; default 4 x d_model")
     num_layers: int = option(4, "Transformer blocks")
@@ -132,7 +134,7 @@ def check(config: RunConfig) -> None:
             raise InputError(f"{name}={getattr(train, name)} is out of range; use a positive number")
 
 
-FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span", "bart": "span"}
+FAMILY_OBJECTIVES = {"bert": "masked", "roberta": "masked", "t5": "span"}
 """What the families learn that do not learn to predict the next token."""
 
 
@@ -145,7 +147,7 @@ def _check_objective(config: RunConfig) -> None:
     name, family = objective_of(config), config.model.family
     fitting = FAMILY_OBJECTIVES.get(family, "causal")
     if name != fitting:
-        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2"
+        others = ", ".join(f for f, o in FAMILY_OBJECTIVES.items() if o == name) or "gpt2, say"
         raise InputError(
             f"objective={name} does not fit family={family}, which learns objective={fitting}; leave the objective "
             f"out, or use a family that learns it ({others})"
@@ -246,9 +248,20 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
             raise InputError(
                 f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
             )
+    return build(cls, values, where)
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a config dataclass from those of the values that are its fields, coerced to the fields' types.
+
+    Raises:
+        InputError: a value of the wrong type, or that is not among a field's choices.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {key: value for key, value in values.items() if key in hints}
     coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     built = cls(**coerced)
-    for f in dataclasses.fields(built):
+    for f in dataclasses.fields(built):  # type: ignore[arg-type]
         choices = f.metadata.get("choices")
         value = getattr(built, f.name)
         if choices and value is not None and value not in choices:

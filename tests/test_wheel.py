@@ -45,7 +45,9 @@ def test_it_holds_every_module_and_the_type_marker(wheel: Path) -> None:
         names = set(archive.namelist())
         entry = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "switchable").rglob("*.py")}
-    assert modules | {"switchable/py.typed"} <= names
+    tasks = {str(p.relative_to(ROOT)) for p in (ROOT / "switchable").rglob("*.yaml")}
+    assert tasks
+    assert modules | tasks | {"switchable/py.typed"} <= names
     assert "switchable = switchable.cli:main" in entry
     assert any(n.endswith("LICENSE") for n in names)
 

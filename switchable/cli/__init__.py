@@ -15,7 +15,9 @@ import sys
 from switchable.cli import (
     bench,
     compare,
+    convert,
     evaluate,
+    export,
     finetune,
     generate,
     prepare,
@@ -28,6 +30,8 @@ VERBS = {
     "prepare": prepare,
     "pretrain": pretrain,
     "compare": compare,
+    "convert": convert,
+    "export": export,
     "generate": generate,
     "eval": evaluate,
     "finetune": finetune,

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import typing
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def default_cache() -> Path:
 
 
 def add_config_flags(
-    verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Sequence[str] = ()
+    verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Container[str] = ()
 ) -> None:
     """Add one flag per config field, its help with unit and default; what is not given is not set."""
     from switchable.config import sections
@@ -34,18 +34,25 @@ def add_config_flags(
     for section, cls in sections().items():
         if only is not None and section not in only:
             continue
-        group = verb.add_argument_group(section)
-        hints = typing.get_type_hints(cls)
-        for f in (f for f in dataclasses.fields(cls) if f.name not in skip):
-            many = typing.get_origin(hints[f.name]) is tuple
-            group.add_argument(
-                f"--{f.name.replace('_', '-')}",
-                dest=f"config.{f.name}",
-                default=argparse.SUPPRESS,
-                nargs="+" if many else None,
-                metavar=f.name.split("_")[-1].upper(),
-                help=_help(f),
-            )
+        add_dataclass_flags(verb.add_argument_group(section), cls, skip)
+
+
+def add_dataclass_flags(group: Any, cls: type, skip: Container[str] = ()) -> None:
+    """Add one flag per field of a config dataclass to a group of arguments."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.name in skip:
+            continue
+        many = typing.get_origin(hints[f.name]) is tuple
+        group.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            dest=f"config.{f.name}",
+            default=argparse.SUPPRESS,
+            nargs="+" if many else "?" if hints[f.name] is bool else None,
+            const=True if hints[f.name] is bool else None,
+            metavar=f.name.split("_")[-1].upper(),
+            help=_help(f),
+        )
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def text_scores(
         loss = float(nats.sum() / tokens.sum())
         stderr = _ratio_stderr(nats, tokens)
         windows = len(nats)
-        scores.append(Score("text", "loss (nats per token)", way, loss, stderr, windows))
+        scores.append(Score("text", f"loss ({objective.unit})", way, loss, stderr, windows))
         if causal:
             perplexity = math.exp(min(loss, 700.0))
             scores.append(Score("text", "perplexity", way, perplexity, perplexity * stderr, windows))

@@ -57,11 +57,11 @@ def build_model(family: str, sizes: Sizes, activation: str, vocab_size: int, tok
     return model_of(BUILDERS[family](sizes, activation, {"vocab_size": vocab_size, **tokens}))
 
 
-def model_of(config: PreTrainedConfig) -> nn.Module:
-    """Return the model of a transformers config, with random weights: the class that `architectures` names.
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of transformers that a config names in `architectures`.
 
     Raises:
-        InputError: the config names no class of transformers.
+        InputError: it names none that there is.
     """
     name = (getattr(config, "architectures", None) or [None])[0]
     kind = getattr(transformers, str(name), None)
@@ -70,13 +70,18 @@ def model_of(config: PreTrainedConfig) -> nn.Module:
             f"config.json names the model class {name!r} (architectures), which transformers "
             f"{transformers.__version__} does not have"
         )
-    model = kind(config)
-    _name_the_loss(model)
+    return kind
+
+
+def model_of(config: PreTrainedConfig) -> nn.Module:
+    """Return the model that a config names in `architectures`, with random weights."""
+    model = class_of(config)(config)
+    name_the_loss(model)
     return cast(nn.Module, model)
 
 
-def _name_the_loss(model: PreTrainedModel) -> None:
-    # transformers guesses the loss from the class's name, and warns where the name does not tell (GPT2LMHeadModel).
+def name_the_loss(model: nn.Module) -> None:
+    """Tell transformers which loss a language model has where it would guess it from the class's name and warn."""
     if type(model).__name__.endswith("LMHeadModel"):
         cast(Any, model).loss_type = "ForCausalLM"
 

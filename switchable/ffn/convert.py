@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -131,7 +131,10 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
 
 
 def set_mode(
-    model: nn.Module, mode: str, experts_per_token: int | None = None, dense_fallback: bool = False
+    model: nn.Module,
+    mode: str,
+    experts_per_token: int | Sequence[int] | None = None,
+    dense_fallback: bool = False,
 ) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
@@ -140,7 +143,7 @@ def set_mode(
     Args:
         model: a converted model.
         mode: `"dense"` or `"sparse"`.
-        experts_per_token: K, 1 to E; None keeps each layer's own.
+        experts_per_token: K, 1 to E, one for all layers or one for each; None keeps each layer's own.
         dense_fallback: in sparse mode and without gradients, multiply densely wherever that is faster on this
             machine (it is never less exact). The first call for a number of tokens measures it.
 
@@ -152,11 +155,26 @@ def set_mode(
         raise InputError("the model has no switchable FFNs; call convert(model) first")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
-    for layer in found:
+    if isinstance(experts_per_token, Sequence) and len(experts_per_token) != len(found):
+        raise InputError(
+            f"experts_per_token has {len(experts_per_token)} values for {len(found)} FFNs; give one each or one for all"
+        )
+    for i, layer in enumerate(found):
         if experts_per_token is not None:
-            layer.set_experts_per_token(experts_per_token)
+            each = experts_per_token
+            layer.set_experts_per_token(each[i] if isinstance(each, Sequence) else each)
         layer.mode = mode if layer.takes_part else "dense"
         layer.dense_fallback = dense_fallback
+
+
+@contextmanager
+def in_mode(
+    model: nn.Module, mode: str, experts_per_token: int | Sequence[int] | None = None
+) -> Iterator[None]:
+    """Within the `with` block the FFNs multiply so (see `set_mode`); afterwards as before: for single calls."""
+    with kept_modes(model):
+        set_mode(model, mode, experts_per_token)
+        yield
 
 
 @contextmanager

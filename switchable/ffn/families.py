@@ -247,7 +247,7 @@ def activation_name(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
-    x = torch.linspace(-12, 12, 97)
+    x = torch.linspace(-12, 12, 97, device="cpu")
     for name, kind in ACT2CLS.items():
         same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
         if same_class and torch.allclose(

@@ -36,6 +36,13 @@ from switchable.ffn.router import (
     softmax_gates,
 )
 
+OWN_ATTRIBUTES = frozenset((
+    "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
+    "dense_fallback", "expert_compute", "router", "router_learns", "router_token_fraction", "expert_gate",
+    "load_balance", "activation_l1", "neuron_ids_F", "training",
+))  # fmt: skip
+"""Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
+
 
 class SwitchableFFN(nn.Module):
     """An FFN that multiplies all its neurons, or those of K experts per token.
@@ -76,7 +83,7 @@ class SwitchableFFN(nn.Module):
         else:
             _refuse_own_parameters(ffn, name)
             for child_name, child in ffn.named_children():
-                if child_name == "router" or hasattr(self, child_name):
+                if child_name in OWN_ATTRIBUTES or hasattr(type(self), child_name):
                     raise InputError(
                         f"{name} has a part called {child_name!r}, a name that we need there; describe it with "
                         "Family(..., in_layer=True), which leaves the FFN's own module in place"
@@ -88,10 +95,10 @@ class SwitchableFFN(nn.Module):
                 f"the activation of {name}, {type(self.activation_module).__name__}, has parameters of its own or no "
                 "name in transformers' ACT2FN; use e.g. nn.ReLU"
             )
-        self.activation = activation
+        self.act_name = activation
         up_FD = self.weights.up_FD
         self.d_ff, self.d_model = up_FD.shape
-        self.neuron_ids_F = torch.arange(self.d_ff)
+        self.neuron_ids_F = torch.arange(self.d_ff, device="cpu")
         if num_experts < 1 or self.d_ff % num_experts:
             allowed = ", ".join(str(d) for d in divisors_near(self.d_ff, num_experts))
             raise InputError(
@@ -242,7 +249,7 @@ class SwitchableFFN(nn.Module):
                 ids_TK,
                 gates_TK,
                 num_experts=self.num_experts,
-                activation=self.activation,
+                activation=self.act_name,
                 hidden_dropout=self.hidden_dropout,
             ).to(dtype)
         return expert_ffn(
@@ -251,7 +258,7 @@ class SwitchableFFN(nn.Module):
             ids_TK,
             gates_TK,
             num_experts=self.num_experts,
-            activation=self.activation,
+            activation=self.act_name,
             unit_gates=self.expert_gate == "unit",
             implementation=self.expert_compute,
         )
@@ -269,7 +276,7 @@ class SwitchableFFN(nn.Module):
                 d_ff=self.d_ff,
                 num_experts=self.num_experts,
                 experts_per_token=self.experts_per_token,
-                activation=self.activation,
+                activation=self.act_name,
                 dtype=dtype,
                 device=device,
                 training=False,

@@ -31,7 +31,7 @@ from switchable.ffn.structure import cluster_layers, weight_features
 from switchable.infer.load import load_switchable
 from switchable.switching.config import SwitchConfig
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import NEURON_IDS, no_progress_bars
+from switchable.train.checkpoint import NEURON_IDS, quiet_transformers
 from switchable.train.rundir import RunDir, steps_in
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
@@ -117,7 +117,7 @@ class Loader:
             Skipped: it cannot be read, or does not have the shape of the first one.
         """
         try:
-            with no_progress_bars():
+            with quiet_transformers():
                 model = self._ours(source) if source.is_ours else self._other(source)
         except InputError as error:
             raise Skipped(str(error)) from None

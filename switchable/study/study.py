@@ -184,7 +184,7 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
             layer.d_ff,
             layer.num_experts,
             layer.experts_per_token,
-            layer.activation,
+            layer.act_name,
         )
         for layer in layers
     ]

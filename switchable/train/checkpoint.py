@@ -28,10 +28,13 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import describe
 from switchable.ffn.layout import laid_out_like
 from switchable.train.rundir import TEMPORARY, is_no_space, write_json
 
 MANIFEST = "manifest.json"
+SHARD_SIZE = "5GB"
+"""Largest file of weights."""
 PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
 """Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
 NEURON_IDS = ".neuron_ids"
@@ -43,6 +46,7 @@ def save(
     model: nn.Module,
     training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint, atomically; an older one of the same name is replaced.
 
@@ -51,6 +55,31 @@ def save(
         model: a converted transformers model.
         training: tensors and plain values a resumed run needs (`training_state`), or None for a model only.
         tokenizer: the model's tokenizer, to make the folder complete by itself.
+        notes: plain values to keep beside it, by file name.
+
+    Raises:
+        InputError: no space left on the device. What was there before is untouched.
+    """
+    remedy = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
+    with whole_folder(folder, remedy) as temporary:
+        save_model(temporary, model)
+        if training is not None:
+            save_file(training[0], temporary / "training.safetensors")
+            write_json(temporary / "training.json", training[1])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        for name, values in (notes or {}).items():
+            write_json(temporary / name, values)
+        _seal(temporary)
+
+
+@contextmanager
+def whole_folder(folder: Path, remedy: str) -> Iterator[Path]:
+    """Give the `with` block a new folder to fill, which takes the place of `folder` at its end, or is removed.
+
+    Args:
+        folder: where it shall stand; an older one is replaced.
+        remedy: what to do when the disk is full, for the message.
 
     Raises:
         InputError: no space left on the device. What was there before is untouched.
@@ -59,58 +88,57 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_model(temporary, model)
-        if training is not None:
-            save_file(training[0], temporary / "training.safetensors")
-            write_json(temporary / "training.json", training[1])
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _seal(temporary)
+        yield temporary
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         if not is_no_space(error):
             raise
         raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and earlier checkpoints stand. "
-            "Free some space (or lower --keep) and go on with --resume"
+            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_dense(
+    folder: Path, model: nn.Module, routers: bool = False, max_shard_size: str = SHARD_SIZE
+) -> None:
+    """Write a converted model in Hugging Face form, under the plain model's names.
+
+    Args:
+        folder: where; must exist.
+        model: a converted transformers model.
+        routers: write the routers too, among the weights.
+        max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
+    """
+    state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+
+
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_router_parameter(name)}
-    with no_progress_bars():
-        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    save_dense(folder, model)
     routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
-    layers = layers_of(model)
-    neuron_ids = {layer.name + NEURON_IDS: layer.neuron_ids_F.contiguous() for layer in layers}
+    neuron_ids = {layer.name + NEURON_IDS: layer.neuron_ids_F.contiguous() for layer in layers_of(model)}
     save_file(routers | neuron_ids, folder / "switchable.safetensors")
-    write_json(
-        folder / "switchable.json",
-        {
-            "num_experts": layers[0].num_experts,
-            "gate": layers[0].expert_gate,
-            "layers": {
-                layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
-                for layer in layers
-            },
-        },
-    )
+    write_json(folder / "switchable.json", describe(model))
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every file; its setting is put back afterwards."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and logging warnings; its settings are put back afterwards."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _seal(folder: Path) -> None:
@@ -229,12 +257,10 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     Raises:
         InputError: names or shapes do not fit.
     """
-    state = load_file(folder / "model.safetensors")
-    if routers:
-        state |= load_file(folder / "switchable.safetensors")
-    for layer in layers_of(model):
-        # Models of other origin have none: their neurons stand in their first order.
-        layer.neuron_ids_F = state.pop(layer.name + NEURON_IDS, torch.arange(layer.d_ff))
+    state = load_file(folder / "switchable.safetensors") if routers else {}
+    for shard in folder.glob("model*.safetensors"):
+        state |= load_file(shard)
+    _take_neuron_ids(state, model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -249,3 +275,28 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
             f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
             f"e.g. {(missing + unexpected)[0]}"
         )
+
+
+def restore_routers(folder: Path, model: nn.Module) -> None:
+    """Load the routers of a checkpoint into a converted model.
+
+    Raises:
+        InputError: names or shapes do not fit.
+    """
+    state = load_file(folder / "switchable.safetensors")
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"the routers of {folder} do not fit: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [*unexpected, *(name for name in missing if is_router_parameter(name))]
+    if wrong:
+        raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
+
+
+def _take_neuron_ids(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Move the names of the neurons from a file's tensors to the layers."""
+    for layer in layers_of(model):
+        # Models of other origin have none: their neurons stand in their first order.
+        layer.neuron_ids_F = state.pop(layer.name + NEURON_IDS, torch.arange(layer.d_ff))

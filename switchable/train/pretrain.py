@@ -226,6 +226,8 @@ def summarise(
     head = flops.head * counters.steps
     return {
         **validation,
+        "objective": job.objective,
+        "loss_unit": job.batches.objective.unit,
         "steps": counters.steps,
         "tokens": counters.steps * flops.tokens,
         "parameters": _parameters(job),

@@ -83,7 +83,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
         config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
     ).to(device)
     report = convert(model, config.switch)
-    probe = _probe(model, validation, config.switch.probe_tokens)
+    probe = probe_inputs(model, validation, config.switch.probe_tokens)
     return Job(
         config=config,
         model=model,
@@ -148,7 +148,7 @@ def model_inputs(batch: Batch, device: torch.device) -> Batch:
     return inputs | {"use_cache": False}
 
 
-def _probe(model: nn.Module, validation: list[Batch], tokens: int) -> list[Batch]:
+def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list[Batch]:
     """Return the first validation batches with at least `tokens` tokens together, without the loss.
 
     A decoder gets its inputs, which it otherwise makes of the labels.

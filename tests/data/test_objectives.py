@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from support import shared
 from switchable.config import check, from_dict, objective_of
 from switchable.data import tokenizers
 from switchable.data.batches import Batches, validation_batches
-from switchable.data.config import ObjectiveConfig
+from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.objectives import MaskedLM, Objective, SpanCorruption, build_objective
 from switchable.data.objectives.chance import uniforms
 from switchable.data.objectives.spans import lengths, window_for
 from switchable.data.objectives.words import WordParts, word_parts
+from switchable.data.tokens import prepare
 from switchable.errors import InputError
 
 SPECIAL = np.arange(300) < 5
@@ -261,6 +263,23 @@ def test_vocabulary_with_capitals_is_not_lower_cased(tmp_path: Path) -> None:
     assert tokenizers.load_tokenizer(tmp_path)("Cat cat")["input_ids"] == [2, 5, 6, 3]
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n")
     assert tokenizers.load_tokenizer(tmp_path)("Cat cat")["input_ids"] == [2, 5, 5, 3]
+
+
+def test_t5s_vocabulary_without_sentencepiece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install 'switchable\[sentencepiece\]'"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_tokens_are_prepared_once_per_set_of_special_tokens(corpus: Path, tmp_path: Path) -> None:
+    config = DataConfig((str(corpus),), vocab_size=400)
+    folders = {name: prepare(config, tmp_path, objective=name) for name in ("causal", "masked", "span")}
+    assert len({data.folder for data in folders.values()}) == 3
+    assert prepare(config, tmp_path).folder == folders["causal"].folder
+    assert [data.end_of_text.token for data in folders.values()] == ["<|endoftext|>", "</s>", "</s>"]
+    given = DataConfig((str(corpus),), tokenizer=str(folders["masked"].tokenizer_path))
+    assert prepare(given, tmp_path, objective="masked").folder == prepare(given, tmp_path).folder
 
 
 def test_a_tokenizer_too_large_for_the_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def test_the_command(
     result = json.loads(printed[-1])
     assert result == json.loads(out.read_text())
     found = {(s["task"], s["metric"]): s["examples"] for s in result["scores"]}
-    assert found.pop(("text", "loss (nats per token)")) > 1
+    assert found.pop(("text", "loss (nats per token of the spans)")) > 1
     assert found == {("sst2", "acc"): 3, ("cola", "mcc"): 2, ("cola", "acc"): 2, ("rte", "acc"): 2}
 
 
@@ -114,6 +115,13 @@ def test_wrong_models(trained: Runs, glue: Path, capsys: pytest.CaptureFixture[s
     assert "a masked language model gives no probability of a text" in capsys.readouterr().err
     assert main(["eval", str(glue / "nowhere"), "--tasks", f"sst2={glue}"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_without_lm_eval(trained: Runs, lambada: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    with pytest.raises(InputError, match=r"pip install 'switchable\[eval\]'"):
+        evaluate(EvalRequest(trained("gpt2")[0], tasks=(f"lambada={lambada}",)))
 
 
 def test_wrong_lines_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import FAMILIES, family_of
+from switchable.ffn.layer import OWN_ATTRIBUTES
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
 
@@ -42,14 +43,14 @@ def test_conversion_is_a_no_op_in_dense_mode(case: str) -> None:
     report = convert(model, CONFIG)
     assert report.converted == CASES[case][3]
     assert str(report) == f"{CASES[case][3]} of {CASES[case][3]} FFNs are switchable: 8 experts of 8 neurons"
-    assert torch.equal(output(model, batch), before)
+    assert relative(output(model, batch), before) < 1e-5  # memory is laid out anew: the last bits may differ
     kept = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(kept) == names
     assert len(model.state_dict()) == len(names) + 2 * report.converted
     before_grads = gradients(plain, batch)
     after_grads = gradients(model, batch)
     for name, grad in before_grads.items():
-        assert torch.equal(after_grads[name], grad), name
+        assert relative(after_grads[name], grad) < 1e-5 or grad.abs().max() < 1e-7, name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -181,7 +182,7 @@ def test_a_part_whose_name_we_need() -> None:
     class Mlp(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down, self.weights = nn.Linear(6, 24), nn.Linear(24, 6), nn.ReLU()
+            self.weights, self.up, self.down = nn.ReLU(), nn.Linear(6, 24), nn.Linear(24, 6)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(self.weights(self.up(x)))
@@ -192,6 +193,28 @@ def test_a_part_whose_name_we_need() -> None:
         convert(model, config, Family("Mlp", "up", "down", "weights"))
     convert(model, config, Family("Mlp", "up", "down", "weights", in_layer=True))
     torch.testing.assert_close(model(x), before)
+
+
+def test_names_that_are_ours_are_known_as_such_and_natural_ones_are_free() -> None:
+    model = make("gpt2")
+    convert(model, CONFIG)
+    own = {name for name in vars(layers_of(model)[0]) if not name.startswith("_")}
+    assert own <= OWN_ATTRIBUTES
+    free = {
+        "activation",
+        "act",
+        "up",
+        "down",
+        "gate",
+        "fc1",
+        "w1",
+        "dropout",
+        "norm",
+        "proj",
+        "lin1",
+        "dense",
+    }
+    assert not free & (OWN_ATTRIBUTES | set(dir(type(layers_of(model)[0]))))
 
 
 def test_a_gated_ffn_inside_a_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from switchable import set_mode
+from switchable import InputError, set_mode
 from switchable.cli import main
 from switchable.ffn.convert import layers_of
 from switchable.finetune.classify import finetune, load_classifier
@@ -129,3 +130,12 @@ def test_wrong_requests(
     said = capsys.readouterr().err
     for word in words:
         assert word in said
+
+
+def test_without_accelerate(trained: Runs, glue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name)
+    )
+    with pytest.raises(InputError, match=r"pip install 'switchable\[finetune\]'"):
+        finetune(trained("bert")[0], glue, learn())

@@ -34,6 +34,8 @@ def test_it_switches_and_reports(trained: Runs, family: str, layers: int) -> Non
     assert figures["val_loss_dense"] > 0
     assert figures["val_loss_sparse"] > 0
     # Only of a causal model does the loss say how many bits a byte of text takes.
+    units = {"gpt2": "nats per token", "bert": "nats per masked token", "t5": "nats per token of the spans"}
+    assert figures["loss_unit"] == units[family]
     assert (figures["bits_per_byte_dense"] is None) == (family != "gpt2")
     assert (figures["bits_per_byte_sparse"] is None) == (family != "gpt2")
 

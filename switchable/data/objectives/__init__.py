@@ -33,6 +33,8 @@ class Objective(Protocol):
 
     name: ClassVar[str]
     """`"causal"`, `"masked"` or `"span"`."""
+    unit: ClassVar[str]
+    """Of the loss."""
 
     @property
     def window(self) -> int:

@@ -19,6 +19,7 @@ class CausalLM:
     window: int
     """Tokens in a sequence."""
     name: ClassVar[str] = "causal"
+    unit: ClassVar[str] = "nats per token"
 
     def __call__(
         self,

@@ -49,6 +49,7 @@ class MaskedLM:
     words: WordParts | None = None
     """How tokens make words, to choose whole ones; None: choose single tokens."""
     name: ClassVar[str] = "masked"
+    unit: ClassVar[str] = "nats per masked token"
 
     @classmethod
     def build(

@@ -70,6 +70,7 @@ class SpanCorruption:
     eos_id: int
     """End of sequence, of inputs and labels."""
     name: ClassVar[str] = "span"
+    unit: ClassVar[str] = "nats per token of the spans"
 
     @classmethod
     def build(

@@ -47,7 +47,7 @@ CUDA_CANDIDATES = ("triton", "torch_grouped_mm")
 """Sparse ways that are timed on CUDA."""
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
-Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lies between 500,000 and 800,000 everywhere."""
+Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""
 MARGIN = 0.97
 """A sparse way must take at most this share of the dense time: a tie goes to dense."""
 LARGEST = 4096

@@ -1,0 +1,126 @@
+"""Routers learn from a trained model on a text: the model runs dense and unchanged, its routers alone are trained.
+
+    for each piece of the text:
+        one dense pass:  every FFN's input x and every expert's share of its activation mass are kept
+        a few epochs:    cross-entropy of softmax(router(x)) against the share (`router.router_loss`), AdamW
+
+What costs time is the dense pass, so what it shows is used several times; a piece is as long as fits in a bounded
+memory, half precision. The learning rate falls to zero over the whole.
+
+Shapes: T tokens, D d_model, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.router import expert_mass, router_loss
+from switchable.switching.monitor import Batch, observed
+
+MEMORY_BYTES = 2**30
+"""For what is kept of one piece of the text, all layers together."""
+EPOCHS = 4
+"""Times that a piece is gone through."""
+MINIBATCH = 512
+"""Tokens per step of a router."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    learning_rate: float,
+    seed: int = 0,
+    advance: Callable[[int], object] | None = None,
+) -> int:
+    """Train the routers of a converted model; nothing else of it changes.
+
+    Args:
+        model: a converted model; its modes are kept.
+        batches: model inputs, without labels.
+        learning_rate: of AdamW at the start.
+        seed: of the order of the tokens.
+        advance: called with the number of batches done, for a progress bar.
+
+    Returns:
+        Optimizer steps that each router took, at most.
+    """
+    layers = layers_of(model)
+    pieces = list(_pieces(batches, layers))
+    generator = torch.Generator().manual_seed(seed)
+    routers = [p for layer in layers for p in layer.router.parameters()]
+    optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
+    done = steps = 0
+    with kept_modes(model):
+        set_mode(model, "dense")
+        model.eval()
+        for piece in pieces:
+            seen = _record(model, piece)
+            for epoch in range(EPOCHS):
+                share = (done + len(piece) * epoch / EPOCHS) / len(batches)
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
+                steps += _epoch(layers, seen, optimizer, generator)
+            done += len(piece)
+            if advance is not None:
+                advance(len(piece))
+    return steps
+
+
+def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterator[Sequence[Batch]]:
+    per_token = sum(2 * (layer.d_model + layer.num_experts) for layer in layers)
+    tokens = max(batch["input_ids"].numel() for batch in batches)
+    length = max(1, MEMORY_BYTES // (per_token * tokens))
+    for start in range(0, len(batches), length):
+        yield batches[start : start + length]
+
+
+class _Seen:
+    """What one layer is given and what its experts do with it, in half precision."""
+
+    def __init__(self) -> None:
+        self._x: list[Tensor] = []
+        self._share: list[Tensor] = []
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Keep the tokens of one call."""
+        x_TD = x.reshape(-1, layer.d_model)
+        mass_TE = expert_mass(layer.activations(x_TD), layer.weights.down_FD, layer.num_experts)
+        share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
+        self._x.append(x_TD.to(torch.bfloat16))
+        self._share.append(share_TE.half())
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the inputs x_TD and the experts' shares of the mass, share_TE."""
+        return torch.cat(self._x), torch.cat(self._share)
+
+
+@torch.no_grad()
+def _record(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
+    seen = [_Seen() for _ in layers_of(model)]
+    with observed(model, seen):
+        for batch in batches:
+            model(**batch)
+    return [each.rows() for each in seen]
+
+
+def _epoch(
+    layers: Sequence[SwitchableFFN],
+    seen: Sequence[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> int:
+    """Go once through what was recorded, all layers side by side; return the number of steps."""
+    orders = [torch.split(torch.randperm(len(x), generator=generator), MINIBATCH) for x, _ in seen]
+    steps = max(len(order) for order in orders)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for layer, (x_TD, share_TE), order in zip(layers, seen, orders, strict=True):
+            if step < len(order):  # encoder and decoder see different numbers of tokens
+                rows = order[step].to(x_TD.device)
+                torch.autograd.backward(router_loss(layer.router(x_TD[rows].float()), share_TE[rows].float()))
+        optimizer.step()
+    return steps

@@ -1,0 +1,89 @@
+"""ReLU in place of another activation, and some training with it (the route of Mirzadeh et al., "ReLU Strikes Back").
+
+GELU and SiLU are zero almost nowhere, so an FFN with them has no experts to leave out. With ReLU in their place a
+model is worse at first, learns back most of it in a small part of its pre-training, and is sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from switchable.config import TrainConfig
+from switchable.errors import InputError
+from switchable.ffn.families import Family
+from switchable.switching.monitor import Batch
+from switchable.train.optim import build_optimizer, clip_gradients, set_learning_rate
+
+WARMUP, DECAY = 0.1, 0.9
+"""Fractions of all steps with a rising and a falling learning rate."""
+
+
+def with_relu(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
+    """Return a model's config with ReLU in its FFNs (a gated FFN stays gated).
+
+    Raises:
+        InputError: it has ReLU, or squared ReLU, already.
+    """
+    setting = family.activation_setting
+    old = str(getattr(config, setting))
+    if old.removeprefix("gated-") in ("relu", "relu2"):
+        raise InputError(f"the model's activation is {old} already: leave out --relufy")
+    values = config.to_dict()
+    for derived in ("dense_act_fn", "is_gated_act"):  # T5 makes them of the setting
+        values.pop(derived, None)
+    values[setting] = "gated-relu" if old.startswith("gated-") else "relu"
+    return type(config).from_dict(values)
+
+
+def train_on(
+    model: nn.Module,
+    batch: Callable[[int], Batch],
+    steps: int,
+    learning_rate: float,
+    advance: Callable[[int], object] | None = None,
+) -> float:
+    """Train all weights of a model for some steps; it is in evaluation mode afterwards.
+
+    Args:
+        model: a plain transformers model.
+        batch: step -> model inputs with labels.
+        steps: optimizer steps.
+        learning_rate: peak learning rate.
+        advance: called with 1 after each step, for a progress bar.
+
+    Returns:
+        The mean loss over the last tenth of the steps, nats per token.
+
+    Raises:
+        InputError: the loss is no longer finite.
+    """
+    config = TrainConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_fraction=WARMUP,
+        decay_fraction=DECAY,
+        weight_decay=0.0,
+    )
+    optimizer = build_optimizer(model, config)
+    model.train()
+    last: list[torch.Tensor] = []
+    for step in range(steps):
+        set_learning_rate(optimizer, step, config)
+        loss = model(**batch(step)).loss
+        loss.backward()
+        clip_gradients(optimizer, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        last = [*last, loss.detach()][-max(1, steps // 10) :]
+        if advance is not None:
+            advance(1)
+    model.eval()
+    mean = float(torch.stack(last).mean())
+    if not math.isfinite(mean):
+        raise InputError(f"the loss became {mean} while training with ReLU; lower --relufy-learning-rate")
+    return mean

@@ -1,0 +1,252 @@
+"""An existing Hugging Face checkpoint becomes switchable; its dense function does not change.
+
+    load -> (ReLU, train on) -> structure from the text -> routers calibrated on the text -> measured -> written
+
+The text's training part gives structure and routers, its validation part the figures. The output folder is a
+checkpoint like those of training (`train/checkpoint.py`): `switchable generate`, `eval` and `export` read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from switchable.adapt.calibrate import calibrate
+from switchable.adapt.config import AdaptConfig
+from switchable.adapt.relufy import train_on, with_relu
+from switchable.adapt.table import LayerRow, Losses, as_text, layer_rows, losses, sparse_losses
+from switchable.data.batches import Batches, validation_batches
+from switchable.data.config import DataConfig, ObjectiveConfig
+from switchable.data.objectives import build_objective
+from switchable.data.tokenizers import check_fits, load_tokenizer
+from switchable.data.tokens import prepare
+from switchable.errors import InputError
+from switchable.ffn.builders import model_of
+from switchable.ffn.convert import convert, layers_of
+from switchable.ffn.families import family_of
+from switchable.ffn.structure import cluster_layers
+from switchable.infer.evaluate import objective_of_model, validation_loss
+from switchable.infer.export import check_output
+from switchable.infer.load import is_sparse_export, load_config, load_pretrained
+from switchable.switching.config import SwitchConfig
+from switchable.switching.monitor import Batch, neuron_features, watch
+from switchable.switching.switch import regroup
+from switchable.train.checkpoint import save
+from switchable.train.rundir import RunDir
+from switchable.train.setup import model_inputs, pick_device, probe_inputs
+
+COST_TOKENS = 20_480
+"""Calibration tokens for the estimate of what a model without sparse activations would lose."""
+
+
+@dataclasses.dataclass
+class _Text:
+    """The text as batches of model inputs."""
+
+    train: Batches
+    validation: list[Batch]
+    device: torch.device
+
+    def batch(self, index: int) -> Batch:
+        """Return training batch `index`."""
+        return model_inputs(self.train.batch(index), self.device)
+
+    def probe(self, model: nn.Module, tokens: int) -> list[Batch]:
+        """Return training batches of at least so many tokens together, without labels."""
+        found: list[Batch] = []
+        while not found or sum(b["input_ids"].numel() for b in found) < tokens:
+            found += probe_inputs(model, [self.batch(len(found))], 1)
+        return found
+
+
+def adapt(
+    source: Path, data: DataConfig, config: AdaptConfig, out: Path, cache: Path, overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Make a checkpoint switchable and write it to `out`.
+
+    Args:
+        source: folder of a Hugging Face checkpoint, or of a run (its final model).
+        data: the text; its tokenizer, by default the checkpoint's.
+        config: the settings.
+        out: the folder to write.
+        cache: folder for token files.
+        overwrite: replace a model that is there.
+        quiet: show nothing.
+
+    Returns:
+        The figures, as written to `conversion.json`; their table is on stderr.
+
+    Raises:
+        InputError: a model, text or setting that cannot be used, or activations that are not sparse.
+    """
+    begin = time.perf_counter()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if not source.is_dir():
+        raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
+    final = RunDir(source).final
+    source = final if (final / "config.json").is_file() else source
+    if is_sparse_export(source):
+        raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
+    data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
+    check_output(out, overwrite, sources=(source,))
+    switch = SwitchConfig(
+        num_experts=config.num_experts, experts_per_token=config.default_k, structure=config.structure
+    )
+    _check_convertible(source, switch)
+    device = pick_device(config.device)
+    model = load_pretrained(source).to(device)
+    text, tokenizer = _text(model, source, data, config, device, cache, quiet)
+    figures: dict[str, Any] = {"model": str(source), "out": str(out)}
+    if config.relufy:
+        model = _relufy(model, source, text, config, figures, quiet)
+    _say(str(convert(model, switch)), quiet)
+    _group(model, text, config)
+    _choose_layers(model, text, config)
+    _calibrate(model, text, config.calibration_tokens, config, quiet)
+    rows, found = _measured(model, text)
+    _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
+    figures |= _figures(rows, found, config) | {"seconds": round(time.perf_counter() - begin, 1)}
+    save(out, model.to("cpu"), tokenizer=tokenizer, notes={"conversion.json": figures})
+    return figures
+
+
+def _check_convertible(source: Path, switch: SwitchConfig) -> None:
+    """Refuse what `convert` would refuse, before the text is read: on a model without weights."""
+    with torch.device("meta"):
+        convert(model_of(load_config(source)), switch)
+
+
+def _text(
+    model: nn.Module, source: Path, data: DataConfig, config: AdaptConfig, device: torch.device, cache: Path,
+    quiet: bool,
+) -> tuple[_Text, PreTrainedTokenizerBase]:  # fmt: skip
+    """Prepare the text for what the model predicts."""
+    predicts = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if predicts is None or getattr(model, "main_input_name", "") != "input_ids":
+        raise InputError(
+            f"{source} is a {type(model).__name__}, which predicts no text; routers are calibrated on text with a "
+            "language model. Convert such a model in Python: switchable.convert(model, config)"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = min(config.sequence_length, int(positions or config.sequence_length))
+    check_fits(load_tokenizer(str(data.tokenizer)), _rows(model), source)
+    name = objective_of_model(model)
+    prepared = prepare(data, cache, objective=name, progress=not quiet)
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    objective = build_objective(name, ObjectiveConfig(), tokenizer, length)
+    train = Batches(prepared.train.path, objective, config.batch_size, config.seed)
+    found = validation_batches(prepared.val.path, objective, config.batch_size, config.eval_tokens)
+    return _Text(train, [model_inputs(batch, device) for batch in found], device), tokenizer
+
+
+def _rows(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _relufy(
+    model: nn.Module, source: Path, text: _Text, config: AdaptConfig, figures: dict[str, Any], quiet: bool
+) -> nn.Module:
+    """Return the model with ReLU, trained on."""
+    before = validation_loss(model, text.validation)
+    changed = with_relu(load_config(source), family_of(model))
+    model = load_pretrained(source, changed).to(text.device)
+    swapped = validation_loss(model, text.validation)
+    with _bar("training with ReLU", config.relufy, quiet) as advance:
+        train_on(model, text.batch, config.relufy, config.relufy_learning_rate, advance)
+    after = validation_loss(model, text.validation)
+    stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
+    _say(f"loss, nats per token: {stages}", quiet)
+    figures["relufy"] = {
+        "steps": config.relufy,
+        "loss_before": before,
+        "loss_swapped": swapped,
+        "loss_after": after,
+    }
+    return model
+
+
+def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
+    """Put the neurons of every FFN in the order of the structure that the text shows."""
+    layers = layers_of(model)
+    tallies = watch(model, text.probe(model, config.structure_tokens))
+    rows = [
+        neuron_features(layer, tally.active_TF, config.structure)
+        for layer, tally in zip(layers, tallies, strict=True)
+    ]
+    labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
+    regroup(layers, [each.cpu() for each in labels], None)
+    for layer in layers:
+        layer.router.initialise(layer.reads_FD)
+
+
+def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
+    """Leave those layers out of sparse mode that are not sparse.
+
+    Raises:
+        InputError: none is sparse; says what sparse mode would cost.
+    """
+    layers = layers_of(model)
+    rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
+    for layer, row in zip(layers, rows, strict=True):
+        layer.takes_part = row.activation_ratio <= config.max_activation_ratio
+    if any(layer.takes_part for layer in layers):
+        return
+    for layer in layers:
+        layer.takes_part = True
+    if config.keep_activation:
+        return
+    _calibrate(model, text, min(COST_TOKENS, config.calibration_tokens), config, quiet=True)
+    cost = losses(model, text.validation)
+    least = min(row.activation_ratio for row in rows)
+    raise InputError(
+        f"the model's activations ({layers[0].act_name}) are not sparse: in each of its {len(layers)} FFNs at least "
+        f"{100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). Cut into experts "
+        f"as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
+        "ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
+    )
+
+
+def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, quiet: bool) -> None:
+    batches = text.probe(model, tokens)
+    with _bar("calibrating routers", len(batches), quiet) as advance:
+        calibrate(model, batches, config.router_learning_rate, config.seed, advance)
+
+
+def _measured(model: nn.Module, text: _Text) -> tuple[list[LayerRow], Losses]:
+    probe = probe_inputs(model, text.validation, sys.maxsize)
+    return layer_rows(model, probe), losses(model, text.validation)
+
+
+def _figures(rows: list[LayerRow], found: Losses, config: AdaptConfig) -> dict[str, Any]:
+    return {
+        "ffns": len(rows),
+        "num_experts": config.num_experts,
+        "experts_per_token": config.default_k,
+        "calibration_tokens": config.calibration_tokens,
+        "layers": [dataclasses.asdict(row) for row in rows],
+        "loss_dense": found.dense,
+        "loss_sparse": found.sparse,
+    }
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def _bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+    with tqdm(total=total, desc=what, disable=None if not quiet else True, leave=False) as bar:
+        yield bar.update

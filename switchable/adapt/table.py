@@ -1,0 +1,95 @@
+"""What a conversion found, in figures and as text: a row per FFN, and the loss in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.infer.evaluate import loss_in_mode, validation_loss
+from switchable.switching.monitor import Batch, watch
+
+FRACTIONS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5}
+"""K/E at which the loss is measured."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One FFN on the validation text; shares, 0 to 1."""
+
+    name: str
+    activation_ratio: float
+    """Share of (token, neuron) pairs whose activation is not zero."""
+    mass_caught: float
+    """Share of the activation mass in the router's K experts."""
+    mass_best: float
+    """Share of the activation mass in each token's best K experts."""
+    takes_part: bool
+    """Whether the FFN is sparse in sparse mode."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses on the validation text, nats per predicted token."""
+
+    dense: float
+    sparse: dict[str, float]
+    """By K/E; FFNs that do not take part are dense."""
+
+
+def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
+    """Measure every FFN at its own K on model inputs without labels."""
+    layers = layers_of(model)
+    sums = [[0.0] * 5 for _ in layers]
+    for batch in probe:  # one by one: a tally keeps every token's activity
+        for total, layer, tally in zip(sums, layers, watch(model, [batch]), strict=True):
+            assert tally.caught_E is not None, "the text never reached the layer"
+            caught = float(tally.caught_E[layer.experts_per_token - 1])
+            figures = (
+                tally.tokens * layer.d_ff,
+                float(tally.active),
+                caught,
+                float(tally.best),
+                float(tally.mass),
+            )
+            total[:] = [a + b for a, b in zip(total, figures, strict=True)]
+    return [
+        LayerRow(
+            layer.name, active / pairs, caught / max(mass, 1e-300), best / max(mass, 1e-300), layer.takes_part
+        )
+        for layer, (pairs, active, caught, best, mass) in zip(layers, sums, strict=True)
+    ]
+
+
+def losses(model: nn.Module, validation: Sequence[Batch]) -> Losses:
+    """Measure the loss in dense mode and at each K/E."""
+    sparse = {}
+    with kept_modes(model) as layers:
+        for name, fraction in FRACTIONS.items():
+            set_mode(model, "sparse", [max(1, round(fraction * layer.num_experts)) for layer in layers])
+            sparse[name] = validation_loss(model, validation)
+    return Losses(loss_in_mode(model, validation, "dense"), sparse)
+
+
+def as_text(rows: Sequence[LayerRow], found: Losses, experts_per_token: int, num_experts: int) -> str:
+    """Return the table."""
+    width = max(len("FFN"), *(len(row.name) for row in rows))
+    caught = f"caught at {experts_per_token}/{num_experts}"
+    lines = [f"{'FFN':<{width}}  active  {caught}  best choice  sparse mode"]
+    for row in rows:
+        lines.append(
+            f"{row.name:<{width}}  {row.activation_ratio:6.3f}  {row.mass_caught:{len(caught)}.3f}  "
+            f"{row.mass_best:11.3f}  {'sparse' if row.takes_part else 'stays dense'}"
+        )
+    lines.append(f"loss, nats per token: dense {found.dense:.4f}; {sparse_losses(found)}")
+    return "\n".join(lines)
+
+
+def sparse_losses(found: Losses) -> str:
+    """Say the losses of sparse mode and how much higher they are than the dense one."""
+    return ", ".join(
+        f"K/E = {name} {loss:.4f} ({100 * (loss / found.dense - 1):+.1f} %)"
+        for name, loss in found.sparse.items()
+    )

@@ -1,0 +1,45 @@
+"""`switchable convert`: an existing Hugging Face checkpoint becomes switchable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from switchable.cli.flags import add_dataclass_flags, default_cache, given_flags
+
+HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    from switchable.adapt.config import AdaptConfig
+    from switchable.data.config import DataConfig
+
+    verb.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of the checkpoint, with its tokenizer"
+    )
+    verb.add_argument("--out", type=Path, required=True, help="folder to write")
+    verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    verb.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for token files (default %(default)s)"
+    )
+    verb.add_argument("--quiet", action="store_true", help="show no progress")
+    add_dataclass_flags(verb.add_argument_group("text"), DataConfig, skip=("vocab_size",))
+    add_dataclass_flags(verb.add_argument_group("conversion"), AdaptConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; print a table and the figures as one JSON line."""
+    from switchable.adapt.config import AdaptConfig
+    from switchable.config import build
+    from switchable.data.config import DataConfig
+
+    flags = given_flags(args)
+    config = build(AdaptConfig, flags, "the flags")
+    data = build(DataConfig, flags, "the flags")
+    # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.adapt.run import adapt
+
+    print(json.dumps(adapt(args.model, data, config, args.out, args.cache, args.overwrite, args.quiet)))
+    return 0

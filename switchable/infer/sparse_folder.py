@@ -1,0 +1,79 @@
+"""A folder that `AutoModelFor...from_pretrained` opens as a switchable model, once `switchable` is imported.
+
+    config.json          the model's own config, and beside it
+                         "quantization_config": {"quant_method": "switchable", "num_experts": ..., "layers": ...}
+    *.safetensors        the dense weights under their Hugging Face names, and the routers
+
+transformers lets a package change a model between building it and loading its weights: that is what its quantizers
+do, and `register_quantizer` is the door for those of others. Ours exchanges the FFNs (`convert`) and quantises
+nothing. So the class stays what it was (`GPT2LMHeadModel`), every head and every Auto class works, and no code comes
+from the folder (no `trust_remote_code`). Without our package transformers warns of an unknown method and opens the
+same folder as the plain dense model. The other way, a model type of our own for every family, would need a config
+and a model class for each head of each family, and could be opened by nothing else.
+
+Imports nothing of torch or of our own at the top: `register` is called while transformers is being imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "switchable"
+"""The name in `config.json`."""
+
+
+class SwitchableFFNsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The description of a model's experts (`ffn.description.describe`) as a part of its config."""
+
+    def __init__(self, quant_method: str = METHOD, **described: Any) -> None:
+        self.quant_method = quant_method
+        self.__dict__.update(described)
+
+
+class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
+    """Exchanges the FFNs of a model before its weights are loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        from switchable.ffn.description import make_switchable
+
+        make_switchable(model, self.quantization_config.to_dict())
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        from switchable.ffn.convert import layers_of
+        from switchable.ffn.layout import store_by_neuron
+
+        for layer in layers_of(model):
+            store_by_neuron(layer)
+        # Nothing is quantised: training, .half() and saving are as for any model. The config keeps the description.
+        del model.hf_quantizer
+        model.is_quantized = False
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._is_quantized = False
+        return model
+
+    def is_serializable(self) -> bool:
+        """Say that such a model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that it can be trained."""
+        return True
+
+
+def register() -> None:
+    """Tell transformers about us; a second call does nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(SwitchableFFNsConfig)
+        register_quantizer(METHOD)(SwitchableFFNsLoader)

@@ -1,0 +1,286 @@
+"""`switchable convert`: the dense function stays, routers learn to catch the mass, and what is told is true."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families.models import make
+from torch import Tensor, nn
+
+from switchable import InputError, SwitchConfig, convert, set_mode
+from switchable.adapt.calibrate import calibrate
+from switchable.adapt.config import AdaptConfig
+from switchable.adapt.relufy import with_relu
+from switchable.adapt.table import LayerRow, Losses, as_text, layer_rows, losses
+from switchable.cli import main
+from switchable.data.tokenizers import train_bpe
+from switchable.ffn.builders import build_model
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.families import family_of
+from switchable.infer.export import export
+from switchable.infer.generate import generate_text
+from switchable.infer.load import load_pretrained, load_switchable
+from switchable.train.checkpoint import save
+
+SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
+SMALL = [
+    "--num-experts", "8", "--sequence-length", "32", "--structure-tokens", "1024", "--calibration-tokens", "4096",
+    "--eval-tokens", "1024", "--threads", "1", "--quiet",
+]  # fmt: skip
+Checkpoint = Callable[..., Path]
+
+
+def sparse_ffns(model: nn.Module) -> nn.Module:
+    """Make about a tenth of the activations non-zero, on inputs of about unit size."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("c_fc.weight", "intermediate.dense.weight", "wi.weight", "wi_0.weight")):
+                parameter.normal_(std=0.3)
+            if name.endswith(("c_fc.bias", "intermediate.dense.bias")):
+                parameter.fill_(-1.5)
+            if name.endswith(("c_proj.weight", "output.dense.weight", "wo.weight")):
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def checkpoint(corpus: Path, tmp_path: Path) -> Checkpoint:
+    """Writes the checkpoint of a small model with a tokenizer of its own."""
+
+    def make_checkpoint(family: str = "gpt2", activation: str = "relu") -> Path:
+        objective = {"bert": "masked", "t5": "span"}.get(family, "causal")
+        texts = [path.read_text() for path in sorted(corpus.iterdir())]
+        tokenizer = train_bpe(texts, 400, objective)
+        tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id or 0}
+        torch.manual_seed(1)
+        model = sparse_ffns(build_model(family, SIZES, activation, len(tokenizer), tokens))
+        folder = tmp_path / f"{family}-{activation}"
+        model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(str(folder))
+        return folder
+
+    return make_checkpoint
+
+
+def ids_for(model: nn.Module) -> dict[str, Tensor]:
+    ids = torch.randint(10, model.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids}
+
+
+def converted(folder: Path, corpus: Path, tmp_path: Path, *flags: str) -> int:
+    out = tmp_path / "out"
+    cache = tmp_path / "cache"
+    return main(
+        [
+            "convert",
+            str(folder),
+            "--data",
+            str(corpus),
+            "--out",
+            str(out),
+            "--cache",
+            str(cache),
+            *SMALL,
+            *flags,
+        ]
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_a_checkpoint_becomes_switchable(
+    checkpoint: Checkpoint, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    folder = checkpoint(family)
+    flags = ["--max-activation-ratio", "1.0"] if family == "t5" else []
+    assert converted(folder, corpus, tmp_path, *flags) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["ffns"] == len(figures["layers"]) == (4 if family == "t5" else 2)
+    assert figures["experts_per_token"] == 2
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == figures
+    plain, (model, tokenizer) = load_pretrained(folder), load_switchable(tmp_path / "out")
+    batch = ids_for(plain)
+    before, after = plain(**batch).logits, model(**batch).logits
+    assert ((after - before).norm() / before.norm()).item() < 1e-5
+    assert tokenizer is not None
+    assert [layer.experts_per_token for layer in layers_of(model)] == [2] * figures["ffns"]
+    assert figures["loss_dense"] > 0
+    assert set(figures["loss_sparse"]) == {"1/8", "1/4", "1/2"}
+    for row in figures["layers"]:
+        assert 0 < row["mass_caught"] <= row["mass_best"] <= 1
+    if family == "gpt2":
+        assert all(row["takes_part"] for row in figures["layers"])
+        assert generate_text(model, tokenizer, "the cat", "sparse").startswith("the cat")
+
+
+def test_calibration_trains_the_routers_and_nothing_else() -> None:
+    model = sparse_ffns(make("gpt2"))
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
+    set_mode(model, "sparse", 3)
+    for layer in layers_of(model):
+        nn.init.zeros_(layer.router.weight)
+    batches = [
+        {"input_ids": torch.randint(3, 61, (8, 32), generator=torch.Generator().manual_seed(i))}
+        for i in range(16)
+    ]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    caught = [row.mass_caught for row in layer_rows(model, batches)]
+    seen: list[int] = []
+    steps = calibrate(model, batches, 3e-2, advance=seen.append)
+    assert steps == 4 * 8  # epochs x minibatches of 512 among 16 x 256 tokens
+    assert seen == [16]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != is_router_parameter(name), name
+    assert all(
+        now.mass_caught > max(then + 0.05, 0.97 * now.mass_best)
+        for now, then in zip(layer_rows(model, batches), caught, strict=True)
+    )
+    assert [(layer.mode, layer.experts_per_token) for layer in layers_of(model)] == [("sparse", 3)] * 2
+    assert not model.training
+    assert all(p.grad is None for n, p in model.named_parameters() if not is_router_parameter(n))
+
+
+def test_the_figures_by_hand() -> None:
+    model = sparse_ffns(make("gpt2"))
+    convert(model, SwitchConfig(num_experts=4, experts_per_token=1))
+    layer = layers_of(model)[1]
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    rows: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _m, args: rows.append(args[0][0]))
+    model(**batch)
+    hook.remove()
+    active, caught, best, mass = 0, 0.0, 0.0, 0.0
+    weights = layer.weights
+    up_FD, bias_F, down_FD = weights.up_FD.detach(), weights.up_bias_F.detach(), weights.down_FD.detach()
+    for x in rows[0].detach():
+        hidden = [max(0.0, float(w @ x + b)) for w, b in zip(up_FD, bias_F, strict=True)]
+        masses = [hidden[i] * float(down_FD[i].norm()) for i in range(64)]
+        experts = [sum(masses[16 * e : 16 * e + 16]) for e in range(4)]
+        active += sum(h > 0 for h in hidden)
+        caught += experts[int(layer.router(x[None]).argmax())]
+        best += max(experts)
+        mass += sum(experts)
+    row = layer_rows(model, [batch])[1]
+    assert row.activation_ratio == active / (3 * 64)
+    assert row.mass_caught == pytest.approx(caught / mass, rel=1e-5)
+    assert row.mass_best == pytest.approx(best / mass, rel=1e-5)
+
+
+def test_losses_are_taken_at_an_eighth_a_quarter_and_half_of_the_experts() -> None:
+    model = sparse_ffns(make("gpt2"))
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    validation = [ids_for(model)]
+    found = losses(model, validation)
+    twin = copy.deepcopy(model)
+    for name, k in (("1/8", 1), ("1/4", 2), ("1/2", 4)):
+        set_mode(twin, "sparse", k)
+        assert found.sparse[name] == pytest.approx(twin(**validation[0]).loss.item(), rel=1e-6)
+    set_mode(twin, "dense")
+    assert found.dense == pytest.approx(twin(**validation[0]).loss.item(), rel=1e-6)
+    assert layers_of(model)[0].experts_per_token == 3
+
+
+def test_the_table() -> None:
+    rows = [LayerRow("h.0.mlp", 0.39, 0.64, 0.65, False), LayerRow("h.1.mlp", 0.06, 0.95, 0.96, True)]
+    text = as_text(rows, Losses(2.0, {"1/8": 2.1, "1/4": 2.02}), 8, 32)
+    assert text.splitlines() == [
+        "FFN      active  caught at 8/32  best choice  sparse mode",
+        "h.0.mlp   0.390           0.640        0.650  stays dense",
+        "h.1.mlp   0.060           0.950        0.960  sparse",
+        "loss, nats per token: dense 2.0000; K/E = 1/8 2.1000 (+5.0 %), K/E = 1/4 2.0200 (+1.0 %)",
+    ]
+
+
+def test_a_model_that_is_not_sparse(
+    checkpoint: Checkpoint, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint("gpt2", "gelu")
+    assert converted(folder, corpus, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "(gelu) are not sparse: in each of its 2 FFNs at least" in message
+    assert all(
+        part in message
+        for part in ("dense ", "K/E = 1/8 ", "K/E = 1/4 ", "--relufy 1000", "--keep-activation")
+    )
+    assert not (tmp_path / "out").exists()
+    assert converted(folder, corpus, tmp_path, "--keep-activation") == 0
+    assert load_switchable(tmp_path / "out")[0].config.activation_function == "gelu"
+    assert converted(folder, corpus, tmp_path, "--relufy", "6", "--overwrite") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(figures["relufy"]) == {"steps", "loss_before", "loss_swapped", "loss_after"}
+    model, _ = load_switchable(tmp_path / "out")
+    assert model.config.activation_function == "relu"
+    assert layers_of(model)[0].act_name == "relu"
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "value"),
+    [
+        ("bert-chunked-gelu", "hidden_act", "relu"),
+        ("llama-silu-tied", "hidden_act", "relu"),
+        ("gelu-gated-t5", "feed_forward_proj", "gated-relu"),
+    ],
+)
+def test_relu_in_the_config(case: str, setting: str, value: str) -> None:
+    model = make("t5-gated" if case == "gelu-gated-t5" else case)
+    if case == "gelu-gated-t5":
+        model.config.feed_forward_proj = "gated-gelu"
+    changed = with_relu(model.config, family_of(model))
+    assert getattr(changed, setting) == value
+    again = type(model)(changed)
+    convert(again, SwitchConfig(num_experts=8, experts_per_token=2))
+    assert {layer.act_name for layer in layers_of(again)} == {"relu"}
+    with pytest.raises(InputError, match="already: leave out --relufy"):
+        with_relu(changed, family_of(model))
+
+
+def test_bad_input(
+    checkpoint: Checkpoint, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(folder: Path, *flags: str) -> str:
+        assert converted(folder, corpus, tmp_path, *flags) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    folder = checkpoint()
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "num_experts=10 does not divide d_ff=64" in refused(folder, "--num-experts", "10")
+    assert "experts_per_token=9 is not possible with num_experts=8" in refused(
+        folder, "--experts-per-token", "9"
+    )
+    assert "structure='magic' is not known" in refused(folder, "--structure", "magic")
+    assert "relu already: leave out --relufy" in refused(folder, "--relufy", "5")
+    assert "give one of them" in refused(folder, "--relufy", "5", "--keep-activation")
+    assert "no-such-file" in refused(folder, "--data", str(tmp_path / "no-such-file"))
+    vit = tmp_path / "vit"
+    make("vit").save_pretrained(vit)
+    assert "ViTForImageClassification, which predicts no text" in refused(vit)
+    big = train_bpe([path.read_text() for path in corpus.iterdir()], 900)
+    config = json.loads((folder / "config.json").read_text())
+    big.save_pretrained(str(folder))
+    if len(big) > config["vocab_size"]:
+        assert "they do not belong together" in refused(folder)
+    model = make("gpt2")
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
+    save(tmp_path / "switchable", model)
+    export(tmp_path / "switchable", "sparse", tmp_path / "sparse")
+    assert "is switchable already" in refused(tmp_path / "sparse")
+    make("llama").save_pretrained(tmp_path / "bare")
+    assert "no tokenizer in the folder" in refused(tmp_path / "bare")
+
+
+def test_settings_are_checked() -> None:
+    for settings, message in (
+        ({"relufy": -1}, "relufy=-1"),
+        ({"calibration_tokens": 0}, "calibration_tokens=0"),
+        ({"router_learning_rate": 0.0}, "router_learning_rate"),
+        ({"max_activation_ratio": 0.0}, "max_activation_ratio"),
+    ):
+        with pytest.raises(InputError, match=message):
+            AdaptConfig(**settings)
+    assert AdaptConfig(num_experts=3).default_k == 1
