@@ -186,7 +186,7 @@ class _Meter:
     def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:
         hidden_TF = layer.activations(x_TD)
         down_FD = layer.weights.down_FD
-        if layer.activation in EXACT_ZEROS:
+        if layer.act_name in EXACT_ZEROS:
             active_TF = hidden_TF != 0
             picked = self._every(self.sample_every, len(x_TD))
             needed_T, _ = needed_neurons(hidden_TF[picked], down_FD)
