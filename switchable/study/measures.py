@@ -66,7 +66,7 @@ class LayerStudy:
     load: list[float]
     """Share of all choices (K per token) that fell on each expert."""
     load_imbalance: float
-    """Load of the busiest expert over the mean load, 1 to E."""
+    """Load of the busiest expert over the mean load, 1 to E/K."""
 
     @property
     def mass_random(self) -> list[float]:
