@@ -278,12 +278,13 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
 
 
 def restore_routers(folder: Path, model: nn.Module) -> None:
-    """Load the routers of a checkpoint into a converted model.
+    """Load the routers of a checkpoint, and the names of its neurons, into a converted model.
 
     Raises:
         InputError: names or shapes do not fit.
     """
     state = load_file(folder / "switchable.safetensors")
+    _take_neuron_ids(state, model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
