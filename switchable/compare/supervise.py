@@ -128,7 +128,7 @@ class Supervisor:
                 # Another process was quicker.
                 self._wait_for(run)
                 self._pending.append(run)
-            elif code == 0:
+            elif code == 0 or run.finished():  # some libraries crash while a process ends
                 self._say(f"{run.name}: finished")
             elif code == 2:
                 self._fail(run, _last_line(child.log))
