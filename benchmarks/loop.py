@@ -31,6 +31,7 @@ from switchable.train.log import RunLog
 from switchable.train.loop import Counters, Trainer
 from switchable.train.optim import clip_gradients
 from switchable.train.rundir import RunDir
+from switchable.train.saver import Saver
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 from switchable.train.timing import interleaved, step_seconds
@@ -66,7 +67,8 @@ def check_parity(job: Job) -> bool:
 def loop_overhead(job: Job, folder: Path, rounds: int) -> float:
     """Our step against the bare one, in turns, both dense."""
     log = RunLog(RunDir(folder), job.config.train.steps, quiet=True)
-    trainer = Trainer(job, RunDir(folder), log, count(job.model, job.batch(0)), Counters(), StopRequest())
+    flops = count(job.model, job.batch(0))
+    trainer = Trainer(job, RunDir(folder), log, flops, Counters(), StopRequest(), Saver())
 
     def ours() -> None:
         trainer._step()
@@ -132,7 +134,7 @@ def main() -> int:
             return 1
         for layer in layers_of(job.model):
             layer.takes_part = True
-        seconds = step_seconds(job.model, job.batch(0), rounds)
+        seconds = step_seconds(job.model, job.batch(0), rounds=rounds)
         for layer in layers_of(job.model):
             layer.router_learns = False
         figures = {"loop_overhead": loop_overhead(job, folder, rounds)}

@@ -64,6 +64,21 @@ class TrainConfig:
     beta2: float = option(0.95, "AdamW's second-moment decay")
     grad_clip: float = option(1.0, "largest global gradient norm, routers apart; 0 = never clip")
     seed: int = option(0, "random seed of initial weights and data order")
+    gradient_accumulation_steps: int = option(
+        1, "parts that a process's share of the batch is cut into, one after another; divides it"
+    )
+    parallel: str = option(
+        "ddp",
+        "several processes (torchrun): ddp = each holds the whole model; fsdp = each holds its share of it",
+        choices=("ddp", "fsdp"),
+    )
+    precision: str = option(
+        "float32", "of the multiplications; weights stay in float32", choices=("float32", "bfloat16")
+    )
+    activation_checkpointing: bool = option(
+        False, "compute each block's activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = option(False, "torch.compile each block (needs a C++ compiler on the CPU)")
     threads: int | None = option(None, "CPU threads; default: torch's choice")
     device: str | None = option(None, "torch device; default: cuda if there is one, else cpu")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
@@ -98,7 +113,18 @@ def check(config: RunConfig) -> None:
     """
     model, train = config.model, config.train
     for section, names in (
-        (train, ("steps", "batch_size", "sequence_length", "log_every", "checkpoint_every", "eval_tokens")),
+        (
+            train,
+            (
+                "steps",
+                "batch_size",
+                "sequence_length",
+                "log_every",
+                "checkpoint_every",
+                "eval_tokens",
+                "gradient_accumulation_steps",
+            ),
+        ),
         (model, ("d_model", "num_layers", "num_heads")),
     ):
         for name in names:

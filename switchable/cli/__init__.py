@@ -20,6 +20,7 @@ from switchable.cli import (
     export,
     finetune,
     generate,
+    plan,
     prepare,
     pretrain,
     study,
@@ -37,6 +38,7 @@ VERBS = {
     "finetune": finetune,
     "bench": bench,
     "study": study,
+    "plan": plan,
 }
 
 
@@ -47,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(VERBS[args.verb].run(args))
     except InputError as error:
-        print(f"switchable {args.verb}: {error}", file=sys.stderr)
+        if (
+            os.environ.get("RANK", "0") == "0"
+        ):  # under torchrun all ranks end with the same error; one says it
+            print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"switchable {args.verb}: stopped", file=sys.stderr)

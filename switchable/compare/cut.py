@@ -27,11 +27,12 @@ from switchable.switching.monitor import measure
 from switchable.switching.schedule import decide
 from switchable.switching.switch import current_structure, regroup
 from switchable.train import checkpoint
-from switchable.train.flops import StepFlops, count, router_learning
+from switchable.train.flops import StepFlops, router_learning
 from switchable.train.log import RunLog
 from switchable.train.loop import Counters, Trainer
-from switchable.train.pretrain import finish
+from switchable.train.pretrain import count_step, finish
 from switchable.train.rundir import RunDir, write_text
+from switchable.train.saver import Saver
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 
@@ -80,8 +81,8 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
     counters.ran_with += [here] if here not in counters.ran_with else []
     log = RunLog(rundir, counters.steps, counters.steps)
     try:
-        flops = count(job.model, job.batch(0))
-        trainer = Trainer(job, rundir, log, flops, counters, StopRequest())
+        flops = count_step(job)
+        trainer = Trainer(job, rundir, log, flops, counters, StopRequest(), Saver())
         begin, cpu = time.perf_counter(), time.process_time()
         counters.flops += cut_into_experts(job, flops)
         counters.seconds_measure += time.perf_counter() - begin

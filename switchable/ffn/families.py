@@ -19,6 +19,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError, nearest
+from switchable.ranks import permute
 
 
 @dataclass(frozen=True)
@@ -275,5 +276,4 @@ def permute_neurons(
         stored_in_by_out = isinstance(projection, Conv1D)
         dim = 0 if stored_in_by_out == output else 1
     if dim is not None:
-        with torch.no_grad():
-            tensor.copy_(tensor.index_select(dim, perm_F.to(tensor.device)))
+        permute(tensor, dim, perm_F)

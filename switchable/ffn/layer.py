@@ -64,6 +64,8 @@ class SwitchableFFN(nn.Module):
     """`"dense"` or `"sparse"`: how the layer multiplies now."""
     takes_part: bool
     """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+    attached_loss_weight: float
+    """Factor of the losses that the layer adds by itself: 1 / micro-batches where a loop adds up their gradients."""
     dense_fallback: bool
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
     neuron_ids_F: Tensor
@@ -115,6 +117,7 @@ class SwitchableFFN(nn.Module):
         self.router.initialise(self.reads_FD)
         self.router_learns = True
         self.router_token_fraction = 1.0
+        self.attached_loss_weight = 1.0
         self.expert_gate = "unit"
         self.load_balance = 0.0
         self.activation_l1 = 0.0
@@ -124,6 +127,11 @@ class SwitchableFFN(nn.Module):
         home = self._layer[0] if self.family.in_layer else self
         child = home._modules.get(path)  # get_submodule takes 5 µs, and decoding asks seven times per layer
         return home.get_submodule(path) if child is None else child
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the parameters: this one, and the layer that the projections stayed in."""
+        return (self, *self._layer) if self.family.in_layer else (self,)
 
     @property
     def up_projection(self) -> nn.Linear:
@@ -203,10 +211,9 @@ class SwitchableFFN(nn.Module):
 
     def write(self, hidden: Tensor) -> Tensor:
         """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(
-                self.down_projection.weight.dtype
-            )  # T5 keeps the output projection alone in float32
+        dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
+        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 
     def _dense(self, x_BSD: Tensor) -> Tensor:
@@ -216,10 +223,13 @@ class SwitchableFFN(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return y_BSD
         if self.router_learns:
-            y_BSD = attach_loss(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+            y_BSD = self._attach(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
         if self.activation_l1:
-            y_BSD = attach_loss(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
+            y_BSD = self._attach(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
+
+    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
+        return attach_loss(y, self.attached_loss_weight * loss)
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, self.d_model)
@@ -286,9 +296,10 @@ class SwitchableFFN(nn.Module):
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
         every = max(1, round(1.0 / self.router_token_fraction))
-        x_TD = x_BSD.reshape(-1, self.d_model)[::every]
+        # Strided within the sequence, so that it is the same tokens however a batch is split into rows.
+        x_TD = x_BSD[..., ::every, :].reshape(-1, self.d_model)
         with torch.no_grad():
-            hidden_TF = hidden_BSF.reshape(-1, self.d_ff)[::every]
+            hidden_TF = hidden_BSF[..., ::every, :].reshape(-1, self.d_ff)
             mass_TE = expert_mass(hidden_TF, self.weights.down_FD, self.num_experts)
         return router_loss(self.router(x_TD), mass_TE)
 

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from switchable.ranks import assign
+
 
 class Router(nn.Linear):
     """A linear map from a token to one score per expert."""
@@ -41,7 +43,7 @@ class Router(nn.Linear):
     def initialise(self, up_FD: Tensor) -> None:
         """Set each row to the mean direction of its expert's neurons, which must stand in cluster order."""
         rows_EID = nnf.normalize(up_FD.float(), dim=1).view(self.out_features, -1, self.in_features)
-        self.weight.copy_(rows_EID.mean(dim=1) * up_FD.float().norm(dim=1).mean())
+        assign(self.weight, rows_EID.mean(dim=1) * up_FD.float().norm(dim=1).mean())
         self.bias.zero_()
 
     def forward(self, x_TD: Tensor) -> Tensor:

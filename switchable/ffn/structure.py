@@ -117,7 +117,7 @@ def _correlate(active_TF: Tensor, mean_F: Tensor, inverse_F: Tensor, basis_FR: T
 
 
 def cluster_layers(
-    rows_per_layer: Sequence[Tensor],
+    rows_per_layer: Sequence[Tensor | None],
     num_experts: int,
     *,
     warm: Sequence[Tensor | None] | None = None,
@@ -135,7 +135,8 @@ def cluster_layers(
         nearly equal inertia can have little in common: with 0 experts change for next to nothing.
     workers: threads; None means one per CPU thread that torch may use.
 
-    Under torch.distributed every rank must call it, with the same rows; every rank gets the same labels.
+    Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
+    the others may be None. Every rank gets the same labels.
     """
     if warm is not None and len(warm) != len(rows_per_layer):
         raise InputError(f"{len(warm)} warm starts for {len(rows_per_layer)} layers; give one each, or None")
@@ -143,22 +144,25 @@ def cluster_layers(
         raise InputError(f"margin={margin}; give a fraction of the inertia, 0 up to 1")
     starts = list(warm) if warm is not None else [None] * len(rows_per_layer)
     spread = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    ranks = dist.get_world_size() if spread else 1
 
     def one(layer: int) -> Tensor:
         rows_FD, start_F, seed = rows_per_layer[layer], starts[layer], random_state + layer
+        assert rows_FD is not None, f"the rows of layer {layer} are missing on the rank that groups it"
         try:
             return _cluster_layer(rows_FD, num_experts, start_F, seed, fresh, margin)
         except InputError as error:
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
-    mine = range(rank, len(rows_per_layer), ranks)
+    mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
     if not spread:
         return _in_threads(one, mine, workers, show=True)
     found: list[npt.NDArray[np.int64]] = []
     problem: InputError | None = None
     try:
-        found = [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=rank == 0)]
+        found = [
+            labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=dist.get_rank() == 0)
+        ]
     except InputError as error:
         problem = error  # told to the other ranks before it is raised: they are waiting
     shared: list[Any] = [None] * ranks
@@ -167,9 +171,16 @@ def cluster_layers(
     if problem is not None:
         raise problem
     return [
-        torch.from_numpy(shared[layer % ranks][0][layer // ranks]).to(rows.device)
+        torch.from_numpy(shared[layer % ranks][0][layer // ranks]).to("cpu" if rows is None else rows.device)
         for layer, rows in enumerate(rows_per_layer)
     ]
+
+
+def groups_layer(layer: int) -> bool:
+    """Return whether this rank is the one that groups a layer's neurons (always, in a single process)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    return layer % dist.get_world_size() == dist.get_rank()
 
 
 def _cluster_layer(

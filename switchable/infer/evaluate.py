@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from switchable.ffn.convert import kept_modes, set_mode
+from switchable.ranks import sum_over_ranks
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Return the mean loss in nats per predicted token, in the model's current mode.
 
+    Under torch.distributed every rank calls it with its part of the batches; all get the mean over all of them.
+
     Args:
         model: a transformers model with a loss: causal (it predicts S - 1 tokens of each sequence of S), masked, or
             encoder-decoder.
         batches: model inputs with `labels` [B, S], -100 where nothing is predicted.
     """
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     first = 1 if shifts_labels(model) else 0
     with kept_modes(model):
         model.eval()
@@ -28,6 +31,7 @@ def validation_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -
             # A host sync per batch: evaluation is not the training step.
             total += float(model(**batch).loss) * predicted
             tokens += predicted
+    total, tokens = sum_over_ranks([total, tokens])
     return total / max(tokens, 1)
 
 

@@ -31,8 +31,9 @@ from switchable.ffn.structure import cluster_layers, weight_features
 from switchable.infer.load import load_switchable
 from switchable.switching.config import SwitchConfig
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import NEURON_IDS, quiet_transformers
+from switchable.train.checkpoint import quiet_transformers
 from switchable.train.rundir import RunDir, steps_in
+from switchable.train.snapshot import NEURON_IDS
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
 """What libraries raise for a file that is cut off, missing or not what its name says."""

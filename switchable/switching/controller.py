@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.ranks import gathered
 from switchable.switching.config import SwitchConfig
 from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
 from switchable.switching.schedule import (
@@ -145,7 +146,9 @@ class Controller:
         if self.config.router == "weight_mean":
             for layer, again in zip(self.layers, decision.regroup, strict=True):
                 if again:
-                    layer.router.initialise(layer.reads_FD)
+                    with gathered(*layer.holders):
+                        reads_FD = layer.reads_FD.detach().clone()
+                    layer.router.initialise(reads_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
         return Measurement(

@@ -30,10 +30,12 @@ from switchable.ffn.router import expert_mass
 from switchable.ffn.structure import (
     cluster_layers,
     coactivation_features,
+    groups_layer,
     mixed_features,
     similarity,
     weight_features,
 )
+from switchable.ranks import from_main, gathered
 from switchable.switching.patterns import jaccard, pack, routes_changed
 from switchable.switching.switch import current_structure
 
@@ -187,6 +189,7 @@ def measure(
 ) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
 
+    Every rank runs the whole probe (rank 0's figures count), and finds the structure of its share of the layers.
     The structure is found from last time's, and from scratch if that is better by a margin, as the paper's authors do.
 
     Args:
@@ -203,8 +206,8 @@ def measure(
     layers = layers_of(model)
     tallies = watch(model, probe)
     rows = [
-        neuron_features(layer, tally.active_TF, structure)
-        for layer, tally in zip(layers, tallies, strict=True)
+        _features_here(i, layer, tally.active_TF, structure)
+        for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
     ]
     warm = [None if before is None else before.labels_F for before in last]
     labels = cluster_layers(rows, layers[0].num_experts, warm=warm, random_state=random_state)
@@ -212,7 +215,14 @@ def measure(
         Found(labels_F.cpu(), pack(tally.active_TF, layer.neuron_ids_F), tally.route_TK)
         for labels_F, tally, layer in zip(labels, tallies, layers, strict=True)
     ]
-    return [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)], found
+    measures = [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)]
+    return from_main(measures), found
+
+
+def _features_here(index: int, layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor | None:
+    """Return what a layer's neurons are grouped by, on the rank that groups it; one layer is gathered at a time."""
+    with gathered(*layer.holders):
+        return neuron_features(layer, active_TF, structure) if groups_layer(index) else None
 
 
 def _summarise(tally: _Tally, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:

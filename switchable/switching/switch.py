@@ -18,6 +18,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import permute_neurons
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.structure import match_labels, permutation_from_labels
+from switchable.ranks import gathered
 
 
 def regroup(
@@ -127,4 +128,5 @@ def _fingerprint(layer: SwitchableFFN) -> Tensor:
         .view(2, layer.d_model)
         .to(parameter.device, parameter.dtype)
     )
-    return layer.write(layer.activations(x_TD)).float()
+    with gathered(*layer.holders):
+        return layer.write(layer.activations(x_TD)).float()

@@ -5,7 +5,9 @@
     training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
-The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled.
+The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled. Whether one
+process wrote it or many, sharded or not, it is the same folder (`tensorfile.py`), and any other number of them reads
+it: each its own rows.
 """
 
 from __future__ import annotations
@@ -13,32 +15,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable import ranks
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.description import describe
-from switchable.ffn.layout import laid_out_like
-from switchable.train.rundir import TEMPORARY, is_no_space, write_json
+from switchable.train import tensorfile
+from switchable.train.rundir import TEMPORARY, is_no_space, remove, sync_folder, write_json
+from switchable.train.snapshot import NEURON_IDS, PER_LAYER, Snapshot, take, untied_state
+from switchable.train.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
+METADATA = {"format": "pt"}
+"""What transformers wants to see in the header of a safetensors file."""
 SHARD_SIZE = "5GB"
-"""Largest file of weights."""
-PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
-"""Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
-NEURON_IDS = ".neuron_ids"
-"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
+"""Largest file of weights that an export writes."""
+REMEDY = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
 
 
 def save(
@@ -48,7 +51,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write a checkpoint, atomically; an older one of the same name is replaced.
+    """Write a checkpoint, atomically; an older one of the same name is replaced. Every rank must call it.
 
     Args:
         folder: where it shall stand.
@@ -60,17 +63,99 @@ def save(
     Raises:
         InputError: no space left on the device. What was there before is untouched.
     """
-    remedy = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
-    with whole_folder(folder, remedy) as temporary:
-        save_model(temporary, model)
-        if training is not None:
-            save_file(training[0], temporary / "training.safetensors")
-            write_json(temporary / "training.json", training[1])
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        for name, values in (notes or {}).items():
-            write_json(temporary / name, values)
-        _seal(temporary)
+    write(folder, take(model, training, tokenizer, notes))
+
+
+def write(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+    """Write a snapshot as the checkpoint `folder`; every rank must call it, with its own.
+
+    Args:
+        folder: where it shall stand; on a file system that all ranks share.
+        snapshot: what to write.
+        group: ranks to talk to; one of its own where this runs beside training.
+
+    Raises:
+        InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
+    """
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    try:
+        ranks.gather(lambda: _guarded(folder, lambda: _begin(temporary, snapshot)), group)
+        ranks.gather(lambda: _guarded(folder, lambda: _write_rows(temporary, snapshot)), group)
+        # Checksums are of what is on disk, not of what was meant to be; the files are shared out.
+        parts = ranks.gather(lambda: _guarded(folder, lambda: _checksums(temporary)), group)
+        files = {name: entry for part in parts for name, entry in part.items()}
+        ranks.gather(lambda: _guarded(folder, lambda: _finish(temporary, folder, files)), group)
+    finally:
+        if ranks.is_main():
+            remove(temporary)
+
+
+def _guarded(folder: Path, work: Callable[[], Any]) -> Any:
+    """Do `work`; a full disk is the user's affair, anything else a bug."""
+    with _full_disk_told(folder, REMEDY):
+        return work()
+
+
+@contextmanager
+def _full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_no_space(error):
+            raise
+        raise InputError(
+            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
+        ) from None
+
+
+def _begin(temporary: Path, snapshot: Snapshot) -> None:
+    """Make the folder with every file in its full size (rank 0)."""
+    if not ranks.is_main():
+        return
+    remove(temporary)
+    temporary.mkdir(parents=True)
+    with quiet_transformers():
+        for config in snapshot.configs:
+            config.save_pretrained(temporary)
+    for name, value in snapshot.documents.items():
+        write_json(temporary / name, value)
+    for name, pieces in snapshot.tensors.items():
+        tensorfile.create(temporary / name, pieces, METADATA)
+
+
+def _write_rows(temporary: Path, snapshot: Snapshot) -> None:
+    if not temporary.is_dir():
+        raise InputError(
+            f"rank {ranks.rank()} does not see {temporary.parent}; --out must be on a file system that all ranks share"
+        )
+    for name, pieces in snapshot.tensors.items():
+        tensorfile.write(temporary / name, pieces, METADATA)
+
+
+def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
+    """Return the manifest's entries of this rank's share of the files."""
+    paths = sorted(temporary.iterdir())[ranks.rank() :: ranks.world_size()]
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+
+
+def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
+    """Write the manifest, flush, and give the folder its name (rank 0)."""
+    if not ranks.is_main():
+        return
+    _seal(temporary, files)
+    remove(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+
+
+def _seal(folder: Path, files: Mapping[str, Any] | None = None) -> None:
+    """Flush every file of a folder to disk and write its manifest, with the checksums given or its own."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files = _checksums(folder) if files is None else files
+    write_json(folder / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
+    sync_folder(folder)
 
 
 @contextmanager
@@ -85,20 +170,15 @@ def whole_folder(folder: Path, remedy: str) -> Iterator[Path]:
         InputError: no space left on the device. What was there before is untouched.
     """
     temporary = folder.with_name(TEMPORARY + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
-        ) from None
+        with _full_disk_told(folder, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            remove(folder)
+            temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def save_dense(
@@ -117,15 +197,6 @@ def save_dense(
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
 
 
-def save_model(folder: Path, model: nn.Module) -> None:
-    """Write the dense model in Hugging Face form, and what makes it switchable beside it."""
-    save_dense(folder, model)
-    routers = {n: t.detach().contiguous() for n, t in model.state_dict().items() if is_router_parameter(n)}
-    neuron_ids = {layer.name + NEURON_IDS: layer.neuron_ids_F.contiguous() for layer in layers_of(model)}
-    save_file(routers | neuron_ids, folder / "switchable.safetensors")
-    write_json(folder / "switchable.json", describe(model))
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers from drawing bars and logging warnings; its settings are put back afterwards."""
@@ -139,16 +210,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-
-
-def _seal(folder: Path) -> None:
-    """Write the manifest of a folder and flush every file to disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"format": 1, "files": files})
 
 
 def sha256(path: Path) -> str:
@@ -170,6 +231,8 @@ def verify(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     for name, (size, checksum) in files.items():
         path = folder / name
+        if Path(name).name != name:
+            return f"{MANIFEST} names a file outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -179,70 +242,39 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def training_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    controller_state: Mapping[str, Any],
-    counters: Mapping[str, Any],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gather what a resumed run needs besides the model, as tensors and as plain values.
-
-    Args:
-        model: the model trained.
-        optimizer: its optimizer; states are stored under their parameter's name.
-        controller_state: `Controller.state_dict()`.
-        counters: plain values of the loop.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values: dict[str, Any] = {"counters": dict(counters), "optimizer": {}}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            full = f"{names[id(parameter)]}:{key}"
-            if isinstance(value, Tensor):
-                tensors[f"optimizer:{full}"] = value.detach().contiguous()
-            elif value is not None:
-                values["optimizer"][full] = value
-    plain = dict(controller_state)
-    for key, name in PER_LAYER.items():
-        found = enumerate(plain.pop(key))
-        tensors |= {f"{name}:{i}": tensor for i, tensor in found if tensor is not None}
-    values["controller"] = plain
-    return tensors, values
-
-
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a verified checkpoint into a converted model and its optimizer.
+    """Load a verified checkpoint into a converted model and its optimizer, however either is sharded.
 
     Returns:
         The controller's state and the loop's counters.
     """
     restore_model(folder, model)
-    device = next(model.parameters()).device
-    tensors = load_file(folder / "training.safetensors")
+    file = TensorFile(folder / "training.safetensors")
     values = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = tensors.pop("random.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    torch.set_rng_state(file.tensor("random.cpu"))
+    if "random.cuda" in file.names and torch.cuda.is_available():
+        torch.cuda.set_rng_state(file.tensor("random.cuda"))
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    for name in sorted(file.names):
         if name.startswith("optimizer:"):
             _, parameter_name, key = name.split(":")
-            # AdamW keeps its step count on the CPU; moments live beside their parameter.
             parameter = parameters[parameter_name]
-            home = tensor if tensor.ndim == 0 else laid_out_like(tensor.to(device), parameter)
-            optimizer.state[parameter][key] = home
+            if file.shape(name) == ():
+                optimizer.state[parameter][key] = file.tensor(name)  # AdamW keeps its step count on the CPU
+            else:
+                optimizer.state[parameter][key] = torch.zeros_like(
+                    parameter
+                )  # moments lie as their parameter does
+                file.read_into(name, optimizer.state[parameter][key])
     for full, value in values["optimizer"].items():
         parameter_name, key = full.split(":")
         optimizer.state[parameters[parameter_name]][key] = value
     controller_state = values["controller"]
-    layers = range(len(layers_of(model)))
-    controller_state |= {key: [tensors.get(f"{name}:{i}") for i in layers] for key, name in PER_LAYER.items()}
+    for key, name in PER_LAYER.items():
+        names = [f"{name}:{i}" for i in range(len(layers_of(model)))]
+        controller_state[key] = [file.tensor(each) if each in file.names else None for each in names]
     return controller_state, values["counters"]
 
 
@@ -255,26 +287,27 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
         routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
 
     Raises:
-        InputError: names or shapes do not fit.
+        InputError: names or shapes do not fit; the model is unchanged then.
     """
-    state = load_file(folder / "switchable.safetensors") if routers else {}
-    for shard in folder.glob("model*.safetensors"):
-        state |= load_file(shard)
-    _take_neuron_ids(state, model)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-    # Of tied parameters one name is stored; the others are the same tensor.
-    held = dict(model.state_dict())
-    loaded = {held[name].data_ptr() for name in state if name in held}
-    kept = () if routers else tuple(filter(is_router_parameter, missing))
-    missing = [name for name in missing if name not in kept and held[name].data_ptr() not in loaded]
-    if missing or unexpected:
+    state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
+    paths = [*folder.glob("model*.safetensors"), *([folder / "switchable.safetensors"] if routers else [])]
+    stored = {name: file for file in map(TensorFile, paths) for name in file.names}
+    _take_neuron_ids(stored, model)
+    strange = sorted(state.keys() ^ stored.keys())
+    if strange:
+        missing = len(state.keys() - stored.keys())
         raise InputError(
-            f"{folder} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
-            f"e.g. {(missing + unexpected)[0]}"
+            f"{folder} does not fit the model: {missing} tensors missing, {len(strange) - missing} unexpected, "
+            f"e.g. {strange[0]}"
         )
+    for name, tensor in state.items():
+        if stored[name].shape(name) != tuple(tensor.shape):
+            raise InputError(
+                f"{folder} does not fit the model: {name} has shape {stored[name].shape(name)} there, "
+                f"{tuple(tensor.shape)} in the model"
+            )
+    for name, tensor in state.items():
+        stored[name].read_into(name, tensor)
 
 
 def restore_routers(folder: Path, model: nn.Module) -> None:
@@ -283,8 +316,11 @@ def restore_routers(folder: Path, model: nn.Module) -> None:
     Raises:
         InputError: names or shapes do not fit.
     """
-    state = load_file(folder / "switchable.safetensors")
-    _take_neuron_ids(state, model)
+    path = folder / "switchable.safetensors"
+    state = load_file(path)
+    names = dict.fromkeys(state, TensorFile(path))
+    _take_neuron_ids(names, model)
+    state = {name: state[name] for name in names}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -296,8 +332,11 @@ def restore_routers(folder: Path, model: nn.Module) -> None:
         raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
 
 
-def _take_neuron_ids(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Move the names of the neurons from a file's tensors to the layers."""
+def _take_neuron_ids(stored: dict[str, TensorFile], model: nn.Module) -> None:
+    """Move the names of the neurons from files to the layers."""
     for layer in layers_of(model):
         # Models of other origin have none: their neurons stand in their first order.
-        layer.neuron_ids_F = state.pop(layer.name + NEURON_IDS, torch.arange(layer.d_ff))
+        file = stored.pop(layer.name + NEURON_IDS, None)
+        layer.neuron_ids_F = (
+            torch.arange(layer.d_ff) if file is None else file.tensor(layer.name + NEURON_IDS)
+        )

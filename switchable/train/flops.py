@@ -45,6 +45,23 @@ class StepFlops:
     ffn_input: tuple[float, ...]
     """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
+    def times(self, number: int) -> StepFlops:
+        """Return the FLOPs of a step of so many batches like the one counted."""
+
+        def each(layers: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(flops * number for flops in layers)
+
+        return StepFlops(
+            tokens=self.tokens * number,
+            dense=self.dense * number,
+            head=self.head * number,
+            ffn_dense=each(self.ffn_dense),
+            expert=each(self.expert),
+            router=each(self.router),
+            router_learning=each(self.router_learning),
+            ffn_input=each(self.ffn_input),
+        )
+
     def step(self, experts_per_token: Sequence[int | None]) -> float:
         """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
         total = self.dense
@@ -75,6 +92,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
     ):
         for layer in layers:
             layer.mode, layer.router_learns = "dense", False
+        model.eval()  # activation checkpointing would compute forward passes twice: that is no work of the model
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
     # Encoder and decoder of one model see different numbers of tokens.

@@ -17,12 +17,40 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from switchable import ranks
 from switchable.errors import InputError
 from switchable.switching.controller import Measurement
 from switchable.train.rundir import RunDir, is_no_space, write_text
 
 
-class RunLog:
+class NoLog:
+    """What the ranks that do not write have in place of a log."""
+
+    def advance(self, mode: str, loss: float | None, tokens_per_second: float) -> None:
+        """Do nothing."""
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def measure(self, measurement: Measurement) -> None:
+        """Do nothing."""
+
+    def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> NoLog:
+    """Return the log of a run on rank 0, and one that keeps nothing on the others."""
+    return RunLog(rundir, total_steps, start_step, quiet) if ranks.is_main() else NoLog()
+
+
+class RunLog(NoLog):
     """Writes a run's numbers.
 
     Args:

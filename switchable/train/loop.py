@@ -5,7 +5,8 @@
         controller.step                                  (measure? regroup? which mode comes next?)
         once in a while: log, validate, save
 
-Everything that continues a run bitwise is in the checkpoint; the batch of a step is a function of its number.
+Everything that continues a run bitwise is in the checkpoint; the batch of a step is a function of its number. Under
+torchrun every rank runs this loop on its rows of the batch, and all do the same thing at the same step.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import torch
 from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
 from switchable.infer.evaluate import loss_in_mode
-from switchable.train import checkpoint
+from switchable.ranks import sum_over_ranks, world_size
+from switchable.train import snapshot
 from switchable.train.flops import StepFlops
-from switchable.train.log import RunLog
+from switchable.train.log import NoLog
 from switchable.train.optim import clip_gradients, set_learning_rate
+from switchable.train.parallel import StopVote
 from switchable.train.rundir import RunDir
+from switchable.train.saver import Saver
 from switchable.train.setup import Job
 from switchable.train.signals import StopRequest, TrainingStopped
 
@@ -75,14 +79,23 @@ class Trainer:
         flops: cost of a step.
         counters: where the run stands.
         stop: says when the user wants the run to stop.
+        saver: writes checkpoints beside training.
     """
 
     def __init__(
-        self, job: Job, rundir: RunDir, log: RunLog, flops: StepFlops, counters: Counters, stop: StopRequest
+        self,
+        job: Job,
+        rundir: RunDir,
+        log: NoLog,
+        flops: StepFlops,
+        counters: Counters,
+        stop: StopRequest,
+        saver: Saver,
     ) -> None:
         self.job, self.rundir, self.log = job, rundir, log
-        self.flops, self.counters, self.stop = flops, counters, stop
-        self._window_loss = torch.tensor(counters.window_loss, device=job.device)
+        self.flops, self.counters, self.stop, self.saver = flops, counters, stop, saver
+        self._vote = StopVote()
+        self._window_loss = torch.tensor(counters.window_loss, device=job.device, dtype=torch.float64)
         self._shown_loss: float | None = None
         self.validation: dict[str, float | None] | None = None
 
@@ -97,12 +110,14 @@ class Trainer:
         snapshots = snapshot_steps(train.steps, train.snapshots)
         self.job.model.train()
         while self.counters.steps < train.steps:
+            self._vote.open(self.stop.signum)
             self._step()
+            stopping = self._vote.close(self.stop.signum)
             done = self.counters.steps
             finished = done == train.steps
             logs = finished or done % train.log_every == 0
             evaluates = finished or (train.eval_every > 0 and done % train.eval_every == 0)
-            saves = finished or self.stop.requested or done % train.checkpoint_every == 0
+            saves = finished or stopping is not None or done % train.checkpoint_every == 0
             if logs or evaluates or saves or done in snapshots:
                 self._settle()
             if logs:
@@ -113,8 +128,9 @@ class Trainer:
                 self._snapshot()
             if saves:
                 self.save()
-            if self.stop.requested and not finished:
-                raise TrainingStopped(self.stop.signum)
+            if stopping and not finished:
+                self.saver.wait()
+                raise TrainingStopped(stopping)
 
     def _step(self) -> None:
         """One optimizer step and what the controller does after it."""
@@ -124,18 +140,17 @@ class Trainer:
         mode, experts = controller.mode, controller.experts_now
         learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
 
-        loss = job.model(**job.batch(counters.steps)).loss
-        loss.backward()
+        loss = job.replica.forward_backward(job.batch(counters.steps))
         clip_gradients(job.optimizer, config.grad_clip)
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
 
-        self._window_loss += loss.detach()
+        self._window_loss += loss
         self._count(mode, experts, time.perf_counter() - begin)
         self._learning_rate = learning_rate
         begin = time.perf_counter()
         if controller.measures_next:
-            self._check_finite(float(self._window_loss))
+            self._check_finite(self._loss_so_far())
         measurement = controller.step(job.optimizer)
         if measurement is not None:
             counters.seconds_measure += time.perf_counter() - begin
@@ -172,8 +187,7 @@ class Trainer:
 
     def _log_train(self) -> None:
         counters = self.counters
-        # The one host sync of training, every `log_every` steps.
-        loss = float(self._window_loss) / counters.window_steps
+        loss = self._loss_so_far() / counters.window_steps
         self._check_finite(loss)
         self._shown_loss = loss
         self.log.train(
@@ -192,9 +206,14 @@ class Trainer:
         counters.window_steps = counters.window_sparse = 0
         counters.window_seconds = 0.0
 
+    def _loss_so_far(self) -> float:
+        """Return the sum of the losses since the last train line, of all ranks: the one host sync of training."""
+        return sum_over_ranks([float(self._window_loss)])[0] / world_size()
+
     def _check_finite(self, loss: float) -> None:
         if math.isfinite(loss):
             return
+        self.saver.wait()
         saved = self.rundir.steps()
         last = (
             f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
@@ -227,14 +246,17 @@ class Trainer:
         text follow from the loss only where every token is predicted, that is for causal models.
         """
         job = self.job
-        dense = (
-            None if job.config.switch.gate == "softmax" else loss_in_mode(job.model, job.validation, "dense")
-        )
-        sparse = (
-            loss_in_mode(job.model, job.validation, "sparse")
-            if any(job.controller.state.takes_part)
-            else None
-        )
+        with job.replica.autocast():
+            dense = (
+                None
+                if job.config.switch.gate == "softmax"
+                else loss_in_mode(job.model, job.validation, "dense")
+            )
+            sparse = (
+                loss_in_mode(job.model, job.validation, "sparse")
+                if any(job.controller.state.takes_part)
+                else None
+            )
         return {
             "val_loss_dense": dense,
             "val_loss_sparse": sparse,
@@ -251,23 +273,25 @@ class Trainer:
     def _snapshot(self) -> None:
         """Keep the weights as they are now, for `switchable study`."""
         begin = time.perf_counter()
-        checkpoint.save(self.rundir.snapshot(self.counters.steps), self.job.model)
+        self.saver.start(
+            self.rundir.snapshot(self.counters.steps), snapshot.take(self.job.model), then=lambda: None
+        )
         self.counters.seconds_other += time.perf_counter() - begin
 
     def save(self) -> None:
-        """Write a checkpoint and drop those that are older than the `keep` newest."""
+        """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
         begin = time.perf_counter()
         job, counters = self.job, self.counters
-        if counters.window_steps:
-            counters.window_loss = float(self._window_loss)
-            self._check_finite(counters.window_loss)
-        else:
-            counters.window_loss = 0.0
-        state = checkpoint.training_state(
+        counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
+        self._check_finite(counters.window_loss)
+        state = snapshot.training_state(
             job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
         )
-        checkpoint.save(self.rundir.checkpoint(counters.steps), job.model, state)
-        self.rundir.drop_old(job.config.train.keep)
+        self.saver.start(
+            self.rundir.checkpoint(counters.steps),
+            snapshot.take(job.model, state),
+            then=lambda: self.rundir.drop_old(job.config.train.keep),
+        )
         counters.seconds_other += time.perf_counter() - begin
 
 

@@ -2,20 +2,26 @@
 
 new run:   lock the folder -> set up -> count FLOPs -> train
 resume:    lock the folder -> same configuration? -> newest checkpoint whole? -> set up -> restore -> train
+
+Under torchrun every rank goes through all of it; rank 0 alone holds the lock, writes, draws and speaks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from torch.distributed.fsdp import FSDPModule
 
 import switchable
+from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
@@ -24,15 +30,29 @@ from switchable.study.probe import save_probe
 from switchable.study.report import write_run_report
 from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
-from switchable.train.log import RunLog
+from switchable.train.log import open_log
 from switchable.train.loop import Counters, Trainer
+from switchable.train.parallel import split
 from switchable.train.rundir import RunDir, write_json, write_text
-from switchable.train.setup import Job, set_up
+from switchable.train.saver import Saver
+from switchable.train.setup import Job, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.timing import step_seconds
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "keep", "threads", "device", "sample_prompt")
-"""Settings of `train` that a resumed run may have different: they do not alter what is computed."""
+MAY_CHANGE = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "gradient_accumulation_steps",
+    "parallel",
+    "activation_checkpointing",
+    "compile",
+    "threads",
+    "device",
+    "sample_prompt",
+)
+"""Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
 
 
 def pretrain(
@@ -56,22 +76,11 @@ def pretrain(
         TrainingStopped: stopped by a signal, after saving.
     """
     check(config)
-    rundir = RunDir(out)
-    rundir.acquire()
-    try:
-        if rundir.config.exists() and not overwrite:
-            raise InputError(
-                f"{out} holds a run already; go on with it with --resume, replace it with --overwrite, "
-                "or choose another folder with --out"
-            )
-        job = set_up(config, cache, quiet)
-        rundir.clear()
-        job.tokenizer.save_pretrained(rundir.tokenizer)
-        write_text(rundir.config, yaml.safe_dump(to_dict(config), sort_keys=False))
-        save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
+    with _held(RunDir(out)) as rundir:
+        ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
+        job = set_up(config, cache, quiet or not ranks.is_main())
+        ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
-    finally:
-        rundir.release()
 
 
 def resume(
@@ -96,20 +105,49 @@ def resume(
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
         TrainingStopped: stopped by a signal, after saving.
     """
-    if not (out / "config.yaml").exists():
+    if not ranks.on_main((out / "config.yaml").exists):
         raise InputError(f"{out} holds no run to resume (no config.yaml); start one without --resume")
-    rundir = RunDir(out)
-    rundir.acquire()
-    try:
-        config = _same_config(rundir, flags)
-        step = _choose_checkpoint(rundir, resume_from)
-        job = set_up(config, cache, quiet)
-        _check_same_data(rundir, job, step)
+    with _held(RunDir(out)) as rundir:
+        config = ranks.together(lambda: _same_config(rundir, flags))
+        step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
+        job = set_up(config, cache, quiet or not ranks.is_main())
+        ranks.together(lambda: _check_same_data(rundir, job, step))
+        ranks.on_main(rundir.claim)
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
+
+
+@contextmanager
+def _held(rundir: RunDir) -> Iterator[RunDir]:
+    """Hold a run's folder, which what a killed process left half done has been swept out of."""
+
+    def hold() -> None:
+        rundir.acquire()
+        rundir.sweep()
+
+    try:
+        ranks.on_main(hold)
+        yield rundir
     finally:
-        rundir.release()
+        if ranks.is_main():
+            rundir.release()
+
+
+def _refuse_to_replace(rundir: RunDir, overwrite: bool) -> None:
+    if rundir.config.exists() and not overwrite:
+        raise InputError(
+            f"{rundir.path} holds a run already; go on with it with --resume, replace it with --overwrite, "
+            "or choose another folder with --out"
+        )
+
+
+def _begin(rundir: RunDir, job: Job) -> None:
+    rundir.clear()
+    rundir.claim()
+    job.tokenizer.save_pretrained(rundir.tokenizer)
+    write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
+    save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
@@ -169,16 +207,22 @@ def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
 
 def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:
     here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
+    if ranks.running():
+        here["processes"] = ranks.world_size()
     if counters.steps < job.config.train.steps and here not in counters.ran_with:
         counters.ran_with.append(here)
-    log = RunLog(rundir, job.config.train.steps, counters.steps, quiet)
+    log = open_log(rundir, job.config.train.steps, counters.steps, quiet)
     try:
+        processes = (
+            f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
+        )
         log.say(
             f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+            + processes
         )
-        flops = count(job.model, job.batch(0))
-        with StopRequest() as stop:
-            trainer = Trainer(job, rundir, log, flops, counters, stop)
+        flops = count_step(job)
+        with StopRequest() as stop, Saver() as saver:
+            trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
             try:
                 trainer.train()
             except TrainingStopped:
@@ -190,14 +234,22 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
         log.close()
 
 
+def count_step(job: Job) -> StepFlops:
+    """Return the FLOPs of a step, all its micro-batches on all ranks together."""
+    train = job.config.train
+    rows = micro_rows(train)
+    return count(job.model, split(job.batch(0), rows)[0]).times(train.batch_size // rows)
+
+
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, draw, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
     figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
-    write_json(rundir.summary, figures)
-    write_run_report(rundir.path)
-    _show_samples(trainer)
+    if ranks.is_main():
+        write_json(rundir.summary, figures)
+        write_run_report(rundir.path)
+        _show_samples(trainer)
     trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
     return figures
 
@@ -206,6 +258,9 @@ def _show_samples(trainer: Trainer) -> None:
     """Let the finished model continue a text in both modes."""
     job, prompt = trainer.job, trainer.job.config.train.sample_prompt
     if prompt is None:
+        return
+    if isinstance(job.model, FSDPModule):
+        trainer.log.say(f"no sample of a sharded model; see: switchable generate {trainer.rundir.path}")
         return
     validated = trainer.validation or trainer.validate()
     with kept_modes(job.model):
@@ -220,7 +275,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the run's closing figures; docs/method.md explains every key."""
     takes_part = job.controller.state.takes_part
-    seconds = step_seconds(job.model, job.batch(0))
+    train = job.config.train
+    seconds = step_seconds(
+        job.model, split(job.batch(0), micro_rows(train))[0], train.gradient_accumulation_steps
+    )
     # All-dense training has neither routers nor a monitor.
     all_dense = flops.dense * counters.steps
     head = flops.head * counters.steps
@@ -249,6 +307,7 @@ def summarise(
         "wall_seconds_dense": counters.seconds_dense,
         "wall_seconds_sparse": counters.seconds_sparse,
         "wall_seconds_measure": counters.seconds_measure,
+        "processes": ranks.world_size(),
         "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
         "ran_with": counters.ran_with,
         "versions": {

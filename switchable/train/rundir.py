@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class RunDir:
         self.tokenizer = path / "tokenizer"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self._launcher = path / "launcher"
         self.report = path / "report.html"
         self._lock = FileLock(path / "run.lock", timeout=0)
 
@@ -82,6 +84,14 @@ class RunDir:
         """Give the lock back."""
         self._lock.release()
 
+    def claim(self) -> None:
+        """Note which launcher (torchrun, a shell) runs this folder now: what it restarts may go on here."""
+        write_text(self._launcher, _launcher())
+
+    def is_ours(self) -> bool:
+        """Return whether the launcher of this process is the one that ran this folder last."""
+        return self._launcher.is_file() and self._launcher.read_text(encoding="utf-8") == _launcher()
+
     def clear(self) -> None:
         """Remove what an earlier run left here; the lock stays."""
         for folder in (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer):
@@ -96,7 +106,13 @@ class RunDir:
     def drop_old(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest; 0 keeps all."""
         for step in self.steps()[:-keep] if keep > 0 else []:
-            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+            remove(self.checkpoint(step))
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed left half done."""
+        for place in (self.path, self.checkpoints, self.snapshots):
+            for left in place.glob(TEMPORARY + "*"):
+                remove(left)
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint taken after `step` steps."""
@@ -112,6 +128,32 @@ def steps_in(folder: Path) -> dict[int, Path]:
     found = folder.glob("step-*") if folder.is_dir() else []
     numbers = {path.name.removeprefix("step-"): path for path in found}
     return {int(number): path for number, path in numbers.items() if number.isdigit()}
+
+
+def _launcher() -> str:
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}\n"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder loses its name first, so that no half of it ever stands under it."""
+    if path.is_dir() and not path.name.startswith(TEMPORARY):
+        doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        path = doomed
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk: a new name in it survives a power cut from then on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """From a configuration to everything a run needs: data, model, optimizer, controller.
 
-Settings are checked first (`config.check`), before any work is done.
+Settings are checked first (`config.check`), before any work is done. Every rank builds the same model from the same
+seed; then it is shared out (`parallel.py`), and only then does it get its optimizer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.config import ModelConfig, RunConfig, check, d_ff, objective_of
+from switchable import ranks
+from switchable.config import ModelConfig, RunConfig, TrainConfig, check, d_ff, objective_of
 from switchable.data.batches import Batches, validation_batches
 from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import load_tokenizer
@@ -25,6 +27,8 @@ from switchable.ffn.convert import ConversionReport, convert
 from switchable.infer.fill import check_prompt
 from switchable.switching.controller import Controller
 from switchable.train.optim import build_optimizer
+from switchable.train.parallel import Replica, check_division, settle_expert_compute, split
+from switchable.train.parallel import prepare as prepare_model
 
 Batch = Mapping[str, Tensor]
 
@@ -35,6 +39,8 @@ class Job:
 
     config: RunConfig
     model: nn.Module
+    replica: Replica
+    """The model as the training step calls it; `model` itself elsewhere."""
     report: ConversionReport
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -45,7 +51,7 @@ class Job:
     device: torch.device
 
     def batch(self, step: int) -> Batch:
-        """Return the model inputs of step `step` (counted from 0)."""
+        """Return this rank's part of the model inputs of step `step` (counted from 0)."""
         return model_inputs(self.batches.batch(step), self.device)
 
     @property
@@ -68,34 +74,79 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     check(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    data = prepare(config.data, cache, objective=objective_of(config), progress=not quiet)
+    # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
+    parts = ranks.together(lambda: _build(config, cache, quiet))
+    model, train = parts.model, config.train
+    settle_expert_compute(model, micro_rows(train) * train.sequence_length, train, parts.device)
+    prepare_model(model, train)
+    return Job(
+        config=config,
+        model=model,
+        replica=Replica(model, train, parts.device),
+        report=parts.report,
+        tokenizer=parts.tokenizer,
+        data=parts.data,
+        batches=parts.batches,
+        validation=parts.validation,
+        optimizer=build_optimizer(model, train),
+        controller=Controller(model, parts.probe, train.steps, config.switch, train.seed),
+        device=parts.device,
+    )
+
+
+@dataclass
+class _Parts:
+    """What a run is built from, before the model is shared out."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    batches: Batches
+    validation: list[Batch]
+    probe: list[Batch]
+    model: nn.Module
+    report: ConversionReport
+
+
+def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
+    train, rank, world = config.train, ranks.rank(), ranks.world_size()
+    check_division(train, world)
+    device = pick_device(train.device)
+    name = objective_of(config)
+    data = prepare(config.data, cache, objective=name, progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    train = config.train
     if train.sample_prompt is not None:
-        check_prompt(objective_of(config), tokenizer, train.sample_prompt)
-    objective = build_objective(objective_of(config), config.objective, tokenizer, train.sequence_length)
-    batches = Batches(data.train.path, objective, train.batch_size, train.seed)
-    found = validation_batches(data.val.path, objective, train.batch_size, train.eval_tokens)
-    validation = [model_inputs(batch, device) for batch in found]
+        check_prompt(name, tokenizer, train.sample_prompt)
+    objective = build_objective(name, config.objective, tokenizer, train.sequence_length)
+    batches = Batches(data.train.path, objective, train.batch_size, train.seed, rank, world)
+
+    def validation(rank: int, world: int) -> list[Batch]:
+        found = validation_batches(data.val.path, objective, train.batch_size, train.eval_tokens, rank, world)
+        return [model_inputs(batch, device) for batch in found]
+
     torch.manual_seed(train.seed)
     model = build_model(
         config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
     ).to(device)
     report = convert(model, config.switch)
-    probe = probe_inputs(model, validation, config.switch.probe_tokens)
-    return Job(
-        config=config,
-        model=model,
-        report=report,
+    # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
+    probe = probe_inputs(model, validation(0, 1), config.switch.probe_tokens)
+    rows = micro_rows(train)
+    return _Parts(
+        device=device,
         tokenizer=tokenizer,
         data=data,
         batches=batches,
-        validation=validation,
-        optimizer=build_optimizer(model, train),
-        controller=Controller(model, probe, train.steps, config.switch, train.seed),
-        device=device,
+        validation=[piece for batch in validation(rank, world) for piece in split(batch, rows)],
+        probe=[piece for batch in probe for piece in split(batch, rows)],
+        model=model,
+        report=report,
     )
+
+
+def micro_rows(train: TrainConfig) -> int:
+    """Return the sequences that a process computes at a time."""
+    return train.batch_size // ranks.world_size() // train.gradient_accumulation_steps
 
 
 def build_model(
@@ -134,6 +185,8 @@ def pick_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(

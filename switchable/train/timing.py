@@ -34,12 +34,15 @@ def interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def step_seconds(model: nn.Module, batch: Mapping[str, Tensor], rounds: int = 5) -> dict[str, float]:
+def step_seconds(
+    model: nn.Module, batch: Mapping[str, Tensor], micro_batches: int = 1, rounds: int = 5
+) -> dict[str, float]:
     """Time forward + backward + optimizer step in turns: `dense` (no routers), `dense_router` and `sparse`.
 
     Args:
         model: a converted model; its weights, modes and gradients are as before afterwards.
-        batch: model inputs with labels.
+        batch: model inputs with labels; one micro-batch.
+        micro_batches: how many of them a step has, one after another.
         rounds: timed rounds.
 
     Returns:
@@ -52,7 +55,8 @@ def step_seconds(model: nn.Module, batch: Mapping[str, Tensor], rounds: int = 5)
         set_mode(model, mode)
         for layer, learns in zip(layers, learning, strict=True):
             layer.router_learns = learns and routers
-        model(**batch).loss.backward()
+        for _ in range(micro_batches):
+            model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -15,7 +15,8 @@ from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layout import laid_out_like, store_by_neuron, store_by_row
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import restore, save, training_state
+from switchable.train.checkpoint import restore, save
+from switchable.train.snapshot import training_state
 
 Make = Callable[..., nn.Module]
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
@@ -95,7 +96,13 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
     convert(model, CONFIG)
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, tokens)
-    save(tmp_path / "saved", model, training_state(model, optimizer, {"last": [None, None]}, {}))
+    save(
+        tmp_path / "saved",
+        model,
+        training_state(
+            model, optimizer, {"last": [None, None], "patterns": [None, None], "routes": [None, None]}, {}
+        ),
+    )
     assert all(
         tensor.is_contiguous() for tensor in load_file(tmp_path / "saved" / "model.safetensors").values()
     )

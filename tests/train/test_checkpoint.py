@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from switchable import InputError, set_mode
 from switchable.infer.load import find_model, load_switchable
-from switchable.train import checkpoint
+from switchable.train import checkpoint, tensorfile
 
 PLAIN = """
 import json, sys
@@ -117,8 +117,10 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(
     def full(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"model": "save_model", "tensors": "save_file", "manifest": "write_json"}[place]
-    monkeypatch.setattr(checkpoint, target, full)
+    module, target = {
+        "model": (tensorfile, "create"), "tensors": (tensorfile, "write"), "manifest": (checkpoint, "write_json")
+    }[place]  # fmt: skip
+    monkeypatch.setattr(module, target, full)
     with torch.no_grad():
         next(switchable_gpt2.parameters()).zero_()
     with pytest.raises(InputError, match=r"no space left on the device while saving .*--resume"):

@@ -1,0 +1,157 @@
+"""SSD in transformers' own Trainer: convert the model, add one callback.
+
+    convert(model, config)
+    trainer = Trainer(model, args, train_dataset=..., callbacks=[SwitchableCallback(probe, config)])
+    trainer.train()                                  # and trainer.train(resume_from_checkpoint=True)
+
+The callback calls the same `Controller` as our own loop, after every optimizer step. Its state travels in the
+Trainer's `trainer_state.json`, as plain numbers; routers and moments are in the checkpoints anyway. Evaluations run
+in dense mode, whatever mode comes next. One process or DDP; a model sharded by accelerate is refused.
+
+Needs `accelerate`, as the Trainer itself does.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of, set_mode
+from switchable.switching.config import SwitchConfig
+from switchable.switching.controller import Controller, Measurement
+from switchable.train.snapshot import PER_LAYER
+
+Batch = Mapping[str, Tensor]
+
+
+class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Switches a converted model between dense and sparse steps while a `transformers.Trainer` trains it.
+
+    Args:
+        probe: fixed model inputs on which everything is measured: token ids [B, S], a batch, or several batches.
+        config: the settings of switching, the same as given to `convert`; default `SwitchConfig()`.
+        seed: seed of the clustering.
+    """
+
+    def __init__(
+        self,
+        probe: Tensor | Batch | Sequence[Batch] | None = None,
+        config: SwitchConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.probe, self.config, self.seed = probe, config or SwitchConfig(), seed
+        self.controller: Controller | None = None
+        """The controller, from the beginning of training on."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the controller; after a resume, put it where it was.
+
+        Raises:
+            InputError: no probe, the model is not converted or is sharded, or its checkpoint has no such callback.
+        """
+        model = kwargs["model"]
+        if self.probe is None:
+            raise InputError(
+                "SwitchableCallback has no probe; give it model inputs, and leave the Trainer's "
+                "restore_callback_states_from_checkpoint at False (this callback restores itself)"
+            )
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise InputError(
+                "the model is sharded by the Trainer; train it with DDP there, "
+                "or with torchrun -m switchable pretrain --parallel fsdp"
+            )
+        self.controller = Controller(
+            model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
+        )
+        for layer in layers_of(model):
+            layer.attached_loss_weight = 1.0 / args.gradient_accumulation_steps
+        if state.global_step > 0:
+            self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
+
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step, measure if it is time, set the mode of the next step."""
+        assert self.controller is not None, "on_train_begin comes first"
+        optimizer = getattr(
+            kwargs["optimizer"], "optimizer", kwargs["optimizer"]
+        )  # out of accelerate's wrapper
+        measurement = self.controller.step(optimizer)
+        if measurement is not None:
+            state.log_history.append(_line(measurement, state.epoch))
+        if control.should_evaluate:
+            set_mode(kwargs["model"], "dense")
+
+    def on_evaluate(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Return from the evaluation's dense mode to that of the next step."""
+        if self.controller is not None:
+            set_mode(kwargs["model"], self.controller.mode)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `trainer_state.json` keeps: the controller's state as plain numbers."""
+        if self.controller is None:
+            return {"args": {}, "attributes": {}}
+        plain = self.controller.state_dict()
+        plain |= {key: [_as_text(tensor) for tensor in plain[key]] for key in PER_LAYER}
+        return {"args": {}, "attributes": {"controller_state": plain}}
+
+
+def _stored(state: TrainerState, name: str, step: int) -> dict[str, Any]:
+    found = (state.stateful_callbacks or {}).get(name, {})
+    kept = found.get("attributes", {}).get("controller_state") if isinstance(found, dict) else None
+    if kept is None or kept["steps_done"] != step:
+        raise InputError(
+            f"the checkpoint at step {step} was not trained with one {name}; resume from one that was, or start anew"
+        )
+    return {**kept, **{key: [_as_tensor(text) for text in kept[key]] for key in PER_LAYER}}
+
+
+def _as_text(tensor: Tensor | None) -> dict[str, Any] | None:
+    """A tensor of whole numbers as JSON can hold it: type, shape, and bytes in base 64."""
+    if tensor is None:
+        return None
+    array = tensor.cpu().contiguous().numpy()
+    text = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "base64": text}
+
+
+def _as_tensor(stored: Mapping[str, Any] | None) -> Tensor | None:
+    if stored is None:
+        return None
+    flat = np.frombuffer(base64.b64decode(stored["base64"]), dtype=np.dtype(stored["dtype"]))
+    return torch.from_numpy(flat.reshape(stored["shape"]).copy())
+
+
+def _line(measurement: Measurement, epoch: float | None) -> dict[str, Any]:
+    """Return an entry of the Trainer's log: each measure, layer by layer."""
+    layers = [dataclasses.asdict(layer) for layer in measurement.layers]
+    line: dict[str, Any] = {f"switchable_{key}": [layer[key] for layer in layers] for key in layers[0]}
+    line["switchable_takes_part"] = list(measurement.takes_part)
+    return {"epoch": epoch, "step": measurement.step, **line}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _to(probe: Any, device: torch.device) -> Any:
+    """Move a probe of any of its forms to a device."""
+    if isinstance(probe, Tensor):
+        return probe.to(device)
+    if isinstance(probe, Mapping):
+        return {key: _to(value, device) for key, value in probe.items()}
+    return [_to(item, device) for item in probe] if isinstance(probe, (list, tuple)) else probe

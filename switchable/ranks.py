@@ -1,0 +1,204 @@
+"""Several processes, one run: what they agree on, and parameters of which each holds a part.
+
+Everything here does nothing, and costs nothing, in a single process; under torch.distributed every rank must call it
+at the same point. Rank 0 speaks for all: it decides, writes and prints. A wrong input that one rank finds is raised
+on all of them (a rank that left alone would keep the others waiting).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from switchable.errors import InputError
+
+T = TypeVar("T")
+
+
+class RankLost(RuntimeError):
+    """Another rank died or does not answer; what was saved before stands."""
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Within the `with` block, torch's errors about a rank that is gone become `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = (
+            "Connection closed by peer",
+            "Timed out",
+            "Connection reset",
+            "Broken pipe",
+            "timed out",
+            "gloo",
+        )
+        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        if not (running() and lost):
+            raise
+        raise RankLost(str(error).splitlines()[0]) from error
+
+
+def running() -> bool:
+    """Return whether this process is one of several ranks (or of one, started by torchrun)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number; 0 if it is alone."""
+    return dist.get_rank() if running() else 0
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if running() else 1
+
+
+def is_main() -> bool:
+    """Return whether this process writes and prints."""
+    return rank() == 0
+
+
+def from_main(value: T) -> T:
+    """Return rank 0's value on every rank."""
+    if not running():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone and return its result on every rank.
+
+    Raises:
+        InputError: on every rank, if `work` raised it.
+    """
+    return cast(T, _shared(work if is_main() else None)[0])
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do `work` on every rank and return each rank's own result.
+
+    Raises:
+        InputError: on every rank, if `work` raised it on any of them.
+    """
+    return cast(T, _shared(work, group)[rank()])
+
+
+def gather(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do `work` on every rank and return all results, by rank, on every rank; errors as in `together`."""
+    return cast("list[T]", _shared(work, group))
+
+
+def _shared(work: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Results by rank, or the first InputError on all ranks; values that only their own rank needs are not sent."""
+    if not running():
+        assert work is not None
+        return [work()]
+    value, problem = None, None
+    try:
+        value = work() if work is not None else None
+    except InputError as error:
+        problem = str(error)
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, (_plain(value), problem), group=group)
+    problem = next((theirs for _, theirs in found if theirs is not None), None)
+    if problem is not None:
+        raise InputError(problem)
+    results = [theirs for theirs, _ in found]
+    results[rank()] = value
+    return results
+
+
+def _plain(value: Any) -> Any:
+    """What another rank can use of a value: numbers, text and containers of them; objects stay at home."""
+    return value if isinstance(value, (int, float, str, bytes, list, tuple, dict)) else None
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Return the sums over all ranks, added in float64."""
+    if not running():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return cast("list[float]", total.tolist())
+
+
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Refuse ranks that were started differently.
+
+    Args:
+        facts: what must be the same everywhere, by name: settings, versions.
+
+    Raises:
+        InputError: on every rank; names the rank, the fact and both values.
+    """
+    everyone = gather(lambda: facts)
+    for other, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"rank {other} has {name}={theirs.get(name)!r}, rank 0 has {value!r}; "
+                    "start all ranks with the same settings and versions"
+                )
+
+
+# --- parameters of which each rank holds a part (FSDP2: rows of dimension 0) ---
+
+
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Within the `with` block the own parameters of sharded modules are whole, to be read; others are so anyway."""
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return the part of a tensor that this rank holds, and which row of dimension 0 is its first.
+
+    Raises:
+        InputError: it is laid out in a way that we do not make: anything but rows over one dimension of ranks.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    if len(tensor.placements) != 1 or tensor.placements[0] != Shard(0):
+        raise InputError(f"a tensor is laid out as {tensor.placements}; shard with fully_shard over one mesh")
+    mesh = tensor.device_mesh
+    per_rank = -(-tensor.shape[0] // mesh.size())
+    return tensor.to_local(), min(mesh.get_local_rank() * per_rank, tensor.shape[0])
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into one that may be sharded."""
+    if isinstance(target, DTensor):
+        # src_data_rank=None: every rank cuts its own part, nothing is sent.
+        part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(part.to_local())
+    else:
+        target.copy_(value)
+
+
+@torch.no_grad()
+def permute(tensor: Tensor, dim: int, perm: Tensor) -> None:
+    """Reorder a tensor along `dim` in place: entry perm[i] becomes i. At most this one tensor is gathered for it."""
+    if isinstance(tensor, DTensor) and Shard(dim) in tensor.placements:
+        whole = tensor.full_tensor()
+        assign(tensor, whole.index_select(dim, perm.to(whole.device)))
+    else:
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        here.copy_(here.index_select(dim, perm.to(here.device)))

@@ -1,0 +1,260 @@
+"""One training step on several processes: torch's DDP or FSDP2 around the same model, and nothing else changes.
+
+    gradient of the batch = mean over ranks of sums over micro-batches of  weight · gradient of their mean loss
+
+    ddp     every rank holds the whole model; gradients are averaged while the backward pass runs
+    fsdp    every rank holds its rows of every parameter, gradient and moment; each block's parameters, and each
+            FFN's, are gathered for its own forward and backward only
+
+Backends are gloo for CPUs and NCCL for GPUs. In a single process there is neither wrapper nor communication.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import switchable
+from switchable import ranks
+from switchable.config import RunConfig, TrainConfig, to_dict
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
+from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.layout import store_by_row
+from switchable.infer.evaluate import shifts_labels
+
+Batch = Mapping[str, Tensor]
+
+
+def launched() -> bool:
+    """Return whether torchrun (or anything that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_group(rank_timeout: float) -> Iterator[None]:
+    """Within the `with` block the ranks that torchrun started can talk to one another.
+
+    Args:
+        rank_timeout: seconds that a rank waits for the others before it gives up.
+
+    Raises:
+        InputError: not all ranks came in time.
+    """
+    if not launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=rank_timeout)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the {os.environ['WORLD_SIZE']} processes did not find one another within {rank_timeout:g} s "
+            f"({str(error).splitlines()[0]}); check that all were started, and MASTER_ADDR and MASTER_PORT"
+        ) from None
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_facts(config: RunConfig) -> dict[str, Any]:
+    """Return what must be the same on every rank, by name: settings and versions of what computes."""
+    facts: dict[str, Any] = {
+        f"{section}.{key}": value
+        for section, values in to_dict(config).items()
+        for key, value in values.items()
+    }
+    modules = (switchable, torch, transformers)
+    return facts | {f"{module.__name__}.__version__": str(module.__version__) for module in modules}
+
+
+def check_division(config: TrainConfig, world_size: int) -> None:
+    """Refuse a batch that cannot be shared out.
+
+    Raises:
+        InputError: says by what it must be divisible.
+    """
+    parts = config.gradient_accumulation_steps
+    if config.batch_size % (world_size * parts):
+        nearest = -(-config.batch_size // (world_size * parts)) * world_size * parts
+        raise InputError(
+            f"batch_size={config.batch_size} does not divide among {world_size} processes x {parts} "
+            f"gradient_accumulation_steps; use a multiple of {world_size * parts}, e.g. {nearest}"
+        )
+
+
+def prepare(model: nn.Module, config: TrainConfig) -> None:
+    """Apply what is to be inside the wrapper: activation checkpointing, compilation, sharding. In place.
+
+    Args:
+        model: a converted model on its device; its optimizer is built afterwards.
+        config: which of them.
+    """
+    blocks = blocks_of(model)
+    for layer in layers_of(model):
+        # Attached losses are added up over micro-batches, as the model's own is.
+        layer.attached_loss_weight = 1.0 / config.gradient_accumulation_steps
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    if config.compile:
+        for block in blocks:
+            block.compile()
+    if ranks.running() and config.parallel == "fsdp":
+        for layer in layers_of(model):
+            store_by_row(layer)  # FSDP2 cuts contiguous parameters only
+            layer.register_forward_hook(_own_memory)
+        # Whole again after each use, FFNs apart from their blocks: a switch gathers one FFN at a time.
+        for unit in (*layers_of(model), *blocks, model):
+            fully_shard(unit, reshard_after_forward=True)
+
+
+def _own_memory(module: nn.Module, args: Any, y: Tensor) -> Tensor:  # noqa: ARG001 - the signature of a hook
+    """What FSDP2 asks of a unit's output, since it hangs its backward pass on it: not to be a view of something."""
+    return y.clone() if y._is_view() else y
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the Transformer blocks: of every switchable FFN, the outermost element of a `ModuleList` around it."""
+    found: dict[int, nn.Module] = {}
+    for layer in layers_of(model):
+        parts = layer.name.split(".")
+        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        parents = [model, *(model.get_submodule(name) for name in names[:-1])]
+        inside = (n for n, parent in zip(names, parents, strict=True) if isinstance(parent, nn.ModuleList))
+        block = model.get_submodule(next(inside, names[-1]))
+        found[id(block)] = block
+    return list(found.values())
+
+
+class Replica:
+    """The model as the training step calls it.
+
+    Args:
+        model: the model, prepared.
+        config: parallelism, micro-batches, precision.
+        device: where it is.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.model, self._config, self._device = model, config, device
+        self._wrapped = model
+        if ranks.running() and config.parallel == "ddp":
+            # Which routers learn depends on the mode; where some never do in dense steps, DDP must look for them.
+            some_idle = not all(layer.router_learns for layer in layers_of(model))
+            self._wrapped = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                find_unused_parameters=some_idle,
+                gradient_as_bucket_view=True,
+            )
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of this rank's part of a batch, averaged over ranks; return its mean loss.
+
+        Args:
+            batch: model inputs with labels, [B / world_size, S].
+        """
+        rows = len(batch["labels"]) // self._config.gradient_accumulation_steps
+        pieces = split(batch, rows)
+        total = torch.zeros((), device=self._device, dtype=torch.float64)
+        for i, (piece, weight) in enumerate(zip(pieces, self._weights(pieces), strict=True)):
+            with self._gradients_shared(last=i == len(pieces) - 1):
+                with self.autocast():
+                    loss = self._wrapped(**piece).loss * weight
+                loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _weights(self, pieces: list[Batch]) -> Tensor:
+        """Return what each piece's mean loss counts, so that the mean over ranks of their sum is that of the batch.
+
+        A piece counts by the tokens it predicts: fewer or more in each where they are drawn at random (masks, spans).
+        """
+        first = 1 if shifts_labels(self.model) else 0
+        counts = torch.stack([(piece["labels"][:, first:] != -100).sum() for piece in pieces]).double()
+        total = counts.sum()
+        if ranks.running():
+            dist.all_reduce(total)
+        return counts * ranks.world_size() / total
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model multiplies in the configured precision."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16")
+
+    @contextmanager
+    def _gradients_shared(self, last: bool) -> Iterator[None]:
+        """Ranks exchange gradients once per step, in the backward pass of the last micro-batch."""
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(last)
+        quiet = isinstance(self._wrapped, DistributedDataParallel) and not last
+        with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+            yield
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """Cut a batch into pieces of at most `rows` rows; what is not a tensor goes into each."""
+    return [
+        {k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        for i in range(0, len(batch["labels"] if "labels" in batch else batch["input_ids"]), rows)
+    ]
+
+
+def settle_expert_compute(model: nn.Module, tokens: int, config: TrainConfig, device: torch.device) -> None:
+    """Let rank 0 measure which expert compute `auto` is, for all: ranks that measured themselves might disagree.
+
+    Args:
+        model: a converted model.
+        tokens: tokens of a micro-batch.
+        config: precision.
+        device: where it trains.
+    """
+    for layer in layers_of(model):
+        if ranks.world_size() > 1 and layer.expert_compute == "auto":
+            shape = Shape(
+                tokens=tokens,
+                d_model=layer.d_model,
+                d_ff=layer.d_ff,
+                num_experts=layer.num_experts,
+                experts_per_token=layer.experts_per_token,
+                activation=layer.act_name,
+                dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.get_default_dtype(),
+                device=device.type,
+            )
+            layer.expert_compute = ranks.on_main(lambda s=shape: resolve(s, dense_allowed=False))  # type: ignore[misc]
+
+
+class StopVote:
+    """Whether any rank was asked to stop, found out beside the step: all ranks must stop after the same one."""
+
+    def __init__(self) -> None:
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def open(self, signum: int | None) -> None:
+        """Cast this rank's vote: the number of the signal that came, or None."""
+        if ranks.running():
+            self._flag.fill_(signum or 0)
+            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
+
+    def close(self, signum: int | None) -> int | None:
+        """Return the signal that any rank had got when the vote was opened; alone, the one that has come by now."""
+        if self._work is None:
+            return signum
+        self._work.wait()
+        self._work = None
+        return int(self._flag) or None

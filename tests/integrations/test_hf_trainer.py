@@ -1,0 +1,150 @@
+"""The example of docs/scale.md as a test: SSD in transformers' Trainer with one callback, bitwise resume included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_gpt2
+from torch import nn
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from switchable import Controller, InputError, SwitchConfig, convert
+from switchable.ffn.convert import layers_of
+from switchable.integrations.hf_trainer import SwitchableCallback
+from switchable.train import checkpoint
+
+CONFIG = SwitchConfig(
+    num_experts=8, experts_per_token=3, monitor_every=4, min_dense_fraction=0.2, stability_threshold=0.0,
+    max_activation_ratio=1.0, sparse_steps=2, final_dense_fraction=0.2, regroup_below=1.0,
+)  # fmt: skip
+IDS = torch.randint(0, 61, (48, 24), generator=torch.Generator().manual_seed(5))
+ROWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
+
+
+class Losses(SwitchableCallback):
+    """Remembers what modes the steps were in."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.modes: list[str] = []
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.modes.append(
+            "sparse" if any(layer.mode == "sparse" for layer in layers_of(kwargs["model"])) else "dense"
+        )
+
+
+def trainer(out: Path, model: nn.Module | None = None, **changes: Any) -> Trainer:
+    if model is None:
+        model = tiny_gpt2()
+        convert(model, CONFIG)
+    settings: dict[str, Any] = {
+        "max_steps": 20, "save_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "report_to": [], "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant", "weight_decay": 0.1,
+        "dataloader_pin_memory": False,
+    } | changes  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(out), **settings)
+    return Trainer(
+        model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[Losses(IDS[:8], CONFIG)]
+    )
+
+
+def callback(of: Trainer) -> Losses:
+    return next(c for c in of.callback_handler.callbacks if isinstance(c, Losses))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    out = tmp_path_factory.mktemp("trainer")
+    trained = trainer(out)
+    trained.train()
+    return out, trained
+
+
+def test_it_switches_as_the_controller_says(whole: tuple[Path, Trainer]) -> None:
+    _, trained = whole
+    controller = callback(trained).controller
+    assert isinstance(controller, Controller)
+    assert callback(trained).modes == [
+        "sparse" if c == "s" else "dense" for c in "ddddssdssdssdssddddd"[:16] + "dddd"
+    ]
+    assert controller.switches >= 6
+    measured = [line for line in trained.state.log_history if "switchable_activation_ratio" in line]
+    assert [line["step"] for line in measured] == [4, 8, 12, 16, 20]
+    assert len(measured[0]["switchable_mass_caught"]) == 2
+
+
+def test_a_resumed_run_is_bitwise_the_same(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    out, undisturbed = whole
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(out / "checkpoint-10"))
+    ours, theirs = undisturbed.model.state_dict(), again.model.state_dict()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert callback(again).modes == callback(undisturbed).modes[10:]
+    assert callback(again).controller.switches == callback(undisturbed).controller.switches  # type: ignore[union-attr]
+
+
+def test_micro_batches_weigh_the_router_as_one_batch(tmp_path: Path) -> None:
+    """SGD, because AdamW would not notice a factor."""
+    found = []
+    for rows, parts in ((8, 1), (2, 4)):
+        one = trainer(
+            tmp_path / str(parts), per_device_train_batch_size=rows, gradient_accumulation_steps=parts, optim="sgd",
+            max_steps=6,
+        )  # fmt: skip
+        one.train()
+        found.append(one.model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluations_are_dense_and_the_mode_comes_back(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    convert(model, CONFIG)
+    seen = []
+
+    def watch(layer: Any, *_: Any) -> None:
+        if not layer.training and not torch.is_inference_mode_enabled():
+            seen.append(layer.mode)
+
+    layers_of(model)[1].register_forward_hook(watch)
+    trained = trainer(tmp_path, model, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    trained.train()
+    assert set(seen) == {"dense"}
+    assert "sparse" in callback(trained).modes
+
+
+def test_what_was_trained_exports_to_a_plain_model(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "final", whole[1].model)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with torch.no_grad():
+        expected = whole[1].model.eval()(input_ids=IDS[:2]).logits
+        torch.testing.assert_close(plain(input_ids=IDS[:2]).logits, expected)
+
+
+def test_wrong_use_is_refused(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no switchable FFNs; call convert"):
+        trainer(tmp_path, tiny_gpt2()).train()
+    stored = whole[0] / "checkpoint-10/trainer_state.json"
+    state = json.loads(stored.read_text())
+    assert state["stateful_callbacks"].pop("Losses")
+    with pytest.MonkeyPatch.context() as patch:
+        original: Callable[..., Any] = type(whole[1].state).load_from_json
+
+        def without(path: str) -> Any:
+            loaded = original(path)
+            loaded.stateful_callbacks.pop("Losses")
+            return loaded
+
+        patch.setattr(type(whole[1].state), "load_from_json", staticmethod(without))
+        with pytest.raises(InputError, match=r"step 10 was not trained with one Losses"):
+            trainer(tmp_path).train(resume_from_checkpoint=str(whole[0] / "checkpoint-10"))

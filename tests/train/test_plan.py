@@ -1,0 +1,149 @@
+"""The calculator against what small runs really hold, send and write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from train.test_loop import small
+
+from switchable.cli import main
+from switchable.config import RunConfig, from_dict
+from switchable.ffn.convert import set_mode
+from switchable.train import checkpoint, snapshot
+from switchable.train.parallel import process_group
+from switchable.train.plan import plan, sparse_share
+from switchable.train.setup import set_up
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that collectives gather or reduce, as one rank sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.scattered = self.reduced = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.gathered += args[0].nbytes
+        elif func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.scattered += args[1].nbytes
+        elif func is torch.ops.c10d.allreduce_.default and args[0][0].is_floating_point():
+            self.reduced += args[0][0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def weigh(config: RunConfig, folder: Path) -> None:
+    """One step on two ranks: what this rank holds afterwards, what it sent, what a checkpoint takes."""
+    with process_group(60):
+        job = set_up(config, folder / "cache", quiet=True)
+        set_mode(job.model, "dense")
+        with Traffic() as traffic:
+            job.replica.forward_backward(job.batch(0))
+        gradients = sum(_local(p.grad).nbytes for p in job.model.parameters() if p.grad is not None)
+        job.optimizer.step()
+        held = gradients
+        for parameter in job.model.parameters():
+            held += _local(parameter).nbytes
+            held += sum(_local(t).nbytes for t in job.optimizer.state[parameter].values() if t.ndim)
+        state = snapshot.training_state(job.model, job.optimizer, job.controller.state_dict(), {})
+        checkpoint.save(folder / "saved", job.model, state)
+        if dist.get_rank() == 0:
+            found = {
+                "parameters": sum(p.numel() for p in job.model.parameters()), "held": held,
+                "gathered": traffic.gathered, "scattered": traffic.scattered, "reduced": traffic.reduced,
+                "vocab": job.data.vocab_size,
+            }  # fmt: skip
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize(
+    ("parallel", "parts"),
+    [("ddp", 1), ("fsdp", 1), ("fsdp", 2)],
+    ids=["ddp", "fsdp", "fsdp in micro-batches"],
+)
+def test_two_ranks_hold_send_and_write_what_was_planned(
+    corpus: Path, tmp_path: Path, parallel: str, parts: int
+) -> None:
+    config = small(
+        corpus,
+        model={"d_model": 32, "d_ff": 128},
+        train={"parallel": parallel, "gradient_accumulation_steps": parts},
+    )
+    ended = run_ranks(2, weigh, config, tmp_path, log=tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    found = json.loads((tmp_path / "found.json").read_text())
+    planned = plan(config, found["vocab"], 2)
+    assert planned.parameters + planned.router_parameters == found["parameters"]
+    # Shards of odd sizes are rounded up to whole rows.
+    assert found["held"] == pytest.approx(planned.state_bytes, rel=0.02)
+    if parallel == "ddp":
+        # All-reduce sends twice what each rank does not hold the sum of.
+        assert found["reduced"] == planned.traffic_bytes
+    else:
+        # Each rank receives the half it does not hold, whenever something is gathered or summed.
+        assert (found["gathered"] + found["scattered"]) / 2 == pytest.approx(planned.traffic_bytes, rel=0.02)
+    written = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.05, abs=20_000)  # and headers of JSON
+
+
+def test_a_plan_by_hand() -> None:
+    config = from_dict(
+        {
+            "model": {"d_model": 8, "num_layers": 3, "num_heads": 2},
+            "train": {"batch_size": 4, "sequence_length": 16, "parallel": "fsdp"},
+            "switch": {
+                "num_experts": 4,
+                "experts_per_token": 1,
+                "min_dense_fraction": 0.2,
+                "sparse_steps": 3,
+            },
+        }
+    )
+    found = plan(config, 50, 2)
+    D, F, V, S, E = 8, 32, 50, 16, 4
+    block = 12 * D * D + 13 * D
+    assert found.parameters == V * D + S * D + 3 * block + 2 * D
+    assert found.router_parameters == 3 * (D * E + E)
+    assert found.checkpoint_bytes == 12 * (found.parameters + found.router_parameters)
+    assert found.state_bytes == 16 * (found.parameters + found.router_parameters) // 2
+    # The largest unit is an FFN with its router (or the embeddings): weights of two at a time.
+    ffn = 2 * D * F + F + D + D * E + E
+    assert found.gathered_bytes == 8 * max(ffn, V * D + S * D + 2 * D)
+    assert found.regroup_bytes == 12 * 3 * (2 * D * F + F) / 2
+    tokens = 4 * S
+    saved = 2 * tokens * (12 * D * F * 3 / 4 - 4 * D * E)
+    assert found.step_flops_dense - found.step_flops_sparse == pytest.approx(saved, rel=0.1)
+    assert sparse_share(config) == pytest.approx(0.7 * 3 / 4)
+    assert 1.0 < found.flops_ratio < found.step_flops_dense / found.step_flops_sparse
+    alone = plan(config, 50, 1)
+    assert (alone.traffic_bytes, alone.gathered_bytes, alone.regroup_bytes) == (0, 0, 0)
+
+
+def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--d-model", "64", "--num-layers", "2", "--batch-size", "8", "--sequence-length", "32"]
+    assert main(["plan", "--world-size", "4", "--gpu", "a100", *sizes]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = figures["step_flops_dense"] / (4 * 312e12 * 0.4)
+    assert figures["seconds_per_dense_step"] == pytest.approx(expected)
+    assert figures["seconds_of_traffic"] == pytest.approx(figures["traffic_bytes"] / 300e9)
+    for wrong, word in (
+        (["--gpu", "h1000"], "did you mean 'h100'"),
+        (["--world-size", "0"], "--world-size=0"),
+        (["--world-size", "3"], "does not divide among 3"),
+        (["--utilization", "40"], "--utilization=40"),
+        (["--link", "0"], "--link=0"),
+    ):
+        assert main(["plan", *sizes, *wrong]) == 2
+        assert word in capsys.readouterr().err
