@@ -10,18 +10,16 @@ In dense mode the routers of an SSD model learn along, as in pre-training, so th
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,16 +32,15 @@ from transformers import (
 )
 
 from switchable.data import glue
-from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
 from switchable.evaluation.ways import Way, going, ways
 from switchable.ffn.convert import convert, layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.config import FinetuneConfig
-from switchable.infer.load import find_model, load_tokenizer_of
+from switchable.infer.load import find_model, is_sparse_export, load_switchable
 from switchable.switching.config import SwitchConfig
 from switchable.train import checkpoint
-from switchable.train.rundir import write_json
 from switchable.train.setup import pick_device
 
 METRICS = {"accuracy": accuracy, "matthews": matthews}
@@ -102,8 +99,7 @@ def finetune(
     }
     if out is not None:
         set_mode(model, "dense")
-        checkpoint.save(out, model, tokenizer=tokenizer)
-        write_json(out / "results.json", result)
+        checkpoint.save(out, model, tokenizer=tokenizer, notes={"results.json": result})
     return scores, result
 
 
@@ -113,57 +109,40 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     Raises:
         InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
+    body, tokenizer = load_switchable(run)
     chosen = find_model(run)
-    damage = checkpoint.verify(chosen)
-    if damage is not None:
-        raise InputError(f"{chosen} is damaged ({damage}); name another checkpoint of the run")
-    tokenizer = load_tokenizer_of(chosen)
     if tokenizer is None:
         raise InputError(f"{run} holds no tokenizer; give the folder of the run instead")
+    if is_sparse_export(chosen):
+        raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = AutoConfig.from_pretrained(
         chosen, local_files_only=True, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id
     )
     try:
-        with _quiet_transformers():
+        with checkpoint.quiet_transformers():
             model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 chosen, config=settings, local_files_only=True
             )
     except ValueError as error:
-        kind = getattr(settings, "model_type", "?")
-        raise InputError(f"transformers has no classification head for {kind}: {error}") from None
-    check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)  # type: ignore[operator]
-    _switch_on(model, chosen)
+        raise InputError(
+            f"transformers has no classification head for {settings.model_type}: {error}"
+        ) from None
+    _switch_on(model, layers_of(body))
     return model, tokenizer
 
 
-def _switch_on(model: nn.Module, chosen: Path) -> None:
-    """Make a classifier switchable as the model in `chosen` is: the same experts, K, routers."""
-    described = json.loads((chosen / "switchable.json").read_text(encoding="utf-8"))
-    stored = described["layers"]
-    can_be_sparse = any(layer["takes_part"] for layer in stored.values())
-    schedule = "ssd" if can_be_sparse else "dense"  # the routers of an all-dense model have nothing to learn
-    convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1, schedule=schedule))
-    routers = load_file(chosen / "switchable.safetensors")
-    owners = {key.rpartition(".router.")[0] for key in routers}
-    places = {id(module): name for name, module in model.named_modules()}
-    for layer in layers_of(model):
-        settings = stored[_alike(layer.name, stored, chosen)]
-        layer.set_experts_per_token(settings["experts_per_token"])
-        layer.takes_part = settings["takes_part"]
-        prefix = f"{_alike(places[id(layer)], owners, chosen)}.router."
-        layer.router.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in routers.items() if key.startswith(prefix)}
-        )
-
-
-def _alike(name: str, names: Iterable[str], chosen: Path) -> str:
-    """Find a module's name in the model before: a classifier may hold the body in a part (T5: `transformer.`)."""
-    for other in names:
-        if name == other or name.endswith(f".{other}") or other.endswith(f".{name}"):
-            return other
-    raise InputError(f"{chosen} has no router for {name}; it has {', '.join(names)}")
+def _switch_on(model: nn.Module, before: Sequence[SwitchableFFN]) -> None:
+    """Make a classifier switchable as the body it has was before: the same experts, K and routers, layer by layer."""
+    # The routers of a model that was trained all dense have nothing to learn.
+    schedule = "ssd" if any(layer.takes_part for layer in before) else "dense"
+    config = SwitchConfig(num_experts=before[0].num_experts, experts_per_token=1, schedule=schedule)
+    convert(model, config, before[0].family)
+    for old, new in zip(before, layers_of(model), strict=True):
+        new.router.load_state_dict(old.router.state_dict())
+        new.set_experts_per_token(old.experts_per_token)
+        new.takes_part, new.expert_gate, new.neuron_ids_F = old.takes_part, old.expert_gate, old.neuron_ids_F
 
 
 def _training_way(model: nn.Module, config: FinetuneConfig) -> Way:
@@ -237,18 +216,3 @@ def _scores(trainer: Trainer, dev: list[dict[str, Any]], config: FinetuneConfig)
             value, stderr = METRICS[name](logits.argmax(-1), labels)
             scores.append(Score(config.task, name, way, value, stderr, len(dev)))
     return scores
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from listing the weights that a new head does not find; its settings are put back."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

@@ -66,7 +66,7 @@ class LayerStudy:
     load: list[float]
     """Share of all choices (K per token) that fell on each expert."""
     load_imbalance: float
-    """Load of the busiest expert over the mean load, 1 to E."""
+    """Load of the busiest expert over the mean load, 1 to E/K."""
 
     @property
     def mass_random(self) -> list[float]:
@@ -186,7 +186,7 @@ class _Meter:
     def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:
         hidden_TF = layer.activations(x_TD)
         down_FD = layer.weights.down_FD
-        if layer.activation in EXACT_ZEROS:
+        if layer.act_name in EXACT_ZEROS:
             active_TF = hidden_TF != 0
             picked = self._every(self.sample_every, len(x_TD))
             needed_T, _ = needed_neurons(hidden_TF[picked], down_FD)

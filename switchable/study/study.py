@@ -202,13 +202,13 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
         study.notes.append(
             f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random."
         )
-    if all(layer.activation in EXACT_ZEROS for layer in layers):
+    if all(layer.act_name in EXACT_ZEROS for layer in layers):
         if probe.tokens > SAMPLED_TOKENS:
             study.notes.append(
                 f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens."
             )
     else:
         study.notes.append(
-            f"{layers[0].activation} is never exactly zero: a neuron counts as active on a token if it is among the "
+            f"{layers[0].act_name} is never exactly zero: a neuron counts as active on a token if it is among the "
             "fewest that give 99 % of the output (docs/measures.md)."
         )

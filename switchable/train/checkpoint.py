@@ -311,7 +311,7 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
 
 
 def restore_routers(folder: Path, model: nn.Module) -> None:
-    """Load the routers of a checkpoint into a converted model.
+    """Load the routers of a checkpoint, and which neuron is which, into a converted model.
 
     Raises:
         InputError: names or shapes do not fit.

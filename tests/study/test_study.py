@@ -18,6 +18,7 @@ from switchable import InputError
 from switchable.cli import main
 from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
+from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
 from switchable.infer.load import load_switchable
 from switchable.study.measures import measure_model
@@ -273,3 +274,27 @@ def test_neuron_order_goes_with_the_checkpoint(trained: Path) -> None:
     late, _ = load_switchable(trained / "final")
     for layer in layers_of(late):
         assert torch.equal(layer.neuron_ids_F.sort().values, torch.arange(64))
+
+
+@pytest.mark.parametrize(("family", "ffns"), [("bert", 2), ("t5", 4), ("llama", 2), ("opt", 2)])
+def test_models_of_other_families_are_studied(
+    family: str, ffns: int, series: Path, corpus: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "max_positions": 32}
+    build_model(family, sizes, "relu", 300, {"eos_token_id": 0, "pad_token_id": 1}).save_pretrained(
+        tmp_path / "model"
+    )  # type: ignore[operator]
+    study = study_checkpoints(
+        [str(tmp_path / "model")], settings(corpus, tokenizer=series, sequence_length=32, probe_tokens=256)
+    )
+    assert study.problems == []
+    assert [(shape.d_ff, shape.num_experts, shape.experts_per_token) for shape in study.layers] == [
+        (48, 24, 4)
+    ] * ffns
+    for layer in study.results[0]:
+        assert 0.2 < layer.activation_ratio < 0.8  # random weights: about half the neurons, gated or not
+        assert layer.by_frequency.keys() == {"1-10", "11-100"} or "101-1,000" in layer.by_frequency
+        # An encoder-decoder model reads half of each window on either side.
+        assert list(layer.by_position)[-1] == ("8-15" if family == "t5" else "16-31")
+        assert layer.mass_router[-1] == pytest.approx(1.0)
