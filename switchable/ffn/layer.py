@@ -39,7 +39,7 @@ from switchable.ffn.router import (
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_token_fraction", "expert_gate",
-    "load_balance", "activation_l1", "neuron_ids_F", "training",
+    "load_balance", "activation_l1", "attached_loss_weight", "neuron_ids_F", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -241,7 +241,7 @@ class SwitchableFFN(nn.Module):
         ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
         if self.load_balance and self.training and torch.is_grad_enabled():
-            y_TD = attach_loss(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
+            y_TD = self._attach(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
         return y_TD.view(x_BSD.shape)

@@ -123,7 +123,7 @@ def test_one_document_corpus(tmp_path: Path) -> None:
 
 
 def lock_of(config: DataConfig) -> str:
-    return f".{tokens._fingerprint(config)}.lock"
+    return f".{tokens._fingerprint(config, 'causal')}.lock"
 
 
 # --- what is written ---
@@ -311,7 +311,7 @@ def test_done_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     changed.append(config_for(tmp_path / "other.jsonl"))
     os.utime(source, ns=(1, 1))
     changed.append(config_for(source))
-    assert len({data.fingerprint, *map(tokens._fingerprint, changed)}) == 5
+    assert len({data.fingerprint, *(tokens._fingerprint(c, "causal") for c in changed)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_killed_in_the_middle(source: Path, tmp_path: Path) -> None:
     process = start("hang", source, cache)
     assert process.stdout is not None
     assert process.stdout.readline() == "building\n"
-    name = tokens._fingerprint(config_for(source))
+    name = tokens._fingerprint(config_for(source), "causal")
     deadline = time.monotonic() + 30
     while not (cache / f".{name}.partial" / "train.bin").exists():
         assert time.monotonic() < deadline
