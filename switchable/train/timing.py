@@ -35,7 +35,7 @@ def interleaved(
 
 
 def step_seconds(
-    model: nn.Module, batch: Mapping[str, Tensor], micro_batches: int = 1, rounds: int = 5
+    model: nn.Module, batch: Mapping[str, Tensor], micro_batches: int = 1, rounds: int = 9
 ) -> dict[str, float]:
     """Time forward + backward + optimizer step in turns: `dense` (no routers), `dense_router` and `sparse`.
 
