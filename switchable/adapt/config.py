@@ -16,7 +16,9 @@ def _option(default: Any, help_text: str, **metadata: Any) -> Any:
 class AdaptConfig:
     """How an existing checkpoint is cut into experts, its routers are calibrated, and both are measured."""
 
-    num_experts: int = _option(64, "experts per FFN; divides d_ff")
+    num_experts: int = _option(
+        128, "experts per FFN; divides d_ff. Finer ones catch more, coarser ones compute faster"
+    )
     experts_per_token: int | None = _option(
         None, "experts that each token computes in sparse mode; default: a quarter of them"
     )

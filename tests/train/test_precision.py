@@ -1,0 +1,47 @@
+"""The ways of computing a step that change its cost and not what is learned: bfloat16, recomputing, compiling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_loop import small
+
+from switchable.train.pretrain import pretrain
+
+
+def losses(corpus: Path, folder: Path, **train: Any) -> list[float]:
+    """Train 20 steps across several switches; return the training losses (nats per token)."""
+    figures = pretrain(small(corpus, train=train), folder / "run", folder.parent / "cache", quiet=True)
+    assert figures["switches"] == 10
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(corpus, tmp_path_factory.mktemp("precision") / "plain")
+
+
+def test_bfloat16_learns_the_same_to_its_precision(corpus: Path, tmp_path: Path, plain: list[float]) -> None:
+    found = losses(corpus, tmp_path / "half", precision="bfloat16")
+    assert found == pytest.approx(plain, rel=1e-2)  # 8 bits of mantissa: 2^-8 is 4e-3
+    assert found != plain  # it was not computed in float32
+
+
+def test_recomputing_activations_changes_no_bit(corpus: Path, tmp_path: Path, plain: list[float]) -> None:
+    assert losses(corpus, tmp_path / "again", activation_checkpointing=True) == plain
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo and inductor warn of their own insides
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile on a CPU needs a C++ compiler",
+)
+def test_compiled_blocks_learn_the_same_in_both_modes(
+    corpus: Path, tmp_path: Path, plain: list[float]
+) -> None:
+    assert losses(corpus, tmp_path / "compiled", compile=True) == pytest.approx(plain, rel=1e-4)
