@@ -46,19 +46,38 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"experiments.bert_twins: {error}", file=sys.stderr)
         return 2
-    means = {
-        (twin, mode): _mean([score for scores in found[twin] for score in scores if score["mode"] == mode])
+    figures = report(found)
+    print("\n".join(table(figures)))
+    print(json.dumps(figures | {"seeds": args.seeds}))
+    return 0
+
+
+def report(found: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Return each twin's accuracy and its standard error by mode (None: never sparse), and the difference."""
+    figures: dict[str, Any] = {
+        f"{twin}_{mode}": _mean(
+            [score for scores in found[twin] for score in scores if score["mode"] == mode]
+        )
         for twin, mode in (("ssd", "dense"), ("ssd", "sparse"), ("dense", "dense"))
     }
-    print(f"{'twin':6} {'mode':7} SST-2 accuracy")
-    for (twin, mode), (value, stderr) in means.items():
-        print(f"{twin:6} {mode:7} {value:.4f} ± {stderr:.4f}")
-    (dense, error), (ssd, ssd_error) = means["dense", "dense"], means["ssd", "dense"]
-    difference, stderr = ssd - dense, math.hypot(error, ssd_error)
-    print(f"SSD - dense: {difference:+.4f} ± {stderr:.4f}")
-    accuracies = {f"{t}_{m}": {"accuracy": v, "stderr": s} for (t, m), (v, s) in means.items()}
-    print(json.dumps({**accuracies, "difference": difference, "stderr": stderr, "seeds": args.seeds}))
-    return 0
+    dense, ssd = figures["dense_dense"], figures["ssd_dense"]
+    difference = ssd["accuracy"] - dense["accuracy"]
+    return figures | {"difference": difference, "stderr": math.hypot(dense["stderr"], ssd["stderr"])}
+
+
+def table(figures: dict[str, Any]) -> list[str]:
+    """Return the lines that say the same to a reader."""
+    lines = [f"{'twin':6} {'mode':7} SST-2 accuracy"]
+    for key in ("ssd_dense", "ssd_sparse", "dense_dense"):
+        twin, mode = key.split("_")
+        found = figures[key]
+        shown = (
+            "— (the run was never sparse)"
+            if found is None
+            else f"{found['accuracy']:.4f} ± {found['stderr']:.4f}"
+        )
+        lines.append(f"{twin:6} {mode:7} {shown}")
+    return [*lines, f"SSD - dense: {figures['difference']:+.4f} ± {figures['stderr']:.4f}"]
 
 
 def _twin(args: argparse.Namespace, twin: str) -> list[list[dict[str, Any]]]:
@@ -98,12 +117,12 @@ def _pretrain(config: RunConfig, folder: Path, cache: Path) -> None:
         pretrain(config, folder, cache, overwrite=True)
 
 
-def _mean(scores: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean accuracy over seeds and its standard error on the examples; NaN if there is none."""
+def _mean(scores: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Return the mean accuracy over seeds and its standard error on the examples; None if there are no scores."""
     if not scores:
-        return math.nan, math.nan
+        return None
     value = statistics.fmean(score["value"] for score in scores)
-    return value, math.sqrt(value * (1 - value) / scores[0]["examples"])
+    return {"accuracy": value, "stderr": math.sqrt(value * (1 - value) / scores[0]["examples"])}
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "on all of them": {"router_token_fraction": 1.0},
         "slower": {"router_learning_rate": 1e-3},
         "faster": {"router_learning_rate": 3e-2},
+        "towards the norm": {"router_objective": "norm"},
+        "towards the rank": {"router_objective": "ranking"},
         "mean of the weights": {"router": "weight_mean"},
     },
     "experts": {

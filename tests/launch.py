@@ -6,6 +6,7 @@ A rank's exit code is what the command line's would be: 0, 2 for a wrong input, 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing as mp
 import os
 import socket
@@ -70,6 +71,7 @@ def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., None
             RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )  # fmt: skip
     with open(f"{log}/stderr-{r}", "w", buffering=1) as stream, contextlib.redirect_stderr(stream):
+        faulthandler.dump_traceback_later(100, file=stream)  # a rank that is killed for hanging says where
         sys.exit(work(*args))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from experiments.bert_twins import report, table
 from experiments.recipe import QUESTIONS, compare, configure, line
 from switchable.config import check, from_dict, read_yaml
 
@@ -46,3 +48,22 @@ def test_a_variant_against_its_dense_run() -> None:
     }
     assert line("a", figures).split() == ["a", "+0.2500", "+0.5000", "0.750", "50.0%", "62.5%"]
     assert compare(summary | {"val_loss_sparse": None}, dense)["delta_sparse"] is None
+
+
+def test_twins_by_hand_and_without_a_sparse_mode() -> None:
+    def score(mode: str, value: float) -> dict[str, object]:
+        return {"mode": mode, "value": value, "examples": 100}
+
+    found = {"ssd": [[score("dense", 0.7)], [score("dense", 0.9)]], "dense": [[score("dense", 0.5)]]}
+    figures = report(found)
+    assert figures["ssd_dense"] == pytest.approx({"accuracy": 0.8, "stderr": 0.04})  # sqrt(0.8 * 0.2 / 100)
+    assert figures["dense_dense"] == pytest.approx({"accuracy": 0.5, "stderr": 0.05})
+    assert figures["difference"] == pytest.approx(0.3)
+    assert figures["stderr"] == pytest.approx((0.04**2 + 0.05**2) ** 0.5)
+    assert json.loads(json.dumps(figures, allow_nan=False))["ssd_sparse"] is None
+    assert table(figures)[1:] == [
+        "ssd    dense   0.8000 ± 0.0400",
+        "ssd    sparse  — (the run was never sparse)",
+        "dense  dense   0.5000 ± 0.0500",
+        "SSD - dense: +0.3000 ± 0.0640",
+    ]

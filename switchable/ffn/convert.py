@@ -89,6 +89,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
     if not family.in_layer:
         _check_same_function(ffn, layer)
     layer.router_learns = config.router == "learned" and config.schedule != "dense"
+    layer.router_objective = config.router_objective
     layer.router_token_fraction = config.router_token_fraction
     layer.expert_gate, layer.load_balance = config.gate, config.load_balance
     layer.activation_l1 = config.activation_l1

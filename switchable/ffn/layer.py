@@ -29,7 +29,7 @@ from switchable.ffn.placement import project
 from switchable.ffn.router import (
     Router,
     attach_loss,
-    expert_mass,
+    importance,
     load_balance_loss,
     router_loss,
     select,
@@ -38,8 +38,8 @@ from switchable.ffn.router import (
 
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
-    "dense_fallback", "expert_compute", "router", "router_learns", "router_token_fraction", "expert_gate",
-    "load_balance", "activation_l1", "attached_loss_weight", "neuron_ids_F", "training",
+    "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
+    "expert_gate", "load_balance", "activation_l1", "attached_loss_weight", "neuron_ids_F", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -116,6 +116,7 @@ class SwitchableFFN(nn.Module):
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(self.reads_FD)
         self.router_learns = True
+        self.router_objective = "mass"
         self.router_token_fraction = 1.0
         self.attached_loss_weight = 1.0
         self.expert_gate = "unit"
@@ -300,8 +301,14 @@ class SwitchableFFN(nn.Module):
         x_TD = x_BSD[..., ::every, :].reshape(-1, self.d_model)
         with torch.no_grad():
             hidden_TF = hidden_BSF[..., ::every, :].reshape(-1, self.d_ff)
-            mass_TE = expert_mass(hidden_TF, self.weights.down_FD, self.num_experts)
-        return router_loss(self.router(x_TD), mass_TE)
+            wanted_TE = importance(
+                hidden_TF,
+                self.weights.down_FD,
+                self.num_experts,
+                self.experts_per_token,
+                self.router_objective,
+            )
+        return router_loss(self.router(x_TD), wanted_TE)
 
     def extra_repr(self) -> str:
         """Say mode, K and E, as in `mode=sparse, experts=6/32`."""

@@ -11,6 +11,8 @@ router is trained on it directly, its input detached:
 
     mass_e = Σ_{i in e} |a_i| · ‖down_i‖,      loss = cross-entropy(softmax(scores), mass / Σ mass)
 
+(or, in place of the mass, the norm of what the expert writes, or 1 for the K experts of most mass.)
+
 Initialisation: the mean of an expert's normalised neurons (Zhang et al. 2024, public clustering code), scaled to the
 mean norm of a neuron.
 
@@ -103,8 +105,33 @@ def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     return torch.einsum("tei,ei->te", hidden_TEI, norms_EI)
 
 
+def expert_norm(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
+    """Return norm_TE, the length of what each expert writes: ‖Σ over its neurons of a_i · down_i‖."""
+    down_EID = down_FD.float().view(num_experts, -1, down_FD.shape[1])
+    gram_EII = down_EID @ down_EID.mT
+    hidden_ETI = hidden_TF.float().view(hidden_TF.shape[0], num_experts, -1).transpose(0, 1)
+    squares_ET = ((hidden_ETI @ gram_EII) * hidden_ETI).sum(dim=-1)
+    return squares_ET.clamp_min(0.0).sqrt().T
+
+
+def ranked_first(mass_TE: Tensor, experts_per_token: int) -> Tensor:
+    """Return 1 for the K experts with the most mass of each token, 0 for the others and for those without any."""
+    top_TK = mass_TE.topk(experts_per_token, dim=-1).indices
+    return torch.zeros_like(mass_TE).scatter_(-1, top_TK, 1.0) * (mass_TE > 0)
+
+
+def importance(
+    hidden_TF: Tensor, down_FD: Tensor, num_experts: int, experts_per_token: int, objective: str
+) -> Tensor:
+    """Return importance_TE, whose shares the router learns, after `router_objective`: `mass`, `norm` or `ranking`."""
+    if objective == "norm":
+        return expert_norm(hidden_TF, down_FD, num_experts)
+    mass_TE = expert_mass(hidden_TF, down_FD, num_experts)
+    return ranked_first(mass_TE, experts_per_token) if objective == "ranking" else mass_TE
+
+
 def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
-    """Return the mean cross-entropy (nats per token) of the router against each expert's share of the mass.
+    """Return the mean cross-entropy (nats per token) of the router against each expert's share of the importance.
 
     A token none of whose neurons is active has no share to learn and counts as zero.
     """

@@ -40,6 +40,12 @@ class SwitchConfig:
         "weight_mean: mean of an expert's neurons, as the paper's authors do",
         choices=("learned", "weight_mean"),
     )
+    router_objective: str = _option(
+        "mass",
+        "what the learned router predicts: mass = each expert's share of the activation mass; norm = its share of the "
+        "lengths of what experts write; ranking = the experts_per_token experts of most mass, all alike",
+        choices=("mass", "norm", "ranking"),
+    )
     router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
     activation_l1: float = _option(
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"

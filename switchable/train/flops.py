@@ -130,7 +130,10 @@ def router_learning(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a dense step that train the layer's router, 0 if it does not learn there."""
     if not layer.router_learns:
         return 0.0
-    return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + 2.0 * layer.d_ff)
+    importance = 2.0 * layer.d_ff
+    if layer.router_objective == "norm":
+        importance += 2.0 * layer.d_ff * (layer.d_ff // layer.num_experts)
+    return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + importance)
 
 
 def _head(model: nn.Module) -> list[nn.Linear]:

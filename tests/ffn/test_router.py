@@ -6,14 +6,18 @@ import math
 
 import pytest
 import torch
+from support import tiny_gpt2
 from torch import Tensor, nn
 
+from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of
 from switchable.ffn.router import (
     Router,
     attach_loss,
     expert_mass,
+    expert_norm,
     load_balance_loss,
+    ranked_first,
     router_loss,
     select,
     softmax_gates,
@@ -51,6 +55,46 @@ def test_expert_mass_by_hand() -> None:
     hidden = torch.tensor([[1.0, 0.0, 2.0, -3.0]])
     down = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])  # norms 5, 1, 2, 1
     torch.testing.assert_close(expert_mass(hidden, down, 2), torch.tensor([[5.0, 7.0]]))
+
+
+def test_expert_norm_by_hand_and_against_the_outputs_themselves() -> None:
+    hidden = torch.tensor([[1.0, 2.0, 0.0, 3.0]])
+    down = torch.tensor(
+        [[3.0, 0.0], [0.0, 2.0], [7.0, 7.0], [0.0, 1.0]]
+    )  # expert 0 writes (3, 4), expert 1 (0, 3)
+    torch.testing.assert_close(expert_norm(hidden, down, 2), torch.tensor([[5.0, 3.0]]))
+    hidden, down = torch.rand(7, 12), torch.randn(12, 5)
+    written_TED = torch.einsum("tei,eid->ted", hidden.view(7, 3, 4), down.view(3, 4, 5))
+    torch.testing.assert_close(expert_norm(hidden, down, 3), written_TED.norm(dim=-1))
+
+
+def test_ranked_first_by_hand() -> None:
+    mass = torch.tensor([[0.5, 3.0, 2.0, 1.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert ranked_first(mass, 2).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("objective", ["mass", "norm", "ranking"])
+def test_every_objective_teaches_a_layer_to_pick_what_is_active(objective: str) -> None:
+    model = tiny_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2, router_objective=objective))
+    (layer,) = layers_of(model)
+    nn.init.normal_(layer.router.weight, std=0.1)  # not the good start that it has
+    x = torch.randn(64, 4, layer.d_model)
+    with torch.no_grad():
+        layer.up_projection.bias.fill_(-0.3)
+        hidden = layer.activations(x).view(-1, layer.d_ff)
+        mass = expert_mass(hidden, layer.weights.down_FD, 8)
+
+    def caught() -> float:
+        picked = layer.router(x.view(-1, layer.d_model)).topk(2).indices
+        return float((mass.gather(1, picked).sum(1) / mass.sum(1)).nanmean())
+
+    before, optimizer = caught(), torch.optim.AdamW(layer.router.parameters(), lr=3e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        optimizer.step()
+    assert caught() > before + 0.05
 
 
 def test_router_loss_by_hand_and_silent_tokens_count_as_zero() -> None:

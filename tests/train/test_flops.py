@@ -28,6 +28,10 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert flops.step((None, None)) == flops.dense + T * 2 * learning
     assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
+    for layer in layers_of(switchable_gpt2):
+        layer.router_objective = "norm"
+    longer = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
+    assert longer.step((None, None)) == flops.step((None, None)) + T * 2 * 0.5 * 2 * F * (F // E)
     assert all(layer.mode == "sparse" and layer.router_learns for layer in layers_of(switchable_gpt2))
     assert all(p.grad is None for p in switchable_gpt2.parameters())
 
