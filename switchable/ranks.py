@@ -66,6 +66,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def side_group() -> dist.ProcessGroup | None:
+    """Return a group of all ranks for a thread beside training, which waits no longer than training's own does."""
+    if not running():
+        return None
+    main = dist.distributed_c10d._get_default_group()  # torch has no public name for a group's timeout
+    timeout = main._get_backend(torch.device("cpu")).options._timeout
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
 def from_main(value: T) -> T:
     """Return rank 0's value on every rank."""
     if not running():

@@ -10,7 +10,6 @@ import faulthandler
 import multiprocessing as mp
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,7 +20,7 @@ PRELOAD = ["switchable.cli.pretrain", "switchable.train.pretrain", "train.test_l
 
 def start_ranks(
     world_size: int,
-    work: Callable[..., None],
+    work: Callable[..., int | None],
     *args: Any,
     per_rank: Sequence[Sequence[Any]] | None = None,
     log: Path,
@@ -45,7 +44,7 @@ def start_ranks(
 
 def run_ranks(
     world_size: int,
-    work: Callable[..., None],
+    work: Callable[..., int | None],
     *args: Any,
     per_rank: Sequence[Sequence[Any]] | None = None,
     log: Path,
@@ -62,7 +61,7 @@ def run_ranks(
     return [(int(process.exitcode or 0), error) for process, error in zip(ranks, errors, strict=True)]
 
 
-def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., None], args: Any) -> None:
+def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., int | None], args: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -72,7 +71,9 @@ def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., None
         )  # fmt: skip
     with open(f"{log}/stderr-{r}", "w", buffering=1) as stream, contextlib.redirect_stderr(stream):
         faulthandler.dump_traceback_later(100, file=stream)  # a rank that is killed for hanging says where
-        sys.exit(work(*args))
+        code = work(*args)
+        stream.flush()
+        os._exit(code or 0)  # once in hundreds of runs a forked rank that was done did not come to its end
 
 
 def cli(*arguments: str) -> int:

@@ -10,8 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-import torch.distributed as dist
-
 from switchable import ranks
 from switchable.train import checkpoint
 from switchable.train.snapshot import Snapshot
@@ -22,7 +20,7 @@ class Saver:
 
     def __init__(self) -> None:
         # The thread talks to the other ranks' threads; a group of its own keeps it out of training's conversations.
-        self._group = dist.new_group(backend="gloo") if ranks.running() else None
+        self._group = ranks.side_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from launch import cli, run_ranks, start_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train.test_loop import small
 
+from switchable import ranks
 from switchable.config import to_dict
 from switchable.train import setup
 from switchable.train.loop import Trainer
@@ -108,6 +111,24 @@ def test_the_losses_are_those_of_one_process(
             close = (1e-6 if ".router." in name else 1e-9) if double else 1e-4
             if not name.startswith("random"):
                 torch.testing.assert_close(b[name], tensor, rtol=0, atol=close, msg=name)
+
+
+def ask_for_a_missing_word(folder: Path) -> None:
+    """Rank 1 says nothing; rank 0 notes how long it waited for it."""
+    with process_group(4):
+        group = ranks.side_group()
+        if dist.get_rank() == 0:
+            begin = time.monotonic()
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.ones(1), group=group)
+            (folder / "waited").write_text(str(time.monotonic() - begin))
+        else:
+            time.sleep(8)
+
+
+def test_the_thread_that_saves_waits_no_longer_for_a_silent_rank_than_training_does(tmp_path: Path) -> None:
+    run_ranks(2, ask_for_a_missing_word, tmp_path, log=tmp_path, seconds=60)
+    assert 3 < float((tmp_path / "waited").read_text()) < 20  # torch's own patience is 30 minutes
 
 
 def test_a_run_goes_on_with_other_ranks_and_sharding(corpus: Path, tmp_path: Path) -> None:
