@@ -32,22 +32,23 @@ from switchable.config import RunConfig, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 
 Settings = Mapping[str, Any]
-MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.1, "regroup_below": 0.1}
+MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05, "regroup_below": 0.05}
 CO: Settings = MIXED | {"structure": "coactivation"}
 MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
 
 QUESTIONS: dict[str, dict[str, Settings]] = {
     "interleave": {
         "one dense step in 2": {"sparse_steps": 1},
-        "one in 4": {},
-        "one in 8": {"sparse_steps": 7},
-        "phases of 150 and 50": {"sparse_steps": 150, "dense_steps": 50},
+        "one in 4": {"sparse_steps": 3},
+        "one in 8": {},
+        "one in 16": {"sparse_steps": 15},
+        "phases of 175 and 25": {"sparse_steps": 175, "dense_steps": 25},
     },
     "regroup": {
         "when similarity falls below 0.5": {},
         "never": {"regroup_below": 0.0},
         "at every measurement": {"regroup_below": 1.0},
-        "at each return of long phases": {"sparse_steps": 150, "dense_steps": 50, "regroup": "switch"},
+        "at each return of long phases": {"sparse_steps": 175, "dense_steps": 25, "regroup": "switch"},
     },
     "structure": {"weights": {}, "co-activation": CO, "both": MIXED},
     "router": {
@@ -55,6 +56,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "on all of them": {"router_token_fraction": 1.0},
         "slower": {"router_learning_rate": 1e-3},
         "faster": {"router_learning_rate": 3e-2},
+        "on 1 in 16 of sparse steps too": {"router_sparse_fraction": 0.0625},
         "towards the norm": {"router_objective": "norm"},
         "towards the rank": {"router_objective": "ranking"},
         "mean of the weights": {"router": "weight_mean"},
@@ -70,17 +72,18 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "K = 4 in every layer": {},
         "90 % of the mass": MASS | {"mass_target": 0.9},
         "95 %": MASS,
-        "95 %, grouped by both": MASS | MIXED,
+        "80 %, the first layer too": MASS | {"mass_target": 0.8},
     },
     "start": {
-        "10 % dense, similarity 0.5": {},
-        "5 %, 0.2": {"min_dense_fraction": 0.05, "stability_threshold": 0.2},
+        "10 % dense, similarity 0.1": {},
+        "10 %, 0.5": {"stability_threshold": 0.5},
+        "5 %, 0": {"min_dense_fraction": 0.05, "stability_threshold": 0.0},
         "30 %": {"min_dense_fraction": 0.3},
     },
     "end": {
-        "last 10 % dense": {},
+        "last 5 % dense": {},
         "none": {"final_dense_fraction": 0.0},
-        "3 %": {"final_dense_fraction": 0.03},
+        "10 %": {"final_dense_fraction": 0.1},
         "30 %": {"final_dense_fraction": 0.3},
     },
     "penalty": {
@@ -89,13 +92,19 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "1e-4": {"activation_l1": 1e-4},
         "1e-3": {"activation_l1": 1e-3},
     },
-    "activation": {"ReLU": {}, "ReLU^2": {"activation": "relu2"}},
+    "activation": {"ReLU^2": {}, "ReLU": {"activation": "relu"}},
+    "learning rate": {
+        "2e-3": {},
+        "1.4e-3": {"learning_rate": 1.4e-3},
+        "3e-3": {"learning_rate": 3e-3},
+        "5e-3": {"learning_rate": 5e-3},
+    },
     "longer": {"as long": {}, "a quarter longer": {"steps": 1.25}, "half as long again": {"steps": 1.5}},
 }
 """Question -> variant -> settings that differ from recipe.yaml. `steps` is a factor."""
 
 DENSE: Settings = {"schedule": "dense"}
-WITH_THE_MODEL = ("activation",)
+WITH_THE_MODEL = ("activation", "learning_rate")
 """Settings that the dense run a variant is compared with has too."""
 
 

@@ -39,7 +39,8 @@ from switchable.ffn.router import (
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
-    "expert_gate", "load_balance", "activation_l1", "attached_loss_weight", "neuron_ids_F", "training",
+    "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "attached_loss_weight",
+    "neuron_ids_F", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -118,6 +119,7 @@ class SwitchableFFN(nn.Module):
         self.router_learns = True
         self.router_objective = "mass"
         self.router_token_fraction = 1.0
+        self.router_sparse_fraction = 0.0
         self.attached_loss_weight = 1.0
         self.expert_gate = "unit"
         self.load_balance = 0.0
@@ -224,7 +226,9 @@ class SwitchableFFN(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return y_BSD
         if self.router_learns:
-            y_BSD = self._attach(y_BSD, self._router_loss(x_BSD.detach(), hidden_BSF.detach()))
+            every = _stride(self.router_token_fraction)
+            seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :].detach()
+            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
         if self.activation_l1:
             y_BSD = self._attach(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
@@ -245,7 +249,14 @@ class SwitchableFFN(nn.Module):
             y_TD = self._attach(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
-        return y_TD.view(x_BSD.shape)
+        y_BSD = y_TD.view(x_BSD.shape)
+        if self.router_sparse_fraction and self.router_learns and self.training and torch.is_grad_enabled():
+            # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
+            seen = x_BSD[..., :: _stride(self.router_sparse_fraction), :].detach()
+            with torch.no_grad():
+                hidden = self.activations(seen)
+            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
+        return y_BSD
 
     def _experts(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
         """Return what the experts write, without the bias of the output projection."""
@@ -296,23 +307,25 @@ class SwitchableFFN(nn.Module):
         return self._dense_wins[question]
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
-        every = max(1, round(1.0 / self.router_token_fraction))
-        # Strided within the sequence, so that it is the same tokens however a batch is split into rows.
-        x_TD = x_BSD[..., ::every, :].reshape(-1, self.d_model)
+        """Return the router's loss on tokens and what all neurons make of them, both detached."""
         with torch.no_grad():
-            hidden_TF = hidden_BSF[..., ::every, :].reshape(-1, self.d_ff)
             wanted_TE = importance(
-                hidden_TF,
+                hidden_BSF.reshape(-1, self.d_ff),
                 self.weights.down_FD,
                 self.num_experts,
                 self.experts_per_token,
                 self.router_objective,
             )
-        return router_loss(self.router(x_TD), wanted_TE)
+        return router_loss(self.router(x_BSD.reshape(-1, self.d_model)), wanted_TE)
 
     def extra_repr(self) -> str:
         """Say mode, K and E, as in `mode=sparse, experts=6/32`."""
         return f"mode={self.mode}, experts={self.experts_per_token}/{self.num_experts}"
+
+
+def _stride(fraction: float) -> int:
+    """Return the step within the sequence that picks a fraction of the tokens, the same ones in any micro-batch."""
+    return max(1, round(1.0 / fraction))
 
 
 def _refuse_own_parameters(ffn: nn.Module, name: str) -> None:

@@ -47,6 +47,11 @@ class SwitchConfig:
         choices=("mass", "norm", "ranking"),
     )
     router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
+    router_sparse_fraction: float = _option(
+        0.0,
+        "fraction of a sparse step's tokens that train the router too; for them all neurons are computed, forward "
+        "only, so use little, e.g. 0.0625; 0 = only the gates teach it between dense steps",
+    )
     activation_l1: float = _option(
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
     )
@@ -111,6 +116,7 @@ class SwitchConfig:
             "min_dense_fraction",
             "final_dense_fraction",
             "router_token_fraction",
+            "router_sparse_fraction",
             "max_activation_ratio",
         )
         for name in (*names, "stability_threshold", "regroup_below"):

@@ -121,19 +121,28 @@ def ffn_dense(layer: SwitchableFFN) -> float:
 
 
 def router_sparse(layer: SwitchableFFN) -> float:
-    """Return the FLOPs per token of a layer's router in a sparse step."""
+    """Return the FLOPs per token of a layer's router in a sparse step, its learning there included."""
     passes = 3.0 if layer.expert_gate == "softmax" else 2.0
-    return passes * 2 * layer.d_model * layer.num_experts
+    learning = 0.0
+    if layer.router_learns:
+        inputs = 2.0 * (projections(layer) - 1) * layer.d_model * layer.d_ff
+        learning = layer.router_sparse_fraction * (inputs + _router_loss(layer))
+    return passes * 2 * layer.d_model * layer.num_experts + learning
 
 
 def router_learning(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a dense step that train the layer's router, 0 if it does not learn there."""
     if not layer.router_learns:
         return 0.0
+    return layer.router_token_fraction * _router_loss(layer)
+
+
+def _router_loss(layer: SwitchableFFN) -> float:
+    """Return the FLOPs of the router's loss, both passes, per token that it learns from."""
     importance = 2.0 * layer.d_ff
     if layer.router_objective == "norm":
         importance += 2.0 * layer.d_ff * (layer.d_ff // layer.num_experts)
-    return layer.router_token_fraction * (4.0 * layer.d_model * layer.num_experts + importance)
+    return 4.0 * layer.d_model * layer.num_experts + importance
 
 
 def _head(model: nn.Module) -> list[nn.Linear]:

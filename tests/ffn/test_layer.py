@@ -75,6 +75,26 @@ def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
     assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
 
 
+def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
+    make_gpt2: Make, tokens: Tensor
+) -> None:
+    """With all experts on, both modes see the same tokens: their routers' gradients are the same, and no others."""
+    model = make_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=8, router_token_fraction=0.25))
+    (layer,) = layers_of(model)
+    _, dense = loss_and_gradients(model, tokens)
+    set_mode(model, "sparse")
+    _, alone = loss_and_gradients(model, tokens)
+    layer.router_sparse_fraction = 0.25
+    logits, taught = loss_and_gradients(model, tokens)
+    name = "transformer.h.0.mlp.router.weight"
+    assert relative(taught[name] - alone[name], dense[name]) < 1e-5  # beside what the gates teach it
+    for other, grad in alone.items():
+        assert is_router_parameter(other) or torch.equal(taught[other], grad), other
+    model.eval()
+    assert torch.equal(model(input_ids=tokens).logits, logits)
+
+
 def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """A mixture of experts token by token, and its load-balance loss."""
     weights, scores = layer.weights, nn.functional.linear(x, layer.router.weight, layer.router.bias)

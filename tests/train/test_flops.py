@@ -29,6 +29,10 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     for layer in layers_of(switchable_gpt2):
+        layer.router_sparse_fraction = 0.25
+    taught = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
+    assert taught.step((None, K)) == flops.step((None, K)) + T * 0.25 * (2 * D * F + 4 * D * E + 2 * F)
+    for layer in layers_of(switchable_gpt2):
         layer.router_objective = "norm"
     longer = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
     assert longer.step((None, None)) == flops.step((None, None)) + T * 2 * 0.5 * 2 * F * (F // E)
