@@ -57,6 +57,8 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "slower": {"router_learning_rate": 1e-3},
         "faster": {"router_learning_rate": 3e-2},
         "on 1 in 16 of sparse steps too": {"router_sparse_fraction": 0.0625},
+        "half noise": {"router_noise": 0.5},
+        "drawn by the mass": {"router_noise": 1.0},
         "towards the norm": {"router_objective": "norm"},
         "towards the rank": {"router_objective": "ranking"},
         "mean of the weights": {"router": "weight_mean"},

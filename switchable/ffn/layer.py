@@ -40,7 +40,7 @@ OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
     "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "attached_loss_weight",
-    "neuron_ids_F", "training",
+    "neuron_ids_F", "router_noise", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -120,6 +120,7 @@ class SwitchableFFN(nn.Module):
         self.router_objective = "mass"
         self.router_token_fraction = 1.0
         self.router_sparse_fraction = 0.0
+        self.router_noise = 0.0
         self.attached_loss_weight = 1.0
         self.expert_gate = "unit"
         self.load_balance = 0.0
@@ -243,7 +244,11 @@ class SwitchableFFN(nn.Module):
         # softmax gates: the output depends on x through them too.
         softmax = self.expert_gate == "softmax"
         scores_TE = self.router(x_TD if softmax else x_TD.detach())
-        ids_TK, gates_TK = (softmax_gates if softmax else select)(scores_TE, self.experts_per_token)
+        if softmax:
+            ids_TK, gates_TK = softmax_gates(scores_TE, self.experts_per_token)
+        else:
+            noise = self.router_noise if self.training and torch.is_grad_enabled() else 0.0
+            ids_TK, gates_TK = select(scores_TE, self.experts_per_token, noise)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
         if self.load_balance and self.training and torch.is_grad_enabled():
             y_TD = self._attach(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))

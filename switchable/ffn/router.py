@@ -61,16 +61,28 @@ class Router(nn.Linear):
             return nnf.linear(x_TD.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-def select(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor | None]:
+def select(scores_TE: Tensor, experts_per_token: int, noise: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """Return the K best experts of each token and their gates.
+
+    Args:
+        scores_TE: the router's.
+        experts_per_token: K.
+        noise: scale of Gumbel noise on the scores that are ranked. With 1, experts are drawn without replacement with
+            the probabilities softmax(scores), which are the shares of the mass as the router sees them
+            (Gumbel-top-k, Kool et al. 2019); less noise prefers the best ones more.
 
     Returns:
         ids_TK, int64, and gates_TK, whose values are exactly 1 and whose gradient reaches the scores; None in place
         of gates through which no gradient would flow.
     """
-    top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
-    if not top_TK.requires_grad:
+    ranked_TE = scores_TE
+    if noise:
+        ranked_TE = scores_TE.detach() - noise * torch.empty_like(scores_TE).exponential_().log_()
+    top_TK, ids_TK = ranked_TE.topk(experts_per_token, dim=-1, sorted=False)
+    if not scores_TE.requires_grad:
         return ids_TK, None
+    if noise:
+        top_TK = scores_TE.gather(-1, ids_TK)
     p_TK = top_TK.softmax(dim=-1)
     return ids_TK, 1.0 + (p_TK - p_TK.detach())
 

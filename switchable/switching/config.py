@@ -52,6 +52,11 @@ class SwitchConfig:
         "fraction of a sparse step's tokens that train the router too; for them all neurons are computed, forward "
         "only, so use little, e.g. 0.0625; 0 = only the gates teach it between dense steps",
     )
+    router_noise: float = _option(
+        0.0,
+        "scale of Gumbel noise on the scores in sparse steps, so that experts near the border take turns; 0 = none, "
+        "1 = drawn in proportion to the predicted mass",
+    )
     activation_l1: float = _option(
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
     )
@@ -128,6 +133,10 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
+        if self.router_noise < 0:
+            raise InputError(
+                f"router_noise={self.router_noise} is out of range; use 0 (none) or more, e.g. 0.5"
+            )
         if self.load_balance < 0:
             raise InputError(
                 f"load_balance={self.load_balance} is out of range; use 0 or more (0.01 is usual)"

@@ -35,6 +35,22 @@ def test_gates_are_exactly_one_and_their_gradient_is_the_softmaxs() -> None:
     torch.testing.assert_close(scores.grad, expected)
 
 
+def test_noisy_choices_are_drawn_by_their_probabilities_and_gates_stay_one() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    scores = probabilities.log().expand(20_000, 4).clone().requires_grad_()
+    torch.manual_seed(0)
+    ids, gates = select(scores, 1, noise=1.0)
+    found = torch.bincount(ids.flatten(), minlength=4) / len(ids)
+    torch.testing.assert_close(found, probabilities, atol=0.01, rtol=0)
+    assert gates is not None
+    assert torch.equal(gates, torch.ones_like(gates))
+    # Two of them without replacement: 0.1 first, or second after any other.
+    ids, _ = select(scores, 2, noise=1.0)
+    expected = 0.1 + sum(p * 0.1 / (1 - p) for p in (0.5, 0.25, 0.15))
+    assert float((ids == 3).any(dim=1).float().mean()) == pytest.approx(expected, abs=0.01)
+    assert select(scores.detach(), 2, noise=0.0)[0].sort().values.unique(dim=0).tolist() == [[0, 1]]
+
+
 def test_softmax_gates_by_hand() -> None:
     ids, gates = softmax_gates(torch.tensor([[0.0, math.log(3.0), -9.0]]), 2)  # softmax over two: 1/4, 3/4
     by_expert = dict(zip(ids[0].tolist(), gates[0].tolist(), strict=True))
