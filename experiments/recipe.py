@@ -32,7 +32,7 @@ from switchable.config import RunConfig, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 
 Settings = Mapping[str, Any]
-MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05, "regroup_below": 0.05}
+MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05}
 CO: Settings = MIXED | {"structure": "coactivation"}
 MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
 
@@ -45,8 +45,8 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "phases of 175 and 25": {"sparse_steps": 175, "dense_steps": 25},
     },
     "regroup": {
-        "when similarity falls below 0.5": {},
-        "never": {"regroup_below": 0.0},
+        "never": {},
+        "when similarity falls below 0.5": {"regroup_below": 0.5},
         "at every measurement": {"regroup_below": 1.0},
         "at each return of long phases": {"sparse_steps": 175, "dense_steps": 25, "regroup": "switch"},
     },

@@ -42,7 +42,9 @@ class ModelConfig:
     max_positions: int | None = option(
         None, "longest sequence in tokens; default: the training sequence length"
     )
-    activation: str = option("relu", "activation of the FFN", choices=("relu", "relu2"))
+    activation: str = option(
+        "relu2", "activation of the FFN: ReLU or its square, which is sparser", choices=("relu", "relu2")
+    )
 
 
 @dataclass(frozen=True)

@@ -85,14 +85,14 @@ class SwitchConfig:
     monitor_every: int = _option(50, "optimizer steps between measurements on the probe; 0 = never")
     probe_tokens: int = _option(2048, "validation tokens on which everything is measured")
     min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
-    final_dense_fraction: float = _option(0.1, "fraction of all steps, at the end, that are always dense")
+    final_dense_fraction: float = _option(0.05, "fraction of all steps, at the end, that are always dense")
     stability_threshold: float = _option(
-        0.5, "adjusted Rand index of successive structures from which a layer counts as stable"
+        0.1, "adjusted Rand index of successive structures from which a layer counts as stable"
     )
     max_activation_ratio: float = _option(
         0.3, "largest activation ratio at which a layer counts as sparse; others stay dense"
     )
-    sparse_steps: int = _option(3, "sparse steps in a row before the next return to dense")
+    sparse_steps: int = _option(7, "sparse steps in a row before the next return to dense")
     dense_steps: int = _option(1, "dense steps at each return")
     regroup: str = _option(
         "drift",
@@ -101,7 +101,7 @@ class SwitchConfig:
         choices=("drift", "switch"),
     )
     regroup_below: float = _option(
-        0.5, "a layer is regrouped when its structure's similarity to a fresh one falls below this; 0 = never"
+        0.0, "a layer is regrouped when its structure's similarity to a fresh one falls below this; 0 = never"
     )
 
     def __post_init__(self) -> None:
