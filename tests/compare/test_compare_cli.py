@@ -43,7 +43,9 @@ def arguments(base: Path, corpus: Path, *more: str) -> list[str]:
 def test_stopped_gone_on_with_and_finished(
     base: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, os.cpu_count() or 1)))
+    command = arguments(
+        base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, len(os.sched_getaffinity(0))))
+    )
     first = subprocess.Popen(
         [sys.executable, "-m", "switchable", *command],
         stdout=subprocess.PIPE,

@@ -125,7 +125,7 @@ def test_a_plan_by_hand() -> None:
     tokens = 4 * S
     saved = 2 * tokens * (12 * D * F * 3 / 4 - 4 * D * E)
     assert found.step_flops_dense - found.step_flops_sparse == pytest.approx(saved, rel=0.1)
-    assert sparse_share(config) == pytest.approx(0.7 * 3 / 4)
+    assert sparse_share(config) == pytest.approx((1 - 0.2 - 0.05) * 3 / 4)
     assert 1.0 < found.flops_ratio < found.step_flops_dense / found.step_flops_sparse
     alone = plan(config, 50, 1)
     assert (alone.traffic_bytes, alone.gathered_bytes, alone.regroup_bytes) == (0, 0, 0)
