@@ -244,6 +244,7 @@ class SwitchableFFN(nn.Module):
         # softmax gates: the output depends on x through them too.
         softmax = self.expert_gate == "softmax"
         scores_TE = self.router(x_TD if softmax else x_TD.detach())
+        gates_TK: Tensor | None
         if softmax:
             ids_TK, gates_TK = softmax_gates(scores_TE, self.experts_per_token)
         else:
