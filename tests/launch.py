@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing as mp
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -71,9 +72,7 @@ def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., int 
         )  # fmt: skip
     with open(f"{log}/stderr-{r}", "w", buffering=1) as stream, contextlib.redirect_stderr(stream):
         faulthandler.dump_traceback_later(100, file=stream)  # a rank that is killed for hanging says where
-        code = work(*args)
-        stream.flush()
-        os._exit(code or 0)  # once in hundreds of runs a forked rank that was done did not come to its end
+        sys.exit(work(*args))
 
 
 def cli(*arguments: str) -> int:

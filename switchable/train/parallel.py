@@ -12,6 +12,7 @@ Backends are gloo for CPUs and NCCL for GPUs. In a single process there is neith
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -32,8 +33,12 @@ from switchable.ffn.convert import layers_of
 from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.layout import store_by_row
 from switchable.infer.evaluate import shifts_labels
+from switchable.train.meeting import meet
 
 Batch = Mapping[str, Tensor]
+
+GRACE = 0.1
+"""Seconds in which gloo's idle threads come to rest before their group is destroyed."""
 
 
 def launched() -> bool:
@@ -58,8 +63,13 @@ def process_group(rank_timeout: float) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
+        store, rank, world_size = meet(rank_timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=rank_timeout)
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=rank_timeout),
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(
@@ -69,6 +79,9 @@ def process_group(rank_timeout: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # gloo's threads take the interpreter's lock to let go of the last tensors they sent. Who frees the group while
+        # holding that lock, as a DDP wrapper that lives a little longer does, waits for those threads for ever.
+        time.sleep(GRACE)
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ def ask_for_a_missing_word(folder: Path) -> None:
 def test_the_thread_that_saves_waits_no_longer_for_a_silent_rank_than_training_does(tmp_path: Path) -> None:
     run_ranks(2, ask_for_a_missing_word, tmp_path, log=tmp_path, seconds=60)
     assert 3 < float((tmp_path / "waited").read_text()) < 20  # torch's own patience is 30 minutes
+
+
+def leave_at_once() -> None:
+    """End with the interpreter's lock held from the last collective to the end of the group, by what outlives it."""
+    sys.setswitchinterval(1000.0)  # no thread takes the lock from one that does not give it up
+    with process_group(60):
+        replica = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+        tensors = [torch.ones(4) for _ in range(64)]
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+        tensors.clear()
+    del replica
+
+
+def test_no_rank_waits_for_threads_that_wait_for_it(tmp_path: Path) -> None:
+    for _ in range(3):
+        assert run_ranks(2, leave_at_once, log=tmp_path, seconds=30) == [(0, "")] * 2
 
 
 def test_a_run_goes_on_with_other_ranks_and_sharding(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Where the ranks of one attempt meet, apart from those of attempts before it.
+
+torchrun restarts its ranks with the key-value store they had, and gloo and NCCL look up one another's addresses there
+under the same keys as before: a rank that is quicker than another finds the address of a process that is dead, and
+waits for it. So the ranks of an attempt first agree on a name that no other attempt had, and keep their keys under it:
+
+    rank 0    makes up a name and announces it; waits for a word from every rank under that name; answers each word
+    rank r    says a word of its own under the name announced; goes on when that very word is answered, else looks
+              whether another name was announced meanwhile
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+ANNOUNCED = "switchable/meeting"
+PATIENCE = timedelta(seconds=0.2)
+"""How long a rank waits for its answer before it looks for another name."""
+
+
+def meet(seconds: float) -> tuple[Store, int, int]:
+    """Return a store of this attempt's own, this rank, and the number of ranks, from what torchrun set.
+
+    Args:
+        seconds: how long to wait for the others.
+
+    Raises:
+        RuntimeError, ValueError: the ranks did not find one another in time, or the variables make no sense.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    return PrefixStore(agree(store, rank, world_size, seconds), store), rank, world_size
+
+
+def agree(store: Store, rank: int, world_size: int, seconds: float) -> str:
+    """Return a name that every rank of this attempt gets, and no other attempt had.
+
+    Raises:
+        RuntimeError: the others did not come in time.
+    """
+    word = uuid.uuid4().hex
+    if rank == 0:
+        return _lead(store, world_size, word, timedelta(seconds=seconds))
+    return _follow(store, rank, word, seconds)
+
+
+def _lead(store: Store, world_size: int, name: str, wait: timedelta) -> str:
+    store.set(ANNOUNCED, name)
+    words = [f"{name}/word/{r}" for r in range(1, world_size)]
+    if words:
+        store.wait(words, wait)
+    for key in words:
+        store.set(f"{name}/answer/{store.get(key).decode()}", "")
+    return name
+
+
+def _follow(store: Store, rank: int, word: str, seconds: float) -> str:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        name = store.get(ANNOUNCED).decode()  # waits for one
+        store.set(f"{name}/word/{rank}", word)
+        try:
+            store.wait([f"{name}/answer/{word}"], PATIENCE)
+        except dist.DistStoreError:
+            continue  # not answered: rank 0 is slow, or this is the name of an attempt before
+        return name
+    raise RuntimeError(f"rank {rank} had no answer from rank 0 within {seconds:g} s")
