@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
         switch={
             "schedule": "ssd",
             "router": "weight_mean",
+            "router_gate_gradient": True,
             "structure": "weights",
             "join": "together",
             "max_activation_ratio": 1.0,

@@ -92,6 +92,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
     layer.router_objective = config.router_objective
     layer.router_token_fraction = config.router_token_fraction
     layer.router_sparse_fraction = config.router_sparse_fraction
+    layer.router_gate_gradient = config.router_gate_gradient
     layer.router_noise = config.router_noise
     layer.expert_gate, layer.load_balance = config.gate, config.load_balance
     layer.activation_l1 = config.activation_l1

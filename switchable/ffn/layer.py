@@ -40,7 +40,7 @@ OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
     "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "attached_loss_weight",
-    "neuron_ids_F", "router_noise", "training",
+    "neuron_ids_F", "router_gate_gradient", "router_noise", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -120,6 +120,7 @@ class SwitchableFFN(nn.Module):
         self.router_objective = "mass"
         self.router_token_fraction = 1.0
         self.router_sparse_fraction = 0.0
+        self.router_gate_gradient = False
         self.router_noise = 0.0
         self.attached_loss_weight = 1.0
         self.expert_gate = "unit"
@@ -244,6 +245,8 @@ class SwitchableFFN(nn.Module):
         # softmax gates: the output depends on x through them too.
         softmax = self.expert_gate == "softmax"
         scores_TE = self.router(x_TD if softmax else x_TD.detach())
+        if not self.router_gate_gradient and not softmax:
+            scores_TE = scores_TE.detach()
         gates_TK: Tensor | None
         if softmax:
             ids_TK, gates_TK = softmax_gates(scores_TE, self.experts_per_token)
@@ -256,9 +259,10 @@ class SwitchableFFN(nn.Module):
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
         y_BSD = y_TD.view(x_BSD.shape)
-        if self.router_sparse_fraction and self.router_learns and self.training and torch.is_grad_enabled():
+        learns = self.router_learns and not softmax and self.training and torch.is_grad_enabled()
+        if learns and self.router_sparse_fraction:
             # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
-            seen = x_BSD[..., :: _stride(self.router_sparse_fraction), :].detach()
+            seen = x_BSD[..., :: _stride(self.router_sparse_fraction), :].detach().contiguous()
             with torch.no_grad():
                 hidden = self.activations(seen)
             y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))

@@ -2,16 +2,19 @@
 
     scores = x · Wᵀ + b             (linear, one score per expert)
     ids    = the K highest scores
-    gate   = 1 + p - stop_gradient(p),   p = softmax over the selected scores
+    gate   = 1, so that "all experts selected" *is* the dense layer
 
-The gate is exactly 1, so that "all experts selected" *is* the dense layer; the router still learns in sparse steps
-through p (a straight-through gate). Its input is detached there too: no gradient that the function does not have
-reaches the model. In dense steps every expert's true importance is at hand, so the
-router is trained on it directly, its input detached:
+Where all neurons are computed, in dense steps and for a few tokens of sparse ones, every expert's true importance is
+at hand, and the router is trained on it directly. Its input is detached: no gradient that the function does not have
+reaches the model.
 
     mass_e = Σ_{i in e} |a_i| · ‖down_i‖,      loss = cross-entropy(softmax(scores), mass / Σ mass)
 
-(or, in place of the mass, the norm of what the expert writes, or 1 for the K experts of most mass.)
+(Or, in place of the mass, the norm of what the expert writes, or 1 for the K experts of most mass.)
+
+With `router_gate_gradient` the gate is 1 + p - stop_gradient(p), p the softmax over the selected scores: still exactly
+1, and in sparse steps the router also learns from the loss through p (straight-through). Measured, that unlearns the
+mass between two dense steps.
 
 Initialisation: the mean of an expert's normalised neurons (Zhang et al. 2024, public clustering code), scaled to the
 mean norm of a neuron.

@@ -48,9 +48,14 @@ class SwitchConfig:
     )
     router_token_fraction: float = _option(0.5, "fraction of a dense step's tokens that train the router")
     router_sparse_fraction: float = _option(
-        0.0,
-        "fraction of a sparse step's tokens that train the router too; for them all neurons are computed, forward "
-        "only, so use little, e.g. 0.0625; 0 = only the gates teach it between dense steps",
+        0.0625,
+        "fraction of a sparse step's tokens that train the router too (unit gates); for them all neurons are computed, "
+        "forward only, so use little; 0 = the router does not learn between dense steps",
+    )
+    router_gate_gradient: bool = _option(
+        False,
+        "let the router learn in sparse steps from what the experts chosen do to the loss too, by a straight-through "
+        "gate; it unlearns the mass meanwhile",
     )
     router_noise: float = _option(
         0.0,

@@ -122,9 +122,9 @@ def ffn_dense(layer: SwitchableFFN) -> float:
 
 def router_sparse(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a layer's router in a sparse step, its learning there included."""
-    passes = 3.0 if layer.expert_gate == "softmax" else 2.0
+    passes = 3.0 if layer.expert_gate == "softmax" else 2.0 if layer.router_gate_gradient else 1.0
     learning = 0.0
-    if layer.router_learns:
+    if layer.router_learns and layer.expert_gate == "unit":
         inputs = 2.0 * (projections(layer) - 1) * layer.d_model * layer.d_ff
         learning = layer.router_sparse_fraction * (inputs + _router_loss(layer))
     return passes * 2 * layer.d_model * layer.num_experts + learning

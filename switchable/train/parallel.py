@@ -31,6 +31,7 @@ from switchable.config import RunConfig, TrainConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
 from switchable.infer.evaluate import shifts_labels
 from switchable.train.meeting import meet
@@ -154,6 +155,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def learns_in_every_step(layer: SwitchableFFN) -> bool:
+    """Return whether the layer's router has a gradient in dense steps and in sparse ones."""
+    through_gates = layer.router_gate_gradient or layer.expert_gate == "softmax"
+    return layer.router_learns and (through_gates or layer.router_sparse_fraction > 0.0)
+
+
 class Replica:
     """The model as the training step calls it.
 
@@ -167,8 +174,8 @@ class Replica:
         self.model, self._config, self._device = model, config, device
         self._wrapped = model
         if ranks.running() and config.parallel == "ddp":
-            # Which routers learn depends on the mode; where some never do in dense steps, DDP must look for them.
-            some_idle = not all(layer.router_learns for layer in layers_of(model))
+            # A router that learns in one of the modes only is one whose gradient DDP must not wait for.
+            some_idle = not all(learns_in_every_step(layer) for layer in layers_of(model))
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,

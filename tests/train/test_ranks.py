@@ -114,6 +114,13 @@ def test_the_losses_are_those_of_one_process(
                 torch.testing.assert_close(b[name], tensor, rtol=0, atol=close, msg=name)
 
 
+def test_ddp_does_not_wait_for_routers_that_rest_in_sparse_steps(corpus: Path, tmp_path: Path) -> None:
+    changes = {"train": {"steps": 20}, "switch": {"router_sparse_fraction": 0.0}}
+    ended = run_ranks(2, train_small, tmp_path / "run", corpus, False, changes, log=tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert any(line["sparse_fraction"] for line in lines(tmp_path / "run", "train"))
+
+
 def ask_for_a_missing_word(folder: Path) -> None:
     """Rank 1 says nothing; rank 0 notes how long it waited for it."""
     with process_group(4):
