@@ -15,13 +15,12 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 ANNOUNCED = "switchable/meeting"
-PATIENCE = timedelta(seconds=0.2)
-"""How long a rank waits for its answer before it looks for another name."""
+PATIENCE = 0.1
+"""Seconds that a rank waits for its answer before it looks for another name."""
 
 
 def meet(seconds: float) -> tuple[Store, int, int]:
@@ -64,9 +63,7 @@ def _follow(store: Store, rank: int, word: str, seconds: float) -> str:
     while time.monotonic() < deadline:
         name = store.get(ANNOUNCED).decode()  # waits for one
         store.set(f"{name}/word/{rank}", word)
-        try:
-            store.wait([f"{name}/answer/{word}"], PATIENCE)
-        except dist.DistStoreError:
-            continue  # not answered: rank 0 is slow, or this is the name of an attempt before
-        return name
+        time.sleep(PATIENCE)  # `wait` with a timeout would print a warning each time
+        if store.check([f"{name}/answer/{word}"]):
+            return name  # else rank 0 is slow, or this is the name of an attempt before
     raise RuntimeError(f"rank {rank} had no answer from rank 0 within {seconds:g} s")

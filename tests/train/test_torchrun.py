@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,5 +61,8 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(corpus: Path, tmp_path: 
     assert json.loads((out / "summary.json").read_text())["steps"] == steps
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, steps + 1))
-    assert "exitcode: -9" in (tmp_path / "log").read_text()  # torchrun saw it
+    # torchrun saw one of the two first: the rank that was killed, or the other one, which missed it.
+    assert re.search(
+        r"failed \(exitcode: (-9\) local_rank: 1|75\) local_rank: 0) ", (tmp_path / "log").read_text()
+    )
     assert not list(out.rglob(".tmp-*"))
