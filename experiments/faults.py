@@ -79,7 +79,7 @@ def configuration(corpus: Path, steps: int) -> RunConfig:
             },
             "switch": {
                 "num_experts": 8, "experts_per_token": 3, "monitor_every": 6, "probe_tokens": 128,
-                "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+                "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
                 "min_dense_fraction": 0.05, "final_dense_fraction": 0.1, "regroup_below": 1.0,
             },
         }

@@ -72,7 +72,7 @@ def small_run(corpus: Path, family: str = "gpt2", **train: Any) -> RunConfig:
             },
             "switch": {
                 "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 200,
-                "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+                "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
                 "min_dense_fraction": 0.15, "final_dense_fraction": 0.2, "regroup_below": 1.0,
             },
         }

@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
             "structure": "weights",
             "join": "together",
             "max_activation_ratio": 1.0,
+            "min_mass_caught": 0.0,
             "sparse_steps": _fraction_of_steps(0.075),
             "dense_steps": _fraction_of_steps(0.025),
             "regroup": "switch",

@@ -95,7 +95,7 @@ def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig)
     layer.router_gate_gradient = config.router_gate_gradient
     layer.router_noise = config.router_noise
     layer.expert_gate, layer.load_balance = config.gate, config.load_balance
-    layer.activation_l1 = config.activation_l1
+    layer.activation_l1, layer.commitment = config.activation_l1, config.commitment
     check_implementation(config.expert_compute)
     layer.expert_compute = config.expert_compute
     layer.train(ffn.training)

@@ -29,18 +29,20 @@ from switchable.ffn.placement import project
 from switchable.ffn.router import (
     Router,
     attach_loss,
+    expert_mass,
     importance,
     load_balance_loss,
     router_loss,
     select,
+    share_missed,
     softmax_gates,
 )
 
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
-    "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "attached_loss_weight",
-    "neuron_ids_F", "router_gate_gradient", "router_noise", "training",
+    "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "commitment",
+    "attached_loss_weight", "neuron_ids_F", "router_gate_gradient", "router_noise", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -126,6 +128,7 @@ class SwitchableFFN(nn.Module):
         self.expert_gate = "unit"
         self.load_balance = 0.0
         self.activation_l1 = 0.0
+        self.commitment = 0.0
 
     def _part(self, path: str) -> nn.Module:
         """Return a module by its path in the family's row."""
@@ -229,8 +232,10 @@ class SwitchableFFN(nn.Module):
             return y_BSD
         if self.router_learns:
             every = _stride(self.router_token_fraction)
-            seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :].detach()
-            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
+            seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :]
+            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden.detach()))
+            if self.commitment and self.takes_part:
+                y_BSD = self._attach(y_BSD, self.commitment * self._share_missed(seen, hidden))
         if self.activation_l1:
             y_BSD = self._attach(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
@@ -327,6 +332,14 @@ class SwitchableFFN(nn.Module):
                 self.router_objective,
             )
         return router_loss(self.router(x_BSD.reshape(-1, self.d_model)), wanted_TE)
+
+    def _share_missed(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
+        """Return the share of the activation mass that sparse mode would leave out, through which neurons learn."""
+        with torch.no_grad():
+            ids_TK, _ = select(self.router(x_BSD.reshape(-1, self.d_model)), self.experts_per_token)
+        down_FD = self.weights.down_FD.detach()
+        mass_TE = expert_mass(hidden_BSF.reshape(-1, self.d_ff), down_FD, self.num_experts)
+        return share_missed(mass_TE, ids_TK)
 
     def extra_repr(self) -> str:
         """Say mode, K and E, as in `mode=sparse, experts=6/32`."""

@@ -154,6 +154,18 @@ def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
     return -(share_TE * scores_TE.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
+def share_missed(mass_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Return the share of the mass outside the chosen experts, mean over the tokens, 0 to 1.
+
+    As a penalty on the activations it is to neurons what the router's loss is to the router: each learns to suit the
+    other, as codes and encoder do through the commitment loss of van den Oord et al. 2017 (VQ-VAE, section 3.2). A
+    token none of whose neurons is active misses nothing.
+    """
+    caught_T = mass_TE.gather(-1, ids_TK).sum(dim=-1)
+    total_T = mass_TE.sum(dim=-1)
+    return ((total_T - caught_T) / total_T.clamp_min(torch.finfo(mass_TE.dtype).tiny)).mean()
+
+
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """Pass `y` through unchanged and add `loss` to whatever is minimised downstream.
 

@@ -70,10 +70,11 @@ def coactivation_features(active_TF: Tensor, *, width: int = 64, random_state: i
     basis_FR = torch.randn(neurons, width, generator=generator).to(active_TF.device)
     for _ in range(SUBSPACE_STEPS):
         basis_FR = torch.linalg.qr(_correlate(active_TF, mean_F, inverse_F, basis_FR)).Q
-    # Rayleigh and Ritz: diagonalise C within the subspace found.
+    # Rayleigh and Ritz: diagonalise C within the subspace found. In float64: with few neurons alive most eigenvalues
+    # are zeros up to rounding, on which float32's algorithm gives up on some processors.
     image_FR = _correlate(active_TF, mean_F, inverse_F, basis_FR)
-    inner_RR = basis_FR.T @ image_FR
-    values_R, vectors_RR = torch.linalg.eigh((inner_RR + inner_RR.T) / 2)
+    inner_RR = (basis_FR.T @ image_FR).double()
+    values_R, vectors_RR = (part.float() for part in torch.linalg.eigh((inner_RR + inner_RR.T) / 2))
     features_FR: Tensor = (basis_FR @ vectors_RR) * values_R.clamp(min=0).sqrt() * (inverse_F > 0)[:, None]
     return features_FR
 

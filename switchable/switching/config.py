@@ -65,6 +65,11 @@ class SwitchConfig:
     activation_l1: float = _option(
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
     )
+    commitment: float = _option(
+        0.0,
+        "penalty in dense steps, in layers that take part: this times the share of the activation mass outside the "
+        "router's K experts, mean over tokens (nats); neurons learn to fire where their expert is chosen",
+    )
     expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
     gate: str = _option(
         "unit",
@@ -97,6 +102,11 @@ class SwitchConfig:
     max_activation_ratio: float = _option(
         0.3, "largest activation ratio at which a layer counts as sparse; others stay dense"
     )
+    min_mass_caught: float = _option(
+        0.6,
+        "least share of the activation mass in the router's experts at which a layer counts as sparse; others stay "
+        "dense",
+    )
     sparse_steps: int = _option(7, "sparse steps in a row before the next return to dense")
     dense_steps: int = _option(1, "dense steps at each return")
     regroup: str = _option(
@@ -128,6 +138,7 @@ class SwitchConfig:
             "router_token_fraction",
             "router_sparse_fraction",
             "max_activation_ratio",
+            "min_mass_caught",
         )
         for name in (*names, "stability_threshold", "regroup_below"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -138,10 +149,11 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
-        if self.router_noise < 0:
-            raise InputError(
-                f"router_noise={self.router_noise} is out of range; use 0 (none) or more, e.g. 0.5"
-            )
+        for name, usual in (("router_noise", "0.5"), ("commitment", "0.1")):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is out of range; use 0 (none) or more, e.g. {usual}"
+                )
         if self.load_balance < 0:
             raise InputError(
                 f"load_balance={self.load_balance} is out of range; use 0 or more (0.01 is usual)"

@@ -24,7 +24,7 @@ EVER_SPARSE = ("static", "sparse")
 """Schedules that have no dense steps once they are sparse."""
 
 LEAVE_FACTOR = 1.25
-"""A layer that takes part leaves when it exceeds the limit by this factor: no to and fro."""
+"""A layer that takes part leaves when it misses a limit by this factor: no to and fro."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def decide(
 ) -> Decision:
     """Decide after a measurement taken when `step` steps are done.
 
-    A layer joins when it is sparse (activation ratio, or the experts that the mass target needs) and stable (similarity
-    of successive structures); its structure follows every measurement until then. Once it takes part its structure
-    stands, unless it has drifted too far (or, with `regroup="switch"`, until the next change to sparse). In the last
-    dense phase nothing is regrouped any more: sparse mode would have no time to learn it. With a `mass_target`, each
-    layer's K follows every measurement to the end.
+    A layer joins when it is sparse (activation ratio and the mass that its experts catch, or the experts that the mass
+    target needs) and stable (similarity of successive structures); its structure follows every measurement until then.
+    Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the next
+    change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn
+    it. With a `mass_target`, each layer's K follows every measurement to the end.
     """
     experts = tuple(experts_needed(m, config) for m in measures)
     state = replace(state, experts_per_token=experts)
@@ -131,12 +131,9 @@ def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
 
 
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
-    used, limit = _use(measured, config)
-    if part and config.schedule == "static":
-        return True
     if part:
-        return used <= LEAVE_FACTOR * limit
-    return may_join and used <= limit and measured.similarity >= config.stability_threshold
+        return config.schedule == "static" or _is_sparse([measured], config, slack=LEAVE_FACTOR)
+    return may_join and _is_sparse([measured], config) and measured.similarity >= config.stability_threshold
 
 
 def _together(
@@ -145,17 +142,22 @@ def _together(
     """All layers join at once, when their means pass, and none leaves."""
     if any(takes_part):
         return takes_part
-    used, limits = zip(*(_use(m, config) for m in measures), strict=True)
-    sparse = _mean(used) <= limits[0]
     stable = _mean([m.similarity for m in measures]) >= config.stability_threshold
-    return (may_join and sparse and stable,) * len(measures)
+    return (may_join and _is_sparse(measures, config) and stable,) * len(measures)
 
 
-def _use(measured: LayerMeasures, config: SwitchConfig) -> tuple[float, float]:
-    """Return how much of a layer its tokens use, and up to what it counts as sparse."""
-    if config.mass_target is None:
-        return measured.activation_ratio, config.max_activation_ratio
-    return experts_needed(measured, config) / len(measured.mass_by_k), config.max_expert_fraction
+def _is_sparse(measures: Sequence[LayerMeasures], config: SwitchConfig, slack: float = 1.0) -> bool:
+    """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit.
+
+    A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
+    mass, and a layer that joins so costs more than all others (docs/LOG.md).
+    """
+    if config.mass_target is not None:
+        used = _mean([experts_needed(m, config) / len(m.mass_by_k) for m in measures])
+        return used <= slack * config.max_expert_fraction
+    active = _mean([m.activation_ratio for m in measures])
+    caught = _mean([m.mass_caught for m in measures])
+    return active <= slack * config.max_activation_ratio and slack * caught >= config.min_mass_caught
 
 
 def _regroups(measured: LayerMeasures, at_switch: bool, config: SwitchConfig) -> bool:

@@ -134,7 +134,8 @@ def router_learning(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a dense step that train the layer's router, 0 if it does not learn there."""
     if not layer.router_learns:
         return 0.0
-    return layer.router_token_fraction * _router_loss(layer)
+    commitment = 2.0 * layer.d_model * layer.num_experts + 4.0 * layer.d_ff if layer.commitment else 0.0
+    return layer.router_token_fraction * (_router_loss(layer) + commitment)
 
 
 def _router_loss(layer: SwitchableFFN) -> float:

@@ -31,7 +31,8 @@ GIVEN: dict[str, Any] = {
     },
     "switch": {
         "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256,
-        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2, "regroup_below": 1.0,
+        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
+        "regroup_below": 1.0,
         "final_dense_fraction": 0.1,
     },
 }  # fmt: skip

@@ -20,6 +20,7 @@ from switchable.ffn.router import (
     ranked_first,
     router_loss,
     select,
+    share_missed,
     softmax_gates,
 )
 
@@ -151,6 +152,46 @@ def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:
     # The mean over 5 tokens of the sum of |a_i|, times the coefficient.
     penalty = 0.1 * layer.activations(x_TD).abs().sum() / 5
     torch.testing.assert_close(gradient(0.1), gradient(0.0, penalty))
+
+
+def test_the_share_missed_by_hand() -> None:
+    mass = torch.tensor([[1.0, 3.0, 4.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]], requires_grad=True)
+    missed = share_missed(mass, torch.tensor([[1, 2], [0, 1], [1, 2]]))
+    assert float(missed.detach()) == pytest.approx((1 / 8 + 0 + 1) / 3)
+    (gradient,) = torch.autograd.grad(missed, mass)
+    # d(1 - caught / total): 7 / 64 for what is missed, -1 / 64 for what is caught; a silent token has no slope.
+    torch.testing.assert_close(gradient[0], torch.tensor([7.0, -1.0, -1.0]) / 64 / 3)
+    assert gradient[1].isfinite().all()
+
+
+def test_commitment_makes_neurons_fire_where_their_expert_is_chosen() -> None:
+    model = tiny_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2, commitment=1.0))
+    (layer,) = layers_of(model)
+    layer.router.requires_grad_(False)
+    x = torch.randn(64, 4, layer.d_model, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def caught() -> float:
+        x_TD = x.view(-1, layer.d_model)
+        mass = expert_mass(layer.activations(x_TD), layer.weights.down_FD, 8)
+        picked = layer.router(x_TD).topk(2).indices
+        return float((mass.gather(1, picked).sum(1) / mass.sum(1)).nanmean())
+
+    def train(steps: int) -> None:
+        optimizer = torch.optim.AdamW([layer.up_projection.weight], lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (0.0 * layer(x).sum()).backward()
+            optimizer.step()
+
+    start = caught()
+    layer.takes_part = False
+    train(3)
+    assert caught() == pytest.approx(start, abs=0.02)  # weight decay alone
+    layer.takes_part = True
+    train(60)
+    assert caught() > start + 0.2
 
 
 def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:

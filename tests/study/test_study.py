@@ -40,7 +40,7 @@ SMALL: dict[str, Any] = {
     },
     "switch": {
         "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256, "regroup_below": 1.0,
-        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "sparse_steps": 2,
+        "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
     },
 }  # fmt: skip
 

@@ -105,6 +105,7 @@ CONFIG = SwitchConfig(
     final_dense_fraction=0.2,
     stability_threshold=0.0,
     max_activation_ratio=1.0,
+    min_mass_caught=0.0,
     sparse_steps=2,
     dense_steps=1,
 )

@@ -15,14 +15,15 @@ CONFIG = SwitchConfig(
     final_dense_fraction=0.2,
     stability_threshold=0.5,
     max_activation_ratio=0.3,
+    min_mass_caught=0.6,
     sparse_steps=3,
     dense_steps=1,
     regroup_below=0.4,
 )
 
 
-def measured(ratio: float, similarity: float, in_use: float = 1.0) -> LayerMeasures:
-    return LayerMeasures(ratio, 0.8, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use)
+def measured(ratio: float, similarity: float, in_use: float = 1.0, caught: float = 0.8) -> LayerMeasures:
+    return LayerMeasures(ratio, caught, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use)
 
 
 def alternating(*takes_part: bool) -> ScheduleState:
@@ -53,6 +54,14 @@ def test_a_layer_leaves_when_it_is_no_longer_sparse_but_not_at_once() -> None:
     state = alternating(True)
     assert decide(20, state, [measured(0.37, 0.9)], 100, CONFIG).state.takes_part == (True,)
     assert decide(20, state, [measured(0.38, 0.9)], 100, CONFIG).state.takes_part == (False,)
+
+
+def test_a_layer_joins_only_when_its_experts_catch_enough_of_the_mass() -> None:
+    measures = [measured(0.1, 0.9, caught=0.59), measured(0.1, 0.9, caught=0.6)]
+    assert decide(10, initial(2, CONFIG), measures, 100, CONFIG).state == alternating(False, True)
+    # Once it takes part it may fall to 0.6 / 1.25 = 0.48.
+    fallen = [measured(0.1, 0.9, caught=0.481), measured(0.1, 0.9, caught=0.479)]
+    assert decide(20, alternating(True, True), fallen, 100, CONFIG).state == alternating(True, False)
 
 
 def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
