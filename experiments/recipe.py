@@ -71,6 +71,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "8 of 32": {"experts_per_token": 8},
         "2 of 16": {"num_experts": 16, "experts_per_token": 2},
         "8 of 64": {"num_experts": 64, "experts_per_token": 8},
+        "16 of 128": {"num_experts": 128, "experts_per_token": 16},
     },
     "mass": {
         "K = 4 in every layer": {},
@@ -82,6 +83,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "10 % dense, similarity 0.1": {},
         "10 %, 0.5": {"stability_threshold": 0.5},
         "5 %, 0": {"min_dense_fraction": 0.05, "stability_threshold": 0.0},
+        "10 %, 0.1, with half the mass caught": {"min_mass_caught": 0.5},
         "30 %": {"min_dense_fraction": 0.3},
     },
     "end": {
@@ -95,6 +97,13 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "1e-5": {"activation_l1": 1e-5},
         "1e-4": {"activation_l1": 1e-4},
         "1e-3": {"activation_l1": 1e-3},
+    },
+    "commitment": {
+        "none": {},
+        "0.016": {"commitment": 0.016},
+        "0.08": {"commitment": 0.08},
+        "0.08 and half the experts": {"commitment": 0.08, "experts_per_token": 2},
+        "0.4": {"commitment": 0.4},
     },
     "activation": {"ReLU^2": {}, "ReLU": {"activation": "relu"}},
     "learning rate": {
