@@ -149,7 +149,7 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
-        for name, usual in (("router_noise", "0.5"), ("commitment", "0.1")):
+        for name, usual in (("router_noise", "0.5"), ("commitment", "0.016")):
             if getattr(self, name) < 0:
                 raise InputError(
                     f"{name}={getattr(self, name)} is out of range; use 0 (none) or more, e.g. {usual}"

@@ -55,6 +55,19 @@ def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, 
     assert count(switchable_gpt2, batch).step((3, 3)) == unit.step((3, 3)) + T * L * more
 
 
+def test_commitment_asks_the_router_and_weighs_the_activations_once_more(
+    switchable_gpt2: nn.Module, tokens: Tensor
+) -> None:
+    batch = {"input_ids": tokens, "labels": tokens}
+    for layer in layers_of(switchable_gpt2):
+        layer.router_token_fraction = 0.5
+    without = count(switchable_gpt2, batch)
+    for layer in layers_of(switchable_gpt2):
+        layer.commitment = 0.1
+    more = T * L * 0.5 * (2 * D * E + 2 * 2 * F)
+    assert count(switchable_gpt2, batch).step((None, None)) == without.step((None, None)) + more
+
+
 def test_a_gated_ffn_has_three_projections() -> None:
     model = make("llama").train()
     config = SwitchConfig(
