@@ -39,6 +39,19 @@ def parity_error(model: nn.Module, ids_BS: Tensor) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(sparse, dense, strict=True))
 
 
+@torch.no_grad()
+def decoding_parity_error(model: nn.Module, ids_BS: Tensor) -> float:
+    """Return the relative difference of logits without gradients, token by token, all experts on against dense."""
+    with kept_modes(model):
+        logits = {}
+        for mode in ("dense", "sparse"):
+            set_mode(model, mode, layers_of(model)[0].num_experts if mode == "sparse" else None)
+            logits[mode] = torch.cat(
+                [model(input_ids=ids_B1, use_cache=False).logits for ids_B1 in ids_BS.split(1, dim=1)], dim=1
+            )
+    return float((logits["sparse"] - logits["dense"]).norm() / logits["dense"].norm())
+
+
 def _logits_and_gradients(model: nn.Module, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     model.zero_grad(set_to_none=True)
     out = model(input_ids=ids_BS, labels=ids_BS, use_cache=False)

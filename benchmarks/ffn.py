@@ -5,10 +5,10 @@
 Parity comes first: outputs and gradients of every contender against `eager`; nothing is reported if one fails. Then
 all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians over
 the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron, as
-`convert` leaves them. Training is forward and backward with gradients of input, weights, bias and gates (which are one,
-as in training); decoding is the forward alone over as many layers as it takes to push the weights out of the
-cache. `batched_mm` copies the weights once per token, so it takes part in decoding only; `eager` stands for the loop
-over experts that transformers calls eager. `auto` is the name that it resolves to.
+`convert` leaves them. Training is forward and backward with gradients of input, weights and bias, and gates of one
+without a gradient, as our layers train by default; decoding is the forward alone over as many layers as it takes to
+push the weights out of the cache. `batched_mm` copies the weights once per token, so it takes part in decoding only;
+`eager` stands for the loop over experts that transformers calls eager. `auto` is the name that it resolves to.
 
     share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
     share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's
@@ -39,6 +39,7 @@ from switchable.ffn.router import Router, select
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 PARITY = 1e-5  # relative root mean square error in float32
 CACHE_BYTES = 64 * 2**20
+OURS = {"train": "fused", "decode": "decode"}
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ class Layer:
             "gates": self.gates_TK,
         }
 
-    def forward(self, name: str) -> Tensor:
+    def forward(self, name: str, gates_learn: bool = False) -> Tensor:
         if name == "dense":
             return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
         return expert_ffn(
             self.x_TD,
             FFNWeights(self.up.weight, self.down_FD, self.up.bias),
             self.ids_TK,
-            self.gates_TK,
+            self.gates_TK if gates_learn else self.gates_TK.detach(),
             num_experts=self.shape.E,
             unit_gates=True,
             implementation=name,
@@ -105,18 +106,15 @@ class Layer:
             leaf.grad = None
         torch.autograd.backward(self.forward(name), self.dy_TD)
 
-    def route(self, training: bool) -> None:
-        with torch.set_grad_enabled(training):
-            _, gates_TK = select(self.router(self.x_TD.detach()), self.shape.K)
-        if gates_TK is not None:
-            torch.autograd.backward(gates_TK, torch.ones_like(gates_TK))
+    def route(self) -> None:
+        select(self.router(self.x_TD.detach()).detach(), self.shape.K)
 
 
 def parity_errors() -> list[str]:
     """Return one line for each contender and tensor that differs from `eager`."""
     lines = []
     for shape, names in (
-        (Shape(300, 64, 256, 8, 3), ("sorted", "grouped_mm", "batched_mm")),
+        (Shape(300, 64, 256, 8, 3), ("fused", "sorted", "grouped_mm", "batched_mm")),
         (Shape(2, 64, 256), ("decode",)),
     ):
         layer = Layer(shape)
@@ -135,7 +133,7 @@ def _results(layer: Layer, name: str, backward: bool) -> dict[str, Tensor]:
     if not backward:
         with torch.no_grad():
             return {"y": layer.forward(name)}
-    y_TD = layer.forward(name)
+    y_TD = layer.forward(name, gates_learn=True)
     gradients = torch.autograd.grad(y_TD, list(layer.leaves().values()), layer.dy_TD)
     return {"y": y_TD.detach(), **dict(zip(layer.leaves(), gradients, strict=True))}
 
@@ -149,16 +147,16 @@ def resolved(shape: Shape, training: bool) -> str:
 def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
     """Time forward and backward."""
     layer = Layer(shape)
-    names = ("dense", "eager", "grouped_mm", "sorted")
+    names = ("dense", "eager", "grouped_mm", "sorted", "fused")
     product = partial(
         torch.mm, layer.x_TD.detach(), layer.up.weight.detach().t(), out=torch.empty(shape.T, shape.F)
     )
     calls: dict[str, Callable[[], object]] = {name: partial(layer.train, name) for name in names}
-    times = take_turns({**calls, "router": partial(layer.route, True), "product": product}, seconds)
+    times = take_turns({**calls, "router": layer.route, "product": product}, seconds)
     flops = 3 * shape.forward_flops
     rate = shape.forward_flops / 2 / times.median("product")
     row = _row(shape, times, "train", names, resolved(shape, True))
-    row["share_of_ideal"] = row["speedup"]["sorted"] * shape.K / shape.E
+    row["share_of_ideal"] = row["speedup"][OURS["train"]] * shape.K / shape.E
     row["share_of_matmul"] = {
         name: flops * (1.0 if name == "dense" else shape.K / shape.E) / times.median(name) / rate
         for name in names
@@ -181,13 +179,13 @@ def decode_row(shape: Shape, seconds: float) -> dict[str, Any]:
 
     calls: dict[str, Callable[[], object]] = {name: partial(through, "forward", name) for name in names}
     with torch.no_grad():
-        times = take_turns({**calls, "router": partial(through, "route", False)}, seconds)
+        times = take_turns({**calls, "router": partial(through, "route")}, seconds)
     per_layer = Times({name: [value / count for value in values] for name, values in times.seconds.items()})
     return _row(shape, per_layer, "decode", names, resolved(shape, False))
 
 
 def _row(shape: Shape, times: Times, job: str, names: tuple[str, ...], auto: str) -> dict[str, Any]:
-    own = "sorted" if job == "train" else "decode"
+    own = OURS[job]
     best = min((name for name in names if name in TRANSFORMERS), key=times.median)
     return {
         "job": job,
@@ -241,11 +239,11 @@ def main() -> int:
     train = by_shape["train", str(Shape(4096, 768, 3072))]
     decoding = by_shape["decode", str(Shape(1, 768, 3072))]
     document = {
-        "train_speedup": train["speedup"]["sorted"],
+        "train_speedup": train["speedup"][OURS["train"]],
         "train_vs_best_transformers": train["vs_best_transformers"],
         "train_share_of_ideal": train["share_of_ideal"],
-        "train_memory_share": train["peak_mib"]["sorted"] / train["peak_mib"]["dense"],
-        "decode_ffn_speedup": decoding["speedup"]["decode"],
+        "train_memory_share": train["peak_mib"][OURS["train"]] / train["peak_mib"]["dense"],
+        "decode_ffn_speedup": decoding["speedup"][OURS["decode"]],
         "machine": {**autotune.machine(), "threads": torch.get_num_threads()},
         "shapes": rows,
     }

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.experts import FFNWeights, expert_ffn
-from switchable.ffn.experts.autotune import Shape, resolve
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
@@ -37,11 +36,12 @@ from switchable.ffn.router import (
     share_missed,
     softmax_gates,
 )
+from switchable.ffn.serving import dense_is_faster, few_tokens_of
 
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
-    "dense_fallback", "expert_compute", "router", "router_learns", "router_objective", "router_token_fraction",
-    "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "commitment",
+    "dense_fallback", "dense_wins", "expert_compute", "router", "router_learns", "router_objective",
+    "router_token_fraction", "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "commitment",
     "attached_loss_weight", "neuron_ids_F", "router_gate_gradient", "router_noise", "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
@@ -71,6 +71,8 @@ class SwitchableFFN(nn.Module):
     """Factor of the losses that the layer adds by itself: 1 / micro-batches where a loop adds up their gradients."""
     dense_fallback: bool
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
+    dense_wins: dict[tuple[object, ...], bool]
+    """What `serving.py` has found out about that."""
     neuron_ids_F: Tensor
     """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
     compares them over time needs to know which is which."""
@@ -114,7 +116,7 @@ class SwitchableFFN(nn.Module):
         self.mode = "dense"
         self.takes_part = True
         self.dense_fallback = False
-        self._dense_wins: dict[tuple[object, ...], bool] = {}
+        self.dense_wins: dict[tuple[object, ...], bool] = {}
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(self.reads_FD)
@@ -202,7 +204,7 @@ class SwitchableFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D] in the current mode."""
-        sparse = self.mode == "sparse" and not (self.dense_fallback and self._dense_is_faster(hidden_states))
+        sparse = self.mode == "sparse" and not (self.dense_fallback and dense_is_faster(self, hidden_states))
         y = self._sparse(hidden_states) if sparse else self._dense(hidden_states)
         if self.family.dropout:
             y = self._part(self.family.dropout)(y)
@@ -245,6 +247,9 @@ class SwitchableFFN(nn.Module):
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, self.d_model)
+        few_TD = few_tokens_of(self, x_TD)
+        if few_TD is not None:
+            return few_TD.view(x_BSD.shape)
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
         # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
         # softmax gates: the output depends on x through them too.
@@ -299,27 +304,6 @@ class SwitchableFFN(nn.Module):
             unit_gates=self.expert_gate == "unit",
             implementation=self.expert_compute,
         )
-
-    def _dense_is_faster(self, x_BSD: Tensor) -> bool:
-        """Whether this machine's table says so; always False where gradients are wanted or the FFN is gated."""
-        if torch.is_grad_enabled() or self.gate_projection is not None:  # the table is of FFNs without a gate
-            return False
-        tokens, dtype, device = x_BSD.numel() // self.d_model, x_BSD.dtype, x_BSD.device.type
-        question = (tokens, self.experts_per_token, dtype, device, torch.get_num_threads())
-        if question not in self._dense_wins:
-            shape = Shape(
-                tokens=tokens,
-                d_model=self.d_model,
-                d_ff=self.d_ff,
-                num_experts=self.num_experts,
-                experts_per_token=self.experts_per_token,
-                activation=self.act_name,
-                dtype=dtype,
-                device=device,
-                training=False,
-            )
-            self._dense_wins[question] = resolve(shape) == "dense"
-        return self._dense_wins[question]
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
         """Return the router's loss on tokens and what all neurons make of them, both detached."""

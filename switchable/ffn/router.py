@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from switchable.ffn.experts.selection import top_experts
 from switchable.ranks import assign
 
 
@@ -81,12 +82,10 @@ def select(scores_TE: Tensor, experts_per_token: int, noise: float = 0.0) -> tup
     ranked_TE = scores_TE
     if noise:
         ranked_TE = scores_TE.detach() - noise * torch.empty_like(scores_TE).exponential_().log_()
-    top_TK, ids_TK = ranked_TE.topk(experts_per_token, dim=-1, sorted=False)
+    ids_TK = top_experts(ranked_TE, experts_per_token)
     if not scores_TE.requires_grad:
         return ids_TK, None
-    if noise:
-        top_TK = scores_TE.gather(-1, ids_TK)
-    p_TK = top_TK.softmax(dim=-1)
+    p_TK = scores_TE.gather(-1, ids_TK).softmax(dim=-1)
     return ids_TK, 1.0 + (p_TK - p_TK.detach())
 
 
@@ -98,8 +97,8 @@ def softmax_gates(scores_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Te
     Returns:
         ids_TK, int64, and gates_TK, which add up to K for each token.
     """
-    top_TK, ids_TK = scores_TE.topk(experts_per_token, dim=-1, sorted=False)
-    return ids_TK, experts_per_token * top_TK.softmax(dim=-1)
+    ids_TK = top_experts(scores_TE, experts_per_token)
+    return ids_TK, experts_per_token * scores_TE.gather(-1, ids_TK).softmax(dim=-1)
 
 
 def load_balance_loss(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def test_dense_fallback_follows_the_table_and_never_touches_training(
     dense = model(input_ids=tokens).logits
     set_mode(model, "sparse")
     sparse = model(input_ids=tokens).logits
-    monkeypatch.setattr("switchable.ffn.layer.resolve", resolve)
+    monkeypatch.setattr("switchable.ffn.serving.resolve", resolve)
     set_mode(model, "sparse", dense_fallback=True)
     assert torch.equal(model(input_ids=tokens).logits, sparse)  # gradients are on: sparse as asked
     assert not asked

@@ -1,9 +1,10 @@
 """Expert compute by name: the same function, `y_t = Σ_k gate_tk · FFN_e(t,k)(x_t)`, computed in different ways.
 
 `eager` is the reference; the others exist because they are faster somewhere. Names shared with transformers
-(`eager`, `grouped_mm`, `batched_mm`) mean the same there. On the CPU, `sorted` is for training and prefill, `decode`
-for a few tokens without gradients, `masked` for tokens that together need most experts; on CUDA, `triton` (and
-`triton_atomic`, which adds up in any order) and `torch_grouped_mm`; `auto` picks one of them (docs/experts.md).
+(`eager`, `grouped_mm`, `batched_mm`) mean the same there. On the CPU, `fused` is for training and prefill, `sorted`
+for what `fused` cannot do, `decode` for a few tokens without gradients, `masked` for tokens that together need most
+experts; on CUDA, `triton` (and `triton_atomic`, which adds up in any order) and `torch_grouped_mm`; `auto` picks one
+of them (docs/experts.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from switchable.ffn.experts.autotune import auto
 from switchable.ffn.experts.cpu import sorted_experts
 from switchable.ffn.experts.decode import decode
 from switchable.ffn.experts.eager import eager
+from switchable.ffn.experts.fused import fused
 from switchable.ffn.experts.masked import masked
 from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
 from switchable.ffn.experts.transformers_mm import batched_mm, grouped_mm
@@ -44,6 +46,7 @@ class ExpertCompute(Protocol):
 
 IMPLEMENTATIONS: dict[str, ExpertCompute] = {
     "eager": eager,
+    "fused": fused,
     "sorted": sorted_experts,
     "decode": decode,
     "masked": masked,

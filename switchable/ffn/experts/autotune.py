@@ -1,8 +1,9 @@
 """`auto`: which way of multiplying is fastest for a shape; and is it faster than dense on this machine?
 
 Among the sparse ways on the CPU a rule decides: a training run that is resumed must get the same bits, so a stopwatch
-must not choose. `decode` for a few tokens without gradients; else `sorted` where the products are large enough to be
-worth its calls, N · D · I multiplications of an expert with its N tokens; else `masked`.
+must not choose. `decode` for a few tokens without gradients; else `fused`, from 64 tokens on and for experts that are
+not so large that a matrix library does as well; else `sorted` where the products are large enough to be worth its
+calls, N · D · I multiplications of an expert with its N tokens; else `masked`.
 
 Against dense, and between the ways on CUDA, measurements decide:
 
@@ -39,12 +40,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
+from switchable.ffn.experts.few import MOST_TOKENS, few_tokens, serves
+from switchable.ffn.experts.fused import has_loops
+from switchable.ffn.experts.selection import top_experts
 from switchable.ffn.experts.weights import FFNWeights
 
-GENERATION = 2
+GENERATION = 3
 """Of the implementations: to be raised when one of them becomes faster or slower, so that figures are taken anew."""
 CUDA_CANDIDATES = ("triton", "torch_grouped_mm")
 """Sparse ways that are timed on CUDA."""
+FEWEST_FUSED = 64
+"""Tokens from which `fused` is worth the reordering of its weights."""
+THICK = 256
+"""Neurons of an expert from which `sorted` is faster than `fused`; measured with D=768, E=8."""
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
 Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""
@@ -53,7 +61,7 @@ MARGIN = 0.97
 LARGEST = 4096
 """Tokens; ratios no longer change above."""
 LARGEST_DECODE = 16
-"""Tokens; above, `decode` is not asked."""
+"""Tokens; above, `decode` is not asked where it has no compiled code."""
 FEW_TOKENS = 64
 """Up to so many, reading the weights is most of the time, and they must not come from the cache."""
 CACHE_BYTES = 64 * 2**20
@@ -277,7 +285,7 @@ class _Layer:
     def __post_init__(self) -> None:
         T, D, F, E = self.shape.tokens, self.shape.d_model, self.shape.d_ff, self.shape.num_experts
         self.x_TD, self.up_FD, self.down_FD = self._normal(T, D), self._normal(F, D), self._normal(F, D)
-        self.bias_F, self.router_ED = self._normal(F), self._normal(E, D)
+        self.bias_F, self.router_ED, self.router_E = self._normal(F), self._normal(E, D), self._normal(E)
 
     def _normal(self, *size: int) -> Tensor:
         values = torch.randn(*size, generator=self.generator).to(self.shape.device, self.shape.dtype)
@@ -291,16 +299,27 @@ class _Layer:
         """With the router, since dense needs none."""
         from switchable.ffn.experts import expert_ffn
 
-        scores_TE = linear(self.x_TD.detach(), self.router_ED)
-        top = scores_TE.topk(self.shape.experts_per_token)
+        weights = FFNWeights(self.up_FD, self.down_FD, self.bias_F)
+        if implementation == "decode":
+            router = (self.router_ED, self.router_E)
+            y_TD: Tensor | None = few_tokens(
+                self.x_TD,
+                weights,
+                router,
+                self.shape.num_experts,
+                self.shape.experts_per_token,
+                activation=self.shape.activation,
+            )
+            if y_TD is not None:
+                return y_TD
+        scores_TE = linear(self.x_TD.detach(), self.router_ED, self.router_E)
         return expert_ffn(
             self.x_TD,
-            FFNWeights(self.up_FD, self.down_FD, self.bias_F),
-            top.indices,
-            top.values.softmax(-1) if self.shape.training else None,
+            weights,
+            top_experts(scores_TE, self.shape.experts_per_token),
+            None,
             num_experts=self.shape.num_experts,
             activation=self.shape.activation,
-            unit_gates=True,
             implementation=implementation,
         )
 
@@ -323,10 +342,18 @@ def _candidates(shape: Shape) -> tuple[str, ...]:
     """The sparse ways that come into question for a shape on its device."""
     if shape.device == "cuda":
         return CUDA_CANDIDATES
-    if not shape.training and shape.tokens <= LARGEST_DECODE:
+    compiled = serves(shape.d_model, shape.num_experts, shape.dtype, shape.activation)
+    if not shape.training and shape.tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE):
         return ("decode",)
+    neurons = shape.d_ff // shape.num_experts
+    if (
+        shape.tokens >= FEWEST_FUSED
+        and neurons < THICK
+        and has_loops(shape.d_model, neurons, shape.dtype, shape.activation)
+    ):
+        return ("fused",)
     mean_rows = shape.tokens * shape.experts_per_token / shape.num_experts
-    work = mean_rows * shape.d_model * shape.d_ff / shape.num_experts
+    work = mean_rows * shape.d_model * neurons
     return ("sorted",) if work >= WORTH_SORTING else ("masked",)
 
 

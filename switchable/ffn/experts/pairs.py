@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchable.errors import InputError
+
 CHUNK_ROWS = 2048
 """Most tokens of one expert that are multiplied at once: bounds the buffers when a router is badly balanced."""
 MAX_LANES = 8
@@ -84,6 +86,14 @@ class SortedPairs:
     def by_lane(self, values_RX: Tensor) -> Tensor:
         """A chunk's values with a dimension for lanes."""
         return values_RX.view(self.lanes, -1, values_RX.shape[1])
+
+
+def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
+    """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
+    if expert_ids_TK.numel():
+        low, high = expert_ids_TK.aminmax()
+        if low < 0 or high >= num_experts:
+            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {int(low)} to {int(high)}")
 
 
 def _lanes(mean_rows: int) -> int:

@@ -137,20 +137,26 @@ def test_measuring_times_dense_and_every_candidate(training: bool, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "training", "way"),
+    ("tokens", "training", "dtype", "experts", "way"),
     [
-        (16, False, "decode"),
-        (17, False, "masked"),
-        (16, True, "masked"),
-        (3733, True, "masked"),
-        (3734, True, "sorted"),
+        (63, False, torch.float32, 8, "decode"),
+        (16, False, torch.bfloat16, 8, "decode"),
+        (17, False, torch.bfloat16, 8, "masked"),
+        (63, True, torch.float32, 8, "masked"),
+        (64, True, torch.float32, 8, "fused"),
+        (64, False, torch.float32, 8, "fused"),
+        (64, True, torch.bfloat16, 8, "masked"),
+        (3763, True, torch.bfloat16, 8, "masked"),
+        (3764, True, torch.bfloat16, 8, "sorted"),
+        (64, True, torch.float32, 1, "sorted"),  # an expert of 256 neurons
     ],
 )
 def test_a_rule_and_not_a_stopwatch_chooses_the_sparse_way(
-    tokens: int, training: bool, way: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, training: bool, dtype: torch.dtype, experts: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An expert's product: tokens * 3/8 rows, 16 wide, 31.25 -> d_ff / E = 250 / 8 neurons: 187.5 per token.
-    shape = Shape(tokens, d_model=16, d_ff=250, num_experts=8, experts_per_token=3, training=training)
+    # An expert's product: tokens * 3/8 rows, 16 wide, d_ff / E = 248 / 8 = 31 neurons: 186 per token.
+    d_ff, d_model = (248, 16) if experts == 8 else (256, 64)
+    shape = Shape(tokens, d_model, d_ff, experts, min(3, experts), training=training, dtype=dtype)
     monkeypatch.setattr(autotune, "measure", lambda _shape: pytest.fail("measured"))
     assert Table(None).choose(shape, dense_allowed=False) == way
 

@@ -168,7 +168,9 @@ def test_no_gradient_reaches_an_expert_that_was_not_chosen() -> None:
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     weights = FFNWeights(torch.zeros(4, 2), torch.zeros(4, 2))
-    with pytest.raises(InputError, match=r"'sortd' is not known; use one of eager, sorted, .*did you mean"):
+    with pytest.raises(
+        InputError, match=r"'sortd' is not known; use one of eager, fused, sorted, .*did you mean"
+    ):
         expert_ffn(
             torch.zeros(1, 2),
             weights,

@@ -1,0 +1,166 @@
+"""`fused`: training and prefill on the CPU without copying a token.
+
+    h = relu(x · upᵀ + b),  y_t = Σ_k gate_tk · (h · down)_e(t,k);   d gate = Σ_i (dy · downᵀ)_i h_i
+
+Tokens are sorted by expert once. All six products of a training step (two forward, four backward) find the tokens'
+rows through their indices and add up where the result lies (`fused_kernels.py`), so that neither the gathered rows nor
+what is to be scattered ever exists; ReLU and its derivative are part of the products. Between the two passes only h
+lives (T·K·I numbers, K/E of the dense layer's) with the sorted indices. The weights are copied into the order of the
+loops first, which costs 1/T of a product. The same bits come out whatever the number of threads.
+
+ReLU and squared ReLU, with or without bias and gates, float32 and float64. For anything else (other activations, gated
+FFNs, half precision, a d_model that is no multiple of a vector, other devices) `fused` hands over to `sorted`, and
+under `torch.compile` it is one graph break.
+
+Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token, P = T·K sorted pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchable.ffn.experts.cpu import FAST_ACTIVATIONS, sorted_experts
+from switchable.ffn.experts.fused_library import Library, Pairs, library
+from switchable.ffn.experts.llvm import this_machine
+from switchable.ffn.experts.pairs import check_ids
+from switchable.ffn.experts.weights import FFNWeights
+
+
+def fused(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    *,
+    num_experts: int,
+    activation: str,
+    unit_gates: bool = False,
+) -> Tensor:
+    """Return y_TD (see `expert_ffn` for the arguments and the module's text for what is fast)."""
+    loops = _loops(x_TD, weights, num_experts, activation)
+    if loops is None:
+        return sorted_experts(
+            x_TD,
+            weights,
+            expert_ids_TK,
+            gates_TK,
+            num_experts=num_experts,
+            activation=activation,
+            unit_gates=unit_gates,
+        )
+    if unit_gates and not (gates_TK is not None and gates_TK.requires_grad and torch.is_grad_enabled()):
+        gates_TK = None
+    y_TD: Tensor = _fused(
+        x_TD, weights, expert_ids_TK, gates_TK, loops, num_experts, activation == "relu2", unit_gates
+    )
+    return y_TD
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _fused(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    loops: Library,
+    num_experts: int,
+    squared: bool,
+    unit_gates: bool,
+) -> Tensor:
+    check_ids(expert_ids_TK, num_experts)
+    plan = _Plan(loops, loops.sort(expert_ids_TK, num_experts), num_experts, squared, unit_gates)
+    y_TD: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
+        x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, gates_TK, plan
+    )
+    return y_TD
+
+
+def has_loops(d_model: int, neurons: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether `fused` has loops of its own for a shape."""
+    return activation in FAST_ACTIVATIONS and library(d_model, neurons, dtype, this_machine()) is not None
+
+
+def _loops(x_TD: Tensor, weights: FFNWeights, num_experts: int, activation: str) -> Library | None:
+    tensors = (x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F)
+    if (
+        activation not in FAST_ACTIVATIONS
+        or weights.gate_FD is not None
+        or torch.is_autocast_enabled(x_TD.device.type)
+        or any(t is not None and (t.device.type != "cpu" or t.dtype != x_TD.dtype) for t in tensors)
+    ):
+        return None
+    return library(x_TD.shape[1], len(weights.up_FD) // num_experts, x_TD.dtype, this_machine())
+
+
+class _Plan(NamedTuple):
+    """What is not a differentiable tensor."""
+
+    loops: Library
+    pairs: Pairs
+    num_experts: int
+    squared: bool
+    unit_gates: bool
+
+    def hidden(self, act_PI: Tensor) -> Tensor:
+        """The activations: ReLU's, or their squares."""
+        return act_PI * act_PI if self.squared else act_PI
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        up_FD: Tensor,
+        down_FD: Tensor,
+        bias_F: Tensor | None,
+        gates_TK: Tensor | None,
+        plan: _Plan,
+    ) -> Tensor:
+        x_TD, loops, pairs = x_TD.contiguous(), plan.loops, plan.pairs
+        bias_F = None if bias_F is None else bias_F.contiguous()
+        gates_P1 = None
+        if gates_TK is not None and not plan.unit_gates:
+            gates_P1 = gates_TK.detach().reshape(-1, 1)[pairs.order_P].to(x_TD.dtype)
+        act_PI = loops.dot(x_TD, loops.pack(up_FD, plan.num_experts), pairs, bias_F=bias_F, rectify=True)
+        hidden_PI = plan.hidden(act_PI)
+        if gates_P1 is not None:
+            hidden_PI = hidden_PI * gates_P1
+        y_TD = loops.scatter(hidden_PI, down_FD, pairs, len(x_TD))
+        ctx.save_for_backward(x_TD, up_FD, down_FD, bias_F, gates_TK, gates_P1, act_PI)
+        ctx.plan = plan
+        return y_TD
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, up_FD, down_FD, _, gates_TK, gates_P1, act_PI = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
+        need_x, need_up, need_down, need_bias, need_gates = ctx.needs_input_grad[:5]
+        dy_TD = dy_TD.contiguous()
+        plain = not (plan.squared or need_gates or gates_P1 is not None)
+        dact_PI = loops.dot(dy_TD, loops.pack(down_FD, experts), pairs, mask_PI=act_PI if plain else None)
+        hidden_PI, dgates_TK = plan.hidden(act_PI) if need_down or need_gates else act_PI, None
+        if need_gates:
+            dgates_TK = torch.empty_like(gates_TK, memory_format=torch.contiguous_format)
+            dgates_TK.view(-1)[pairs.order_P] = (dact_PI * hidden_PI).sum(1).to(gates_TK.dtype)
+        if gates_P1 is not None:
+            dact_PI.mul_(gates_P1)
+            hidden_PI = hidden_PI * gates_P1
+        if plan.squared:
+            dact_PI.mul_(act_PI).mul_(2)
+        elif not plain:
+            torch.ops.aten.threshold_backward.grad_input(dact_PI, act_PI, 0, grad_input=dact_PI)
+        return (
+            loops.scatter(dact_PI, up_FD, pairs, len(x_TD)) if need_x else None,
+            loops.weight_gradient(dact_PI, x_TD, pairs, experts) if need_up else None,
+            loops.weight_gradient(hidden_PI, dy_TD, pairs, experts) if need_down else None,
+            loops.bias_gradient(dact_PI, pairs, experts) if need_bias else None,
+            dgates_TK,
+            None,
+        )

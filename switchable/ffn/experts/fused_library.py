@@ -1,0 +1,189 @@
+"""`fused`'s loops, compiled for one shape of expert, and called on tensors.
+
+Shapes as in `fused_kernels.py`; F = E·I neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.ffn.experts.fused_kernels import AHEAD, BIAS, DOT, SCATTER, WEIGHTS, Kernels
+from switchable.ffn.experts.fused_packing import Packing
+from switchable.ffn.experts.fused_sort import SORT, write_sort
+from switchable.ffn.experts.llvm import Machine, compile_module
+
+CHUNK_TOKENS = 512
+"""In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
+SMALLEST_CHUNK = 64
+"""With fewer tokens, an expert's no longer fill a tile."""
+
+
+class Pairs(NamedTuple):
+    """The (token, expert) pairs of a batch in the order of `fused_sort.py`, int32."""
+
+    tokens_P: Tensor
+    """Token of each place; a few zeros follow."""
+    order_P: Tensor
+    """Place in the flattened [T, K] of what stands in each place."""
+    starts: Tensor
+    """First place of each expert in each chunk, and the end: C·E + 1 numbers."""
+    chunks: int
+    per_chunk: int
+    """Tokens."""
+
+
+class Library:
+    """The compiled loops for one packing."""
+
+    def __init__(self, packing: Packing):
+        module = ir.Module("experts")
+        self.packing = packing
+        Kernels(module, packing)
+        write_sort(module)
+        self.code = compile_module(module, packing.machine)
+
+    def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
+        """Sort expert ids, int64 and all in [0, num_experts)."""
+        tokens, chosen = ids_TK.shape
+        per_thread = -(-tokens // torch.get_num_threads())
+        per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
+        chunks = -(-tokens // per_chunk)
+        tokens_P, order_P, starts = (
+            torch.zeros(size, dtype=torch.int32)
+            for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * num_experts + 1)
+        )
+        pairs = Pairs(tokens_P, order_P, starts, chunks, per_chunk)
+        SORT.run(
+            self.code,
+            "sort",
+            chunks,
+            ids=ids_TK.contiguous(),
+            tokens=pairs.tokens_P,
+            order=pairs.order_P,
+            starts=pairs.starts,
+            filled=torch.empty_like(pairs.starts),
+            per_chunk=per_chunk,
+            experts=num_experts,
+            chosen=chosen,
+            token_count=tokens,
+        )
+        return pairs
+
+    def pack(self, weight_FD: Tensor, num_experts: int) -> Tensor:
+        """Copy weights into the order that `dot` reads: experts, vectors of neurons, steps, neurons, p numbers."""
+        own = self.packing
+        weight_EID = weight_FD.reshape(num_experts, own.neurons, own.d_model)
+        missing = own.vectors * own.neurons_per_vector - own.neurons
+        if missing:
+            weight_EID = torch.nn.functional.pad(weight_EID, (0, 0, 0, missing))
+        shape = (num_experts, own.vectors, own.neurons_per_vector, own.steps, own.together)
+        return weight_EID.reshape(shape).permute(0, 1, 3, 2, 4).contiguous()
+
+    def dot(
+        self,
+        x_TD: Tensor,
+        packed: Tensor,
+        pairs: Pairs,
+        *,
+        bias_F: Tensor | None = None,
+        rectify: bool = False,
+        mask_PI: Tensor | None = None,
+    ) -> Tensor:
+        """Return the products of each pair's token and expert, [P, I].
+
+        Args:
+            x_TD: contiguous.
+            packed: the weights, from `pack`.
+            pairs: from `sort`.
+            bias_F: added; contiguous; with `rectify` only.
+            rectify: whether negative results become zero.
+            mask_PI: where it is not positive, results become zero; not with `rectify`.
+        """
+        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons)
+        name = "dot" + "_bias" * (bias_F is not None) + "_relu" * rectify + "_mask" * (mask_PI is not None)
+        DOT.run(
+            self.code,
+            name,
+            pairs.chunks,
+            **_places(pairs),
+            experts=len(packed),
+            x=x_TD,
+            packed=packed,
+            z=z_PI,
+            bias=bias_F,
+            mask=mask_PI,
+        )
+        return z_PI
+
+    def scatter(self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int) -> Tensor:
+        """Return the sums of what each token's experts make of their values, [T, D]."""
+        y_TD = z_PI.new_empty(tokens, self.packing.d_model)
+        SCATTER.run(
+            self.code,
+            "scatter",
+            pairs.chunks,
+            **_places(pairs),
+            experts=len(weight_FD) // self.packing.neurons,
+            per_chunk=pairs.per_chunk,
+            token_count=tokens,
+            y=y_TD,
+            weights=weight_FD.contiguous(),
+            z=z_PI,
+        )
+        return y_TD
+
+    def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+        """Return Σ z · xᵀ over each expert's pairs, [F, D]."""
+        own = self.packing
+        total_FD = x_TD.new_zeros(num_experts * own.neurons, own.d_model)
+        blocks = own.d_model // (own.gradient_columns * own.lanes)
+        tasks = min(torch.get_num_threads(), blocks)
+        WEIGHTS.run(
+            self.code,
+            "weights",
+            tasks,
+            **_places(pairs),
+            experts=num_experts,
+            chunks=pairs.chunks,
+            x=x_TD,
+            gradient=total_FD,
+            z=z_PI,
+        )
+        return total_FD
+
+    def bias_gradient(self, z_PI: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+        """Return Σ z over each expert's pairs, [F]."""
+        total_F = z_PI.new_zeros(num_experts * self.packing.neurons)
+        BIAS.run(
+            self.code,
+            "bias",
+            1,
+            **_places(pairs),
+            experts=num_experts,
+            chunks=pairs.chunks,
+            gradient=total_F,
+            z=z_PI,
+        )
+        return total_F
+
+
+def _places(pairs: Pairs) -> dict[str, Tensor]:
+    return {"tokens": pairs.tokens_P, "starts": pairs.starts}
+
+
+@functools.cache
+def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> Library | None:
+    """Return the loops for a shape, compiled when first asked for; None where there are none.
+
+    There are none for half precision, for a d_model that is no multiple of a vector's lanes, and on a processor
+    without multiply-add instructions.
+    """
+    if machine is None or dtype not in (torch.float32, torch.float64):
+        return None
+    packing = Packing(d_model, neurons, dtype == torch.float64, machine)
+    return None if d_model % packing.lanes else Library(packing)

@@ -1,0 +1,69 @@
+"""What a switchable layer does differently without gradients: a few tokens in one call, dense where that is faster.
+
+Shapes: T tokens, B batch, S sequence, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.experts.few import MOST_TOKENS, few_tokens
+
+if TYPE_CHECKING:
+    from switchable.ffn.layer import SwitchableFFN
+
+
+def few_tokens_of(layer: SwitchableFFN, x_TD: Tensor) -> Tensor | None:
+    """Return a sparse layer's output, bias included, from one call of compiled code; None where it does not apply.
+
+    Then `layer` computes it step by step: with gradients, many tokens, real gates, under `torch.compile` or autocast,
+    and where an implementation was asked for by name.
+    """
+    if (
+        len(x_TD) > MOST_TOKENS
+        or torch.is_grad_enabled()
+        or layer.training
+        or layer.expert_compute != "auto"
+        or layer.expert_gate != "unit"
+        or layer.gate_projection is not None
+        or x_TD.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    y_TD: Tensor | None = few_tokens(
+        x_TD,
+        layer.weights,
+        (layer.router.weight, layer.router.bias),
+        layer.num_experts,
+        layer.experts_per_token,
+        activation=layer.act_name,
+        start_D=layer.down_projection.bias,
+    )
+    return y_TD
+
+
+def dense_is_faster(layer: SwitchableFFN, x_BSD: Tensor) -> bool:
+    """Whether this machine's table says so; always False where gradients are wanted or the FFN is gated."""
+    if torch.is_grad_enabled() or layer.gate_projection is not None:  # the table is of FFNs without a gate
+        return False
+    tokens, dtype, device = x_BSD.numel() // layer.d_model, x_BSD.dtype, x_BSD.device.type
+    question = (tokens, layer.experts_per_token, dtype, device, torch.get_num_threads())
+    if question not in layer.dense_wins:
+        shape = Shape(
+            tokens=tokens,
+            d_model=layer.d_model,
+            d_ff=layer.d_ff,
+            num_experts=layer.num_experts,
+            experts_per_token=layer.experts_per_token,
+            activation=layer.act_name,
+            dtype=dtype,
+            device=device,
+            training=False,
+        )
+        layer.dense_wins[question] = resolve(shape) == "dense"
+    return layer.dense_wins[question]

@@ -1,0 +1,157 @@
+"""A few tokens in one call: the layer's output to rounding, for every width of vector and any threads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from ffn.experts.problems import Case, problem, relative_error
+from ffn.experts.test_fused import MACHINES
+from torch import Tensor
+
+from switchable import SwitchConfig, convert, set_mode
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
+from switchable.ffn.experts import few
+from switchable.ffn.experts.few import few_tokens
+from switchable.ffn.experts.llvm import Machine, this_machine
+
+pytestmark = pytest.mark.skipif(
+    this_machine() is None, reason="a processor without multiply-add instructions"
+)
+PLAIN = Case(width=64, neurons=7, experts=6, gates="none", tokens=3)
+CASES = {
+    "three tokens": PLAIN,
+    "one token": replace(PLAIN, tokens=1),
+    "63 tokens": replace(PLAIN, tokens=63),
+    "all experts": replace(PLAIN, chosen=6),
+    "one expert": replace(PLAIN, experts=1, chosen=1),
+    "an expert for all": replace(PLAIN, routing="one", chosen=1),
+    "no bias": replace(PLAIN, bias=False),
+    "relu2": replace(PLAIN, activation="relu2"),
+    "one vector": replace(PLAIN, width=16),
+    "experts of twenty neurons": replace(PLAIN, neurons=20),
+    "many experts": replace(PLAIN, experts=48, neurons=2, chosen=9),
+}
+
+
+@pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found: Machine = request.param
+    monkeypatch.setattr(few, "this_machine", lambda: found)
+    return found
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def output(case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor | None = None) -> Tensor:
+    found = problem(case)
+    with torch.no_grad():
+        y_TD = few_tokens(
+            found.x,
+            found.weights,
+            choice,
+            case.experts,
+            case.chosen,
+            activation=case.activation,
+            start_D=start_D,
+        )
+    assert y_TD is not None
+    return y_TD
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("machine", "threads")
+def test_given_ids(case: Case) -> None:
+    true_TD = problem(case, exact=True).run("eager")
+    assert relative_error(output(case, problem(case).ids), true_TD) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("machine", "threads")
+def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
+    generator = torch.Generator().manual_seed(3)
+    router_ED = torch.randn(case.experts, case.width, generator=generator)
+    router_E = torch.randn(case.experts, generator=generator)
+    start_D = torch.randn(case.width, generator=generator)
+    exact = problem(case, exact=True)
+    scores_TE = exact.x @ router_ED.double().t() + router_E
+    exact.ids = scores_TE.topk(case.chosen).indices
+    y_TD = output(case, (router_ED, router_E), start_D)
+    assert relative_error(y_TD, exact.run("eager") + start_D) < 1e-6
+
+
+def test_what_there_is_no_code_for() -> None:
+    def given(case: Case) -> Tensor | None:
+        found = problem(case)
+        with torch.no_grad():
+            return few_tokens(
+                found.x, found.weights, found.ids, case.experts, case.chosen, activation=case.activation
+            )
+
+    assert given(PLAIN) is not None
+    for change in (
+        {"tokens": 0},
+        {"tokens": 64},
+        {"width": 13},
+        {"activation": "gelu"},
+        {"dtype": torch.float64},
+        {"stored": "linear"},
+        {"strided": True},
+    ):
+        assert given(replace(PLAIN, **change)) is None, change
+
+
+def test_a_neuron_that_is_nan_reaches_the_output() -> None:
+    found = problem(PLAIN)
+    with torch.no_grad():
+        found.x[1] = torch.nan
+        y_TD = found.run("decode")
+    assert y_TD[1].isnan().all()
+    assert not y_TD[[0, 2]].isnan().any()
+
+
+def test_an_id_outside_the_experts_is_refused() -> None:
+    found = problem(PLAIN)
+    found.ids[1, 1] = 6
+    with torch.no_grad(), pytest.raises(InputError, match=r"expert ids must be in 0\.\.5; found 0 to 6"):
+        found.run("decode")
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64])
+def test_a_layer_in_sparse_mode_takes_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchable.ffn.builders import build_model
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_ff": 256, "num_layers": 1, "num_heads": 2, "max_positions": 8}
+    model = build_model("gpt2", sizes, "relu", 50, {"eos_token_id": 0}).eval()
+    convert(model, SwitchConfig(num_experts=16, experts_per_token=4))
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    torch.nn.init.normal_(layer.down_projection.bias)
+    taken: list[bool] = []
+    serving = sys.modules["switchable.ffn.serving"]
+
+    def watched(*args: object, **kwargs: object) -> Tensor | None:
+        found: Tensor | None = few_tokens(*args, **kwargs)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(serving, "few_tokens", watched)
+    x_BSD = torch.randn(1, tokens, 64)
+    with torch.no_grad():
+        ours = layer(x_BSD)
+        layer.expert_compute = "eager"
+        reference = layer(x_BSD)
+    torch.testing.assert_close(ours, reference)
+    assert taken == ([True] if tokens < 64 else [])
