@@ -22,6 +22,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.description = "methods:\n" + "\n".join(
         f"  {name:15} {method.summary}" for name, method in METHODS.items()
     )
+    verb.description += (
+        "\n  NAME@FACTOR     the same with so many times the steps, e.g. dense@0.66 or ssd@1.04"
+    )
     verb.add_argument(
         "--methods", nargs="+", default=["dense", "ssd"], metavar="METHOD", help="default: dense ssd"
     )

@@ -19,12 +19,17 @@ learning rate.
 `moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
 experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
 load-balance loss of Fedus et al. 2022 with their coefficient 0.01, router trained at the model's learning rate.
+
+`NAME@FACTOR` is a method with so many times the steps, its learning rate falling accordingly: `dense@0.66` is what a
+dense run of two thirds of the FLOPs comes to, which the curve of the longer run, whose learning rate is still high
+there, does not say; `ssd@1.04` spends a little of what it saved on more tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +112,9 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+MOST_TIMES = 100.0
+"""Largest factor of the steps."""
+
 UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sample_prompt")
 """Settings of `train` that may differ from one start to the next: they alter neither results nor their spacing."""
 
@@ -116,13 +124,15 @@ def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
 
     Args:
         config: the user's.
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or one with a factor of the steps.
         seed: seed of initial weights and data order.
 
     Raises:
         InputError: the changes do not fit the user's settings.
     """
-    chosen = METHODS[method]
+    chosen = named(method)
+    steps = max(1, round(steps_factor(method) * config.train.steps))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     kept = dataclasses.asdict(config.switch)
     if chosen.keeps is not None:
         kept = {name: kept[name] for name in chosen.keeps}
@@ -135,19 +145,60 @@ def _resolved(changes: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     return {name: value(config) if callable(value) else value for name, value in changes.items()}
 
 
+def named(name: str) -> Method:
+    """Return a method by its name, with `@FACTOR` or without.
+
+    Raises:
+        InputError: it is not known (the nearest known one is named), or the factor is not possible.
+    """
+    base, at, factor = name.partition("@")
+    if base not in METHODS:
+        raise InputError(
+            f"method {base!r} is not known{nearest(base, METHODS)}; use one or more of {', '.join(METHODS)}"
+        )
+    method = METHODS[base]
+    if not at:
+        return method
+    steps_factor(name)
+    if method.starts_from is not None:
+        raise InputError(
+            f"{name}: {base} goes on from a {method.starts_from} run and has no steps of its own"
+        )
+    return dataclasses.replace(method, summary=f"{method.summary}; {factor} times the steps")
+
+
+def steps_factor(name: str) -> float:
+    """Return the factor in a method's name; 1 without one.
+
+    Raises:
+        InputError: it is not a number above 0 and at most `MOST_TIMES`.
+    """
+    _, at, factor = name.partition("@")
+    if not at:
+        return 1.0
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or not 0 < float(factor) <= MOST_TIMES:
+        raise InputError(
+            f"method {name!r}: after @ comes a factor of the steps above 0 and at most {MOST_TIMES:g}, e.g. ssd@1.04"
+        )
+    return float(factor)
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Return methods in the order of `METHODS`, those with more steps behind those with fewer."""
+    places = {name: place for place, name in enumerate(METHODS)}
+    return sorted(set(names), key=lambda name: (places[name.partition("@")[0]], steps_factor(name)))
+
+
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
     """Return the methods named, without repetitions.
 
     Raises:
-        InputError: none, or an unknown one (the nearest known one is named).
+        InputError: none, or an unknown one.
     """
-    for name in names:
-        if name not in METHODS:
-            raise InputError(
-                f"method {name!r} is not known{nearest(name, METHODS)}; use one or more of {', '.join(METHODS)}"
-            )
     if not names:
         raise InputError(f"no method given; use one or more of {', '.join(METHODS)}")
+    for name in names:
+        named(name)
     return tuple(dict.fromkeys(names))
 
 

@@ -1,7 +1,8 @@
 """A comparison in one picture: validation loss (best mode) against tokens, FLOPs and seconds of training.
 
 Each method has a colour of its own from a set that colour-blind eyes can tell apart (Okabe and Ito), a marker and a
-dash pattern, so that it can be told in grey too. Seeds are thin lines; the dotted line is dense's mean final loss.
+dash pattern, so that it can be told in grey too; markers are hollow where a method has other than the configuration's
+steps. Seeds are thin lines; the dotted line is dense's mean final loss.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from switchable.compare.figures import Validation
-from switchable.compare.methods import METHODS
+from switchable.compare.methods import in_order, steps_factor
 
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("#000000", "o", "-"),
@@ -42,7 +43,7 @@ def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], pict
     panels = figure.subplots(1, len(AXES), sharey=True)
     goals = [points[-1].loss for (method, _), points in curves.items() if method == "dense"]
     for axes, (axis, label) in zip(panels, AXES.items(), strict=True):
-        for method in METHODS:
+        for method in in_order({name for name, _ in curves}):
             _draw_method(
                 axes, [points for (name, _), points in sorted(curves.items()) if name == method], method, axis
             )
@@ -77,7 +78,8 @@ def loss_limits(curves: Sequence[Sequence[Validation]]) -> tuple[float, float]:
 
 
 def _draw_method(axes: Axes, curves: Sequence[Sequence[Validation]], method: str, axis: str) -> None:
-    colour, marker, style = STYLES[method]
+    colour, marker, style = STYLES[method.partition("@")[0]]
+    hollow = steps_factor(method) != 1
     for i, points in enumerate(curves):
         axes.plot(
             [getattr(point, axis) for point in points],
@@ -86,6 +88,7 @@ def _draw_method(axes: Axes, curves: Sequence[Sequence[Validation]], method: str
             marker=marker,
             ls=style,
             ms=3.5,
+            mfc="white" if hollow else colour,
             lw=1.2,
             alpha=0.85,
             label=method if i == 0 else None,

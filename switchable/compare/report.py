@@ -20,7 +20,7 @@ from switchable.compare.figures import (
     own_figures,
     paired_figures,
 )
-from switchable.compare.methods import METHODS
+from switchable.compare.methods import in_order, named
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
 from switchable.study.records import read_metrics
@@ -96,7 +96,7 @@ def tabulate(
         curves: (method, seed) -> the run's validations.
     """
     methods: dict[str, Any] = {}
-    for method in (name for name in METHODS if any(key[0] == name for key in summaries)):
+    for method in in_order({name for name, _ in summaries}):
         seeds = sorted(seed for name, seed in summaries if name == method)
         own = {seed: own_figures(summaries[method, seed]) for seed in seeds}
         paired = {
@@ -160,7 +160,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     if early:
         notes.append(f"\\* ended with less than dense's (the final loss is shown): {', '.join(early)}.")
     notes += [f"Note: {warning}." for warning in table["warnings"]]
-    methods_list = "\n".join(f"- `{name}`: {METHODS[name].summary}" for name in methods)
+    methods_list = "\n".join(f"- `{name}`: {named(name).summary}" for name in methods)
     return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + methods_list + "\n"
 
 

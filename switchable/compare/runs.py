@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switchable.compare.methods import METHODS, UNCOMPARED, method_config
+from switchable.compare.methods import UNCOMPARED, method_config, named
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 
@@ -37,7 +37,7 @@ class Run:
     @property
     def starts_from(self) -> Path | None:
         """The folder of the run this one goes on from, if it does."""
-        before = METHODS[self.method].starts_from
+        before = named(self.method).starts_from
         return None if before is None else folder(self.path.parent, before, self.seed)
 
     def finished(self) -> bool:
@@ -71,7 +71,7 @@ def plan(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: P
     Raises:
         InputError: settings that cannot work, or a folder that holds a run with other settings.
     """
-    needed = [before for name in methods if (before := METHODS[name].starts_from) is not None]
+    needed = [before for name in methods if (before := named(name).starts_from) is not None]
     order = tuple(dict.fromkeys([*needed, *methods]))
     runs = [
         Run(method, seed, folder(out, method, seed), method_config(config, method, seed))
@@ -104,14 +104,14 @@ def others_finished(config: RunConfig, out: Path, besides: Sequence[Run]) -> lis
     found = []
     for summary in sorted(out.glob("*/summary.json")):
         method, _, seed = summary.parent.name.rpartition("-s")
-        if method not in METHODS or not (seed.isascii() and seed.isdigit()) or summary.parent in asked:
+        if not (seed.isascii() and seed.isdigit()) or summary.parent in asked:
             continue
         try:
             run = Run(method, int(seed), summary.parent, method_config(config, method, int(seed)))
             if not differs(run):
                 found.append(run)
         except InputError:
-            continue  # not of this comparison: settings that this method or this version does not know
+            continue  # not of this comparison: a method or settings that this version does not know
     return found
 
 

@@ -116,6 +116,7 @@ def test_a_run_that_fails_is_named_with_its_reason(
     ("more", "words"),
     [
         (["--methods", "sdd"], ["method 'sdd' is not known", "did you mean 'ssd'"]),
+        (["--methods", "ssd@two"], ["'ssd@two': after @ comes a factor", "e.g. ssd@1.04"]),
         (["--seeds", "one"], ["seed 'one' is not usable", "--seeds 0 1 2"]),
         (["--jobs", "0"], ["jobs='0' is not possible"]),
         (["--jobs", "999"], ["jobs='999' is not possible"]),

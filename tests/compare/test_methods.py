@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from switchable import InputError
-from switchable.compare.methods import METHODS, check_methods, check_seeds, method_config
+from switchable.compare.methods import METHODS, check_methods, check_seeds, in_order, method_config, named
 from switchable.config import RunConfig, check, from_dict
 from switchable.ffn.convert import is_router_parameter
 from switchable.train.setup import set_up
@@ -98,10 +98,45 @@ def test_tuning_the_recipe_leaves_the_others_alone(given: RunConfig) -> None:
     )
 
 
+def test_a_factor_scales_the_steps_and_what_is_a_fraction_of_them(given: RunConfig) -> None:
+    longer = method_config(given, "ssd-paper@1.5", 3)
+    assert longer.train.steps == 600  # of 400
+    assert (longer.switch.sparse_steps, longer.switch.dense_steps) == (45, 15)  # 7.5 and 2.5 %
+    assert method_config(given, "dense@0.66", 0).train.steps == 264
+    assert method_config(given, "dense@0.001", 0).train.steps == 1
+    plain = method_config(given, "ssd", 3)
+    assert method_config(given, "ssd@1", 3) == plain
+    other = method_config(given, "ssd@2", 3)
+    assert dataclasses.replace(other, train=dataclasses.replace(other.train, steps=400)) == plain
+    assert named("moe@1.2").summary == METHODS["moe"].summary + "; 1.2 times the steps"
+    assert in_order({"moe", "ssd@2", "ssd@0.5", "dense", "ssd"}) == [
+        "dense",
+        "ssd@0.5",
+        "ssd",
+        "ssd@2",
+        "moe",
+    ]
+
+
+def test_longer_runs_see_the_same_batches_first(
+    given: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    plain, longer = (set_up(method_config(given, name, 5), cache, quiet=True) for name in ("ssd", "ssd@1.5"))
+    for step in (0, 399):
+        assert torch.equal(plain.batch(step)["input_ids"], longer.batch(step)["input_ids"])
+
+
 def test_unknown_methods_and_seeds_are_refused() -> None:
     assert check_methods(["ssd", "dense", "ssd"]) == ("ssd", "dense")
     with pytest.raises(InputError, match=r"method 'ssd-papr' is not known; did you mean 'ssd-paper'\?"):
         check_methods(["dense", "ssd-papr"])
+    assert check_methods(["ssd@1.04", "dense@0.5"]) == ("ssd@1.04", "dense@0.5")
+    for wrong in ("ssd@", "ssd@0", "ssd@0.0", "ssd@-1", "ssd@1e3", "ssd@101", "ssd@nan", "ssd@1@2"):
+        with pytest.raises(InputError, match="after @ comes a factor of the steps above 0 and at most 100"):
+            check_methods([wrong])
+    with pytest.raises(InputError, match="goes on from a dense run and has no steps of its own"):
+        check_methods(["dense-then-moe@2"])
     with pytest.raises(InputError, match="no method given"):
         check_methods([])
     assert check_seeds(["2", "0", "2"]) == (2, 0)
