@@ -93,6 +93,11 @@ class SwitchConfig:
         choices=("each", "together"),
     )
     monitor_every: int = _option(50, "optimizer steps between measurements on the probe; 0 = never")
+    monitor_growth: float = _option(
+        1.0,
+        "factor by which the steps done grow from one measurement to the next, at least: with 1.1, every "
+        "monitor_every steps at first and every tenth of the run so far later on; 1 = always every monitor_every steps",
+    )
     probe_tokens: int = _option(2048, "validation tokens on which everything is measured")
     min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
     final_dense_fraction: float = _option(0.05, "fraction of all steps, at the end, that are always dense")
@@ -143,6 +148,10 @@ class SwitchConfig:
         for name in (*names, "stability_threshold", "regroup_below"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name}={getattr(self, name)} is out of range; use a number from 0 to 1")
+        if not 1.0 <= self.monitor_growth <= 10.0:
+            raise InputError(
+                f"monitor_growth={self.monitor_growth} is out of range; use a number from 1 to 10, e.g. 1.1"
+            )
         if self.mass_target is not None and not 0.0 < self.mass_target < 1.0:
             raise InputError(
                 f"mass_target={self.mass_target} is out of range; use a number between 0 and 1, e.g. 0.95, or none"

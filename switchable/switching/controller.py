@@ -29,6 +29,7 @@ from switchable.switching.schedule import (
     decide,
     enters_sparse,
     initial,
+    is_measured,
     mode_at,
     phase_at,
 )
@@ -107,7 +108,7 @@ class Controller:
     def measures_next(self) -> bool:
         """Whether the next call of `step` takes a measurement."""
         done, config = self.steps_done + 1, self.config
-        if config.monitor_every and done % config.monitor_every == 0:
+        if is_measured(done, config):
             return True
         return config.regroup == "switch" and enters_sparse(done, self.state, self.total_steps, config)
 

@@ -14,6 +14,7 @@ Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,20 @@ def mode_at(step: int, state: ScheduleState, total_steps: int, config: SwitchCon
         return "sparse"
     place = (step - state.began) % (config.sparse_steps + config.dense_steps)
     return "sparse" if place < config.sparse_steps else "dense"
+
+
+def is_measured(steps_done: int, config: SwitchConfig) -> bool:
+    """Return whether a measurement is due after so many steps, at least one.
+
+    Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by `monitor_growth`:
+    the pattern changes fast in a young model and slowly later on, and clustering costs as much as a few steps.
+    """
+    if not config.monitor_every or steps_done % config.monitor_every:
+        return False
+    number, due = steps_done // config.monitor_every, 1
+    while due < number:
+        due = max(due + 1, math.ceil(due * config.monitor_growth - 1e-9))
+    return due == number
 
 
 def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:

@@ -8,7 +8,15 @@ import pytest
 
 from switchable import InputError, SwitchConfig
 from switchable.switching.monitor import LayerMeasures
-from switchable.switching.schedule import ScheduleState, decide, enters_sparse, initial, mode_at, phase_at
+from switchable.switching.schedule import (
+    ScheduleState,
+    decide,
+    enters_sparse,
+    initial,
+    is_measured,
+    mode_at,
+    phase_at,
+)
 
 CONFIG = SwitchConfig(
     min_dense_fraction=0.1,
@@ -154,10 +162,28 @@ def test_regrouping_at_switches_only() -> None:
             assert found == (expected,), step
 
 
+def test_measurements_thin_out_as_the_run_grows() -> None:
+    def measured_at(growth: float, last: int) -> list[int]:
+        config = dataclasses.replace(CONFIG, monitor_every=5, monitor_growth=growth)
+        return [step for step in range(1, last + 1) if is_measured(step, config)]
+
+    assert measured_at(1.0, 22) == [5, 10, 15, 20]
+    assert measured_at(2.0, 90) == [5, 10, 20, 40, 80]
+    assert measured_at(1.5, 90) == [5, 10, 15, 25, 40, 60, 90]  # 1 2 3 5 8 12 18
+    assert measured_at(1.1, 85) == [*range(5, 60, 5), 65, 75, 85]  # ... 9 10 11, then 13 15 17
+    never = dataclasses.replace(CONFIG, monitor_every=0, schedule="dense")
+    assert not any(is_measured(step, never) for step in range(1, 9))
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(InputError, match="monitor_every=0 with schedule=ssd would never find a layer"):
         SwitchConfig(monitor_every=0)
     assert SwitchConfig(monitor_every=0, schedule="dense").monitor_every == 0
+    for wrong in (0.9, 11.0):
+        with pytest.raises(
+            InputError, match=f"monitor_growth={wrong} is out of range; use a number from 1 to 10"
+        ):
+            SwitchConfig(monitor_growth=wrong)
     with pytest.raises(
         InputError, match="gate=softmax with schedule=ssd would train two different functions"
     ):
