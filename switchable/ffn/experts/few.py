@@ -17,8 +17,6 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -26,50 +24,15 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.ffn.experts.cpu import FAST_ACTIVATIONS
-from switchable.ffn.experts.llvm import (
-    I64,
-    POINTER,
-    Code,
-    Machine,
-    Values,
-    Writer,
-    compile_module,
-    this_machine,
-    whole,
-)
-from switchable.ffn.experts.selection import MOST_EXPERTS, write_selection
-from switchable.ffn.experts.tasks import Record, Tasks
+from switchable.ffn.experts.few_kernels import FEW, FewKernels, Sizes
+from switchable.ffn.experts.llvm import Code, Machine, compile_module, this_machine
+from switchable.ffn.experts.selection import MOST_EXPERTS
 from switchable.ffn.experts.weights import FFNWeights
 
 MOST_TOKENS = 63
 """A set of tokens is a word of 64 bits."""
 WORTH_THREADS = 2**20
 """Bytes of chosen experts from which several threads are faster than one."""
-ROWS = (8, 4, 2, 1)
-"""Rows of weights that are multiplied with a token side by side."""
-FEW = Tasks(
-    numbers=("tokens",),
-    addresses=("x", "router", "router_bias", "scores", "ids", "chosen", "up", "bias", "hidden", "down", "start", "y"),
-)  # fmt: skip
-"""`scores` [T, E], `chosen` [E] (the set of tokens of each expert) and `hidden` [T, F] are scratch; so is `ids` [T, K]
-where the router chooses. `start` [D] is what y begins with."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What code is compiled for."""
-
-    d_model: int
-    neurons: int
-    experts: int
-    chosen: int
-    squared: bool
-    bias: bool
-    start: bool
-
-    @property
-    def d_ff(self) -> int:
-        return self.experts * self.neurons
 
 
 def serves(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
@@ -169,182 +132,5 @@ def _code(
     machine: Machine,
 ) -> Code:
     module = ir.Module("few")
-    _Writers(module, Sizes(d_model, neurons, experts, chosen, squared, bias, start), machine)
+    FewKernels(module, Sizes(d_model, neurons, experts, chosen, squared, bias, start), machine)
     return compile_module(module, machine)
-
-
-class _Writers:
-    """Writes the functions: each entry is made of the parts below."""
-
-    def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
-        self.module, self.sizes, self.lanes = module, sizes, machine.vector_bytes // 4
-        self.scores = self._write_dots("scores", sizes.experts, lambda w, total, bias: w.b.fadd(total, bias))
-        self.hidden = self._write_dots("hidden", sizes.neurons, self._activation)
-        self._write_entry("routed", self._route, self._gather, self._read_all, self._write_all)
-        self._write_entry("given", self._gather, self._read_all, self._write_all)
-        self._write_entry("choose", self._route, self._gather)
-        self._write_entry("gather", self._gather)
-        self._write_entry("read", self._read)
-        self._write_entry("write", self._write_range)
-
-    def _write_entry(self, name: str, *parts: Callable[[Writer, Record, ir.Value], None]) -> None:
-        w = Writer(self.module, name, [POINTER], wide=False, lanes=self.lanes)
-
-        def body(record: Record, task: ir.Value) -> None:
-            for part in parts:
-                part(w, record, task)
-
-        FEW.write(w, body)
-
-    def _activation(self, w: Writer, total: ir.Value, bias: ir.Value) -> ir.Value:
-        total = w.b.fadd(total, bias) if self.sizes.bias else total
-        zero = w.zero(w.number)
-        total = w.b.select(w.b.fcmp_ordered("<", total, zero), zero, total)
-        return w.b.fmul(total, total) if self.sizes.squared else total
-
-    def _write_dots(
-        self, name: str, count: int, finish: Callable[[Writer, ir.Value, ir.Value], ir.Value]
-    ) -> ir.Function:
-        """out_r = finish(matrix_r · x, bias_r) for the rows of a matrix."""
-        w = Writer(self.module, f"{name}_dots", [POINTER] * 4, wide=False, lanes=self.lanes)
-        matrix, x, bias, out = w.arguments
-        width = self.sizes.d_model
-
-        def tile(r: ir.Value, rows: int) -> None:
-            first = w.at(matrix, w.b.mul(r, whole(width)))
-
-            def step(d: ir.Value, sums: Values) -> Values:
-                inputs = w.load(w.at(x, d))
-                own = w.at(first, d)
-                return [
-                    w.multiply_add(w.load(w.at(own, whole(row * width))), inputs, total)
-                    for row, total in enumerate(sums)
-                ]
-
-            _, sums = w.loop(whole(0), whole(width), whole(self.lanes), [w.zero()] * rows, step)
-            for row, total in enumerate(sums):
-                place = w.b.add(r, whole(row))
-                value = (
-                    w.load(w.at(bias, place), w.number)
-                    if name == "scores" or self.sizes.bias
-                    else w.zero(w.number)
-                )
-                w.store(finish(w, w.total(total), value), w.at(out, place))
-
-        w.tiles(whole(count), ROWS, tile)
-        w.b.ret_void()
-        return w.function
-
-    def _route(self, w: Writer, record: Record, _: ir.Value) -> None:
-        experts, chosen = self.sizes.experts, self.sizes.chosen
-
-        def token(t: ir.Value) -> None:
-            scores = w.at(record["scores"], w.b.mul(t, whole(experts)))
-            x = w.at(record["x"], w.b.mul(t, whole(self.sizes.d_model)))
-            w.b.call(self.scores, [record["router"], x, record["router_bias"], scores])
-            ids = w.at(record["ids"], w.b.mul(t, whole(chosen)), I64)
-            write_selection(w, scores, ids, experts, chosen)
-
-        w.each(record["tokens"], token)
-
-    def _gather(self, w: Writer, record: Record, _: ir.Value) -> None:
-        """Fill `chosen`."""
-        b = w.b
-        w.each(whole(self.sizes.experts), lambda e: b.store(whole(0), w.at(record["chosen"], e, I64)))
-
-        def token(t: ir.Value) -> None:
-            bit, first = b.shl(whole(1), t), b.mul(t, whole(self.sizes.chosen))
-
-            def pair(k: ir.Value) -> None:
-                expert = w.integer(w.at(record["ids"], b.add(first, k), I64), I64)
-                place = w.at(record["chosen"], expert, I64)
-                b.store(b.or_(w.integer(place, I64), bit), place)
-
-            w.each(whole(self.sizes.chosen), pair)
-
-        w.each(record["tokens"], token)
-
-    def _each_token(self, w: Writer, record: Record, e: ir.Value, body: Callable[[ir.Value], None]) -> None:
-        """body(token) for those that chose an expert."""
-        b, f = w.b, w.function
-        left = w.integer(w.at(record["chosen"], e, I64), I64)
-        before = b.block
-        head, work, after = (f.append_basic_block(name) for name in ("left", "token", "none"))
-        b.branch(head)
-        b.position_at_end(head)
-        tokens = b.phi(I64)
-        tokens.add_incoming(left, before)
-        b.cbranch(b.icmp_signed("==", tokens, whole(0)), after, work)
-        b.position_at_end(work)
-        body(b.cttz(tokens, ir.Constant(ir.IntType(1), 1)))
-        tokens.add_incoming(b.and_(tokens, b.sub(tokens, whole(1))), b.block)
-        b.branch(head)
-        b.position_at_end(after)
-
-    def _read(self, w: Writer, record: Record, e: ir.Value) -> None:
-        """Fill `hidden` for one expert."""
-        b, sizes = w.b, self.sizes
-        neuron = b.mul(e, whole(sizes.neurons))
-        up, bias = w.at(record["up"], b.mul(neuron, whole(sizes.d_model))), w.at(record["bias"], neuron)
-
-        def token(t: ir.Value) -> None:
-            x = w.at(record["x"], b.mul(t, whole(sizes.d_model)))
-            out = w.at(record["hidden"], b.add(b.mul(t, whole(sizes.d_ff)), neuron))
-            b.call(self.hidden, [up, x, bias, out])
-
-        self._each_token(w, record, e, token)
-
-    def _read_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        w.each(whole(self.sizes.experts), lambda e: self._read(w, record, e))
-
-    def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
-        b, blocks = w.b, whole(self.sizes.d_model // self.lanes)
-        first, after = (
-            b.mul(b.sdiv(b.mul(blocks, end), record["tasks"]), whole(self.lanes))
-            for end in (task, b.add(task, whole(1)))
-        )
-        self._columns(w, record, first, b.sdiv(b.sub(after, first), whole(self.lanes)))
-
-    def _write_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        self._columns(w, record, whole(0), whole(self.sizes.d_model // self.lanes))
-
-    def _columns(self, w: Writer, record: Record, first: ir.Value, vectors: ir.Value) -> None:
-        """Write some columns of y."""
-        b, sizes = w.b, self.sizes
-
-        def row(field: str, number: ir.Value) -> ir.Value:
-            return w.at(record[field], b.add(b.mul(number, whole(sizes.d_model)), first))
-
-        def begin(t: ir.Value) -> None:
-            def copy(v: ir.Value) -> None:
-                place = b.mul(v, whole(self.lanes))
-                value = w.load(w.at(row("start", whole(0)), place)) if sizes.start else w.zero()
-                w.store(value, w.at(row("y", t), place))
-
-            w.each(vectors, copy)
-
-        w.each(record["tokens"], begin)
-
-        def neuron(number: ir.Value, e: ir.Value) -> None:
-            def token(t: ir.Value) -> None:
-                value = w.load(w.at(record["hidden"], b.add(b.mul(t, whole(sizes.d_ff)), number)), w.number)
-                with b.if_then(b.fcmp_unordered("!=", value, w.zero(w.number))):
-                    repeated = w.spread(value)
-
-                    def add(v: ir.Value) -> None:
-                        place = b.mul(v, whole(self.lanes))
-                        own = w.at(row("y", t), place)
-                        column = w.load(w.at(row("down", number), place))
-                        w.store(w.multiply_add(repeated, column, w.load(own)), own)
-
-                    w.each(vectors, add)
-
-            self._each_token(w, record, e, token)
-
-        def expert(e: ir.Value) -> None:
-            none = b.icmp_signed("==", w.integer(w.at(record["chosen"], e, I64), I64), whole(0))
-            with b.if_then(b.not_(none)):
-                base = b.mul(e, whole(sizes.neurons))
-                w.each(whole(sizes.neurons), lambda j: neuron(b.add(base, j), e))
-
-        w.each(whole(sizes.experts), expert)

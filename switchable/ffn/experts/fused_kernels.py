@@ -39,7 +39,7 @@ DOT = Tasks(("experts",), (*PAIRS, "x", "packed", "z", "bias", "mask"))
 SCATTER = Tasks(("experts", "per_chunk", "token_count"), (*PAIRS, "y", "weights", "z"))
 """A task is a chunk; `y` [T, D] is written."""
 WEIGHTS = Tasks(("experts", "chunks"), (*PAIRS, "x", "gradient", "z"))
-"""A task is a range of columns; `gradient` [F, D] is added to."""
+"""A task is a range of columns; `gradient` [F, D] is written."""
 BIAS = Tasks(("experts", "chunks"), (*PAIRS, "gradient", "z"))
 """One task; `gradient` [F] is added to."""
 
@@ -213,7 +213,16 @@ class Kernels:
                 first, count = segment(w, record, chunk, e)
                 tokens, z = w.at(record["tokens"], first, I32), w.at(record["z"], b.mul(first, whole(self.I)))
                 gradient = w.at(record["gradient"], b.mul(e, whole(self.I * self.D)))
+                with b.if_then(b.icmp_signed("==", chunk, whole(0))):
+                    w.each(whole(self.I), lambda j: clear(w.at(gradient, b.mul(j, whole(self.D)))))
                 b.call(product.function, [count, tokens, record["x"], gradient, z, *bounds])
+
+            def clear(row: ir.Value) -> None:
+                def store(d: ir.Value, _: Values) -> Values:
+                    w.store(w.zero(), w.at(row, d))
+                    return []
+
+                w.loop(bounds[0], bounds[1], whole(self.L), [], store)
 
             w.each(record["chunks"], lambda c: w.each(record["experts"], lambda e: expert(c, e)))
 

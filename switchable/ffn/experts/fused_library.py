@@ -6,6 +6,7 @@ Shapes as in `fused_kernels.py`; F = E·I neurons.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Library:
 
     def __init__(self, packing: Packing):
         module = ir.Module("experts")
-        self.packing = packing
+        self.packing, self.kept = packing, threading.local()
         Kernels(module, packing)
         write_sort(module)
         self.code = compile_module(module, packing.machine)
@@ -75,14 +76,21 @@ class Library:
         return pairs
 
     def pack(self, weight_FD: Tensor, num_experts: int) -> Tensor:
-        """Copy weights into the order that `dot` reads: experts, vectors of neurons, steps, neurons, p numbers."""
+        """Copy weights into the order that `dot` reads: experts, vectors of neurons, steps, neurons, p numbers.
+
+        The copy stands until the next call in the same thread: memory that is new each time would cost more than it.
+        """
         own = self.packing
         weight_EID = weight_FD.reshape(num_experts, own.neurons, own.d_model)
         missing = own.vectors * own.neurons_per_vector - own.neurons
         if missing:
             weight_EID = torch.nn.functional.pad(weight_EID, (0, 0, 0, missing))
         shape = (num_experts, own.vectors, own.neurons_per_vector, own.steps, own.together)
-        return weight_EID.reshape(shape).permute(0, 1, 3, 2, 4).contiguous()
+        ordered = weight_EID.reshape(shape).permute(0, 1, 3, 2, 4)
+        packed: Tensor | None = getattr(self.kept, "packed", None)
+        if packed is None or packed.shape != ordered.shape:
+            packed = self.kept.packed = torch.empty(ordered.shape, dtype=ordered.dtype)
+        return packed.copy_(ordered)
 
     def dot(
         self,
@@ -140,7 +148,9 @@ class Library:
     def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
         """Return Σ z · xᵀ over each expert's pairs, [F, D]."""
         own = self.packing
-        total_FD = x_TD.new_zeros(num_experts * own.neurons, own.d_model)
+        total_FD = x_TD.new_empty(num_experts * own.neurons, own.d_model)
+        if not pairs.chunks:
+            return total_FD.zero_()
         blocks = own.d_model // (own.gradient_columns * own.lanes)
         tasks = min(torch.get_num_threads(), blocks)
         WEIGHTS.run(

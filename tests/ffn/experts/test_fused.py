@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -195,6 +196,7 @@ def test_how_experts_are_cut_into_vectors() -> None:
 def test_weights_are_packed_in_the_order_of_the_loops() -> None:
     def pack(neurons: int, width: int, vector_bytes: int) -> torch.Tensor:
         loops = object.__new__(Library)
+        loops.kept = threading.local()
         loops.packing = Packing(width, neurons, False, Machine("", "", vector_bytes, registers=32))
         return loops.pack(torch.arange(1.0, neurons * width + 1).view(neurons, width), 1).flatten()
 
