@@ -73,10 +73,22 @@ def _models_learning_rate(config: RunConfig) -> float:
 
 METHODS: dict[str, Method] = {
     "dense": Method(
-        "all dense: no routers, no measuring",
-        switch={"schedule": "dense", "monitor_every": 0, "num_experts": 1, "experts_per_token": 1},
+        "all dense, every neuron multiplied: no routers, no measuring",
+        switch={
+            "schedule": "dense",
+            "monitor_every": 0,
+            "num_experts": 1,
+            "experts_per_token": 1,
+            "active_below": 0.0,
+        },
         train={"router_learning_rate": TrainConfig().router_learning_rate},
         keeps=(),
+    ),
+    "dense-active": Method(
+        "all dense, but only active neurons are multiplied where they are few: no routers",
+        switch={"schedule": "dense", "num_experts": 1, "experts_per_token": 1},
+        train={"router_learning_rate": TrainConfig().router_learning_rate},
+        keeps=("monitor_every", "monitor_growth", "probe_tokens", "active_below"),
     ),
     "ssd": Method("the configuration as given", switch={"schedule": "ssd"}),
     "ssd-paper": Method(

@@ -20,6 +20,7 @@ from switchable.compare.methods import in_order, steps_factor
 
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("#000000", "o", "-"),
+    "dense-active": ("#999999", "P", "--"),
     "ssd": ("#d55e00", "s", "-"),
     "ssd-paper": ("#0072b2", "^", "--"),
     "static": ("#009e73", "D", ":"),

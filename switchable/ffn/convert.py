@@ -20,6 +20,9 @@ from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.placement import put_into_layer
 from switchable.switching.config import SwitchConfig
 
+MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active", "dense_fallback")
+"""What decides how an FFN is multiplied."""
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -185,19 +188,17 @@ def in_mode(
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     """Within the `with` block modes may be changed at will; afterwards everything is as it was.
 
-    Kept are each FFN's mode, K and dense fallback, whether its router learns, and whether the model trains.
+    Kept are what `MODES` names of each FFN, and whether the model trains.
     """
     layers = layers_of(model)
-    kept = [
-        (layer.mode, layer.experts_per_token, layer.router_learns, layer.dense_fallback) for layer in layers
-    ]
+    kept = [{name: getattr(layer, name) for name in MODES} for layer in layers]
     training = model.training
     try:
         yield layers
     finally:
-        for layer, (mode, experts_per_token, learns, fallback) in zip(layers, kept, strict=True):
-            layer.mode, layer.experts_per_token = mode, experts_per_token
-            layer.router_learns, layer.dense_fallback = learns, fallback
+        for layer, values in zip(layers, kept, strict=True):
+            for name, value in values.items():
+                setattr(layer, name, value)
         model.train(training)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from switchable.errors import InputError, divisors_near
+from switchable.ffn import active_training
 from switchable.ffn.experts import FFNWeights, expert_ffn
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
@@ -42,7 +43,8 @@ OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
     "dense_fallback", "dense_wins", "expert_compute", "router", "router_learns", "router_objective",
     "router_token_fraction", "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "commitment",
-    "attached_loss_weight", "neuron_ids_F", "router_gate_gradient", "router_noise", "training",
+    "attached_loss_weight", "multiplies_active", "active_seen", "neuron_ids_F", "router_gate_gradient", "router_noise",
+    "training",
 ))  # fmt: skip
 """Names that no part of an FFN may have, besides those of methods; names with an underscore apart."""
 
@@ -73,6 +75,10 @@ class SwitchableFFN(nn.Module):
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
     dense_wins: dict[tuple[object, ...], bool]
     """What `serving.py` has found out about that."""
+    multiplies_active: bool
+    """Whether training in dense mode multiplies only the active neurons, where `active_training.py` can."""
+    active_seen: active_training.Seen
+    """What that came to since somebody last asked."""
     neuron_ids_F: Tensor
     """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
     compares them over time needs to know which is which."""
@@ -131,6 +137,8 @@ class SwitchableFFN(nn.Module):
         self.load_balance = 0.0
         self.activation_l1 = 0.0
         self.commitment = 0.0
+        self.multiplies_active = False
+        self.active_seen = active_training.Seen()
 
     def _part(self, path: str) -> nn.Module:
         """Return a module by its path in the family's row."""
@@ -227,22 +235,25 @@ class SwitchableFFN(nn.Module):
         return project(self.down_projection, hidden)
 
     def _dense(self, x_BSD: Tensor) -> Tensor:
+        if self.multiplies_active and active_training.applies(self, x_BSD):
+            return active_training.forward(self, x_BSD)
         hidden_BSF = self.activations(x_BSD)
         dropout = self.hidden_dropout
         y_BSD = self.write(nnf.dropout(hidden_BSF, dropout, self.training) if dropout else hidden_BSF)
         if not (self.training and torch.is_grad_enabled()):
             return y_BSD
         if self.router_learns:
-            every = _stride(self.router_token_fraction)
+            every = active_training.stride(self.router_token_fraction)
             seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :]
-            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden.detach()))
+            y_BSD = self.attach(y_BSD, self._router_loss(seen, hidden.detach()))
             if self.commitment and self.takes_part:
-                y_BSD = self._attach(y_BSD, self.commitment * self._share_missed(seen, hidden))
+                y_BSD = self.attach(y_BSD, self.commitment * self._share_missed(seen, hidden))
         if self.activation_l1:
-            y_BSD = self._attach(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
+            y_BSD = self.attach(y_BSD, self.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
         return y_BSD
 
-    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
+    def attach(self, y: Tensor, loss: Tensor) -> Tensor:
+        """Return y; whatever is learned from it, the loss is learned besides."""
         return attach_loss(y, self.attached_loss_weight * loss)
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
@@ -265,17 +276,17 @@ class SwitchableFFN(nn.Module):
             ids_TK, gates_TK = select(scores_TE, self.experts_per_token, noise)
         y_TD = self._experts(x_TD, ids_TK, gates_TK)
         if self.load_balance and self.training and torch.is_grad_enabled():
-            y_TD = self._attach(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
+            y_TD = self.attach(y_TD, self.load_balance * load_balance_loss(scores_TE, ids_TK))
         if self.down_projection.bias is not None:
             y_TD = y_TD + self.down_projection.bias.to(y_TD.dtype)
         y_BSD = y_TD.view(x_BSD.shape)
         learns = self.router_learns and not softmax and self.training and torch.is_grad_enabled()
         if learns and self.router_sparse_fraction:
             # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
-            seen = x_BSD[..., :: _stride(self.router_sparse_fraction), :].detach().contiguous()
+            seen = x_BSD[..., :: active_training.stride(self.router_sparse_fraction), :].detach().contiguous()
             with torch.no_grad():
                 hidden = self.activations(seen)
-            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
+            y_BSD = self.attach(y_BSD, self._router_loss(seen, hidden))
         return y_BSD
 
     def _experts(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
@@ -328,11 +339,6 @@ class SwitchableFFN(nn.Module):
     def extra_repr(self) -> str:
         """Say mode, K and E, as in `mode=sparse, experts=6/32`."""
         return f"mode={self.mode}, experts={self.experts_per_token}/{self.num_experts}"
-
-
-def _stride(fraction: float) -> int:
-    """Return the step within the sequence that picks a fraction of the tokens, the same ones in any micro-batch."""
-    return max(1, round(1.0 / fraction))
 
 
 def _refuse_own_parameters(ffn: nn.Module, name: str) -> None:

@@ -70,6 +70,11 @@ class SwitchConfig:
         "penalty in dense steps, in layers that take part: this times the share of the activation mass outside the "
         "router's K experts, mean over tokens (nats); neurons learn to fire where their expert is chosen",
     )
+    active_below: float = _option(
+        0.2,
+        "in layers whose activation ratio is below this, dense steps multiply only the neurons that are active: the "
+        "same function and gradient, faster (ReLU or ReLU^2, on the CPU); 0 = never",
+    )
     expert_compute: str = _option("auto", "implementation of the experts by name; auto = fastest here")
     gate: str = _option(
         "unit",
@@ -142,6 +147,7 @@ class SwitchConfig:
             "final_dense_fraction",
             "router_token_fraction",
             "router_sparse_fraction",
+            "active_below",
             "max_activation_ratio",
             "min_mass_caught",
         )

@@ -169,10 +169,11 @@ class Controller:
         )
 
     def _apply_mode(self) -> None:
-        for layer, part, k in zip(
-            self.layers, self.state.takes_part, self.state.experts_per_token, strict=True
+        state = self.state
+        for layer, part, k, few_active in zip(
+            self.layers, state.takes_part, state.experts_per_token, state.multiplies_active, strict=True
         ):
-            layer.takes_part = part
+            layer.takes_part, layer.multiplies_active = part, few_active
             layer.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
@@ -193,6 +194,7 @@ class Controller:
             "regroupings": self.regroupings,
             "takes_part": list(self.state.takes_part),
             "experts_per_token": list(self.state.experts_per_token),
+            "multiplies_active": list(self.state.multiplies_active),
             "began": self.state.began,
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
@@ -204,7 +206,10 @@ class Controller:
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
         self.state = ScheduleState(
-            tuple(state["takes_part"]), tuple(state["experts_per_token"]), state["began"]
+            tuple(state["takes_part"]),
+            tuple(state["experts_per_token"]),
+            tuple(state.get("multiplies_active", [False] * len(self.layers))),  # older checkpoints lack it
+            state["began"],
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]

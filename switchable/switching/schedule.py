@@ -30,11 +30,15 @@ LEAVE_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Where the schedule stands. `began` is the step at which alternating began, None before."""
+    """Where the schedule stands."""
 
     takes_part: tuple[bool, ...]
+    """Whether each layer is sparse in sparse steps."""
     experts_per_token: tuple[int, ...]
+    multiplies_active: tuple[bool, ...]
+    """Whether each layer multiplies only its active neurons in dense steps."""
     began: int | None = None
+    """The step at which alternating began; None before."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
     """Return the state at step 0: every layer dense, or with schedule `sparse` every layer sparse."""
     sparse = config.schedule == "sparse"
     return ScheduleState(
-        (sparse,) * num_layers, (config.experts_per_token,) * num_layers, began=0 if sparse else None
+        takes_part=(sparse,) * num_layers,
+        experts_per_token=(config.experts_per_token,) * num_layers,
+        multiplies_active=(False,) * num_layers,
+        began=0 if sparse else None,
     )
 
 
@@ -115,10 +122,12 @@ def decide(
     target needs) and stable (similarity of successive structures); its structure follows every measurement until then.
     Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the next
     change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn
-    it. With a `mass_target`, each layer's K follows every measurement to the end.
+    it. With a `mass_target`, each layer's K follows every measurement to the end; whether its dense steps multiply
+    active neurons only always does.
     """
     experts = tuple(experts_needed(m, config) for m in measures)
-    state = replace(state, experts_per_token=experts)
+    few_active = tuple(m.activation_ratio < config.active_below for m in measures)
+    state = replace(state, experts_per_token=experts, multiplies_active=few_active)
     if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
     may_join = step >= dense_until(total_steps, config)

@@ -6,6 +6,7 @@ forward + backward = 3 x forward, a multiply-add being 2 operations:
 
     dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
     sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient; 3 · 2·D·E with softmax gates)
+    active neurons     2·D·F + 5 · 2·D·a·F        a = share of the activations that are not zero, as counted in the step
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -62,13 +63,31 @@ class StepFlops:
             ffn_input=each(self.ffn_input),
         )
 
-    def step(self, experts_per_token: Sequence[int | None]) -> float:
-        """Return the FLOPs of a step, given each layer's experts per token; None where it is dense."""
+    def step(
+        self, experts_per_token: Sequence[int | None], active: Sequence[float | None] | None = None
+    ) -> float:
+        """Return the FLOPs of a step.
+
+        Args:
+            experts_per_token: of each layer; None where it is dense.
+            active: of each layer that multiplied only active neurons, which share of the activations was not zero;
+                None for the others. Left out, there are no such layers.
+        """
         total = self.dense
-        for k, dense, expert, router, learning in zip(
-            experts_per_token, self.ffn_dense, self.expert, self.router, self.router_learning, strict=True
+        shares = active or [None] * len(experts_per_token)
+        for k, share, dense, expert, router, learning in zip(
+            experts_per_token,
+            shares,
+            self.ffn_dense,
+            self.expert,
+            self.router,
+            self.router_learning,
+            strict=True,
         ):
-            total += learning if k is None else k * expert + router - dense
+            if k is not None:
+                total += k * expert + router - dense
+            else:
+                total += learning - (0.0 if share is None else 5 / 6 * (1 - share) * dense)
         return total
 
     def measurement(self, probe_tokens: int) -> float:

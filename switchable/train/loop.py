@@ -161,7 +161,9 @@ class Trainer:
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
         counters.steps += 1
-        counters.flops += self.flops.step(experts)
+        counters.flops += self.flops.step(
+            experts, [layer.active_seen.take(layer.d_ff) for layer in self.job.controller.layers]
+        )
         counters.sparse_steps += sparse
         counters.window_steps += 1
         counters.window_sparse += sparse

@@ -2,8 +2,10 @@
 
     step_speedup_sparse = median time of a plain dense step / median time of a sparse step
 
-A *plain* dense step is one of the model without any router, what all-dense training would pay. Forward, backward and
-optimizer step are timed; the weights stay as they are (learning rate 0).
+    step_speedup_active = median time of a plain dense step / median time of a dense step as the run makes it now
+
+A *plain* dense step is one of the model without any router that multiplies every neuron, what all-dense training would
+pay. Forward, backward and optimizer step are timed; the weights stay as they are (learning rate 0).
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ def interleaved(
 def step_seconds(
     model: nn.Module, batch: Mapping[str, Tensor], micro_batches: int = 1, rounds: int = 9
 ) -> dict[str, float]:
-    """Time forward + backward + optimizer step in turns: `dense` (no routers), `dense_router` and `sparse`.
+    """Time forward + backward + optimizer step in turns.
+
+    The kinds are `dense` (no routers), `dense_router` (they learn), `active` (as the layers are set: they learn, and
+    some layers multiply only active neurons) and `sparse`.
 
     Args:
         model: a converted model; its weights, modes and gradients are as before afterwards.
@@ -49,25 +54,26 @@ def step_seconds(
         Median seconds of one step of each kind.
     """
     # A learning rate of 0 leaves the weights as they are.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
-    def step(mode: str, routers: bool) -> None:
+    def step(mode: str, *, routers: bool = True, active: bool = False) -> None:
         set_mode(model, mode)
-        for layer, learns in zip(layers, learning, strict=True):
-            layer.router_learns = learns and routers
+        for layer, (learns, multiplies_active) in zip(layers, given, strict=True):
+            layer.router_learns, layer.multiplies_active = learns and routers, multiplies_active and active
         for _ in range(micro_batches):
             model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     with kept_modes(model) as layers:
-        learning = [layer.router_learns for layer in layers]
+        given = [(layer.router_learns, layer.multiplies_active) for layer in layers]
         model.train()
         return interleaved(
             {
                 "dense": lambda: step("dense", routers=False),
-                "dense_router": lambda: step("dense", routers=True),
-                "sparse": lambda: step("sparse", routers=True),
+                "dense_router": lambda: step("dense"),
+                "active": lambda: step("dense", active=True),
+                "sparse": lambda: step("sparse"),
             },
             rounds,
             next(model.parameters()).device,

@@ -61,6 +61,14 @@ def test_what_each_method_changes(given: RunConfig) -> None:
         assert same == given.train, name
     assert found["ssd"].switch == given.switch
     assert found["static"].switch == dataclasses.replace(given.switch, schedule="static")
+    assert (found["dense"].switch.monitor_every, found["dense"].switch.active_below) == (0, 0.0)
+    active = found["dense-active"].switch
+    assert (active.schedule, active.num_experts, active.active_below) == (
+        "dense",
+        1,
+        given.switch.active_below,
+    )
+    assert active.monitor_every == given.switch.monitor_every > 0
     assert found["dense-then-moe"].switch == dataclasses.replace(given.switch, schedule="dense")
     paper, moe = found["ssd-paper"].switch, found["moe"].switch
     assert (paper.router, paper.structure, paper.join, paper.regroup) == (

@@ -27,6 +27,7 @@ CONFIG = SwitchConfig(
     sparse_steps=3,
     dense_steps=1,
     regroup_below=0.4,
+    active_below=0.0,
 )
 
 
@@ -34,8 +35,9 @@ def measured(ratio: float, similarity: float, in_use: float = 1.0, caught: float
     return LayerMeasures(ratio, caught, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use)
 
 
-def alternating(*takes_part: bool) -> ScheduleState:
-    return ScheduleState(takes_part, (CONFIG.experts_per_token,) * len(takes_part), began=10)
+def alternating(*takes_part: bool, k: int = CONFIG.experts_per_token) -> ScheduleState:
+    layers = len(takes_part)
+    return ScheduleState(takes_part, (k,) * layers, (False,) * layers, began=10)
 
 
 def test_dense_until_stable_sparse_and_allowed() -> None:
@@ -76,14 +78,25 @@ def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
     # The router's first 1, 2, 3, 4 experts catch 0.5, 0.8, 0.95 and 1.
     config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, mass_target=0.8)
     decision = decide(10, initial(1, config), [measured(0.9, 0.9)], 100, config)
-    assert decision.state == ScheduleState(
-        (True,), (2,), began=10
-    )  # 2 of 4 experts, however many neurons fire
+    assert decision.state == alternating(True, k=2)  # 2 of 4 experts, however many neurons fire
     strict = dataclasses.replace(config, mass_target=0.9)
     assert decide(10, initial(1, strict), [measured(0.1, 0.9)], 100, strict).state.takes_part == (False,)
     kept = decide(90, decision.state, [measured(0.9, 0.9)], 100, strict).state
-    assert kept == ScheduleState((True,), (3,), began=10)  # K follows to the end, the rest stands
+    assert kept == alternating(True, k=3)  # K follows to the end, the rest stands
     assert decide(10, initial(1, CONFIG), [measured(0.1, 0.9)], 100, CONFIG).state.experts_per_token == (6,)
+
+
+def test_dense_steps_multiply_active_neurons_wherever_few_are() -> None:
+    measures = [measured(0.05, 0.9), measured(0.049, 0.0)]
+    for schedule in ("ssd", "dense"):
+        config = dataclasses.replace(CONFIG, schedule=schedule, active_below=0.05)
+        for step in (5, 50, 95):
+            assert decide(step, initial(2, config), measures, 100, config).state.multiplies_active == (
+                False,
+                True,
+            )
+    never = decide(5, initial(1, CONFIG), [measured(0.0, 0.9)], 100, CONFIG).state  # with 0
+    assert never.multiplies_active == (False,)
 
 
 def test_modes_alternate_and_the_last_phase_is_dense() -> None:

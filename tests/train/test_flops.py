@@ -27,6 +27,11 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     learning = 0.5 * (4 * D * E + 2 * F)
     assert flops.step((None, None)) == flops.dense + T * 2 * learning
     assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
+    # The input projection's forward pass in full, of the other five products a quarter.
+    active = 2 * D * F + 5 * 2 * D * 0.25 * F
+    assert flops.step((None, K), (0.25, None)) == pytest.approx(
+        flops.step((None, K)) + T * (active - 3 * 4 * D * F)
+    )
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     for layer in layers_of(switchable_gpt2):
         layer.router_gate_gradient = True

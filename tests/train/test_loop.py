@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from switchable import InputError
 from switchable.config import RunConfig, from_dict
+from switchable.ffn.experts.active import active_library
+from switchable.ffn.experts.llvm import this_machine
 from switchable.train.loop import Counters, Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.signals import TrainingStopped
@@ -54,10 +56,8 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return base / "run", pretrain(small(corpus), base / "run", base / "cache", quiet=True)
 
 
-def test_twenty_steps_equal_ten_and_resume_and_ten(
-    whole: tuple[Path, dict[str, Any]], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped at step 10, between two switches; bitwise the same model, moments, structures and figures."""
+def in_two_parts(config: RunConfig, base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Train ten steps, stop, resume to the end; return the figures."""
     step = Trainer._step
 
     def stop_at_ten(self: Trainer) -> None:
@@ -68,9 +68,16 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", stop_at_ten)
         with pytest.raises(TrainingStopped):
-            pretrain(small(corpus), tmp_path / "run", tmp_path / "cache", quiet=True)
+            pretrain(config, base / "run", base / "cache", quiet=True)
     torch.manual_seed(123)  # what the process did meanwhile must not matter
-    figures = resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
+    return resume(base / "run", {}, base / "cache", quiet=True)
+
+
+def test_twenty_steps_equal_ten_and_resume_and_ten(
+    whole: tuple[Path, dict[str, Any]], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at step 10, between two switches; bitwise the same model, moments, structures and figures."""
+    figures = in_two_parts(small(corpus), tmp_path, monkeypatch)
     undisturbed, expected = (
         weights(whole[0] / "checkpoints/step-000020"),
         weights(tmp_path / "run/checkpoints/step-000020"),
@@ -82,6 +89,29 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     for key in ("val_loss_dense", "val_loss_sparse", "flops", "sparse_fraction", "switches", "regroupings"):
         assert figures[key] == whole[1][key], key
     assert _without_clock(tmp_path / "run") == _without_clock(whole[0])
+
+
+@pytest.mark.skipif(
+    active_library(16, torch.float32, this_machine()) is None, reason="no loops for this processor"
+)
+def test_active_neurons_cost_less_change_nothing_and_resume_bitwise(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(below: float) -> RunConfig:
+        return small(corpus, train={"batch_size": 32}, switch={"active_below": below})
+
+    plain = pretrain(config(0.0), tmp_path / "plain", tmp_path / "cache", quiet=True)
+    active = pretrain(config(1.0), tmp_path / "active", tmp_path / "cache", quiet=True)
+    assert (plain["active_layers"], active["active_layers"]) == ([0, 0], [1, 1])
+    for key in ("val_loss_dense", "val_loss_sparse"):
+        assert active[key] == pytest.approx(plain[key], abs=0.01)
+    # From step 3 on eight dense steps; more than half of what is saved there, whatever the share that was active.
+    ffns = 2 * 12 * 16 * 64 * 32 * 16
+    assert 8 * 0.2 * ffns < plain["flops"] - active["flops"] < 8 * 5 / 6 * ffns
+    figures = in_two_parts(config(1.0), tmp_path, monkeypatch)
+    assert figures["flops"] == active["flops"]
+    whole, parts = (weights(tmp_path / run / "checkpoints/step-000020") for run in ("active", "run"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 CLOCKS = ("tokens_per_second", "train_seconds", "cpu_seconds")

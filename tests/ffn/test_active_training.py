@@ -1,0 +1,95 @@
+"""Training in dense mode from the active neurons alone changes nothing but the time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import tiny_gpt2
+from torch import Tensor, nn
+
+from switchable import SwitchConfig, convert
+from switchable.ffn.active_training import LEAST_TOKENS, Seen, applies
+from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.experts.active import active_library
+from switchable.ffn.experts.llvm import this_machine
+
+pytestmark = pytest.mark.skipif(
+    active_library(16, torch.float64, this_machine()) is None, reason="no loops for this processor"
+)
+BATCH = (24, 24)  # 576 tokens
+
+
+def model_of(objective: str = "mass", **settings: float) -> nn.Module:
+    model = tiny_gpt2(dtype=torch.float64)
+    config = SwitchConfig(
+        num_experts=8, experts_per_token=3, router_objective=objective, router_token_fraction=0.25, **settings
+    )  # type: ignore[arg-type, unused-ignore]
+    convert(model, config)
+    return model.train()
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 61, BATCH, generator=torch.Generator().manual_seed(3))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("objective", ["mass", "ranking"])
+def test_all_gradients_are_those_of_the_dense_step_the_routers_too(objective: str) -> None:
+    plain = gradients(model_of(objective))
+    model = model_of(objective)
+    for layer in layers_of(model):
+        layer.multiplies_active = True
+    found = gradients(model)
+    assert found.keys() == plain.keys()
+    for name, wanted in plain.items():
+        # The routers' shares of the mass are float32 in a plain step.
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-8, msg=name)
+    assert all(layer.active_seen.tokens == 576 for layer in layers_of(model))
+
+
+def test_the_share_is_that_of_the_probe() -> None:
+    model = model_of()
+    (layer, *_) = layers_of(model)
+    layer.multiplies_active = True
+    x_BSD = torch.randn(2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    layer(x_BSD)
+    share = layer.active_seen.take(layer.d_ff)
+    assert share == pytest.approx(float((layer.activations(x_BSD) > 0).double().mean()))
+    assert layer.active_seen.take(layer.d_ff) is None
+
+
+def test_shares_add_up_until_they_are_taken() -> None:
+    seen = Seen(entries=6, tokens=4)
+    seen.entries, seen.tokens = seen.entries + 10, seen.tokens + 4
+    assert seen.take(d_ff=4) == 16 / (8 * 4)
+
+
+@pytest.mark.parametrize("settings", [{"activation_l1": 1e-5}, {"commitment": 0.1}], ids=str)
+def test_penalties_on_activations_need_all_of_them(settings: dict[str, float]) -> None:
+    (layer, *_) = layers_of(model_of(**settings))
+    assert not applies(layer, torch.zeros(1, LEAST_TOKENS, 16, dtype=torch.float64))
+
+
+def test_applies_to_training_on_enough_tokens_only() -> None:
+    x_BSD = torch.zeros(1, LEAST_TOKENS, 16, dtype=torch.float64)
+    model = model_of()
+    (layer, *_) = layers_of(model)
+    assert applies(layer, x_BSD)
+    assert not applies(layer, x_BSD[:, 1:])
+    with torch.no_grad():
+        assert not applies(layer, x_BSD)
+    assert not applies(layers_of(model_of("norm"))[0], x_BSD)
+    assert not applies(layer.eval(), x_BSD)
+
+
+def test_sparse_mode_is_not_concerned() -> None:
+    model = model_of()
+    for layer in layers_of(model):
+        layer.multiplies_active = True
+    set_mode(model, "sparse")
+    gradients(model)
+    assert all(layer.active_seen.tokens == 0 for layer in layers_of(model))
