@@ -34,6 +34,7 @@ from torch.nn.functional import linear
 
 from benchmarks._timing import Times, peak_bytes, take_turns
 from switchable.ffn.experts import FFNWeights, autotune, expert_ffn
+from switchable.ffn.experts.shape import Shape as Question
 from switchable.ffn.router import Router, select
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
@@ -140,7 +141,7 @@ def _results(layer: Layer, name: str, backward: bool) -> dict[str, Tensor]:
 
 def resolved(shape: Shape, training: bool) -> str:
     """Return what `auto` runs."""
-    question = autotune.Shape(shape.T, shape.D, shape.F, shape.E, shape.K, training=training)
+    question = Question(shape.T, shape.D, shape.F, shape.E, shape.K, training=training)
     return autotune.resolve(question)
 
 

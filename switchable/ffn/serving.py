@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.experts.autotune import resolve
 from switchable.ffn.experts.few import MOST_TOKENS, few_tokens
+from switchable.ffn.experts.shape import Shape
 
 if TYPE_CHECKING:
     from switchable.ffn.layer import SwitchableFFN

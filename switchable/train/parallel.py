@@ -30,7 +30,8 @@ from switchable import ranks
 from switchable.config import RunConfig, TrainConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
-from switchable.ffn.experts.autotune import Shape, resolve
+from switchable.ffn.experts.autotune import resolve
+from switchable.ffn.experts.shape import Shape
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
 from switchable.infer.evaluate import shifts_labels

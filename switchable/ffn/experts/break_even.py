@@ -2,7 +2,7 @@
 
     speedup = median seconds of dense / median seconds of the sparse way (router included)
 
-Every line is one shape, measured in turns with dense (`autotune.measure`) unless the table knows it; `auto` is what a
+Every line is one shape, measured in turns with dense (`stopwatch.measure`) unless the table knows it; `auto` is what a
 sparse layer with dense fallback runs there, in inference. In training the function of the selected experts is asked
 for, and the fastest sparse way is all the choice there is.
 
@@ -21,8 +21,9 @@ import torch
 from transformers.activations import ACT2FN
 
 from switchable.errors import InputError, divisors_near, nearest
-from switchable.ffn.experts import autotune
-from switchable.ffn.experts.autotune import Shape, Table
+from switchable.ffn.experts import autotune, stopwatch
+from switchable.ffn.experts.autotune import Table
+from switchable.ffn.experts.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _row(shape: Shape, table: Table, again: bool, check: bool) -> dict[str, Any]
     }
     if check and not shape.training:
         # What is dense is the dense layer itself, whatever a second measurement might say.
-        second = autotune.measure(shape) if row["auto"] != "dense" else times
+        second = stopwatch.measure(shape) if row["auto"] != "dense" else times
         row["auto_speedup"] = second["dense"] / second[row["auto"]]
     return row
 

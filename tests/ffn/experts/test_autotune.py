@@ -10,8 +10,11 @@ import pytest
 import torch
 from ffn.experts.problems import Case, problem
 
-from switchable.ffn.experts import autotune
-from switchable.ffn.experts.autotune import Shape, Table, cache_path, measure
+from switchable.ffn.experts import shape as shapes
+from switchable.ffn.experts import stopwatch
+from switchable.ffn.experts.autotune import Table, cache_path
+from switchable.ffn.experts.shape import Shape
+from switchable.ffn.experts.stopwatch import measure
 
 SHAPE = Shape(tokens=100, d_model=32, d_ff=64, num_experts=8, experts_per_token=2)
 
@@ -28,7 +31,7 @@ def test_sizes_between_two_powers_of_two_ask_both() -> None:
     assert sizes(100) == [64, 128]
     assert sizes(64) == [64]
     assert sizes(1) == [1]
-    assert sizes(100_000) == [autotune.LARGEST]
+    assert sizes(100_000) == [shapes.LARGEST]
 
 
 def test_sparse_must_win_at_both_neighbours_and_by_the_margin() -> None:
@@ -56,7 +59,7 @@ def test_a_shape_is_measured_once_and_kept_in_a_file(tmp_path: Path, monkeypatch
         asked.append(shape)
         return {"dense": 2.0, "sorted": 1.0}
 
-    monkeypatch.setattr(autotune, "measure", fake)
+    monkeypatch.setattr(stopwatch, "measure", fake)
     path = tmp_path / "folder" / "table.json"
     assert Table.load(path).choose(SHAPE) == "sorted"
     assert [shape.tokens for shape in asked] == [64, 128]
@@ -111,7 +114,7 @@ def test_where_nothing_can_be_written_the_table_lives_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(autotune, "measure", lambda _shape: {"dense": 1.0, "sorted": 0.1})
+    monkeypatch.setattr(stopwatch, "measure", lambda _shape: {"dense": 1.0, "sorted": 0.1})
     table = Table.load(tmp_path / "file" / "table.json")
     assert table.choose(SHAPE) == "sorted"
     assert table.path is None
@@ -126,7 +129,7 @@ def test_the_file_is_this_machines_and_this_number_of_threads(tmp_path: Path) ->
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_times_dense_and_every_candidate(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "SECONDS", 0.0)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
     shape = replace(SHAPE, tokens=4, training=training)
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -157,12 +160,12 @@ def test_a_rule_and_not_a_stopwatch_chooses_the_sparse_way(
     # An expert's product: tokens * 3/8 rows, 16 wide, d_ff / E = 248 / 8 = 31 neurons: 186 per token.
     d_ff, d_model = (248, 16) if experts == 8 else (256, 64)
     shape = Shape(tokens, d_model, d_ff, experts, min(3, experts), training=training, dtype=dtype)
-    monkeypatch.setattr(autotune, "measure", lambda _shape: pytest.fail("measured"))
+    monkeypatch.setattr(stopwatch, "measure", lambda _shape: pytest.fail("measured"))
     assert Table(None).choose(shape, dense_allowed=False) == way
 
 
 def test_auto_computes_the_experts_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "measure", lambda _shape: pytest.fail("measured"))
+    monkeypatch.setattr(stopwatch, "measure", lambda _shape: pytest.fail("measured"))
     found = problem(Case(tokens=4))
     torch.testing.assert_close(found.run("auto"), found.run("eager"))
     with torch.no_grad():

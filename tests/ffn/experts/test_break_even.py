@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from switchable.cli import main
-from switchable.ffn.experts import autotune
-from switchable.ffn.experts.autotune import Shape
+from switchable.ffn.experts import autotune, stopwatch
+from switchable.ffn.experts.shape import Shape
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def known_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Shape]:
         sparse = 0.012 if shape.tokens > 1 else 0.004 if shape in measured[:-1] else 0.002
         return {"dense": 0.006, "masked" if shape.training else "decode": sparse}
 
-    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setattr(stopwatch, "measure", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune._table.cache_clear()
     return measured
