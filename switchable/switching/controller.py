@@ -108,7 +108,7 @@ class Controller:
     def measures_next(self) -> bool:
         """Whether the next call of `step` takes a measurement."""
         done, config = self.steps_done + 1, self.config
-        if is_measured(done, config):
+        if is_measured(done, self.total_steps, config):
             return True
         return config.regroup == "switch" and enters_sparse(done, self.state, self.total_steps, config)
 

@@ -84,13 +84,18 @@ def mode_at(step: int, state: ScheduleState, total_steps: int, config: SwitchCon
     return "sparse" if place < config.sparse_steps else "dense"
 
 
-def is_measured(steps_done: int, config: SwitchConfig) -> bool:
+def is_measured(steps_done: int, total_steps: int, config: SwitchConfig) -> bool:
     """Return whether a measurement is due after so many steps, at least one.
 
     Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by `monitor_growth`:
-    the pattern changes fast in a young model and slowly later on, and clustering costs as much as a few steps.
+    the pattern changes fast in a young model and slowly later on, and clustering costs as much as a few steps. One more
+    is due when the first dense phase may end, so that no layer has to wait.
     """
-    if not config.monitor_every or steps_done % config.monitor_every:
+    if not config.monitor_every:
+        return False
+    if config.schedule in ("ssd", "static") and steps_done == dense_until(total_steps, config):
+        return True
+    if steps_done % config.monitor_every:
         return False
     number, due = steps_done // config.monitor_every, 1
     while due < number:

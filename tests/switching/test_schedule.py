@@ -178,14 +178,16 @@ def test_regrouping_at_switches_only() -> None:
 def test_measurements_thin_out_as_the_run_grows() -> None:
     def measured_at(growth: float, last: int) -> list[int]:
         config = dataclasses.replace(CONFIG, monitor_every=5, monitor_growth=growth)
-        return [step for step in range(1, last + 1) if is_measured(step, config)]
+        return [step for step in range(1, last + 1) if is_measured(step, 1000, config)]
 
+    assert is_measured(103, 1030, CONFIG)  # where the first dense phase may end
+    assert not is_measured(103, 1030, dataclasses.replace(CONFIG, schedule="dense"))
     assert measured_at(1.0, 22) == [5, 10, 15, 20]
     assert measured_at(2.0, 90) == [5, 10, 20, 40, 80]
     assert measured_at(1.5, 90) == [5, 10, 15, 25, 40, 60, 90]  # 1 2 3 5 8 12 18
     assert measured_at(1.1, 85) == [*range(5, 60, 5), 65, 75, 85]  # ... 9 10 11, then 13 15 17
     never = dataclasses.replace(CONFIG, monitor_every=0, schedule="dense")
-    assert not any(is_measured(step, never) for step in range(1, 9))
+    assert not any(is_measured(step, 1000, never) for step in range(1, 9))
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
