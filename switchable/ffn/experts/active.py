@@ -118,8 +118,8 @@ class _Active(torch.autograd.Function):
         by_neuron = loops.by_neuron(entries)
         return (
             loops.sum(entries, dact_A, up_FD.contiguous()) if need_x else None,
-            loops.weight_gradient(entries, by_neuron, dact_A, x_TD) if need_up else None,
-            loops.weight_gradient(entries, by_neuron, hidden_A, dy_TD) if need_down else None,
-            loops.bias_gradient(entries, by_neuron, dact_A) if need_bias else None,
+            loops.weight_gradient(by_neuron, dact_A, x_TD) if need_up else None,
+            loops.weight_gradient(by_neuron, hidden_A, dy_TD) if need_down else None,
+            loops.bias_gradient(by_neuron, dact_A) if need_bias else None,
             None,
         )

@@ -40,9 +40,9 @@ DOT = Tasks(SIZES, (*ENTRIES, "values", "weights", "x"))
 TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
 """Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
 WEIGHTS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "x", "gradient"))
-"""Reads `x` [T, D], writes `gradient` [F, D]. A task is a range of neurons."""
-TOTALS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "values", "gradient"))
-"""Writes `gradient` [F]. A task is a range of neurons."""
+"""Reads `x` [T, D], adds to `gradient` [F, D]. A task is a range of neurons."""
+TOTALS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "gradient"))
+"""Adds to `gradient` [F]. A task is a range of neurons."""
 MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "values", "norms", "mass"))
 """Reads `norms` [F], writes `mass` [T, G]. A task is a chunk."""
 
@@ -246,8 +246,6 @@ class ActiveKernels:
 
             def columns(d: ir.Value, _: Values) -> Values:
                 row = w.at(gradient, d)
-                first = b.icmp_signed("==", chunk, whole(0))
-                before = [b.select(first, w.zero(), vector) for vector in w.vectors(row, self.columns)]
 
                 def entry(p: ir.Value, carried: Values) -> Values:
                     value = w.repeated(w.at(values, w.integer(w.at(order, p, I32))))
@@ -257,7 +255,7 @@ class ActiveKernels:
                         for vector, total in zip(w.vectors(inputs, self.columns), carried, strict=True)
                     ]
 
-                _, sums = w.loop(begin, end, whole(1), before, entry)
+                _, sums = w.loop(begin, end, whole(1), w.vectors(row, self.columns), entry)
                 for v, total in enumerate(sums):
                     w.store(total, w.at(row, whole(v * self.L)))
                 return []
@@ -274,8 +272,7 @@ class ActiveKernels:
             begin, end = _neuron(w, record, chunk, i)
             place, order = w.at(record["gradient"], i), w.at(record["order"], base, I32)
             values = w.at(record["values"], base)
-            first = b.icmp_signed("==", chunk, whole(0))
-            before = b.select(first, ir.Constant(w.number, 0.0), b.load(place, typ=w.number))
+            before = b.load(place, typ=w.number)
 
             def entry(p: ir.Value, carried: Values) -> Values:
                 value = b.load(w.at(values, w.integer(w.at(order, p, I32))), typ=w.number)

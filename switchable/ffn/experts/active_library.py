@@ -30,6 +30,9 @@ CHUNK_TOKENS = 512
 BLOCK_BYTES = 1 << 19
 """Of the rows of a block of neurons, which should stay there too."""
 
+SCRATCH_BYTES = 1 << 28
+"""Of dense products that exist at a time, unless a single chunk has more."""
+
 
 @dataclass
 class Entries:
@@ -69,14 +72,27 @@ class Entries:
 
 @dataclass
 class ByNeuron:
-    """The entries in the order of their neurons."""
+    """Entries in the order of their neurons."""
 
+    entries: Entries
     firsts: Tensor
     """[C, F + 2], int32."""
     order: Tensor
     """[A], int32."""
     tokens: Tensor
     """[A], int32."""
+
+    @property
+    def places(self) -> dict[str, Tensor | int]:
+        """Fields that every loop over neurons takes."""
+        return {
+            "chunks": self.entries.chunks,
+            "neuron_count": self.entries.width,
+            "base": self.entries.base,
+            "firsts": self.firsts,
+            "order": self.order,
+            "tokens": self.tokens,
+        }
 
 
 class ActiveLibrary:
@@ -93,12 +109,13 @@ class ActiveLibrary:
     def collect(self, x_TD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Entries:
         """Return the entries of x · upᵀ + b that are greater than zero (or no number).
 
-        The dense products exist for as many chunks at a time as there are threads.
+        The dense products exist for as many chunks at a time as there are threads, if `SCRATCH_BYTES` allow.
         """
         tokens, width = len(x_TD), len(up_FD)
         per_block = max(1, min(width, BLOCK_BYTES // (self.d_model * self.itemsize)))
         chunks, blocks = -(-tokens // CHUNK_TOKENS), -(-width // per_block)
-        together = max(1, min(chunks, torch.get_num_threads()))
+        room = SCRATCH_BYTES // (CHUNK_TOKENS * width * (2 * self.itemsize + 4))
+        together = max(1, min(chunks, torch.get_num_threads(), room))
         rows, found, values = self._scratch(together, width, x_TD.dtype)
         starts = torch.empty(chunks, blocks * CHUNK_TOKENS + 1, dtype=torch.int32)
         kept: list[tuple[Tensor, Tensor]] = []
@@ -162,56 +179,32 @@ class ActiveLibrary:
     def by_neuron(self, entries: Entries) -> ByNeuron:
         """Return the entries in the order of their neurons."""
         firsts = torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32)
-        found = ByNeuron(firsts, torch.empty_like(entries.neurons), torch.empty_like(entries.neurons))
+        order, tokens = torch.empty_like(entries.neurons), torch.empty_like(entries.neurons)
         TRANSPOSE.run(
             self.code,
             "transpose",
             entries.chunks,
             **entries.places,
             firsts=firsts,
-            order=found.order,
-            tokens=found.tokens,
+            order=order,
+            tokens=tokens,
         )
-        return found
+        return ByNeuron(entries, firsts, order, tokens)
 
-    def weight_gradient(self, entries: Entries, sorted_: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
+    def weight_gradient(self, sorted_: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
         """Return Σ s · xᵀ over each neuron's entries, [F, D]."""
-        gradient_FD = x_TD.new_empty(entries.width, self.d_model)
-        if not entries.chunks:
-            return gradient_FD.zero_()
+        gradient_FD = x_TD.new_zeros(sorted_.entries.width, self.d_model)
+        tasks = min(torch.get_num_threads(), len(gradient_FD))
         WEIGHTS.run(
-            self.code,
-            "weights",
-            min(torch.get_num_threads(), entries.width),
-            chunks=entries.chunks,
-            neuron_count=entries.width,
-            base=entries.base,
-            firsts=sorted_.firsts,
-            order=sorted_.order,
-            tokens=sorted_.tokens,
-            values=values,
-            x=x_TD,
-            gradient=gradient_FD,
+            self.code, "weights", tasks, **sorted_.places, values=values, x=x_TD, gradient=gradient_FD
         )
         return gradient_FD
 
-    def bias_gradient(self, entries: Entries, sorted_: ByNeuron, values: Tensor) -> Tensor:
+    def bias_gradient(self, sorted_: ByNeuron, values: Tensor) -> Tensor:
         """Return Σ s over each neuron's entries, [F]."""
-        gradient_F = values.new_empty(entries.width)
-        if not entries.chunks:
-            return gradient_F.zero_()
-        TOTALS.run(
-            self.code,
-            "totals",
-            min(torch.get_num_threads(), entries.width),
-            chunks=entries.chunks,
-            neuron_count=entries.width,
-            base=entries.base,
-            firsts=sorted_.firsts,
-            order=sorted_.order,
-            values=values,
-            gradient=gradient_F,
-        )
+        gradient_F = values.new_zeros(sorted_.entries.width)
+        tasks = min(torch.get_num_threads(), len(gradient_F))
+        TOTALS.run(self.code, "totals", tasks, **sorted_.places, values=values, gradient=gradient_F)
         return gradient_F
 
     def mass(self, entries: Entries, values: Tensor, norms_F: Tensor, groups: int) -> Tensor:
