@@ -81,24 +81,23 @@ def test_dense_pays_for_nothing_but_training(trained: dict[str, Run]) -> None:
 
 
 def test_when_each_method_is_sparse(trained: dict[str, Run]) -> None:
-    # Measured from step 3 on; 10 % of 40 steps are dense in any case, so all begin after step 6.
-    assert modes(trained["ssd"]) == "d" * 6 + "ssd" * 10 + "d" * 4
-    assert (
-        modes(trained["ssd-paper"]) == "d" * 6 + "sssd" * 7 + "ss" + "d" * 4
-    )  # 7.5 % and 2.5 % of the steps
-    assert modes(trained["static"]) == "d" * 6 + "s" * 34
+    # 10 % of 40 steps are dense in any case, and it is measured then: all begin after step 4.
+    assert modes(trained["ssd"]) == "d" * 4 + "ssd" * 10 + "ss" + "d" * 4
+    assert modes(trained["ssd-paper"]) == "d" * 4 + "sssd" * 8 + "d" * 4  # 7.5 % and 2.5 % of the steps
+    assert modes(trained["static"]) == "d" * 4 + "s" * 36
     assert modes(trained["moe"]) == "s" * 40
+    assert modes(trained["dense-active"]) == "d" * 40
     assert modes(trained["dense-then-moe"]) == "d" * 40
 
 
 def test_the_papers_method_regroups_at_each_change_to_sparse(trained: dict[str, Run]) -> None:
     measured = {r["step"]: r for r in records(trained["ssd-paper"], "measure")}
     regrouped = [step for step, r in measured.items() if all(r["regrouped"])]
-    # Until it begins at 6, and before the sparse phases that begin at steps 10, 14, ...
-    assert regrouped == [3, 6, 10, 14, 18, 22, 26, 30, 34]
-    assert all(all(r["takes_part"]) for step, r in measured.items() if step >= 6)
+    # Until it begins at 4, and before the sparse phases that begin at steps 8, 12, ...
+    assert regrouped == [3, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert all(all(r["takes_part"]) for step, r in measured.items() if step >= 4)
     static = [r["step"] for r in records(trained["static"], "measure") if any(r["regrouped"])]
-    assert static == [3, 6]
+    assert static == [3, 4]
 
 
 def test_a_mixture_of_experts_has_no_dense_mode_and_loads_again(trained: dict[str, Run], cache: Path) -> None:
@@ -185,7 +184,7 @@ def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:
     ssd = table["methods"]["ssd"]
     assert ssd["flops_ratio"]["mean"] == pytest.approx(summary["flops_ratio"])
     assert ssd["flops_ratio_nonembedding"]["mean"] == pytest.approx(summary["flops_ratio_nonembedding"])
-    assert (out / "compare.md").read_text().startswith("| | dense | ssd |")
+    assert (out / "compare.md").read_text().startswith("| | dense | dense-active | ssd |")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -241,7 +240,7 @@ def test_the_table_takes_in_what_is_finished_beside(
     assert [run.name for run in others] == sorted(f"{name}-s0" for name in METHODS if name != "dense")
     recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, dense_steps=3))
     names = {run.name for run in others_finished(recipe, tmp_path, asked)}
-    assert names == {"ssd-paper-s0", "moe-s0"}  # static and the cut inherit the recipe
+    assert names == {"dense-active-s0", "ssd-paper-s0", "moe-s0"}  # static and the cut inherit the recipe
 
 
 def test_a_run_that_is_not_there_yet_differs_in_nothing(config: RunConfig, tmp_path: Path) -> None:
