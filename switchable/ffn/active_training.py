@@ -44,7 +44,7 @@ def applies(layer: SwitchableFFN, x_BSD: Tensor) -> bool:
         layer.training
         and torch.is_grad_enabled()
         and x_BSD.shape[:-1].numel() >= LEAST_TOKENS
-        and not (layer.hidden_dropout or layer.activation_l1 or layer.commitment)
+        and not (layer.hidden_dropout or layer.commitment)
         and not (layer.router_learns and layer.router_objective == "norm")
         and has_active(x_BSD, layer.weights, layer.act_name)
     )
@@ -53,7 +53,13 @@ def applies(layer: SwitchableFFN, x_BSD: Tensor) -> bool:
 def forward(layer: SwitchableFFN, x_BSD: Tensor) -> Tensor:
     """Map [..., D] to [..., D] as dense mode does, up to rounding; `applies` must hold."""
     x_TD = x_BSD.reshape(-1, layer.d_model)
-    found = active(x_TD, layer.weights, layer.act_name, layer.num_experts if layer.router_learns else None)
+    found = active(
+        x_TD,
+        layer.weights,
+        layer.act_name,
+        num_experts=layer.num_experts if layer.router_learns else None,
+        penalty=layer.activation_l1 * layer.attached_loss_weight / len(x_TD),
+    )
     layer.active_seen.entries += found.entries
     layer.active_seen.tokens += len(x_TD)
     y_TD, bias = found.y_TD, layer.down_projection.bias

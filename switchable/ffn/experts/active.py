@@ -55,7 +55,11 @@ def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def active(
-    x_TD: Tensor, weights: FFNWeights, activation: str, num_experts: int | None = None
+    x_TD: Tensor,
+    weights: FFNWeights,
+    activation: str,
+    num_experts: int | None = None,
+    penalty: float = 0.0,
 ) -> ActiveOutput:
     """Return act(x · upᵀ + b) · down; `has_active` must hold.
 
@@ -64,10 +68,11 @@ def active(
         weights: the FFN's.
         activation: `"relu"` or `"relu2"`.
         num_experts: of how many groups of neighbouring neurons the mass is wanted, if it is.
+        penalty: the derivative of a loss by every activation that is not zero, besides what comes from the output.
     """
     loops = active_library(x_TD.shape[-1], x_TD.dtype, this_machine())
     assert loops is not None
-    plan = _Plan(loops, activation == "relu2", num_experts, [])
+    plan = _Plan(loops, activation == "relu2", num_experts, penalty, [])
     y_TD, mass_TE = _Active.apply(  # type: ignore[no-untyped-call]
         x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan
     )
@@ -80,6 +85,7 @@ class _Plan(NamedTuple):
     loops: ActiveLibrary
     squared: bool
     num_experts: int | None
+    penalty: float
     counted: list[int]
 
 
@@ -112,6 +118,8 @@ class _Active(torch.autograd.Function):
         need_x, need_up, need_down, need_bias = ctx.needs_input_grad[:4]
         dy_TD = dy_TD.contiguous()
         dact_A, hidden_A = loops.dot(entries, dy_TD, down_FD), entries.values
+        if plan.penalty:
+            dact_A.add_(plan.penalty)
         if plan.squared:
             dact_A.mul_(entries.values).mul_(2)
             hidden_A = entries.values.square()
