@@ -34,6 +34,7 @@ from switchable.errors import InputError
 Settings = Mapping[str, Any]
 MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05}
 CO: Settings = MIXED | {"structure": "coactivation"}
+LATE: Settings = {"min_dense_fraction": 0.8, "sparse_steps": 3, "final_dense_fraction": 0.0}
 MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
 
 QUESTIONS: dict[str, dict[str, Settings]] = {
@@ -86,6 +87,13 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "10 %, 0.1, with half the mass caught": {"min_mass_caught": 0.5},
         "30 %": {"min_dense_fraction": 0.3},
     },
+    "late": {
+        "from 10 % on, 7 to 1": {},
+        "from 60 %, 1 to 1": {"min_dense_fraction": 0.6, "sparse_steps": 1},
+        "from 60 %, 3 to 1": {"min_dense_fraction": 0.6, "sparse_steps": 3},
+        "from 80 %, 3 to 1": LATE,
+        "the same, 89 % of the mass": LATE | {"mass_target": 0.89, "max_expert_fraction": 0.55},
+    },
     "end": {
         "last 5 % dense": {},
         "none": {"final_dense_fraction": 0.0},
@@ -116,7 +124,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
 }
 """Question -> variant -> settings that differ from recipe.yaml. `steps` is a factor."""
 
-DENSE: Settings = {"schedule": "dense"}
+DENSE: Settings = {"schedule": "dense", "active_below": 0.0}
 WITH_THE_MODEL = ("activation", "learning_rate")
 """Settings that the dense run a variant is compared with has too."""
 
