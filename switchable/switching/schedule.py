@@ -89,12 +89,14 @@ def is_measured(steps_done: int, total_steps: int, config: SwitchConfig) -> bool
 
     Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by `monitor_growth`:
     the pattern changes fast in a young model and slowly later on, and clustering costs as much as a few steps. One more
-    is due when the first dense phase may end, so that no layer has to wait.
+    is due when the first dense phase may end, so that no layer has to wait, in place of any shortly before.
     """
     if not config.monitor_every:
         return False
-    if config.schedule in ("ssd", "static") and steps_done == dense_until(total_steps, config):
-        return True
+    if config.schedule in ("ssd", "static"):
+        wait = dense_until(total_steps, config) - steps_done
+        if 0 <= wait < config.monitor_every:
+            return wait == 0  # and not just before: a new structure would find its router unprepared
     if steps_done % config.monitor_every:
         return False
     number, due = steps_done // config.monitor_every, 1
@@ -124,11 +126,11 @@ def decide(
     """Decide after a measurement taken when `step` steps are done.
 
     A layer joins when it is sparse (activation ratio and the mass that its experts catch, or the experts that the mass
-    target needs) and stable (similarity of successive structures); its structure follows every measurement until then.
-    Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the next
-    change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to learn
-    it. With a `mass_target`, each layer's K follows every measurement to the end; whether its dense steps multiply
-    active neurons only always does.
+    target needs) and stable (similarity of successive structures); its structure follows every measurement before that
+    one. Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the
+    next change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to
+    learn it. With a `mass_target`, each layer's K follows every measurement to the end; whether its dense steps
+    multiply active neurons only always does.
     """
     experts = tuple(experts_needed(m, config) for m in measures)
     few_active = tuple(m.activation_ratio < config.active_below for m in measures)
@@ -144,8 +146,8 @@ def decide(
         )
     at_switch = enters_sparse(step, state, total_steps, config)
     regroup = tuple(
-        not part or _regroups(m, at_switch, config)
-        for part, m in zip(state.takes_part, measures, strict=True)
+        _regroups(part, joins, m, at_switch, config)
+        for part, joins, m in zip(state.takes_part, takes_part, measures, strict=True)
     )
     began = step if state.began is None and any(takes_part) else state.began
     return Decision(replace(state, takes_part=takes_part, began=began), regroup)
@@ -189,8 +191,18 @@ def _is_sparse(measures: Sequence[LayerMeasures], config: SwitchConfig, slack: f
     return active <= slack * config.max_activation_ratio and slack * caught >= config.min_mass_caught
 
 
-def _regroups(measured: LayerMeasures, at_switch: bool, config: SwitchConfig) -> bool:
-    """Whether a layer that takes part is given the structure just found."""
+def _regroups(
+    part: bool, joins: bool, measured: LayerMeasures, at_switch: bool, config: SwitchConfig
+) -> bool:
+    """Whether a layer is given the structure just found.
+
+    One that joins goes on with the structure on which its router has learned and its K was measured, if it has one
+    already. A router that is the mean of the weights needs not learn, and with `regroup="switch"` every change to
+    sparse means a new structure.
+    """
+    if not part:
+        has_one = measured.pattern_similarity is not None  # there was a measurement before
+        return not (joins and has_one) or config.router == "weight_mean" or config.regroup == "switch"
     if config.schedule == "static":
         return False
     return at_switch if config.regroup == "switch" else measured.similarity_in_use < config.regroup_below

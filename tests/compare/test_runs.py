@@ -94,10 +94,10 @@ def test_the_papers_method_regroups_at_each_change_to_sparse(trained: dict[str, 
     measured = {r["step"]: r for r in records(trained["ssd-paper"], "measure")}
     regrouped = [step for step, r in measured.items() if all(r["regrouped"])]
     # Until it begins at 4, and before the sparse phases that begin at steps 8, 12, ...
-    assert regrouped == [3, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert regrouped == [4, 8, 12, 16, 20, 24, 28, 32]
     assert all(all(r["takes_part"]) for step, r in measured.items() if step >= 4)
     static = [r["step"] for r in records(trained["static"], "measure") if any(r["regrouped"])]
-    assert static == [3, 4]
+    assert static == [4]
 
 
 def test_a_mixture_of_experts_has_no_dense_mode_and_loads_again(trained: dict[str, Run], cache: Path) -> None:

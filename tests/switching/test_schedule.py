@@ -51,6 +51,21 @@ def test_dense_until_stable_sparse_and_allowed() -> None:
     assert one.state == alternating(False, True)
 
 
+def test_who_joins_keeps_the_structure_that_its_router_knows() -> None:
+    later = dataclasses.replace(measured(0.1, 0.9), pattern_similarity=0.5)
+    measures = [later, dataclasses.replace(later, activation_ratio=0.4), measured(0.1, 0.9)]
+    decision = decide(10, initial(3, CONFIG), measures, 100, CONFIG)
+    assert decision.state.takes_part == (True, False, True)
+    assert decision.regroup == (
+        False,
+        True,
+        True,
+    )  # the last one has only now been measured for the first time
+    for changes in ({"router": "weight_mean"}, {"regroup": "switch"}):
+        config = dataclasses.replace(CONFIG, **changes)
+        assert decide(10, initial(1, config), [later], 100, config).regroup == (True,)
+
+
 def test_a_structure_in_use_stands_unless_it_has_drifted() -> None:
     state = alternating(True, True)
     decision = decide(
@@ -180,6 +195,7 @@ def test_measurements_thin_out_as_the_run_grows() -> None:
         config = dataclasses.replace(CONFIG, monitor_every=5, monitor_growth=growth)
         return [step for step in range(1, last + 1) if is_measured(step, 1000, config)]
 
+    assert not any(is_measured(100, 1000 + 10 * late, CONFIG) for late in range(1, 5))  # shortly before
     assert is_measured(103, 1030, CONFIG)  # where the first dense phase may end
     assert not is_measured(103, 1030, dataclasses.replace(CONFIG, schedule="dense"))
     assert measured_at(1.0, 22) == [5, 10, 15, 20]
