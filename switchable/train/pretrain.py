@@ -25,6 +25,7 @@ from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
+from switchable.ffn.experts.active import has_active
 from switchable.infer.generate import Sampling, generate_text
 from switchable.study.probe import save_probe
 from switchable.study.report import write_run_report
@@ -297,7 +298,7 @@ def summarise(
         "sparse_fraction": counters.sparse_steps / counters.steps,
         "sparse_layers": [int(part) for part in takes_part],
         "experts_per_token": list(job.controller.state.experts_per_token),
-        "active_layers": [int(active) for active in job.controller.state.multiplies_active],
+        "active_layers": _active_layers(job),
         "switches": job.controller.switches,
         "regroupings": job.controller.regroupings,
         "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
@@ -319,6 +320,15 @@ def summarise(
         },
         "experts": dataclasses.asdict(job.config.switch),
     }
+
+
+def _active_layers(job: Job) -> list[int]:
+    """Return 1 for each layer whose dense steps multiply active neurons only."""
+    with job.replica.autocast():
+        return [
+            int(layer.multiplies_active and has_active(layer.weights.up_FD, layer.weights, layer.act_name))
+            for layer in job.controller.layers
+        ]
 
 
 def _parameters(job: Job) -> int:
