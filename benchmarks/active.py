@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -66,7 +67,7 @@ def measure(d_model: int, shares: list[float], rounds: int) -> dict[str, float] 
         if not has_active(problem.x_TD, problem.weights, "relu") or problem.error() > TOLERANCE:
             return None
         seconds = interleaved(
-            {"dense": lambda p=problem: p.run("dense"), "active": lambda p=problem: p.run("active")},  # type: ignore[misc]
+            {way: partial(problem.run, way) for way in ("dense", "active")},
             rounds,
             torch.device("cpu"),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support import tiny_gpt2
@@ -19,11 +21,11 @@ pytestmark = pytest.mark.skipif(
 BATCH = (24, 24)  # 576 tokens
 
 
-def model_of(objective: str = "mass", **settings: float) -> nn.Module:
+def model_of(objective: str = "mass", **settings: Any) -> nn.Module:
     model = tiny_gpt2(dtype=torch.float64)
     config = SwitchConfig(
         num_experts=8, experts_per_token=3, router_objective=objective, router_token_fraction=0.25, **settings
-    )  # type: ignore[arg-type, unused-ignore]
+    )
     convert(model, config)
     return model.train()
 

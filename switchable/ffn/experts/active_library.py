@@ -1,6 +1,6 @@
 """`active`'s loops, compiled for one width, and called on tensors.
 
-Shapes as in `active_kernels.py`.
+Shapes as in `active_entries.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.ffn.experts.active_kernels import (
-    COLLECT,
-    DOT,
-    MASS,
-    SUM,
-    TOTALS,
-    TRANSPOSE,
-    WEIGHTS,
-    ActiveKernels,
-)
+from switchable.ffn.experts.active_entries import COLLECT, TRANSPOSE
+from switchable.ffn.experts.active_kernels import DOT, MASS, SUM, TOTALS, WEIGHTS, ActiveKernels
 from switchable.ffn.experts.llvm import Machine, compile_module
 
 CHUNK_TOKENS = 512
@@ -36,7 +28,7 @@ SCRATCH_BYTES = 1 << 28
 
 @dataclass
 class Entries:
-    """The active entries of a matrix of activations (see `active_kernels.py`)."""
+    """The active entries of a matrix of activations (see `active_entries.py`)."""
 
     tokens: int
     width: int
