@@ -16,6 +16,13 @@ def _option(default: Any, help_text: str, **metadata: Any) -> Any:
 class SwitchConfig:
     """How FFNs are cut into experts, how tokens choose them, and the schedule of dense and sparse steps."""
 
+    recipe: str = _option(
+        "early",
+        "what fills in the settings of this section that are not given: early = these defaults, for machines on which "
+        "sparse steps are what saves; late = dense steps multiply active neurons only, sparse ones come at the end; "
+        "auto = late where dense steps can do that (ReLU or ReLU^2 in float32 on the CPU), else early",
+        choices=("auto", "early", "late"),
+    )
     num_experts: int = _option(32, "experts per FFN; divides d_ff")
     experts_per_token: int = _option(
         6, "experts that each token computes in sparse mode; with mass_target, where each layer starts"
@@ -64,6 +71,9 @@ class SwitchConfig:
     )
     activation_l1: float = _option(
         0.0, "penalty in dense steps: this times each FFN's sum of |activations|, mean over tokens (nats)"
+    )
+    activation_target: float = _option(
+        0.0, "activation ratio down to which the penalty on activations is paid, per layer; 0 = always"
     )
     commitment: float = _option(
         0.0,
@@ -147,6 +157,7 @@ class SwitchConfig:
             "final_dense_fraction",
             "router_token_fraction",
             "router_sparse_fraction",
+            "activation_target",
             "active_below",
             "max_activation_ratio",
             "min_mass_caught",
@@ -164,7 +175,7 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0.0:
             raise InputError("router_token_fraction=0 would never train the router; use more than 0, up to 1")
-        for name, usual in (("router_noise", "0.5"), ("commitment", "0.016")):
+        for name, usual in (("router_noise", "0.5"), ("activation_l1", "1e-4"), ("commitment", "0.016")):
             if getattr(self, name) < 0:
                 raise InputError(
                     f"{name}={getattr(self, name)} is out of range; use 0 (none) or more, e.g. {usual}"

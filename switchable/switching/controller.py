@@ -170,10 +170,15 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, part, k, few_active in zip(
-            self.layers, state.takes_part, state.experts_per_token, state.multiplies_active, strict=True
+        for layer, part, k, few_active, penalty in zip(
+            self.layers,
+            state.takes_part,
+            state.experts_per_token,
+            state.multiplies_active,
+            state.activation_l1,
+            strict=True,
         ):
-            layer.takes_part, layer.multiplies_active = part, few_active
+            layer.takes_part, layer.multiplies_active, layer.activation_l1 = part, few_active, penalty
             layer.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
@@ -195,6 +200,7 @@ class Controller:
             "takes_part": list(self.state.takes_part),
             "experts_per_token": list(self.state.experts_per_token),
             "multiplies_active": list(self.state.multiplies_active),
+            "activation_l1": list(self.state.activation_l1),
             "began": self.state.began,
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
@@ -205,10 +211,12 @@ class Controller:
         """Continue where `state_dict` was taken."""
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
+        start = initial(len(self.layers), self.config)  # for what older checkpoints lack
         self.state = ScheduleState(
             tuple(state["takes_part"]),
             tuple(state["experts_per_token"]),
-            tuple(state.get("multiplies_active", [False] * len(self.layers))),  # older checkpoints lack it
+            tuple(state.get("multiplies_active", start.multiplies_active)),
+            tuple(state.get("activation_l1", start.activation_l1)),
             state["began"],
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)

@@ -37,6 +37,8 @@ class ScheduleState:
     experts_per_token: tuple[int, ...]
     multiplies_active: tuple[bool, ...]
     """Whether each layer multiplies only its active neurons in dense steps."""
+    activation_l1: tuple[float, ...]
+    """Each layer's penalty on activations, in nats per unit."""
     began: int | None = None
     """The step at which alternating began; None before."""
 
@@ -56,6 +58,7 @@ def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
         takes_part=(sparse,) * num_layers,
         experts_per_token=(config.experts_per_token,) * num_layers,
         multiplies_active=(False,) * num_layers,
+        activation_l1=(config.activation_l1,) * num_layers,
         began=0 if sparse else None,
     )
 
@@ -130,11 +133,14 @@ def decide(
     one. Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the
     next change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to
     learn it. With a `mass_target`, each layer's K follows every measurement to the end; whether its dense steps
-    multiply active neurons only always does.
+    multiply active neurons only, and whether its activations are penalised, always does.
     """
     experts = tuple(experts_needed(m, config) for m in measures)
     few_active = tuple(m.activation_ratio < config.active_below for m in measures)
-    state = replace(state, experts_per_token=experts, multiplies_active=few_active)
+    penalties = tuple(
+        config.activation_l1 if m.activation_ratio > config.activation_target else 0.0 for m in measures
+    )
+    state = replace(state, experts_per_token=experts, multiplies_active=few_active, activation_l1=penalties)
     if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
         return Decision(state, (False,) * len(measures))
     may_join = step >= dense_until(total_steps, config)

@@ -37,7 +37,7 @@ def measured(ratio: float, similarity: float, in_use: float = 1.0, caught: float
 
 def alternating(*takes_part: bool, k: int = CONFIG.experts_per_token) -> ScheduleState:
     layers = len(takes_part)
-    return ScheduleState(takes_part, (k,) * layers, (False,) * layers, began=10)
+    return ScheduleState(takes_part, (k,) * layers, (False,) * layers, (0.0,) * layers, began=10)
 
 
 def test_dense_until_stable_sparse_and_allowed() -> None:
@@ -112,6 +112,18 @@ def test_dense_steps_multiply_active_neurons_wherever_few_are() -> None:
             )
     never = decide(5, initial(1, CONFIG), [measured(0.0, 0.9)], 100, CONFIG).state  # with 0
     assert never.multiplies_active == (False,)
+
+
+def test_activations_are_penalised_wherever_more_than_the_target_are_active() -> None:
+    measures = [measured(0.061, 0.9), measured(0.06, 0.0)]
+    for schedule in ("ssd", "dense"):
+        config = dataclasses.replace(CONFIG, schedule=schedule, activation_l1=1e-4, activation_target=0.06)
+        begin = initial(2, config)
+        assert begin.activation_l1 == (1e-4, 1e-4)  # until something is measured
+        for step in (5, 50, 95):
+            assert decide(step, begin, measures, 100, config).state.activation_l1 == (1e-4, 0.0)
+    always = dataclasses.replace(CONFIG, activation_l1=1e-4)
+    assert decide(5, initial(1, always), [measured(1e-3, 0.9)], 100, always).state.activation_l1 == (1e-4,)
 
 
 def test_modes_alternate_and_the_last_phase_is_dense() -> None:
