@@ -30,11 +30,13 @@ from typing import Any
 from switchable.cli.flags import default_cache
 from switchable.config import RunConfig, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
+from switchable.switching import recipes
 
 Settings = Mapping[str, Any]
 MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05}
 CO: Settings = MIXED | {"structure": "coactivation"}
 LATE: Settings = {"min_dense_fraction": 0.8, "sparse_steps": 3, "final_dense_fraction": 0.0}
+RECIPE_LATE: Settings = recipes.settings("late", {}, d_ff=512, activation="relu2")
 MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
 
 QUESTIONS: dict[str, dict[str, Settings]] = {
@@ -93,6 +95,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "from 60 %, 3 to 1": {"min_dense_fraction": 0.6, "sparse_steps": 3},
         "from 80 %, 3 to 1": LATE,
         "the same, 89 % of the mass": LATE | {"mass_target": 0.89, "max_expert_fraction": 0.55},
+        "the recipe late": RECIPE_LATE,
     },
     "end": {
         "last 5 % dense": {},
@@ -103,7 +106,9 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
     "penalty": {
         "none": {},
         "1e-5": {"activation_l1": 1e-5},
+        "3e-5": {"activation_l1": 3e-5},
         "1e-4": {"activation_l1": 1e-4},
+        "1e-4 where more than 12 % are active": {"activation_l1": 1e-4, "activation_target": 0.12},
         "1e-3": {"activation_l1": 1e-3},
     },
     "commitment": {

@@ -20,6 +20,7 @@ import yaml
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
+from switchable.switching import recipes
 from switchable.switching.config import SwitchConfig
 
 T = TypeVar("T")
@@ -141,6 +142,8 @@ def check(config: RunConfig) -> None:
         raise InputError(
             f"num_heads={model.num_heads} does not divide d_model={model.d_model}; use one of {allowed}"
         )
+    if d_ff(model) < 1:
+        raise InputError(f"d_ff={d_ff(model)} is out of range; use a whole number of at least 1")
     if d_ff(model) % config.switch.num_experts:
         allowed = ", ".join(map(str, divisors_near(d_ff(model), config.switch.num_experts)))
         raise InputError(
@@ -207,13 +210,25 @@ def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunConfig:
-    """Build a configuration from nested dicts; missing keys keep their defaults.
+    """Build a configuration from nested dicts; missing keys keep their defaults, or are the recipe's.
 
     Raises:
         InputError: an unknown section or key (the nearest known one is named), or a value of the wrong type.
     """
+    _check_sections(given, where)
     known = sections()
-    built = {}
+    built: dict[str, Any] = {}
+    for section, values in sorted(given.items(), key=lambda item: item[0] == "switch"):
+        place = f"{where}, section {section!r}"
+        if section == "switch":  # the last one: its recipe asks for the others
+            model, train = built.get("model", ModelConfig()), built.get("train", TrainConfig())
+            values = _filled(values, model, train, place)
+        built[section] = _build(known[section], values, place)
+    return RunConfig(**built)
+
+
+def _check_sections(given: dict[str, Any], where: str) -> None:
+    known = sections()
     for section, values in given.items():
         if section not in known:
             raise InputError(
@@ -221,24 +236,40 @@ def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunCon
             )
         if not isinstance(values, dict):
             raise InputError(f"{where}: section {section!r} must hold `key: value` lines, not {values!r}")
-        built[section] = _build(known[section], values, f"{where}, section {section!r}")
-    return RunConfig(**built)
+
+
+def _filled(switch: dict[str, Any], model: ModelConfig, train: TrainConfig, where: str) -> dict[str, Any]:
+    """Return the settings of switching that are given and, if their recipe is known, those that it fills in."""
+    name = switch.get("recipe", "early")
+    if name == "auto":
+        gated = model.family == "llama"
+        name = recipes.fitting(model.d_model, model.activation, gated, train.precision, train.device)
+    if name not in ("early", "late"):
+        return switch
+    if "num_experts" in switch:
+        switch = switch | {"num_experts": coerce(switch["num_experts"], int, f"{where}: num_experts")}
+    return recipes.settings(name, switch, d_ff(model), model.activation) | {"recipe": name}
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """Read a YAML file (or none) and lay the flags (field name -> value) over it.
 
+    What neither says of switching is filled in by the recipe that fits the machine, `recipe: auto`.
+
     Raises:
         InputError: file missing or not YAML, unknown key, wrong type.
     """
-    given: dict[str, Any] = {}
-    if path is not None:
-        given = read_yaml(path)
+    where = "the flags" if path is None else str(path)
+    given = {} if path is None else read_yaml(path)
+    _check_sections(given, where)
     for section, cls in sections().items():
         for f in dataclasses.fields(cls):
             if f.name in flags:
                 given.setdefault(section, {})[f.name] = flags[f.name]
-    return from_dict(given, str(path) if path else "the flags")
+    # What is wrong is refused before torch is loaded to see what the machine can do.
+    for recipe in ("late", "auto"):
+        config = from_dict(given | {"switch": {"recipe": recipe} | given.get("switch", {})}, where)
+    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

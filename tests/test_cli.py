@@ -17,8 +17,8 @@ model: {d_model: 16, num_layers: 2, num_heads: 2}
 data: {vocab_size: 300}
 train: {steps: 12, batch_size: 4, sequence_length: 16, log_every: 4, eval_every: 0, checkpoint_every: 4,
         eval_tokens: 256, threads: 1}
-switch: {num_experts: 8, experts_per_token: 3, monitor_every: 3, probe_tokens: 128, stability_threshold: 0.0,
-         max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
+switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 3, probe_tokens: 128,
+         stability_threshold: 0.0, max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
 """
 
 

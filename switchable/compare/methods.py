@@ -11,10 +11,9 @@ tuning `ssd` leaves the others alone, and a dense run serves any recipe.
 tell: structure from the weights, a router that is the mean of its expert's neurons, every layer, dense at first until
 the structure is stable and dense at the end, in between long sparse and dense phases, the structure found anew at
 each change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean
-similarity of their structures reaches the configuration's threshold, a sparse phase takes 7.5 % of the run and the
-dense one behind it 2.5 % (three to one, as `ssd`'s default), the first and last dense phases are those of the
-configuration, K is the same, and in sparse steps the router learns through the straight-through gate, at the model's
-learning rate.
+similarity of their structures reaches the configuration's threshold, after 10 % of the run at the earliest, a sparse
+phase takes 7.5 % of the run and the dense one behind it 2.5 %, the last 5 % are dense, K is that of the configuration,
+and in sparse steps the router learns through the straight-through gate, at the model's learning rate.
 
 `moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
 experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
@@ -38,13 +37,7 @@ from switchable.errors import InputError, nearest
 from switchable.switching.config import SwitchConfig
 
 EXPERTS = ("num_experts", "experts_per_token", "expert_compute")
-SCHEDULE = (
-    "monitor_every",
-    "probe_tokens",
-    "min_dense_fraction",
-    "final_dense_fraction",
-    "stability_threshold",
-)
+MEASURING = ("monitor_every", "monitor_growth", "probe_tokens")
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ METHODS: dict[str, Method] = {
         "all dense, but only active neurons are multiplied where they are few: no routers",
         switch={"schedule": "dense", "num_experts": 1, "experts_per_token": 1},
         train={"router_learning_rate": TrainConfig().router_learning_rate},
-        keeps=("monitor_every", "monitor_growth", "probe_tokens", "active_below"),
+        keeps=(*MEASURING, "active_below", "activation_l1", "activation_target"),
     ),
     "ssd": Method("the configuration as given", switch={"schedule": "ssd"}),
     "ssd-paper": Method(
@@ -106,7 +99,7 @@ METHODS: dict[str, Method] = {
             "regroup": "switch",
         },
         train={"router_learning_rate": _models_learning_rate},
-        keeps=EXPERTS + SCHEDULE,
+        keeps=(*EXPERTS, *MEASURING, "stability_threshold"),
     ),
     "static": Method(
         "clustered once, when ssd would begin, and sparse ever after", switch={"schedule": "static"}

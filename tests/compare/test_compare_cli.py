@@ -20,8 +20,8 @@ model: {d_model: 16, num_layers: 2, num_heads: 2}
 data: {vocab_size: 300}
 train: {steps: 150, batch_size: 4, sequence_length: 16, log_every: 1, eval_every: 50, checkpoint_every: 1000,
         eval_tokens: 256}
-switch: {num_experts: 8, experts_per_token: 3, monitor_every: 10, probe_tokens: 128, stability_threshold: 0.0,
-         max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
+switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 10, probe_tokens: 128,
+         stability_threshold: 0.0, max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
 """
 
 

@@ -21,7 +21,8 @@ GIVEN: dict[str, Any] = {
     "train": {"steps": 400, "batch_size": 4, "sequence_length": 16, "learning_rate": 2e-3, "threads": 1},
     "switch": {
         "num_experts": 8, "experts_per_token": 3, "monitor_every": 7, "stability_threshold": 0.4,
-        "structure": "coactivation", "sparse_steps": 5, "max_activation_ratio": 0.25,
+        "structure": "coactivation", "sparse_steps": 5, "max_activation_ratio": 0.25, "activation_l1": 1e-4,
+        "min_dense_fraction": 0.7,
     },
 }  # fmt: skip
 
@@ -69,6 +70,7 @@ def test_what_each_method_changes(given: RunConfig) -> None:
         given.switch.active_below,
     )
     assert active.monitor_every == given.switch.monitor_every > 0
+    assert active.activation_l1 == given.switch.activation_l1 > 0
     assert found["dense-then-moe"].switch == dataclasses.replace(given.switch, schedule="dense")
     paper, moe = found["ssd-paper"].switch, found["moe"].switch
     assert (paper.router, paper.structure, paper.join, paper.regroup) == (
@@ -79,6 +81,7 @@ def test_what_each_method_changes(given: RunConfig) -> None:
     )
     assert (paper.sparse_steps, paper.dense_steps, paper.max_activation_ratio) == (30, 10, 1.0)
     assert (paper.num_experts, paper.experts_per_token, paper.stability_threshold) == (8, 3, 0.4)
+    assert (paper.min_dense_fraction, paper.final_dense_fraction, paper.activation_l1) == (0.1, 0.05, 0.0)
     assert (moe.schedule, moe.gate, moe.load_balance, moe.num_experts, moe.experts_per_token) == (
         "sparse",
         "softmax",
