@@ -7,8 +7,9 @@ loss is L after T seconds:
     time to dense's loss     first t at which the curve is at or below L, divided by T; none if it never is
     loss at dense's time     the curve at T; its last value if the run ended earlier
 
-and the same with FLOPs for seconds. Everything is computed per seed, then averaged: the seeds' common ups and downs
-cancel. The spread is the standard deviation over seeds (n - 1 below the fraction line), none for a single seed.
+and the same with FLOPs for seconds, and the first of the two with CPU time, which other work on the machine disturbs
+less. Everything is computed per seed, then averaged: the seeds' common ups and downs cancel. The spread is the standard
+deviation over seeds (n - 1 below the fraction line), none for a single seed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PAIRED = (
     "wall_ratio",
     "cpu_ratio",
     "time_to_dense_loss_ratio",
+    "cpu_to_dense_loss_ratio",
     "loss_at_dense_time",
     "flops_to_dense_loss_ratio",
     "loss_at_dense_flops",
@@ -53,6 +55,8 @@ class Validation:
     tokens: float
     flops: float
     seconds: float
+    cpu_seconds: float
+    """Of all threads together."""
     loss: float
     """Nats per token in the best mode."""
 
@@ -64,7 +68,8 @@ def curve(records: Sequence[Mapping[str, Any]]) -> list[Validation]:
         if record["kind"] == "eval":
             losses = [record["val_loss_dense"], record["val_loss_sparse"]]
             best = min(loss for loss in losses if loss is not None)
-            found.append(Validation(record["tokens"], record["flops"], record["train_seconds"], best))
+            cost = (record["tokens"], record["flops"], record["train_seconds"], record["cpu_seconds"])
+            found.append(Validation(*cost, best))
     return found
 
 
@@ -74,7 +79,7 @@ def cost_to_reach(curve: Sequence[Validation], target: float, axis: str) -> floa
     Args:
         curve: a run's validations.
         target: loss in nats per token.
-        axis: the cost: `seconds`, `flops` or `tokens`.
+        axis: the cost: `seconds`, `cpu_seconds`, `flops` or `tokens`.
     """
     before: Validation | None = None
     for point in curve:
@@ -132,6 +137,9 @@ def paired_figures(
         "wall_ratio": _over(own["wall_seconds"], dense["wall_seconds"]),
         "cpu_ratio": _over(own["cpu_seconds"], dense["cpu_seconds"]),
         "time_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "seconds"), seconds),
+        "cpu_to_dense_loss_ratio": _over(
+            cost_to_reach(own_curve, goal, "cpu_seconds"), dense_curve[-1].cpu_seconds
+        ),
         "loss_at_dense_time": loss_at(own_curve, seconds, "seconds"),
         "flops_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "flops"), flops),
         "loss_at_dense_flops": loss_at(own_curve, flops, "flops"),

@@ -45,6 +45,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "cpu_seconds": ("CPU time of training (s, all threads)", ".0f"),
     "cpu_ratio": ("CPU time / dense's", ".3f"),
     "time_to_dense_loss_ratio": ("time to dense's final loss / dense's", ".3f"),
+    "cpu_to_dense_loss_ratio": ("CPU time to dense's final loss / dense's", ".3f"),
     "loss_at_dense_time": ("loss at dense's time", ".4f"),
     "flops_to_dense_loss_ratio": ("FLOPs to dense's final loss / dense's", ".3f"),
     "loss_at_dense_flops": ("loss at dense's FLOPs", ".4f"),

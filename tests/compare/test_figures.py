@@ -22,11 +22,15 @@ from switchable.compare.figures import (
 from switchable.compare.picture import STYLES, draw_comparison, loss_limits
 from switchable.compare.report import last_line, markdown, tabulate
 
-# tokens, FLOPs, seconds, loss
-DENSE = [Validation(10, 100, 10, 4.0), Validation(20, 200, 20, 3.0), Validation(30, 300, 30, 2.5)]
-FAST = [Validation(10, 80, 8, 3.9), Validation(20, 150, 18, 2.8), Validation(30, 220, 26, 2.4)]
-SLOW = [Validation(10, 150, 15, 4.1), Validation(20, 320, 33, 2.7), Validation(30, 500, 50, 2.5)]
-NEVER = [Validation(10, 100, 10, 4.0), Validation(20, 200, 20, 2.6)]
+
+def at(tokens: float, flops: float, seconds: float, loss: float) -> Validation:
+    return Validation(tokens, flops, seconds, seconds + 10, loss)
+
+
+DENSE = [at(10, 100, 10, 4.0), at(20, 200, 20, 3.0), at(30, 300, 30, 2.5)]
+FAST = [at(10, 80, 8, 3.9), at(20, 150, 18, 2.8), at(30, 220, 26, 2.4)]
+SLOW = [at(10, 150, 15, 4.1), at(20, 320, 33, 2.7), at(30, 500, 50, 2.5)]
+NEVER = [at(10, 100, 10, 4.0), at(20, 200, 20, 2.6)]
 
 
 def summary(points: list[Validation], dense: float | None, sparse: float | None) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def summary(points: list[Validation], dense: float | None, sparse: float | None)
 
 
 def test_a_curve_is_the_better_mode_at_each_validation() -> None:
-    cost = {"tokens": 5, "flops": 7.0, "train_seconds": 3.0}
+    cost = {"tokens": 5, "flops": 7.0, "train_seconds": 3.0, "cpu_seconds": 13.0}
     records = [
         {"kind": "train", "step": 1},
         {"kind": "eval", "val_loss_dense": 3.0, "val_loss_sparse": None, **cost},
@@ -58,7 +62,7 @@ def test_a_curve_is_the_better_mode_at_each_validation() -> None:
         {"kind": "eval", "val_loss_dense": None, "val_loss_sparse": 2.7, **cost},
     ]
     assert [point.loss for point in curve(records)] == [3.0, 2.8, 2.7]
-    assert curve(records)[0] == Validation(5, 7.0, 3.0, 3.0)
+    assert curve(records)[0] == at(5, 7.0, 3.0, 3.0)
 
 
 def test_when_a_loss_is_reached_by_hand() -> None:
@@ -68,7 +72,7 @@ def test_when_a_loss_is_reached_by_hand() -> None:
     assert cost_to_reach(DENSE, 2.5, "seconds") == 30
     assert cost_to_reach(DENSE, 4.5, "seconds") == 10  # at the first validation, or before: nobody looked
     assert cost_to_reach(NEVER, 2.5, "seconds") is None
-    bumpy = [Validation(1, 1, 1, 3.0), Validation(2, 2, 2, 2.0), Validation(3, 3, 3, 2.9)]
+    bumpy = [at(1, 1, 1, 3.0), at(2, 2, 2, 2.0), at(3, 3, 3, 2.9)]
     assert cost_to_reach(bumpy, 2.5, "seconds") == 1.5  # the first time counts
 
 
@@ -95,6 +99,7 @@ def test_paired_figures_by_hand() -> None:
         "wall_ratio": 26 / 30,
         "cpu_ratio": 52 / 60,
         "time_to_dense_loss_ratio": 24 / 30,
+        "cpu_to_dense_loss_ratio": 34 / 40,
         "loss_at_dense_time": 2.4,
         "flops_to_dense_loss_ratio": 202.5 / 300,
         "loss_at_dense_flops": 2.4,
@@ -118,7 +123,7 @@ def test_mean_and_spread_over_seeds() -> None:
 
 
 def shifted(points: list[Validation], by: float) -> list[Validation]:
-    return [Validation(p.tokens, p.flops, p.seconds, p.loss + by) for p in points]
+    return [at(p.tokens, p.flops, p.seconds, p.loss + by) for p in points]
 
 
 @pytest.fixture
