@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from switchable.errors import InputError
+from switchable.switching.recipes import RECIPES
 
 
 def _option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -21,7 +22,7 @@ class SwitchConfig:
         "what fills in the settings of this section that are not given: early = these defaults, for machines on which "
         "sparse steps are what saves; late = dense steps multiply active neurons only, sparse ones come at the end; "
         "auto = late where dense steps can do that (ReLU or ReLU^2 in float32 on the CPU), else early",
-        choices=("auto", "early", "late"),
+        choices=RECIPES,
     )
     num_experts: int = _option(32, "experts per FFN; divides d_ff")
     experts_per_token: int = _option(

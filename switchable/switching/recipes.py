@@ -33,10 +33,8 @@ def settings(name: str, given: Mapping[str, Any], d_ff: int, activation: str) ->
     """
     if name == "early" or d_ff < 1:  # which is refused later on
         return dict(given)
-    switches = given.get("schedule", "ssd") in (
-        "ssd",
-        "static",
-    )  # who asks for dense training gets that, no penalty
+    # Who asks for dense training gets that, without a penalty.
+    penalised = activation == "relu2" and given.get("schedule", "ssd") in ("ssd", "static")
     (experts,) = divisors_near(d_ff, min(MOST_EXPERTS, max(1, d_ff // LEAST_NEURONS)), count=1)
     filled: dict[str, Any] = {
         "num_experts": experts,
@@ -49,7 +47,7 @@ def settings(name: str, given: Mapping[str, Any], d_ff: int, activation: str) ->
         "router_token_fraction": 0.125,
         "monitor_growth": 1.3,
         "active_below": 0.3,
-        "activation_l1": 1e-4 if switches and activation == "relu2" else 0.0,
+        "activation_l1": 1e-4 if penalised else 0.0,
         "activation_target": 0.12,
         **given,
     }
