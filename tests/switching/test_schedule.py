@@ -208,6 +208,17 @@ def test_measurements_thin_out_as_the_run_grows() -> None:
         return [step for step in range(1, last + 1) if is_measured(step, 1000, config)]
 
     assert not any(is_measured(100, 1000 + 10 * late, CONFIG) for late in range(1, 5))  # shortly before
+    often = dataclasses.replace(CONFIG, min_dense_fraction=0.8, monitor_every=10)
+    # 800 of 1,000 steps, less a tenth: none between 720 and 800
+    assert [step for step in range(700, 831) if is_measured(step, 1000, often)] == [
+        700,
+        710,
+        720,
+        800,
+        810,
+        820,
+        830,
+    ]
     assert is_measured(103, 1030, CONFIG)  # where the first dense phase may end
     assert not is_measured(103, 1030, dataclasses.replace(CONFIG, schedule="dense"))
     assert measured_at(1.0, 22) == [5, 10, 15, 20]
