@@ -31,7 +31,7 @@ from switchable.ffn.experts.weights import FFNWeights
 
 MOST_TOKENS = 63
 """A set of tokens is a word of 64 bits."""
-WORTH_THREADS = 2**20
+WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 
 
@@ -89,34 +89,32 @@ def few_tokens(
         cast(Machine, this_machine()),
     )
     y_TD = torch.empty_like(x_TD)
-    ids_TK = (
-        torch.empty(tokens, experts_per_token, dtype=torch.int64)
-        if router
-        else cast(Tensor, choice).contiguous()
-    )
+    scores, pairs = tokens * num_experts, tokens * experts_per_token
+    scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
+    chosen = scratch.data_ptr()
+    ids = chosen + 8 * num_experts  # two of those numbers each
+    floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,
         "x": x_TD,
         "router": router[0] if router else 0,
         "router_bias": router[1] if router else 0,
-        "scores": torch.empty(tokens * num_experts),
-        "ids": ids_TK,
-        "chosen": torch.empty(num_experts, dtype=torch.int64),
+        "scores": floats,
+        "ids": ids if router else cast(Tensor, choice).contiguous(),
+        "chosen": chosen,
         "up": weights.up_FD,
         "bias": weights.up_bias_F,
-        "hidden": torch.empty(tokens * d_ff),
+        "hidden": floats + 4 * scores,
         "down": weights.down_FD,
         "start": start_D,
         "y": y_TD,
     }
-    threads = torch.get_num_threads()
+    entry, threads = "routed" if router else "given", torch.get_num_threads()
     visits = min(tokens * experts_per_token, num_experts)
     if threads == 1 or visits * (d_ff // num_experts) * d_model * 8 < WORTH_THREADS:
-        FEW.run(code, "routed" if router else "given", 1, **fields)
+        FEW.run(code, f"{entry}_alone", 1, **fields)
     else:
-        FEW.run(code, "choose" if router else "gather", 1, **fields)
-        FEW.run(code, "read", num_experts, **fields)
-        FEW.run(code, "write", threads, **fields)
+        FEW.run(code, entry, 1, num_experts, threads, **fields)
     return y_TD
 
 

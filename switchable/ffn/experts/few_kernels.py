@@ -1,11 +1,11 @@
 """The functions of `few.py`, compiled for one layer's sizes.
 
-    choose   scores of the router, the K highest, and for each expert the set of tokens that chose it
+    choose   scores of the router, the K highest, and for each expert the set of tokens that chose it: one task
     read     h_t = relu(up_e · x_t + b)                  a task is an expert
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
 
-and `routed`, all of that as one task; `gather` and `given` are `choose` and `routed` where the ids are known. A row of
-weights is asked for from memory while the one before it is multiplied.
+`routed` has these three stages; `routed_alone` is all of it as one task, for one thread. `given` and `given_alone` are
+the same where the ids are known. A row of weights is asked for from memory while the one before it is multiplied.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from llvmlite import ir
 
@@ -23,14 +24,18 @@ from switchable.ffn.experts.tasks import Record, Tasks
 
 AHEAD = 3
 """Rows of `down` between the one added and the one asked for from memory."""
-ROWS = (8, 4, 2, 1)
+ROWS = (4, 2, 1)
 """Rows of weights that are multiplied with a token side by side."""
 FEW = Tasks(
     numbers=("tokens",),
     addresses=("x", "router", "router_bias", "scores", "ids", "chosen", "up", "bias", "hidden", "down", "start", "y"),
+    stages=3,
 )  # fmt: skip
 """`scores` [T, E], `chosen` [E] (the set of tokens of each expert) and `hidden` [T, F] are scratch; so is `ids` [T, K]
 where the router chooses. `start` [D] is what y begins with."""
+
+Part = Callable[[Writer, Record, ir.Value], None]
+"""Writes what a task does, or part of it."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,18 @@ class FewKernels:
         ]
         self.scores = self._write_dots("scores", sizes.experts, lambda w, total, bias: w.b.fadd(total, bias))
         self.hidden = self._write_dots("hidden", sizes.neurons, self._activation)
-        self._write_entry("routed", self._route, self._gather, self._read_all, self._write_all)
-        self._write_entry("given", self._gather, self._read_all, self._write_all)
-        self._write_entry("choose", self._route, self._gather)
-        self._write_entry("gather", self._gather)
-        self._write_entry("read", self._read)
-        self._write_entry("write", self._write_range)
+        for name, choose in (("routed", (self._route, self._gather)), ("given", (self._gather,))):
+            self._write_entry(name, choose, (self._read,), (self._write_range,))
+            self._write_entry(f"{name}_alone", (*choose, self._read_all, self._write_all))
 
-    def _write_entry(self, name: str, *parts: Callable[[Writer, Record, ir.Value], None]) -> None:
+    def _write_entry(self, name: str, *stages: tuple[Part, ...]) -> None:
         w = Writer(self.module, name, [POINTER], wide=False, lanes=self.lanes)
 
-        def body(record: Record, task: ir.Value) -> None:
+        def stage(parts: tuple[Part, ...], record: Record, task: ir.Value) -> None:
             for part in parts:
                 part(w, record, task)
 
-        FEW.write(w, body)
+        FEW.write(w, *(partial(stage, parts) for parts in stages))
 
     def _activation(self, w: Writer, total: ir.Value, bias: ir.Value) -> ir.Value:
         total = w.b.fadd(total, bias) if self.sizes.bias else total
@@ -182,7 +184,7 @@ class FewKernels:
     def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
         b, blocks = w.b, whole(self.sizes.d_model // self.lanes)
         first, after = (
-            b.mul(b.sdiv(b.mul(blocks, end), record["tasks"]), whole(self.lanes))
+            b.mul(b.sdiv(b.mul(blocks, end), record["tasks2"]), whole(self.lanes))
             for end in (task, b.add(task, whole(1)))
         )
         self._columns(w, record, first, b.sdiv(b.sub(after, first), whole(self.lanes)))

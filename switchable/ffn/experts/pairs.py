@@ -26,6 +26,9 @@ MAX_LANES = 8
 MIN_LANE_ROWS = 64
 """Shorter lanes cost more than they gain."""
 
+FEW_IDS = 64
+"""So many are looked through faster in Python than in operations of torch."""
+
 
 class Chunk(NamedTuple):
     """Tokens of one expert that are multiplied at once."""
@@ -90,10 +93,12 @@ class SortedPairs:
 
 def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
     """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
-    if expert_ids_TK.numel():
-        low, high = expert_ids_TK.aminmax()
+    number = expert_ids_TK.numel()
+    if number:
+        few = expert_ids_TK.view(-1).tolist() if number <= FEW_IDS and expert_ids_TK.is_contiguous() else None
+        low, high = (min(few), max(few)) if few else map(int, expert_ids_TK.aminmax())
         if low < 0 or high >= num_experts:
-            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {int(low)} to {int(high)}")
+            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {low} to {high}")
 
 
 def _lanes(mean_rows: int) -> int:

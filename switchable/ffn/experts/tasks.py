@@ -1,7 +1,9 @@
 """Compiled functions that several threads call side by side, each taking the next task until none is left.
 
 What a function needs stands in a *record*, one 64-bit word per field: addresses and whole numbers. Which thread takes
-which task does not matter: every task writes places of its own.
+which task does not matter: every task writes places of its own. A function may have several *stages*, each with tasks
+of its own, which begin when all tasks of the stage before are done: calling threads together once costs less than once
+per stage.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from llvmlite import ir
@@ -26,23 +28,21 @@ class Record:
 
     Args:
         writer: of a function whose only argument is the record's address.
-        numbers: names of the fields that hold whole numbers.
-        addresses: names of those that hold addresses.
+        places: every field's place.
+        addresses: names of the fields that hold addresses; the others hold whole numbers.
     """
 
-    def __init__(self, writer: Writer, numbers: Sequence[str], addresses: Sequence[str]):
-        self.next = writer.arguments[0]
-        self.values = {}
-        for place, name in enumerate(_fields(numbers, addresses)):
-            word = writer.at(self.next, whole(place), I64)
-            self.values[name] = writer.b.load(word, typ=POINTER if name in addresses else I64)
+    def __init__(self, writer: Writer, places: Mapping[str, int], addresses: Sequence[str]):
+        self.words = {
+            name: writer.at(writer.arguments[0], whole(place), I64) for name, place in places.items()
+        }
+        self.values = {
+            name: writer.b.load(word, typ=POINTER if name in addresses else I64)
+            for name, word in self.words.items()
+        }
 
     def __getitem__(self, name: str) -> ir.Value:
         return self.values[name]
-
-
-def _fields(numbers: Sequence[str], addresses: Sequence[str]) -> list[str]:
-    return ["next", "tasks", *numbers, *addresses]
 
 
 class Tasks:
@@ -51,36 +51,67 @@ class Tasks:
     Args:
         numbers: names of its whole numbers.
         addresses: names of its addresses.
+        stages: the most that one of its functions has. Of each, the record counts the tasks begun (`next`), those
+            there are (`tasks`) and those that are done (`done`), the later stages' with their number: `next1`.
     """
 
-    def __init__(self, numbers: Sequence[str], addresses: Sequence[str]):
-        self.numbers, self.addresses = numbers, addresses
-        self.places = {name: place for place, name in enumerate(_fields(numbers, addresses))}
+    def __init__(self, numbers: Sequence[str], addresses: Sequence[str], stages: int = 1):
+        counts = [f"{name}{stage or ''}" for stage in range(stages) for name in ("next", "tasks", "done")]
+        self.addresses = addresses
+        self.places = {name: place for place, name in enumerate((*counts, *numbers, *addresses))}
+        self.type = ctypes.c_int64 * len(self.places)
 
-    def write(self, writer: Writer, body: Callable[[Record, ir.Value], None]) -> None:
-        """Write `while (task = next++) < tasks: body(record, task)` and close the function."""
-        b, record = writer.b, Record(writer, self.numbers, self.addresses)
-        again, work, done = (b.function.append_basic_block(name) for name in ("again", "work", "done"))
+    def write(self, writer: Writer, *stages: Callable[[Record, ir.Value], None]) -> None:
+        """Write one loop `while (task = next++) < tasks: stage(record, task)` per stage, and close the function."""
+        record = Record(writer, self.places, self.addresses)
+        for number, stage in enumerate(stages):
+            if number:
+                self._wait(writer, record, number - 1)
+            self._write_stage(writer, record, number, stage)
+        writer.b.ret_void()
+
+    def _write_stage(
+        self, writer: Writer, record: Record, number: int, stage: Callable[[Record, ir.Value], None]
+    ) -> None:
+        b, suffix = writer.b, number or ""
+        again, work, out = (b.function.append_basic_block(name) for name in ("again", "work", "out"))
         b.branch(again)
         b.position_at_end(again)
-        number = b.atomic_rmw("add", record.next, whole(1), "monotonic")
-        b.cbranch(b.icmp_signed("<", number, record["tasks"]), work, done)
+        task = b.atomic_rmw("add", record.words[f"next{suffix}"], whole(1), "monotonic")
+        b.cbranch(b.icmp_signed("<", task, record[f"tasks{suffix}"]), work, out)
         b.position_at_end(work)
-        body(record, number)
+        stage(record, task)
+        b.atomic_rmw("add", record.words[f"done{suffix}"], whole(1), "release")
         b.branch(again)
-        b.position_at_end(done)
-        b.ret_void()
+        b.position_at_end(out)
 
-    def run(self, code: Code, name: str, tasks: int, **fields: Tensor | int | None) -> None:
+    def _wait(self, writer: Writer, record: Record, number: int) -> None:
+        """Wait for the tasks that other threads are at: whoever began one is running, so this ends."""
+        b, suffix = writer.b, number or ""
+        wait, ready = (b.function.append_basic_block(name) for name in ("wait", "ready"))
+        b.branch(wait)
+        b.position_at_end(wait)
+        done = b.load_atomic(record.words[f"done{suffix}"], "acquire", 8, typ=I64)
+        b.cbranch(b.icmp_signed("<", done, record[f"tasks{suffix}"]), wait, ready)
+        b.position_at_end(ready)
+
+    def run(self, code: Code, name: str, *tasks: int, **fields: Tensor | int | None) -> None:
         """Do all tasks of a function with as many threads as torch uses, and wait for them.
 
-        Tensors stand for the addresses of their numbers, which must lie as the function expects them; None for 0.
+        Args:
+            code: compiled, with the function in it.
+            name: the function's.
+            tasks: how many there are in each of its stages.
+            fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function
+                expects them; None for 0.
         """
-        record = (ctypes.c_int64 * len(self.places))()
-        record[self.places["tasks"]] = tasks
+        record = self.type()
+        for stage, count in enumerate(tasks):
+            record[self.places[f"tasks{stage or ''}"]] = count
         for field, value in fields.items():
             record[self.places[field]] = value.data_ptr() if isinstance(value, Tensor) else value or 0
-        _side_by_side(code.address(name), ctypes.addressof(record), min(torch.get_num_threads(), tasks))
+        threads = min(torch.get_num_threads(), max(tasks))
+        _side_by_side(code.address(name), ctypes.addressof(record), threads)
 
 
 def _side_by_side(entry: int, record: int, threads: int) -> None:

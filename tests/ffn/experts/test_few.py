@@ -15,7 +15,7 @@ from torch import Tensor
 from switchable import SwitchConfig, convert, set_mode
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
-from switchable.ffn.experts import few
+from switchable.ffn.experts import few, tasks
 from switchable.ffn.experts.few import few_tokens
 from switchable.ffn.experts.llvm import Machine, this_machine
 
@@ -89,6 +89,23 @@ def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
     exact.ids = scores_TE.topk(case.chosen).indices
     y_TD = output(case, (router_ED, router_E), start_D)
     assert relative_error(y_TD, exact.run("eager") + start_D) < 1e-6
+
+
+@pytest.mark.parametrize("others", ["torch's threads", "Python's"])
+def test_stages_wait_for_each_other(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of threads, more than there are cores as well: every call gives the same bits."""
+    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    if others == "Python's":
+        monkeypatch.setattr(tasks, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    alone_TD = output(PLAIN, problem(PLAIN).ids)
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for _ in range(50):
+                assert torch.equal(output(PLAIN, problem(PLAIN).ids), alone_TD), count
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_there_is_no_code_for() -> None:
