@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from switchable.ffn.experts import ExpertCall, ExpertCompute
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
 from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
@@ -95,14 +96,14 @@ class Problem:
     def dense(self) -> Tensor:
         return linear(linear(self.x, self.up, self.bias).relu(), self.down)
 
-    def sparse(self, compute: Callable[..., Tensor], *, exact: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def sparse(self, compute: ExpertCompute, *, exact: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Return the output and the tensors to differentiate by; `exact` computes in float32."""
         leaves = self.leaves()
         if exact:
             leaves = [t.detach().float().requires_grad_() for t in leaves]
         x, up, down, bias, gates = leaves
-        options = {"num_experts": self.shape.E, "activation": "relu", "unit_gates": True}
-        return compute(x, FFNWeights(up, down.t(), bias), self.ids, gates, **options), leaves
+        weights = FFNWeights(up, down.t(), bias)
+        return compute(ExpertCall(x, weights, self.ids, gates, self.shape.E, "relu", unit_gates=True)), leaves
 
     def train(self, name: str) -> list[Tensor]:
         """One forward and backward; return output and gradients."""

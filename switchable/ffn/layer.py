@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError, divisors_near
 from switchable.ffn import active_training
-from switchable.ffn.experts import FFNWeights, expert_ffn
+from switchable.ffn.experts import ExpertCall, FFNWeights, expert_ffn
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
@@ -296,15 +296,8 @@ class SwitchableFFN(nn.Module):
             weights = replace(weights, down_FD=weights.down_FD.to(x_TD.dtype))
         if self.training and self.hidden_dropout:
             # Only the reference drops out between the projections.
-            return eager(
-                x_TD,
-                weights,
-                ids_TK,
-                gates_TK,
-                num_experts=self.num_experts,
-                activation=self.act_name,
-                hidden_dropout=self.hidden_dropout,
-            ).to(dtype)
+            call = ExpertCall(x_TD, weights, ids_TK, gates_TK, self.num_experts, self.act_name)
+            return eager(call, self.hidden_dropout).to(dtype)
         return expert_ffn(
             x_TD,
             weights,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from switchable.errors import InputError
 from switchable.ffn import experts
-from switchable.ffn.experts import ExpertCompute
+from switchable.ffn.experts import ExpertCall, ExpertCompute
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
 from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
@@ -73,14 +73,9 @@ class Problem:
         return FFNWeights(up_FD, self.down if down_stored == "FD" else self.down.t(), self.bias, self.gate_FD)
 
     def run(self, compute: ExpertCompute) -> Tensor:
+        case, unit = self.case, self.case.gates == "unit"
         return compute(
-            self.x,
-            self.weights(),
-            self.ids,
-            self.gates,
-            num_experts=self.case.experts,
-            activation=self.case.activation,
-            unit_gates=self.case.gates == "unit",
+            ExpertCall(self.x, self.weights(), self.ids, self.gates, case.experts, case.activation, unit)
         )
 
 

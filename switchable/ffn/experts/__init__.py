@@ -9,12 +9,13 @@ of them (docs/experts.md).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor
 
 from switchable.errors import InputError, nearest
 from switchable.ffn.experts.autotune import auto
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.cpu import sorted_experts
 from switchable.ffn.experts.decode import decode
 from switchable.ffn.experts.eager import eager
@@ -25,24 +26,11 @@ from switchable.ffn.experts.transformers_mm import batched_mm, grouped_mm
 from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
 from switchable.ffn.experts.weights import FFNWeights
 
-__all__ = ["IMPLEMENTATIONS", "ExpertCompute", "FFNWeights", "expert_ffn"]
+__all__ = ["IMPLEMENTATIONS", "ExpertCall", "ExpertCompute", "FFNWeights", "expert_ffn"]
 
 
-class ExpertCompute(Protocol):
-    """The signature that all implementations share."""
-
-    def __call__(
-        self,
-        x_TD: Tensor,
-        weights: FFNWeights,
-        expert_ids_TK: Tensor,
-        gates_TK: Tensor | None,
-        *,
-        num_experts: int,
-        activation: str,
-        unit_gates: bool = False,
-    ) -> Tensor: ...
-
+ExpertCompute = Callable[[ExpertCall], Tensor]
+"""What all implementations are."""
 
 IMPLEMENTATIONS: dict[str, ExpertCompute] = {
     "eager": eager,
@@ -99,13 +87,5 @@ def expert_ffn(
         InputError: unknown implementation.
     """
     check_implementation(implementation)
-    compute = IMPLEMENTATIONS[implementation]
-    return compute(
-        x_TD,
-        weights,
-        expert_ids_TK,
-        gates_TK,
-        num_experts=num_experts,
-        activation=activation,
-        unit_gates=unit_gates,
-    )
+    call = ExpertCall(x_TD, weights, expert_ids_TK, gates_TK, num_experts, activation, unit_gates)
+    return IMPLEMENTATIONS[implementation](call)

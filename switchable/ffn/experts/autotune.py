@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from switchable.ffn.experts import stopwatch
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.shape import Shape, candidates
-from switchable.ffn.experts.weights import FFNWeights
 
-GENERATION = 3
+GENERATION = 4
 """Of the implementations: to be raised when one of them becomes faster or slower, so that figures are taken anew."""
 MARGIN = 0.97
 """A sparse way must take at most this share of the dense time: a tie goes to dense."""
@@ -154,41 +154,23 @@ def resolve(shape: Shape, *, dense_allowed: bool = True) -> str:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def auto(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """Return y_TD by the fastest sparse way (see `expert_ffn` for the arguments)."""
+def auto(call: ExpertCall) -> Tensor:
+    """Return y_TD by the fastest sparse way."""
     from switchable.ffn.experts import IMPLEMENTATIONS
 
-    tensors = (x_TD, weights.up_FD, weights.down_FD, gates_TK)
+    x_TD = call.x_TD
     shape = Shape(
         tokens=len(x_TD),
         d_model=x_TD.shape[1],
-        d_ff=len(weights.up_FD),
-        num_experts=num_experts,
-        experts_per_token=expert_ids_TK.shape[1],
-        activation=activation,
+        d_ff=len(call.weights.up_FD),
+        num_experts=call.num_experts,
+        experts_per_token=call.expert_ids_TK.shape[1],
+        activation=call.activation,
         dtype=_compute_dtype(x_TD),
         device=x_TD.device.type,
-        training=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+        training=call.learns,
     )
-    compute = IMPLEMENTATIONS[resolve(shape, dense_allowed=False)]
-    return compute(
-        x_TD,
-        weights,
-        expert_ids_TK,
-        gates_TK,
-        num_experts=num_experts,
-        activation=activation,
-        unit_gates=unit_gates,
-    )
+    return IMPLEMENTATIONS[resolve(shape, dense_allowed=False)](call)
 
 
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:

@@ -28,63 +28,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.experts.pairs import Chunk, SortedPairs
-from switchable.ffn.experts.weights import FFNWeights
 
 FAST_ACTIVATIONS = ("relu", "relu2")
 """Activations that the fast paths compute themselves; relu2 is the square of ReLU."""
 
 
-def sorted_experts(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments and the module's text for what is fast)."""
-    if activation not in FAST_ACTIVATIONS or weights.gate_FD is not None or x_TD.device.type != "cpu":
-        return eager(
-            x_TD,
-            weights,
-            expert_ids_TK,
-            gates_TK,
-            num_experts=num_experts,
-            activation=activation,
-            unit_gates=unit_gates,
-        )
-    if unit_gates and not (gates_TK is not None and gates_TK.requires_grad and torch.is_grad_enabled()):
-        gates_TK = None
-    y_TD: Tensor = _sorted(
-        x_TD, weights, expert_ids_TK, gates_TK, num_experts, activation == "relu2", unit_gates
-    )
+def sorted_experts(call: ExpertCall) -> Tensor:
+    """Return y_TD (see the module's text for what is fast)."""
+    weights, device = call.weights, call.x_TD.device.type
+    if call.activation not in FAST_ACTIVATIONS or weights.gate_FD is not None or device != "cpu":
+        return eager(call)
+    y_TD: Tensor = _sorted(call)
     return y_TD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _sorted(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    num_experts: int,
-    squared: bool,
-    unit_gates: bool,
-) -> Tensor:
-    up_FD, down_FD, bias_F, x = weights.up_FD, weights.down_FD, weights.up_bias_F, x_TD
+def _sorted(call: ExpertCall) -> Tensor:
+    x, weights = call.x_TD, call.weights
+    up_FD, down_FD, bias_F = weights.up_FD, weights.down_FD, weights.up_bias_F
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, up_FD, down_FD = x.to(dtype), up_FD.to(dtype), down_FD.to(dtype)
         bias_F = None if bias_F is None else bias_F.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        pairs = SortedPairs.sort(expert_ids_TK, num_experts)
-        plan = _Plan(pairs, num_experts, squared, unit_gates)
-        y_TD: Tensor = _SortedExperts.apply(x, up_FD, down_FD, bias_F, gates_TK, plan)  # type: ignore[no-untyped-call]
-    return y_TD.to(x_TD.dtype)
+        pairs = SortedPairs.sort(call.expert_ids_TK, call.num_experts)
+        plan = _Plan(pairs, call.num_experts, call.activation == "relu2", call.unit_gates)
+        y_TD: Tensor = _SortedExperts.apply(  # type: ignore[no-untyped-call]
+            x, up_FD, down_FD, bias_F, call.gates_that_count, plan
+        )
+    return y_TD.to(call.x_TD.dtype)
 
 
 class _Plan(NamedTuple):

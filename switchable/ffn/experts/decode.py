@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.cpu import sorted_experts
 from switchable.ffn.experts.few import few_tokens
 from switchable.ffn.experts.masked import masked
@@ -44,48 +45,29 @@ ZERO_MOSTLY = ("relu", "relu2")
 """Activations that are exactly zero for many neurons."""
 
 
-def decode(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments)."""
-    tensors = (x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, weights.gate_FD, gates_TK)
-    learns = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
-    if learns or torch.is_autocast_enabled(x_TD.device.type):
-        return sorted_experts(
-            x_TD,
-            weights,
-            expert_ids_TK,
-            gates_TK,
-            num_experts=num_experts,
-            activation=activation,
-            unit_gates=unit_gates,
-        )
-    gates = None if unit_gates else gates_TK
+def decode(call: ExpertCall) -> Tensor:
+    """Return y_TD."""
+    x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
+    num_experts, activation = call.num_experts, call.activation
+    if call.learns or torch.is_autocast_enabled(x_TD.device.type):
+        return sorted_experts(call)
+    gates = call.gates_that_count
     if weights.gate_FD is None and gates is None and x_TD.device.type == "cpu":
-        check_ids(expert_ids_TK, num_experts)
+        check_ids(ids_TK, num_experts)
         found: Tensor | None = few_tokens(
             x_TD.contiguous(),
             weights,
-            expert_ids_TK,
+            ids_TK,
             num_experts,
-            expert_ids_TK.shape[1],
+            ids_TK.shape[1],
             activation=activation,
         )
         if found is not None:
             return found
-    if expert_ids_TK.numel() <= LARGEST_SHARE * num_experts:
-        y_TD: Tensor = _token_by_token(x_TD, weights, expert_ids_TK, gates, num_experts, activation)
+    if ids_TK.numel() <= LARGEST_SHARE * num_experts:
+        y_TD: Tensor = _token_by_token(x_TD, weights, ids_TK, gates, num_experts, activation)
         return y_TD
-    return masked(x_TD, weights, expert_ids_TK, gates, num_experts=num_experts, activation=activation)
+    return masked(call)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]

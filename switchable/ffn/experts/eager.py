@@ -11,30 +11,20 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from switchable.ffn.experts.weights import FFNWeights
+from switchable.ffn.experts.call import ExpertCall
 
 
-def eager(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,  # noqa: ARG001 - the reference multiplies by the gates even when they are one
-    hidden_dropout: float = 0.0,
-) -> Tensor:
-    """Return y_TD, computing only the selected experts of each token (see `expert_ffn` for the arguments).
+def eager(call: ExpertCall, hidden_dropout: float = 0.0) -> Tensor:
+    """Return y_TD, computing only the selected experts of each token, and multiplying by gates even when they are one.
 
     `hidden_dropout` is the probability of a dropout between the projections, for models trained with one.
     """
-    act = ACT2FN[activation]
+    x_TD, weights, gates_TK = call.x_TD, call.weights, call.gates_TK
+    act = ACT2FN[call.activation]
     y_TD = torch.zeros_like(x_TD)
-    neurons = weights.up_FD.shape[0] // num_experts
-    for e in range(num_experts):
-        own = slice(e * neurons, (e + 1) * neurons)
-        tokens, slots = torch.where(expert_ids_TK == e)
+    for e in range(call.num_experts):
+        own = slice(e * call.neurons, (e + 1) * call.neurons)
+        tokens, slots = torch.where(call.expert_ids_TK == e)
         x = x_TD[tokens]
         hidden = torch.nn.functional.linear(x, weights.up_FD[own], _part(weights.up_bias_F, own))
         if weights.gate_FD is None:

@@ -23,58 +23,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.cpu import FAST_ACTIVATIONS, sorted_experts
 from switchable.ffn.experts.fused_library import Library, Pairs, library
 from switchable.ffn.experts.llvm import this_machine
 from switchable.ffn.experts.pairs import check_ids
-from switchable.ffn.experts.weights import FFNWeights
 
 
-def fused(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments and the module's text for what is fast)."""
-    loops = _loops(x_TD, weights, num_experts, activation)
+def fused(call: ExpertCall) -> Tensor:
+    """Return y_TD (see the module's text for what is fast)."""
+    loops = _loops(call)
     if loops is None:
-        return sorted_experts(
-            x_TD,
-            weights,
-            expert_ids_TK,
-            gates_TK,
-            num_experts=num_experts,
-            activation=activation,
-            unit_gates=unit_gates,
-        )
-    if unit_gates and not (gates_TK is not None and gates_TK.requires_grad and torch.is_grad_enabled()):
-        gates_TK = None
-    y_TD: Tensor = _fused(
-        x_TD, weights, expert_ids_TK, gates_TK, loops, num_experts, activation == "relu2", unit_gates
-    )
+        return sorted_experts(call)
+    y_TD: Tensor = _fused(call, loops)
     return y_TD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _fused(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    loops: Library,
-    num_experts: int,
-    squared: bool,
-    unit_gates: bool,
-) -> Tensor:
-    check_ids(expert_ids_TK, num_experts)
-    plan = _Plan(loops, loops.sort(expert_ids_TK, num_experts), num_experts, squared, unit_gates)
+def _fused(call: ExpertCall, loops: Library) -> Tensor:
+    ids_TK, experts, weights = call.expert_ids_TK, call.num_experts, call.weights
+    check_ids(ids_TK, experts)
+    plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", call.unit_gates)
     y_TD: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
-        x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, gates_TK, plan
+        call.x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, call.gates_that_count, plan
     )
     return y_TD
 
@@ -84,16 +55,17 @@ def has_loops(d_model: int, neurons: int, dtype: torch.dtype, activation: str) -
     return activation in FAST_ACTIVATIONS and library(d_model, neurons, dtype, this_machine()) is not None
 
 
-def _loops(x_TD: Tensor, weights: FFNWeights, num_experts: int, activation: str) -> Library | None:
+def _loops(call: ExpertCall) -> Library | None:
+    x_TD, weights = call.x_TD, call.weights
     tensors = (x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F)
     if (
-        activation not in FAST_ACTIVATIONS
+        call.activation not in FAST_ACTIVATIONS
         or weights.gate_FD is not None
         or torch.is_autocast_enabled(x_TD.device.type)
         or any(t is not None and (t.device.type != "cpu" or t.dtype != x_TD.dtype) for t in tensors)
     ):
         return None
-    return library(x_TD.shape[1], len(weights.up_FD) // num_experts, x_TD.dtype, this_machine())
+    return library(x_TD.shape[1], call.neurons, x_TD.dtype, this_machine())
 
 
 class _Plan(NamedTuple):

@@ -16,28 +16,20 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from switchable.ffn.experts.weights import FFNWeights
+from switchable.ffn.experts.call import ExpertCall
 
 
-def masked(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,  # noqa: ARG001 - the mask is multiplied with in any case
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments)."""
+def masked(call: ExpertCall) -> Tensor:
+    """Return y_TD."""
+    x_TD, weights, ids_TK, gates_TK = call.x_TD, call.weights, call.expert_ids_TK, call.gates_that_count
     hidden_TF = linear(x_TD, weights.up_FD, weights.up_bias_F)
     if weights.gate_FD is None:
-        hidden_TF = ACT2FN[activation](hidden_TF)
+        hidden_TF = ACT2FN[call.activation](hidden_TF)
     else:
-        hidden_TF = ACT2FN[activation](linear(x_TD, weights.gate_FD, weights.gate_bias_F)) * hidden_TF
-    chosen_TK = hidden_TF.new_ones(expert_ids_TK.shape) if gates_TK is None else gates_TK.to(hidden_TF.dtype)
-    mask_TE1 = hidden_TF.new_zeros(len(x_TD), num_experts).scatter(1, expert_ids_TK, chosen_TK).unsqueeze(2)
-    hidden_TEI = hidden_TF.view(len(x_TD), num_experts, weights.up_FD.shape[0] // num_experts)
+        hidden_TF = ACT2FN[call.activation](linear(x_TD, weights.gate_FD, weights.gate_bias_F)) * hidden_TF
+    chosen_TK = hidden_TF.new_ones(ids_TK.shape) if gates_TK is None else gates_TK.to(hidden_TF.dtype)
+    mask_TE1 = hidden_TF.new_zeros(len(x_TD), call.num_experts).scatter(1, ids_TK, chosen_TK).unsqueeze(2)
+    hidden_TEI = hidden_TF.view(len(x_TD), call.num_experts, call.neurons)
     learns = torch.is_grad_enabled() and (hidden_TEI.requires_grad or mask_TE1.requires_grad)
     hidden_TEI = hidden_TEI * mask_TE1 if learns else hidden_TEI.mul_(mask_TE1)
     return linear(hidden_TEI.view_as(hidden_TF), weights.down_FD.t()).to(x_TD.dtype)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.eager import eager
-from switchable.ffn.experts.weights import FFNWeights
 
 
 class _Take(torch.autograd.Function):
@@ -44,37 +44,20 @@ class _Take(torch.autograd.Function):
         )
 
 
-def torch_grouped_mm(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments).
+def torch_grouped_mm(call: ExpertCall) -> Tensor:
+    """Return y_TD.
 
     `grouped_mm` wants rows of multiples of 16 bytes, and on CUDA has a kernel for bfloat16 alone (for the
     other dtypes it waits for the borders and loops): all else goes to `eager`.
     """
-    neurons = weights.up_FD.shape[0] // num_experts
+    x_TD, weights, ids_TK, gates_TK = call.x_TD, call.weights, call.expert_ids_TK, call.gates_TK
+    E, K, neurons = call.num_experts, ids_TK.shape[1], call.neurons
     dtype = _dtype(x_TD)
     aligned = all(size * dtype.itemsize % 16 == 0 for size in (x_TD.shape[1], neurons))
     dtypes = (torch.bfloat16,) if x_TD.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    if not aligned or dtype not in dtypes or not expert_ids_TK.numel():
-        return eager(
-            x_TD,
-            weights,
-            expert_ids_TK,
-            gates_TK,
-            num_experts=num_experts,
-            activation=activation,
-            unit_gates=unit_gates,
-        )
-    E, K = num_experts, expert_ids_TK.shape[1]
-    sorted_R, order_R = expert_ids_TK.reshape(-1).sort(stable=True)
+    if not aligned or dtype not in dtypes or not ids_TK.numel():
+        return eager(call)
+    sorted_R, order_R = ids_TK.reshape(-1).sort(stable=True)
     position_R = torch.empty_like(order_R)
     position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
     experts_E = torch.arange(E, device=sorted_R.device)
@@ -88,7 +71,7 @@ def torch_grouped_mm(
 
     x_RD = _take(x_TD.to(dtype), order_R, position_R, K)
     hidden_RI = project(x_RD, weights.up_FD, weights.up_bias_F)
-    act = ACT2FN[activation]
+    act = ACT2FN[call.activation]
     if weights.gate_FD is None:
         hidden_RI = act(hidden_RI)
     else:

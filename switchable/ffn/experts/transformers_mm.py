@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from switchable.errors import InputError
-from switchable.ffn.experts.weights import FFNWeights
+from switchable.ffn.experts.call import ExpertCall
 
 
 class _NoBias:
@@ -35,50 +35,26 @@ class _NoBias:
         return None
 
 
-def grouped_mm(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,  # noqa: ARG001 - theirs always multiplies
-) -> Tensor:
-    """Return y_TD by `grouped_mm_experts_forward` (see `expert_ffn` for the arguments).
+def grouped_mm(call: ExpertCall) -> Tensor:
+    """Return y_TD by `grouped_mm_experts_forward`.
 
     Raises:
         InputError: float64, or rows that are not a multiple of 16 bytes long.
     """
-    _check_grouped(weights, num_experts)
-    experts = _as_experts(weights, num_experts, activation)
-    y_TD: Tensor = grouped_mm_experts_forward(
-        experts, x_TD, expert_ids_TK, _gates(gates_TK, x_TD, expert_ids_TK)
-    )
+    _check_grouped(call)
+    y_TD: Tensor = grouped_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _gates(call))
     return y_TD
 
 
-def batched_mm(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,  # noqa: ARG001 - theirs always multiplies
-) -> Tensor:
-    """Return y_TD by `batched_mm_experts_forward` (see `expert_ffn` for the arguments)."""
-    experts = _as_experts(weights, num_experts, activation)
-    y_TD: Tensor = batched_mm_experts_forward(
-        experts, x_TD, expert_ids_TK, _gates(gates_TK, x_TD, expert_ids_TK)
-    )
+def batched_mm(call: ExpertCall) -> Tensor:
+    """Return y_TD by `batched_mm_experts_forward`."""
+    y_TD: Tensor = batched_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _gates(call))
     return y_TD
 
 
-def _check_grouped(weights: FFNWeights, num_experts: int) -> None:
-    up_FD = weights.up_FD
-    neurons, unit = up_FD.shape[0] // num_experts, 16 // up_FD.element_size()
+def _check_grouped(call: ExpertCall) -> None:
+    up_FD, neurons = call.weights.up_FD, call.neurons
+    unit = 16 // up_FD.element_size()
     if up_FD.dtype == torch.float64 or neurons % unit or up_FD.shape[1] % unit:
         raise InputError(
             f"grouped_mm cannot multiply d_model={up_FD.shape[1]}, {neurons} neurons per expert in {up_FD.dtype}: "
@@ -87,17 +63,18 @@ def _check_grouped(weights: FFNWeights, num_experts: int) -> None:
         )
 
 
-def _gates(gates_TK: Tensor | None, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    return x_TD.new_ones(expert_ids_TK.shape) if gates_TK is None else gates_TK
+def _gates(call: ExpertCall) -> Tensor:
+    """Theirs always multiply."""
+    return call.x_TD.new_ones(call.expert_ids_TK.shape) if call.gates_TK is None else call.gates_TK
 
 
 def _by_expert(values_FX: Tensor, num_experts: int) -> Tensor:
     return values_FX.view(num_experts, -1, *values_FX.shape[1:])
 
 
-def _as_experts(weights: FFNWeights, num_experts: int, activation: str) -> SimpleNamespace:
+def _as_experts(call: ExpertCall) -> SimpleNamespace:
     """The attributes that transformers' forwards read; `up_proj` is [E, I, D], `down_proj` [E, D, I]."""
-    act = ACT2FN[activation]
+    weights, num_experts, act = call.weights, call.num_experts, ACT2FN[call.activation]
     experts = SimpleNamespace(
         num_experts=num_experts,
         act_fn=act,

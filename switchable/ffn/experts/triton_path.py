@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from switchable.errors import InputError
+from switchable.ffn.experts.call import ExpertCall
 from switchable.ffn.experts.eager import eager
 from switchable.ffn.experts.weights import FFNWeights
 
@@ -32,70 +33,45 @@ ACTIVATIONS = ("relu", "relu2")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_ffn(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-    atomic: bool = False,
-) -> Tensor:
-    """Return y_TD (see `expert_ffn` for the arguments).
+def triton_ffn(call: ExpertCall, atomic: bool = False) -> Tensor:
+    """Return y_TD.
 
     Args:
+        call: what to compute.
         atomic: add the experts' outputs up by atomic additions: less memory, but the order of sums varies.
 
     Raises:
         InputError: no triton, a tensor on the CPU (unless `TRITON_INTERPRET=1`), or mixed dtypes.
     """
-    x, up, down, bias = _autocast(x_TD, weights)
+    x, up, down, bias = _autocast(call.x_TD, call.weights)
     covered = (
-        weights.gate_FD is None
-        and activation in ACTIVATIONS
+        call.weights.gate_FD is None
+        and call.activation in ACTIVATIONS
         and x.dtype in DTYPES
-        and expert_ids_TK.numel() > 0
+        and call.expert_ids_TK.numel() > 0
     )
     if not covered:
-        return eager(
-            x_TD,
-            weights,
-            expert_ids_TK,
-            gates_TK,
-            num_experts=num_experts,
-            activation=activation,
-            unit_gates=unit_gates,
-        )
-    _check(x, up, down, bias, num_experts)
-    squared = activation == "relu2"
-    outputs = _forward(x, up, down, bias, expert_ids_TK, gates_TK, num_experts, squared, unit_gates, atomic)
-    y_TD: Tensor = outputs[0]
-    return y_TD.to(x_TD.dtype)
-
-
-def triton_atomic(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None,
-    *,
-    num_experts: int,
-    activation: str,
-    unit_gates: bool = False,
-) -> Tensor:
-    """`triton_ffn` with atomic sums: not reproducible to the bit."""
-    return triton_ffn(
-        x_TD,
-        weights,
-        expert_ids_TK,
-        gates_TK,
-        num_experts=num_experts,
-        activation=activation,
-        unit_gates=unit_gates,
-        atomic=True,
+        return eager(call)
+    _check(x, up, down, bias, call.num_experts)
+    outputs = _forward(
+        x,
+        up,
+        down,
+        bias,
+        call.expert_ids_TK,
+        call.gates_TK,
+        call.num_experts,
+        call.activation == "relu2",
+        call.unit_gates,
+        atomic,
     )
+    y_TD: Tensor = outputs[0]
+    return y_TD.to(call.x_TD.dtype)
+
+
+def triton_atomic(call: ExpertCall) -> Tensor:
+    """`triton_ffn` with atomic sums: not reproducible to the bit."""
+    return triton_ffn(call, atomic=True)
 
 
 def _autocast(x_TD: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
