@@ -32,7 +32,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; print a table and the figures as one JSON line."""
     from switchable.adapt.config import AdaptConfig
-    from switchable.config import build
+    from switchable.coercion import build
     from switchable.data.config import DataConfig
 
     flags = given_flags(args)

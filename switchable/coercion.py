@@ -1,0 +1,74 @@
+"""From what YAML and flags give to a dataclass: numbers, text, lists, choices; what does not fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from switchable.errors import InputError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a config dataclass from those of the values that are its fields, coerced to the fields' types.
+
+    Raises:
+        InputError: a value of the wrong type, or that is not among a field's choices.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {key: value for key, value in values.items() if key in hints}
+    coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    built = cls(**coerced)
+    for f in dataclasses.fields(built):  # type: ignore[arg-type]
+        choices = f.metadata.get("choices")
+        value = getattr(built, f.name)
+        if choices and value is not None and value not in choices:
+            raise InputError(
+                f"{where}: {f.name}={value!r} is not known; use one of {', '.join(map(str, choices))}"
+            )
+    return built
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """Turn a YAML or flag value into the field's type (`1e-3`, which YAML reads as text, into a float, and so on).
+
+    Raises:
+        InputError: the value does not fit.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        return coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerce(item, args[0], where) for item in items)
+    if hint is bool:
+        return _coerce_bool(value, where)
+    if hint is str and not isinstance(value, str):
+        raise InputError(f"{where}={value!r} must be text")
+    if isinstance(value, bool):
+        raise InputError(f"{where}={value!r} must be {_article(hint)}")
+    try:
+        number = hint(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}={value!r} must be {_article(hint)}") from None
+    if hint is int and isinstance(value, float) and value != number:
+        raise InputError(f"{where}={value!r} must be a whole number")
+    return number
+
+
+def _coerce_bool(value: Any, where: str) -> bool:
+    named = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in named:
+        return named[str(value).lower()]
+    raise InputError(f"{where}={value!r} must be true or false")
+
+
+def _article(hint: type) -> str:
+    return {"int": "a whole number", "float": "a number", "str": "text"}.get(hint.__name__, hint.__name__)
