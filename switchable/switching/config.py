@@ -118,7 +118,7 @@ class SwitchConfig:
     min_dense_fraction: float = _option(0.1, "fraction of all steps, at the start, that are always dense")
     final_dense_fraction: float = _option(0.05, "fraction of all steps, at the end, that are always dense")
     stability_threshold: float = _option(
-        0.1, "adjusted Rand index of successive structures from which a layer counts as stable"
+        0.1, "adjusted Rand index of successive structures from which a layer counts as stable; 0 = always"
     )
     max_activation_ratio: float = _option(
         0.3, "largest activation ratio at which a layer counts as sparse; others stay dense"

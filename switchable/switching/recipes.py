@@ -41,7 +41,7 @@ def settings(name: str, given: Mapping[str, Any], d_ff: int, activation: str) ->
         "max_expert_fraction": 0.65,
         "min_dense_fraction": 0.85,
         "final_dense_fraction": 0.0,
-        "stability_threshold": 0.05,
+        "stability_threshold": 0.0,  # a structure stands once its layer has joined
         "sparse_steps": 3,
         "dense_steps": 1,
         "router_token_fraction": 0.125,

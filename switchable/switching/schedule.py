@@ -175,7 +175,7 @@ def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
 def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
     if part:
         return config.schedule == "static" or _is_sparse([measured], config, slack=LEAVE_FACTOR)
-    return may_join and _is_sparse([measured], config) and measured.similarity >= config.stability_threshold
+    return may_join and _is_sparse([measured], config) and _is_stable([measured], config)
 
 
 def _together(
@@ -184,8 +184,13 @@ def _together(
     """All layers join at once, when their means pass, and none leaves."""
     if any(takes_part):
         return takes_part
-    stable = _mean([m.similarity for m in measures]) >= config.stability_threshold
-    return (may_join and _is_sparse(measures, config) and stable,) * len(measures)
+    return (may_join and _is_sparse(measures, config) and _is_stable(measures, config),) * len(measures)
+
+
+def _is_stable(measures: Sequence[LayerMeasures], config: SwitchConfig) -> bool:
+    """Whether the structures that were found in turn are alike, on average; with a threshold of 0 nobody asks."""
+    threshold = config.stability_threshold
+    return threshold == 0 or _mean([m.similarity for m in measures]) >= threshold
 
 
 def _is_sparse(measures: Sequence[LayerMeasures], config: SwitchConfig, slack: float = 1.0) -> bool:

@@ -49,6 +49,10 @@ def test_dense_until_stable_sparse_and_allowed() -> None:
     assert unstable.state == state
     one = decide(10, state, [measured(0.4, 0.9), measured(0.1, 0.5)], 100, CONFIG)
     assert one.state == alternating(False, True)
+    whatever = dataclasses.replace(
+        CONFIG, stability_threshold=0.0
+    )  # the index of chance groupings may be below 0
+    assert decide(10, state, [measured(0.1, -0.01)] * 2, 100, whatever).state == alternating(True, True)
 
 
 def test_who_joins_keeps_the_structure_that_its_router_knows() -> None:
