@@ -1,4 +1,4 @@
-"""A comparison in one picture: validation loss (best mode) against tokens, FLOPs and seconds of training.
+"""A comparison in one picture: validation loss (best mode) against tokens, FLOPs, seconds and CPU seconds of training.
 
 Each method has a colour of its own from a set that colour-blind eyes can tell apart (Okabe and Ito), a marker and a
 dash pattern, so that it can be told in grey too; markers are hollow where a method has other than the configuration's
@@ -29,7 +29,12 @@ STYLES: dict[str, tuple[str, str, str]] = {
 }
 """Method -> colour, marker, line style."""
 
-AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
+AXES = {
+    "tokens": "training tokens",
+    "flops": "training FLOPs",
+    "seconds": "seconds of training",
+    "cpu_seconds": "CPU seconds of training",
+}
 
 
 def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], picture: Path) -> None:
@@ -39,7 +44,7 @@ def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], pict
         curves: (method, seed) -> the run's validations.
         picture: PNG file to write.
     """
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(16, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(AXES), sharey=True)
     goals = [points[-1].loss for (method, _), points in curves.items() if method == "dense"]
