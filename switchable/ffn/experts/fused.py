@@ -78,8 +78,24 @@ class _Plan(NamedTuple):
     unit_gates: bool
 
     def hidden(self, act_PI: Tensor) -> Tensor:
-        """The activations: ReLU's, or their squares."""
-        return act_PI * act_PI if self.squared else act_PI
+        """The activations: ReLU's, or their squares, which stand until the next call."""
+        return torch.mul(act_PI, act_PI, out=self.scratch("hidden", act_PI)) if self.squared else act_PI
+
+    def gated(self, hidden_PI: Tensor, gates_P1: Tensor | None) -> Tensor:
+        """The activations times their gates, which stand until the next call."""
+        if gates_P1 is None:
+            return hidden_PI
+        return torch.mul(hidden_PI, gates_P1, out=self.scratch("hidden", hidden_PI))
+
+    def times_derivative(self, dact_PI: Tensor, act_PI: Tensor) -> None:
+        """Multiply by the activation function's derivative, in place."""
+        if self.squared:
+            dact_PI.mul_(act_PI).mul_(2)
+        else:
+            torch.ops.aten.threshold_backward.grad_input(dact_PI, act_PI, 0, grad_input=dact_PI)
+
+    def scratch(self, name: str, like: Tensor) -> Tensor:
+        return self.loops.scratch(name, like.shape, like.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -98,10 +114,8 @@ class _Fused(torch.autograd.Function):
         gates_P1 = None
         if gates_TK is not None and not plan.unit_gates:
             gates_P1 = gates_TK.detach().reshape(-1, 1)[pairs.order_P].to(x_TD.dtype)
-        act_PI = loops.dot(x_TD, loops.pack(up_FD, plan.num_experts), pairs, bias_F=bias_F, rectify=True)
-        hidden_PI = plan.hidden(act_PI)
-        if gates_P1 is not None:
-            hidden_PI = hidden_PI * gates_P1
+        act_PI = loops.dot(x_TD, up_FD, pairs, bias_F=bias_F, rectify=True)
+        hidden_PI = plan.gated(plan.hidden(act_PI), gates_P1)
         y_TD = loops.scatter(hidden_PI, down_FD, pairs, len(x_TD))
         ctx.save_for_backward(x_TD, up_FD, down_FD, bias_F, gates_TK, gates_P1, act_PI)
         ctx.plan = plan
@@ -115,19 +129,26 @@ class _Fused(torch.autograd.Function):
         loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
         need_x, need_up, need_down, need_bias, need_gates = ctx.needs_input_grad[:5]
         dy_TD = dy_TD.contiguous()
-        plain = not (plan.squared or need_gates or gates_P1 is not None)
-        dact_PI = loops.dot(dy_TD, loops.pack(down_FD, experts), pairs, mask_PI=act_PI if plain else None)
+        by_act = (
+            not need_gates and gates_P1 is None
+        )  # else the gates come between the products and the derivative
+        dact_PI = loops.dot(
+            dy_TD,
+            down_FD,
+            pairs,
+            act_PI=act_PI if by_act else None,
+            squared=plan.squared,
+            out=plan.scratch("dact", act_PI),
+        )
         hidden_PI, dgates_TK = plan.hidden(act_PI) if need_down or need_gates else act_PI, None
         if need_gates:
             dgates_TK = torch.empty_like(gates_TK, memory_format=torch.contiguous_format)
             dgates_TK.view(-1)[pairs.order_P] = (dact_PI * hidden_PI).sum(1).to(gates_TK.dtype)
         if gates_P1 is not None:
             dact_PI.mul_(gates_P1)
-            hidden_PI = hidden_PI * gates_P1
-        if plan.squared:
-            dact_PI.mul_(act_PI).mul_(2)
-        elif not plain:
-            torch.ops.aten.threshold_backward.grad_input(dact_PI, act_PI, 0, grad_input=dact_PI)
+            hidden_PI = plan.gated(hidden_PI, gates_P1)
+        if not by_act:
+            plan.times_derivative(dact_PI, act_PI)
         return (
             loops.scatter(dact_PI, up_FD, pairs, len(x_TD)) if need_x else None,
             loops.weight_gradient(dact_PI, x_TD, pairs, experts) if need_up else None,

@@ -24,24 +24,26 @@ import itertools
 from llvmlite import ir
 
 from switchable.ffn.experts.fused_packing import Packing
+from switchable.ffn.experts.fused_reorder import write_reorder
 from switchable.ffn.experts.fused_sort import segment
 from switchable.ffn.experts.llvm import I32, I64, POINTER, Values, Writer, smaller, whole
 from switchable.ffn.experts.tasks import Record, Tasks
 
 AHEAD = 8
 """Most rows between the one worked on and the one asked for from memory: so many places after the last one are read."""
-EPILOGUES = ("", "_relu", "_bias_relu", "_mask")
-"""What `dot` does to its results: nothing; rectify them; add a bias and rectify; set to zero where a mask is not
-positive."""
+EPILOGUES = ("", "_relu", "_bias_relu", "_mask", "_slope")
+"""What `dot` does to its results: nothing; rectify them; add a bias and rectify; set to zero where the activation is
+not positive (the derivative of ReLU); times twice the activation (of its square)."""
 PAIRS = ("tokens", "starts")
-DOT = Tasks(("experts",), (*PAIRS, "x", "packed", "z", "bias", "mask"))
-"""A task is a chunk; `z` [P, I] is written, `bias` is [F], `mask` [P, I]."""
+DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act"), stages=2)
+"""Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` [P, I] is written, `bias` is
+[F], `act` [P, I]."""
 SCATTER = Tasks(("experts", "per_chunk", "token_count"), (*PAIRS, "y", "weights", "z"))
 """A task is a chunk; `y` [T, D] is written."""
 WEIGHTS = Tasks(("experts", "chunks"), (*PAIRS, "x", "gradient", "z"))
 """A task is a range of columns; `gradient` [F, D] is written."""
 BIAS = Tasks(("experts", "chunks"), (*PAIRS, "gradient", "z"))
-"""One task; `gradient` [F] is added to."""
+"""A task is an expert; `gradient` [F] is added to."""
 
 
 class Kernels:
@@ -50,6 +52,8 @@ class Kernels:
     def __init__(self, module: ir.Module, packing: Packing):
         self.module, self.packing = module, packing
         self.D, self.I, self.L = packing.d_model, packing.neurons, packing.lanes
+        self.reorder = self._writer("reorder_expert", [POINTER, POINTER])
+        write_reorder(self.reorder, packing)
         for epilogue in EPILOGUES:
             self._write_dot(epilogue)
         self._write_scatter()
@@ -70,30 +74,34 @@ class Kernels:
             )
         product.b.ret_void()
         w = self._writer(f"dot{epilogue}", [POINTER])
+        own = self.packing.vectors * self.packing.steps * self.L
+
+        def reorder(record: Record, e: ir.Value) -> None:
+            weights = w.at(record["weights"], w.b.mul(e, whole(self.I * self.D)))
+            w.b.call(self.reorder.function, [weights, w.at(record["packed"], w.b.mul(e, whole(own)))])
 
         def chunk(record: Record, number: ir.Value) -> None:
             def expert(e: ir.Value) -> None:
                 first, count = segment(w, record, number, e)
                 pair = w.b.mul(first, whole(self.I))
-                packed = w.b.mul(e, whole(self.packing.vectors * self.packing.steps * self.L))
                 arguments = [
                     count,
                     w.at(record["tokens"], first, I32),
                     record["x"],
-                    w.at(record["packed"], packed),
+                    w.at(record["packed"], w.b.mul(e, whole(own))),
                     w.at(record["z"], pair),
                     w.at(record["bias"], w.b.mul(e, whole(self.I))),
-                    w.at(record["mask"], pair),
+                    w.at(record["act"], pair),
                 ]
                 w.b.call(product.function, arguments)
 
             w.each(record["experts"], expert)
 
-        DOT.write(w, chunk)
+        DOT.write(w, reorder, chunk)
 
     def _dot(self, w: Writer, epilogue: str, first: int, vectors: int, chains: int) -> None:
         """Products of an expert's tokens with some of its vectors of neurons, tile by tile."""
-        count, tokens, x, packed, z, bias, mask = w.arguments
+        count, tokens, x, packed, z, bias, act = w.arguments
         p, steps = self.packing.together, self.packing.steps
 
         def tile(i: ir.Value, rows: int) -> None:
@@ -124,7 +132,7 @@ class Kernels:
                     neuron = (first + v) * self.packing.neurons_per_vector
                     pair = w.b.add(w.b.mul(w.b.add(i, whole(r)), whole(self.I)), whole(neuron))
                     total = self._fold(w, total, min(self.packing.neurons_per_vector, self.I - neuron))
-                    total = _finish(w, total, epilogue, w.at(bias, whole(neuron)), w.at(mask, pair))
+                    total = _finish(w, total, epilogue, w.at(bias, whole(neuron)), w.at(act, pair))
                     w.store(total, w.at(z, pair))
 
         w.tiles(count, self.packing.tile_rows, tile)
@@ -286,20 +294,20 @@ class Kernels:
 
             w.tiles(whole(self.I), [self.L >> half for half in range(self.L.bit_length())], tile)
 
-        def task(record: Record, _: ir.Value) -> None:
-            w.each(record["chunks"], lambda c: w.each(record["experts"], lambda e: expert(record, c, e)))
-
-        BIAS.write(w, task)
+        BIAS.write(w, lambda record, e: w.each(record["chunks"], lambda c: expert(record, c, e)))
 
 
-def _finish(w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, mask: ir.Value) -> ir.Value:
+def _finish(w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.Value) -> ir.Value:
     kind = total.type
     if "bias" in epilogue:
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in epilogue:  # a NaN stays one, here and below
         total = w.b.select(w.b.fcmp_ordered("<", total, w.zero(kind)), w.zero(kind), total)
     if "mask" in epilogue:
-        total = w.b.select(w.b.fcmp_unordered(">", w.load(mask, kind), w.zero(kind)), total, w.zero(kind))
+        total = w.b.select(w.b.fcmp_unordered(">", w.load(act, kind), w.zero(kind)), total, w.zero(kind))
+    if "slope" in epilogue:
+        value = w.load(act, kind)
+        total = w.b.fmul(total, w.b.fadd(value, value))
     return total
 
 

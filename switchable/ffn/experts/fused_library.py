@@ -6,7 +6,9 @@ Shapes as in `fused_kernels.py`; F = E·I neurons.
 from __future__ import annotations
 
 import functools
+import math
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,12 +40,27 @@ class Pairs(NamedTuple):
     """Tokens."""
 
 
+class Scratch(threading.local):
+    """Memory that every thread keeps from one call to the next, for what nobody needs any longer than a call.
+
+    The operating system hands out new memory a page at a time and cleared, which costs more than a pass over it.
+    """
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the numbers kept under a name: what the last call has left in them."""
+        size = math.prod(shape)
+        kept: Tensor | None = self.__dict__.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
+            kept = self.__dict__[name] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(*shape)
+
+
 class Library:
     """The compiled loops for one packing."""
 
     def __init__(self, packing: Packing):
         module = ir.Module("experts")
-        self.packing, self.kept = packing, threading.local()
+        self.packing, self.scratch = packing, Scratch()
         Kernels(module, packing)
         write_sort(module)
         self.code = compile_module(module, packing.machine)
@@ -75,56 +92,48 @@ class Library:
         )
         return pairs
 
-    def pack(self, weight_FD: Tensor, num_experts: int) -> Tensor:
-        """Copy weights into the order that `dot` reads: experts, vectors of neurons, steps, neurons, p numbers.
-
-        The copy stands until the next call in the same thread: memory that is new each time would cost more than it.
-        """
-        own = self.packing
-        weight_EID = weight_FD.reshape(num_experts, own.neurons, own.d_model)
-        missing = own.vectors * own.neurons_per_vector - own.neurons
-        if missing:
-            weight_EID = torch.nn.functional.pad(weight_EID, (0, 0, 0, missing))
-        shape = (num_experts, own.vectors, own.neurons_per_vector, own.steps, own.together)
-        ordered = weight_EID.reshape(shape).permute(0, 1, 3, 2, 4)
-        packed: Tensor | None = getattr(self.kept, "packed", None)
-        if packed is None or packed.shape != ordered.shape:
-            packed = self.kept.packed = torch.empty(ordered.shape, dtype=ordered.dtype)
-        return packed.copy_(ordered)
-
     def dot(
         self,
         x_TD: Tensor,
-        packed: Tensor,
+        weight_FD: Tensor,
         pairs: Pairs,
         *,
         bias_F: Tensor | None = None,
         rectify: bool = False,
-        mask_PI: Tensor | None = None,
+        act_PI: Tensor | None = None,
+        squared: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Return the products of each pair's token and expert, [P, I].
 
         Args:
             x_TD: contiguous.
-            packed: the weights, from `pack`.
+            weight_FD: the weights.
             pairs: from `sort`.
             bias_F: added; contiguous; with `rectify` only.
             rectify: whether negative results become zero.
-            mask_PI: where it is not positive, results become zero; not with `rectify`.
+            act_PI: ReLU's results, with whose derivative the products are multiplied; not with `rectify`.
+            squared: whether it is the derivative of ReLU's square.
+            out: where the products go; None for new memory.
         """
-        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons)
-        name = "dot" + "_bias" * (bias_F is not None) + "_relu" * rectify + "_mask" * (mask_PI is not None)
+        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons) if out is None else out
+        name = "dot" + "_bias" * (bias_F is not None) + "_relu" * rectify
+        if act_PI is not None:
+            name += "_slope" if squared else "_mask"
+        own, experts = self.packing, len(weight_FD) // self.packing.neurons
         DOT.run(
             self.code,
             name,
+            experts,
             pairs.chunks,
             **_places(pairs),
-            experts=len(packed),
+            experts=experts,
             x=x_TD,
-            packed=packed,
+            weights=weight_FD.contiguous(),
+            packed=self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), x_TD.dtype),
             z=z_PI,
             bias=bias_F,
-            mask=mask_PI,
+            act=act_PI,
         )
         return z_PI
 
@@ -172,7 +181,7 @@ class Library:
         BIAS.run(
             self.code,
             "bias",
-            1,
+            num_experts,
             **_places(pairs),
             experts=num_experts,
             chunks=pairs.chunks,

@@ -3,7 +3,7 @@
 A tile of results stays in registers; its size is a compromise between reading each number for as many products as
 possible and the number of registers. An expert of fewer neurons than a vector has lanes would waste the others. So in
 `dot` a vector holds the products of p neighbouring numbers of a token with L/p neurons, which are added up at the end:
-p is 1, 2 or 4, whatever wastes least. `Library.pack` puts the weights in that order.
+p is 1, 2 or 4, whatever wastes least. `fused_reorder.py` puts the weights in that order.
 
 Shapes: D d_model, I neurons per expert, L lanes of a vector.
 """

@@ -176,8 +176,11 @@ class Writer:
 
     def shuffled(self, value: ir.Value, lanes: Sequence[int]) -> ir.Value:
         """The lanes of a vector in another order or number."""
-        order = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-        return self.b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), order)
+        return self.merged(value, ir.Constant(value.type, ir.Undefined), lanes)
+
+    def merged(self, first: ir.Value, second: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        """Some lanes of two vectors; the second one's count on."""
+        return self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
     def multiply_add(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
         """left · right + total, rounded once."""

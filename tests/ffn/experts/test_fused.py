@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from ffn.experts.problems import Case, assert_equals_eager, outcome, problem
+from llvmlite import ir
 
 from switchable.errors import InputError
 from switchable.ffn.experts import fused_library, llvm, tasks
 from switchable.ffn.experts.fused_kernels import _groups
-from switchable.ffn.experts.fused_library import Library, library
+from switchable.ffn.experts.fused_library import Scratch, library
 from switchable.ffn.experts.fused_packing import Packing
-from switchable.ffn.experts.llvm import Machine, this_machine
+from switchable.ffn.experts.fused_reorder import write_reorder
+from switchable.ffn.experts.llvm import POINTER, Machine, Writer, compile_module, this_machine
 
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
@@ -193,19 +195,55 @@ def test_how_experts_are_cut_into_vectors() -> None:
     assert Packing(272, 96, True, replace(wide, registers=16, vector_bytes=32)).scatter_columns == 2
 
 
-def test_weights_are_packed_in_the_order_of_the_loops() -> None:
-    def pack(neurons: int, width: int, vector_bytes: int) -> torch.Tensor:
-        loops = object.__new__(Library)
-        loops.kept = threading.local()
-        loops.packing = Packing(width, neurons, False, Machine("", "", vector_bytes, registers=32))
-        return loops.pack(torch.arange(1.0, neurons * width + 1).view(neurons, width), 1).flatten()
+def test_weights_are_reordered_as_the_loops_read_them() -> None:
+    def reordered(neurons: int, width: int, lanes: int) -> list[float]:
+        packing = Packing(width, neurons, False, replace(HERE, vector_bytes=4 * lanes))
+        module = ir.Module("reorder")
+        write_reorder(Writer(module, "reorder", [POINTER, POINTER], wide=False, lanes=lanes), packing)
+        code = compile_module(module, HERE)
+        weights = torch.arange(1.0, neurons * width + 1)
+        packed = torch.empty(packing.vectors * packing.steps * lanes)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(code.address("reorder"))
+        call(weights.data_ptr(), packed.data_ptr())
+        return packed.tolist()
 
     # Four lanes for four neurons: one number of each after the other.
-    assert pack(4, 2, 16).tolist() == [1, 3, 5, 7, 2, 4, 6, 8]
+    assert reordered(4, 4, 4) == [1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 4, 8, 12, 16]
     # Four lanes for two neurons: two numbers of each.
-    assert pack(2, 4, 16).tolist() == [1, 2, 5, 6, 3, 4, 7, 8]
+    assert reordered(2, 4, 4) == [1, 2, 5, 6, 3, 4, 7, 8]
+    # Four lanes for one neuron: four numbers of it.
+    assert reordered(1, 8, 4) == [1, 2, 3, 4, 5, 6, 7, 8]
     # Sixteen lanes hold two numbers of eight neurons, of which there are five.
-    assert pack(5, 2, 64).tolist() == [*range(1, 11), *[0] * 6]
+    rows = [[16 * neuron + column for neuron in range(5) for column in (c, c + 1)] for c in range(1, 17, 2)]
+    assert reordered(5, 16, 16) == [number for row in rows for number in (*row, *[0] * 6)]
+
+
+def test_memory_is_kept_and_grows_with_what_is_asked_for() -> None:
+    scratch = Scratch()
+    first = scratch("a", (2, 3), torch.float32)
+    assert first.shape == (2, 3)
+    assert scratch("a", (5,), torch.float32).data_ptr() == first.data_ptr()
+    assert scratch("b", (2, 3), torch.float32).data_ptr() != first.data_ptr()
+    more = scratch("a", (7,), torch.float32)
+    assert more.data_ptr() != first.data_ptr()
+    assert scratch("a", (2, 3), torch.float32).data_ptr() == more.data_ptr()
+    assert scratch("a", (2,), torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("gates", ["none", "real"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_calls_do_not_write_over_each_others_results(activation: str, gates: str) -> None:
+    """Memory is kept from call to call: what a call returned, or saved for its backward pass, must not lie there."""
+    first = problem(replace(PLAIN, activation=activation, gates=gates))
+    other = problem(replace(PLAIN, activation=activation, gates=gates))
+    with torch.no_grad():
+        other.leaves["x"].mul_(-3)
+    y_TD, other_TD = first.run("fused"), other.run("fused")
+    grads = torch.autograd.grad(y_TD.sum(), list(first.leaves.values()))
+    torch.autograd.grad(other_TD.sum(), list(other.leaves.values()))
+    true_TD = first.run("eager")
+    true = torch.autograd.grad(true_TD.sum(), list(first.leaves.values()))
+    torch.testing.assert_close((y_TD, *grads), (true_TD, *true))
 
 
 def test_machines_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
