@@ -41,6 +41,7 @@ from switchable.finetune.config import FinetuneConfig
 from switchable.infer.load import find_model, is_sparse_export, load_switchable
 from switchable.switching.config import SwitchConfig
 from switchable.train import checkpoint
+from switchable.train.memory import keep_freed_memory
 from switchable.train.setup import pick_device
 
 METRICS = {"accuracy": accuracy, "matthews": matthews}
@@ -78,6 +79,8 @@ def finetune(
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     transformers.set_seed(config.seed)
     model, tokenizer = load_classifier(run, len(glue.TASKS[config.task].labels))
     way = _training_way(model, config)

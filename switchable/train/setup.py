@@ -26,6 +26,7 @@ from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.infer.fill import check_prompt
 from switchable.switching.controller import Controller
+from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import build_optimizer
 from switchable.train.parallel import Replica, check_division, settle_expert_compute, split
 from switchable.train.parallel import prepare as prepare_model
@@ -112,6 +113,8 @@ def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     name = objective_of(config)
     data = prepare(config.data, cache, objective=name, progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)
