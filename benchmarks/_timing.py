@@ -73,12 +73,14 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object], forget: Callable[[], object]) -> int:
     """Return the most CPU memory that tensors take during a call, beyond what there was before.
 
-    From the profiler's record of every allocation, so caches of the allocator do not count.
+    From the profiler's record of every allocation, so caches of the allocator do not count. The first call, which may
+    set things up, is not looked at; `forget` frees what it has left behind, gradients and memory that is kept.
     """
     call()
+    forget()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()

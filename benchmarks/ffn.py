@@ -34,6 +34,7 @@ from torch.nn.functional import linear
 
 from benchmarks._timing import Times, peak_bytes, take_turns
 from switchable.ffn.experts import FFNWeights, autotune, expert_ffn
+from switchable.ffn.experts.fused_library import library
 from switchable.ffn.experts.shape import Shape as Question
 from switchable.ffn.router import Router, select
 
@@ -102,9 +103,17 @@ class Layer:
             implementation=name,
         )
 
-    def train(self, name: str) -> None:
+    def forget(self) -> None:
+        """Free all gradients, and the memory that compiled loops keep from call to call."""
+        self._zero_grad()
+        library.cache_clear()
+
+    def _zero_grad(self) -> None:
         for leaf in (*self.leaves().values(), self.down.weight):
             leaf.grad = None
+
+    def train(self, name: str) -> None:
+        self._zero_grad()
         torch.autograd.backward(self.forward(name), self.dy_TD)
 
     def route(self) -> None:
@@ -162,7 +171,7 @@ def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
         name: flops * (1.0 if name == "dense" else shape.K / shape.E) / times.median(name) / rate
         for name in names
     }
-    row["peak_mib"] = {name: peak_bytes(calls[name]) / 2**20 for name in names}
+    row["peak_mib"] = {name: peak_bytes(calls[name], layer.forget) / 2**20 for name in names}
     return row
 
 
