@@ -129,9 +129,8 @@ class _Fused(torch.autograd.Function):
         loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
         need_x, need_up, need_down, need_bias, need_gates = ctx.needs_input_grad[:5]
         dy_TD = dy_TD.contiguous()
-        by_act = (
-            not need_gates and gates_P1 is None
-        )  # else the gates come between the products and the derivative
+        # Gates, if there are any, come between the products and the derivative.
+        by_act = not need_gates and gates_P1 is None
         dact_PI = loops.dot(
             dy_TD,
             down_FD,
