@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import small_run
 
-from switchable.train import memory
+from switchable.train import memory, setup
 
 FAULTS = """
 import resource, torch
@@ -57,3 +58,10 @@ def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
     assert not memory.keep_freed_memory()
+
+
+def test_training_on_the_cpu_keeps_it(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda: calls.append("kept"))
+    setup.set_up(small_run(corpus, "gpt2"), tmp_path, quiet=True)
+    assert calls == ["kept"]
