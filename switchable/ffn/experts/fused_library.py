@@ -15,8 +15,11 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.ffn.experts.fused_kernels import AHEAD, BIAS, DOT, SCATTER, WEIGHTS, Kernels
+from switchable.ffn.experts.fused_dot import DOT, write_dot
+from switchable.ffn.experts.fused_gradients import BIAS, WEIGHTS, write_bias, write_weights
+from switchable.ffn.experts.fused_kernels import AHEAD, Loops
 from switchable.ffn.experts.fused_packing import Packing
+from switchable.ffn.experts.fused_scatter import SCATTER, write_scatter
 from switchable.ffn.experts.fused_sort import SORT, write_sort
 from switchable.ffn.experts.llvm import Machine, compile_module
 
@@ -61,7 +64,9 @@ class Library:
     def __init__(self, packing: Packing):
         module = ir.Module("experts")
         self.packing, self.scratch = packing, Scratch()
-        Kernels(module, packing)
+        loops = Loops(module, packing)
+        for write in (write_dot, write_scatter, write_weights, write_bias):
+            write(loops)
         write_sort(module)
         self.code = compile_module(module, packing.machine)
 

@@ -17,6 +17,9 @@ from switchable.ffn.experts.llvm import Machine
 MANY_NEURONS = 24
 """From which a token's columns are read for several tiles of `weights`, so that wider blocks of them pay."""
 
+NEAR_BYTES = 32768
+"""That a first-level cache holds, at least."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -63,6 +66,12 @@ class Packing:
     @property
     def scatter_rows(self) -> tuple[int, ...]:
         return (6, 4, 2, 1) if self.scatter_columns == 4 else self.tile_rows
+
+    @property
+    def scatter_copies(self) -> bool:
+        """Whether an expert's part of a block of columns is copied: several rows, and it fits the first-level cache."""
+        block = self.neurons * self.scatter_columns * self.machine.vector_bytes
+        return self.neurons >= MANY_NEURONS and block <= NEAR_BYTES
 
     @property
     def gradient_columns(self) -> int:

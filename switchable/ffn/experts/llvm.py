@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-I32, I64, POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
+I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
 CACHE_LINE = 64
 """Bytes."""
@@ -137,6 +137,7 @@ class Writer:
         """Space for so many numbers, as long as the function runs."""
         with self.b.goto_entry_block():  # once, whatever loop asks for it
             typed = self.b.alloca(self.number if kind is None else kind, count)
+            typed.align = CACHE_LINE
         # llvmlite types this address, and no other.
         return self.b.inttoptr(self.b.ptrtoint(typed, I64), POINTER)
 
@@ -144,11 +145,22 @@ class Writer:
         """Read neighbouring vectors."""
         return [self.load(self.at(address, whole(v * self.lanes))) for v in range(count)]
 
-    def prefetch(self, address: ir.Value, vectors: int) -> None:
-        """Ask for the memory there, which will be needed soon; an address of nothing does no harm."""
+    def store_vectors(self, values: Values, address: ir.Value) -> None:
+        """Write neighbouring vectors."""
+        for v, value in enumerate(values):
+            self.store(value, self.at(address, whole(v * self.lanes)))
+
+    def prefetch(self, address: ir.Value, vectors: int, *, near: bool = True) -> None:
+        """Ask for the memory there; an address of nothing does no harm.
+
+        Args:
+            address: of the first vector.
+            vectors: how many.
+            near: whether they will be needed soon, and should come to the first-level cache.
+        """
         for first in range(0, vectors * self.lanes, CACHE_LINE // self.itemsize):
             line = self.at(address, whole(first))
-            self.b.call(self.fetch, [line, *(I32(value) for value in (0, 3, 1))])
+            self.b.call(self.fetch, [line, *(I32(value) for value in (0, 3 if near else 2, 1))])
 
     def integer(self, address: ir.Value, kind: ir.Type = I32) -> ir.Value:
         """Read an integer that is not negative."""

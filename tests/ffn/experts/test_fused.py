@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from switchable.errors import InputError
 from switchable.ffn.experts import fused_library, llvm, tasks
-from switchable.ffn.experts.fused_kernels import _groups
+from switchable.ffn.experts.fused_dot import _groups
 from switchable.ffn.experts.fused_library import Scratch, library
 from switchable.ffn.experts.fused_packing import Packing
 from switchable.ffn.experts.fused_reorder import write_reorder
