@@ -24,6 +24,7 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn import active_training
 from switchable.ffn.experts import ExpertCall, FFNWeights, expert_ffn
 from switchable.ffn.experts.eager import eager
+from switchable.ffn.experts.few import KeptCall
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import (
@@ -41,7 +42,7 @@ from switchable.ffn.serving import dense_is_faster, few_tokens_of
 
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
-    "dense_fallback", "dense_wins", "expert_compute", "router", "router_learns", "router_objective",
+    "dense_fallback", "dense_wins", "kept_call", "expert_compute", "router", "router_learns", "router_objective",
     "router_token_fraction", "router_sparse_fraction", "expert_gate", "load_balance", "activation_l1", "commitment",
     "attached_loss_weight", "multiplies_active", "active_seen", "neuron_ids_F", "router_gate_gradient", "router_noise",
     "training",
@@ -75,6 +76,8 @@ class SwitchableFFN(nn.Module):
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
     dense_wins: dict[tuple[object, ...], bool]
     """What `serving.py` has found out about that."""
+    kept_call: KeptCall
+    """What it has looked up for a few tokens."""
     multiplies_active: bool
     """Whether training in dense mode multiplies only the active neurons, where `active_training.py` can."""
     active_seen: active_training.Seen
@@ -123,6 +126,7 @@ class SwitchableFFN(nn.Module):
         self.takes_part = True
         self.dense_fallback = False
         self.dense_wins: dict[tuple[object, ...], bool] = {}
+        self.kept_call = KeptCall()
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(self.reads_FD)
@@ -257,10 +261,10 @@ class SwitchableFFN(nn.Module):
         return attach_loss(y, self.attached_loss_weight * loss)
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
+        few_BSD = few_tokens_of(self, x_BSD)
+        if few_BSD is not None:
+            return few_BSD
         x_TD = x_BSD.reshape(-1, self.d_model)
-        few_TD = few_tokens_of(self, x_TD)
-        if few_TD is not None:
-            return few_TD.view(x_BSD.shape)
         # Detached: the output depends on x through the experts alone, the choice being piecewise constant. So the
         # gradient of x is that of the function computed, and with all experts on that of the dense layer. Not so with
         # softmax gates: the output depends on x through them too.

@@ -17,6 +17,7 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 import functools
+import threading
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ from switchable.ffn.experts.cpu import FAST_ACTIVATIONS
 from switchable.ffn.experts.few_kernels import FEW, FewKernels, Sizes
 from switchable.ffn.experts.llvm import Code, Machine, compile_module, this_machine
 from switchable.ffn.experts.selection import MOST_EXPERTS
+from switchable.ffn.experts.tasks import Run
 from switchable.ffn.experts.weights import FFNWeights
 
 MOST_TOKENS = 63
@@ -69,13 +71,51 @@ def few_tokens(
         activation: its name.
         start_D: what is added to every row: the bias of the output projection.
     """
-    (tokens, d_model), d_ff = x_TD.shape, len(weights.up_FD)
+    if not takes(x_TD):
+        return None
+    call = prepared(
+        len(x_TD), weights, choice, num_experts, experts_per_token, activation=activation, start_D=start_D
+    )
+    return None if call is None else call(x_TD)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a `FewCall` could be given x."""
+    return x.dtype is torch.float32 and x.is_contiguous()
+
+
+class FewCall:
+    """`few_tokens` with everything looked up but x; by one Python thread at a time."""
+
+    def __init__(self, run: Run, *memory: Tensor):
+        self.run, self.memory = run, memory
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for."""
+        y = torch.empty_like(x)
+        self.run["x"], self.run["y"] = x.data_ptr(), y.data_ptr()
+        self.run()
+        return y
+
+
+def prepared(
+    tokens: int,
+    weights: FFNWeights,
+    choice: Tensor | tuple[Tensor, Tensor],
+    num_experts: int,
+    experts_per_token: int,
+    *,
+    activation: str,
+    start_D: Tensor | None,
+) -> FewCall | None:
+    """Return what `few_tokens` does for a number of tokens, as long as the weights stay where they are."""
+    d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
-    tensors = (x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, start_D, *router)
+    tensors = (weights.up_FD, weights.down_FD, weights.up_bias_F, start_D, *router)
     if (
         not 0 < tokens <= MOST_TOKENS
-        or not serves(d_model, num_experts, x_TD.dtype, activation)
-        or not all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+        or not serves(d_model, num_experts, weights.up_FD.dtype, activation)
+        or not all(t is None or takes(t) for t in tensors)
     ):
         return None
     code = _code(
@@ -88,34 +128,42 @@ def few_tokens(
         start_D is not None,
         cast(Machine, this_machine()),
     )
-    y_TD = torch.empty_like(x_TD)
     scores, pairs = tokens * num_experts, tokens * experts_per_token
     scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
+    given_TK = scratch if router else cast(Tensor, choice).contiguous()
     chosen = scratch.data_ptr()
     ids = chosen + 8 * num_experts  # two of those numbers each
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,
-        "x": x_TD,
         "router": router[0] if router else 0,
         "router_bias": router[1] if router else 0,
         "scores": floats,
-        "ids": ids if router else cast(Tensor, choice).contiguous(),
+        "ids": ids if router else given_TK,
         "chosen": chosen,
         "up": weights.up_FD,
         "bias": weights.up_bias_F,
         "hidden": floats + 4 * scores,
         "down": weights.down_FD,
         "start": start_D,
-        "y": y_TD,
     }
     entry, threads = "routed" if router else "given", torch.get_num_threads()
-    visits = min(tokens * experts_per_token, num_experts)
-    if threads == 1 or visits * (d_ff // num_experts) * d_model * 8 < WORTH_THREADS:
-        FEW.run(code, f"{entry}_alone", 1, **fields)
-    else:
-        FEW.run(code, entry, 1, num_experts, threads, **fields)
-    return y_TD
+    visits = min(pairs, num_experts)
+    alone = threads == 1 or visits * (d_ff // num_experts) * d_model * 8 < WORTH_THREADS
+    run = Run(
+        FEW, code, f"{entry}_alone" if alone else entry, (1,) if alone else (1, num_experts, threads), fields
+    )
+    return FewCall(run, scratch, given_TK)
+
+
+class KeptCall(threading.local):
+    """A layer's last `FewCall`, for the next call like it. Every thread keeps its own; copies of a layer do not."""
+
+    key: tuple[object, ...] = ()
+    call: FewCall | None = None
+
+    def __reduce__(self) -> tuple[type[KeptCall], tuple[()]]:
+        return KeptCall, ()
 
 
 @functools.cache

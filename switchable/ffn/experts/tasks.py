@@ -51,13 +51,13 @@ class Tasks:
     Args:
         numbers: names of its whole numbers.
         addresses: names of its addresses.
-        stages: the most that one of its functions has. Of each, the record counts the tasks begun (`next`), those
-            there are (`tasks`) and those that are done (`done`), the later stages' with their number: `next1`.
+        stages: the most that one of its functions has. Of each, the record counts the tasks begun (`next`), those that
+            are done (`done`) and those there are (`tasks`), the later stages' with their number: `next1`.
     """
 
     def __init__(self, numbers: Sequence[str], addresses: Sequence[str], stages: int = 1):
-        counts = [f"{name}{stage or ''}" for stage in range(stages) for name in ("next", "tasks", "done")]
-        self.addresses = addresses
+        counts = [f"{name}{stage or ''}" for name in ("next", "done", "tasks") for stage in range(stages)]
+        self.addresses, self.stages = addresses, stages
         self.places = {name: place for place, name in enumerate((*counts, *numbers, *addresses))}
         self.type = ctypes.c_int64 * len(self.places)
 
@@ -105,13 +105,40 @@ class Tasks:
             fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function
                 expects them; None for 0.
         """
-        record = self.type()
+        Run(self, code, name, tasks, fields)()
+
+
+class Run:
+    """A function and its record, to be called any number of times, by one Python thread at a time.
+
+    The memory that the record points to must live as long; `run[field] = address` changes it.
+    """
+
+    def __init__(
+        self,
+        kind: Tasks,
+        code: Code,
+        name: str,
+        tasks: Sequence[int],
+        fields: Mapping[str, Tensor | int | None],
+    ):
+        self.code, self.places = code, kind.places
+        self.entry = code.address(name)
+        self.record = kind.type()
+        self.address = ctypes.addressof(self.record)
+        self.counted = 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
+        self.threads = min(torch.get_num_threads(), max(tasks))
         for stage, count in enumerate(tasks):
-            record[self.places[f"tasks{stage or ''}"]] = count
+            self.record[self.places[f"tasks{stage or ''}"]] = count
         for field, value in fields.items():
-            record[self.places[field]] = value.data_ptr() if isinstance(value, Tensor) else value or 0
-        threads = min(torch.get_num_threads(), max(tasks))
-        _side_by_side(code.address(name), ctypes.addressof(record), threads)
+            self[field] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+
+    def __setitem__(self, field: str, value: int) -> None:
+        self.record[self.places[field]] = value
+
+    def __call__(self) -> None:
+        ctypes.memset(self.address, 0, self.counted)  # tasks begun, and those that are done
+        _side_by_side(self.entry, self.address, self.threads)
 
 
 def _side_by_side(entry: int, record: int, threads: int) -> None:

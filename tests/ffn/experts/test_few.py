@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,13 +14,15 @@ import torch
 from ffn.experts.problems import Case, problem, relative_error
 from ffn.experts.test_fused import MACHINES
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from switchable import SwitchConfig, convert, set_mode
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.experts import few, tasks
-from switchable.ffn.experts.few import few_tokens
+from switchable.ffn.experts.few import FewCall, few_tokens
 from switchable.ffn.experts.llvm import Machine, this_machine
+from switchable.ffn.layer import SwitchableFFN
 
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
@@ -145,8 +150,7 @@ def test_an_id_outside_the_experts_is_refused() -> None:
         found.run("decode")
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 63, 64])
-def test_a_layer_in_sparse_mode_takes_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def model_of_one_layer() -> torch.nn.Module:
     from switchable.ffn.builders import build_model
 
     torch.manual_seed(0)
@@ -156,19 +160,105 @@ def test_a_layer_in_sparse_mode_takes_it(tokens: int, monkeypatch: pytest.Monkey
     set_mode(model, "sparse")
     layer = layers_of(model)[0]
     torch.nn.init.normal_(layer.down_projection.bias)
-    taken: list[bool] = []
-    serving = sys.modules["switchable.ffn.serving"]
+    return model
 
-    def watched(*args: object, **kwargs: object) -> Tensor | None:
-        found: Tensor | None = few_tokens(*args, **kwargs)
-        taken.append(found is not None)
-        return found
 
-    monkeypatch.setattr(serving, "few_tokens", watched)
-    x_BSD = torch.randn(1, tokens, 64)
+def assert_right(layer: SwitchableFFN, x_BSD: Tensor) -> None:
+    """The layer's output is the reference's."""
     with torch.no_grad():
         ours = layer(x_BSD)
         layer.expert_compute = "eager"
         reference = layer(x_BSD)
+        layer.expert_compute = "auto"
     torch.testing.assert_close(ours, reference)
-    assert taken == ([True] if tokens < 64 else [])
+
+
+@pytest.fixture
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to prepare a call found code for it."""
+    found: list[bool] = []
+    serving = sys.modules["switchable.ffn.serving"]
+
+    def watched(*args: object, **kwargs: object) -> FewCall | None:
+        call = few.prepared(*args, **kwargs)  # type: ignore[arg-type]
+        found.append(call is not None)
+        return call
+
+    monkeypatch.setattr(serving, "prepared", watched)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64])
+def test_a_layer_in_sparse_mode_takes_it(tokens: int, preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, tokens, 64))
+    assert preparations == ([True] if tokens < 64 else [])
+
+
+def test_what_was_looked_up_serves_the_next_call(preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    for _ in range(3):
+        assert_right(layer, torch.randn(2, 3, 64))
+    assert preparations == [True]
+
+
+CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
+    "other numbers in the same place": lambda layer: layer.up_projection.weight.data.mul_(-1),
+    "a weight elsewhere": lambda layer: setattr(
+        layer.up_projection.weight, "data", -layer.up_projection.weight.data
+    ),
+    "another parameter": lambda layer: setattr(
+        layer.down_projection, "bias", torch.nn.Parameter(torch.randn(64))
+    ),
+    "no bias": lambda layer: setattr(layer.up_projection, "bias", None),
+    "another projection": lambda layer: setattr(layer, layer.family.up, Conv1D(256, 64)),
+    "another router": lambda layer: setattr(
+        layer.router, "weight", torch.nn.Parameter(torch.randn_like(layer.router.weight))
+    ),
+    "more experts": lambda layer: layer.set_experts_per_token(9),
+    "another order in memory": lambda layer: setattr(
+        layer.up_projection.weight, "data", layer.up_projection.weight.data.contiguous()
+    ),
+    "double precision": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_between_two_calls_is_noticed(change: Callable[[SwitchableFFN], object]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    with torch.no_grad():
+        change(layer)
+    assert_right(layer, torch.randn(1, 3, 64, dtype=layer.up_projection.weight.dtype))
+
+
+def test_copies_of_a_layer_look_up_their_own() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        with torch.no_grad():
+            twin.up_projection.weight.mul_(2)
+        assert_right(twin, torch.randn(1, 3, 64))
+    assert_right(layer, torch.randn(1, 3, 64))
+
+
+def test_several_python_threads_share_a_layer() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    inputs = torch.randn(8, 200, 1, 3, 64)
+    with torch.no_grad():
+        true = [[layer(x) for x in own] for own in inputs]
+
+    @torch.no_grad()
+    def serve(own: Tensor) -> list[Tensor]:
+        return [layer(x) for x in own]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(serve, inputs))
+    assert all(
+        torch.equal(a, b)
+        for ours, own in zip(found, true, strict=True)
+        for a, b in zip(ours, own, strict=True)
+    )
