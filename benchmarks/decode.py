@@ -14,9 +14,11 @@ this machine's table says that it is faster. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -60,30 +62,33 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
     inputs = torch.randn(61, 1, tokens, layers[0].d_model, generator=torch.Generator().manual_seed(1))
     drawn = itertools.cycle(inputs.unbind(0))
 
-    def forward(mode: str, fallback: bool) -> None:
+    def contender(mode: str, fallback: bool) -> Callable[[], None]:
         set_mode(model, mode, dense_fallback=fallback)
-        for layer in layers:
-            layer(
-                next(drawn)
-            )  # another token each time: it chooses other experts, which are not in the cache
+        own = [copy.copy(layer) for layer in layers]  # in this mode from now on, with the same weights
+
+        def forward() -> None:
+            for layer in own:  # another token each time: it chooses other experts, which are not in the cache
+                layer(next(drawn))
+
+        return forward
 
     contenders = {
-        "dense": lambda: forward("dense", False),
-        "sparse": lambda: forward("sparse", False),
-        "dense_fallback": lambda: forward("sparse", True),
+        "dense": contender("dense", False),
+        "sparse": contender("sparse", False),
+        "dense_fallback": contender("sparse", True),
     }
     return {name: seconds / len(layers) for name, seconds in interleaved(contenders, rounds, CPU).items()}
 
 
-def copy_bytes_per_second(rounds: int) -> float:
+def copied_bytes_per_second(rounds: int) -> float:
     """Return the rate of a plain copy of 256 MB, bytes read and bytes written counted."""
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
 
-    def copy() -> None:
+    def copied() -> None:
         target.copy_(source)
 
-    return 2 * 4 * source.numel() / interleaved({"copy": copy}, rounds, CPU)["copy"]
+    return 2 * 4 * source.numel() / interleaved({"copy": copied}, rounds, CPU)["copy"]
 
 
 def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | None:
@@ -107,7 +112,7 @@ def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | No
         "decode_speedup": speedup,
         "decode_speedup_fallback": rate["dense_fallback"] / rate["dense"],
         "decode_share_of_amdahl": speedup * (1 - saved),
-        "bandwidth_share": weight_bytes / one["sparse"] / copy_bytes_per_second(5),
+        "bandwidth_share": weight_bytes / one["sparse"] / copied_bytes_per_second(5),
     }
 
 
