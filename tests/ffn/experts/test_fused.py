@@ -56,6 +56,9 @@ CASES = {
     "experts of one neuron": replace(PLAIN, neurons=1),
     "experts of eight neurons": replace(PLAIN, neurons=8, tokens=200),
     "experts of several vectors": replace(PLAIN, neurons=75, tokens=200),
+    "copied columns": replace(PLAIN, neurons=40, width=128, tokens=1300),
+    "copied columns, hardly a tile of tokens": replace(PLAIN, neurons=40, width=128, tokens=9),
+    "columns too long to be copied": replace(PLAIN, neurons=150),
 }
 
 
@@ -141,6 +144,22 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     (grad,) = torch.autograd.grad(found.run("fused").square().sum(), found.leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_what_memory_held_before_is_in_no_gradient() -> None:
+    found = problem(replace(PLAIN, routing="late", chosen=2))  # experts without a token among them
+    true = outcome(found, "eager")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.zeros(1).new_empty(9).isnan().all()
+        got = outcome(problem(found.case), "fused")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    for name in true:
+        torch.testing.assert_close(got[name], true[name])
 
 
 def test_nan_stays_nan() -> None:
