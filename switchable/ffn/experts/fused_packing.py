@@ -68,10 +68,10 @@ class Packing:
         return (6, 4, 2, 1) if self.scatter_columns == 4 else self.tile_rows
 
     @property
-    def scatter_copies(self) -> bool:
-        """Whether an expert's part of a block of columns is copied: several rows, and it fits the first-level cache."""
+    def scatter_pieces(self) -> int:
+        """In how many pieces an expert's part of a block of columns is copied; 0: not at all."""
         block = self.neurons * self.scatter_columns * self.machine.vector_bytes
-        return self.neurons >= MANY_NEURONS and block <= NEAR_BYTES
+        return -(-block // NEAR_BYTES) if self.neurons >= MANY_NEURONS else 0
 
     @property
     def gradient_columns(self) -> int:

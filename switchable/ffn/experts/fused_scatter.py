@@ -1,8 +1,9 @@
 """`scatter`: adding up what a token's experts contribute to its row.
 
-A block of an expert's columns meets all its tokens, six of them at a time. Its rows lie a whole d_model apart, which
-first-level caches take badly (they hold few lines at such distances), so the first tile leaves them side by side for
-the others, and asks for those of the next block; every tile asks for some of the next expert's values.
+A block of an expert's columns, or of a large expert's some rows of one, meets all its tokens, six of them at a time.
+The rows lie a whole d_model apart, which first-level caches take badly (they hold few lines at such distances), so the
+first tile leaves them side by side for the others, and asks for what is next; every tile asks for some of the next
+expert's values.
 
 Shapes as in `fused_kernels.py`.
 """
@@ -45,63 +46,85 @@ def write_scatter(loops: Loops) -> None:
 
 
 def _product(loops: Loops, w: Writer) -> None:
-    """Add an expert's part to its tokens' rows, block of columns by block of columns."""
-    count, tokens, y, weights, z = w.arguments
-    packing, vectors, sizes = loops.packing, loops.packing.scatter_columns, loops.packing.scatter_rows
-    width, most = vectors * loops.L, sizes[0]
-    side_by_side = w.scratch(loops.I * width) if packing.scatter_copies else None
-    blocks = loops.D // width
-    following_z = w.at(z, w.b.mul(count, whole(loops.I)))
-    share = Share(w, loops.I, whole(blocks))
-    lines = -(-most * loops.I // (blocks * loops.L))
+    """Add an expert's part to its tokens' rows, block of columns by block of columns and piece by piece of it."""
+    b, packing, count = w.b, loops.packing, w.arguments[0]
+    width, pieces = packing.scatter_columns * loops.L, max(1, packing.scatter_pieces)
+    side_by_side = w.scratch(-(-loops.I // pieces) * width) if packing.scatter_pieces else None
 
     def block(d: ir.Value, _: Values) -> Values:
-        after = w.b.add(d, whole(width))
-        last = w.b.icmp_signed(">=", after, whole(loops.D))
-        following = w.b.select(last, whole(loops.I * loops.D), after)
-        before = w.b.mul(w.b.sdiv(d, whole(width)), count)
+        def piece(number: ir.Value) -> None:
+            rows = [
+                b.sdiv(b.mul(whole(loops.I), n), whole(pieces)) for n in (number, b.add(number, whole(1)))
+            ]
+            done = b.add(b.mul(b.sdiv(d, whole(width)), whole(pieces)), number)
+            _piece(loops, w, d, rows, b.mul(done, count), side_by_side)
 
-        def columns(j: ir.Value, how: str) -> list[ir.Value]:
-            row = w.b.mul(j, whole(loops.D))
-            place = None if side_by_side is None else w.at(side_by_side, w.b.mul(j, whole(width)))
-            if how == "copied":
-                return w.vectors(place, vectors)
-            found = w.vectors(w.at(weights, w.b.add(row, d)), vectors)
-            if how == "copying":
-                w.prefetch(w.at(weights, w.b.add(row, following)), vectors)
-                w.store_vectors(found, place)
-            return found
-
-        def tile(i: ir.Value, rows: int, how: str = "in place") -> None:
-            for r in range(rows):
-                w.prefetch(w.at(loops.row(w, y, tokens, i, rows + r), d), vectors)
-            w.prefetch(w.at(following_z, share(w.b.add(before, i))), lines, near=False)
-            own = w.at(z, w.b.mul(i, whole(loops.I)))
-
-            def step(j: ir.Value, carried: Values) -> Values:
-                sums, found = list(carried), columns(j, how)
-                for r in range(rows):
-                    value = w.repeated(w.at(own, w.b.add(j, whole(r * loops.I))))
-                    for v, column in enumerate(found):
-                        sums[r * vectors + v] = w.multiply_add(value, column, sums[r * vectors + v])
-                return sums
-
-            _, sums = w.loop(whole(0), whole(loops.I), whole(1), [w.zero()] * (rows * vectors), step)
-            for r in range(rows):
-                row = w.at(loops.row(w, y, tokens, i, r), d)
-                there = w.vectors(row, vectors)
-                w.store_vectors([w.b.fadd(old, sums[r * vectors + v]) for v, old in enumerate(there)], row)
-
-        if side_by_side is None:
-            w.tiles(count, sizes, tile)
-            return []
-        with w.b.if_else(w.b.icmp_signed(">=", count, whole(most))) as (many, few):
-            with many:
-                tile(whole(0), most, "copying")
-                w.tiles(count, sizes, lambda i, rows: tile(i, rows, "copied"), start=most)
-            with few:
-                w.tiles(count, sizes[1:], tile)
+        w.each(whole(pieces), piece)
         return []
 
     w.loop(whole(0), whole(loops.D), whole(width), [], block)
-    w.b.ret_void()
+    b.ret_void()
+
+
+def _piece(
+    loops: Loops, w: Writer, d: ir.Value, rows: Values, steps_before: ir.Value, side_by_side: ir.Value | None
+) -> None:
+    """Some rows of an expert's part, in some columns."""
+    count, tokens, y, weights, z = w.arguments
+    b, packing, (low, high) = w.b, loops.packing, rows
+    vectors, sizes = packing.scatter_columns, packing.scatter_rows
+    width, most = vectors * loops.L, sizes[0]
+    pieces = max(1, packing.scatter_pieces) * loops.D // width  # of the whole expert
+    following_z = w.at(z, b.mul(count, whole(loops.I)))
+    share = Share(w, loops.I, whole(pieces))
+    following = b.add(
+        d, b.mul(b.sub(high, low), whole(loops.D))
+    )  # of the same columns, or the first of others
+    after = b.add(d, whole(width))
+    others = b.select(b.icmp_signed(">=", after, whole(loops.D)), whole(loops.I * loops.D), after)
+    following = b.select(
+        b.icmp_signed("==", high, whole(loops.I)), b.sub(others, b.mul(low, whole(loops.D))), following
+    )
+
+    def columns(j: ir.Value, how: str) -> list[ir.Value]:
+        row = w.at(weights, b.mul(j, whole(loops.D)))
+        if side_by_side is None or how == "in place":
+            return w.vectors(w.at(row, d), vectors)
+        place = w.at(side_by_side, b.mul(b.sub(j, low), whole(width)))
+        if how == "copied":
+            return w.vectors(place, vectors)
+        w.prefetch(w.at(row, following), vectors)
+        found = w.vectors(w.at(row, d), vectors)
+        w.store_vectors(found, place)
+        return found
+
+    def tile(i: ir.Value, size: int, how: str = "in place") -> None:
+        for r in range(size):
+            w.prefetch(w.at(loops.row(w, y, tokens, i, size + r), d), vectors)
+        lines = -(-most * loops.I // (pieces * loops.L))
+        w.prefetch(w.at(following_z, share(b.add(steps_before, i))), lines, near=False)
+        own = w.at(z, b.mul(i, whole(loops.I)))
+
+        def step(j: ir.Value, carried: Values) -> Values:
+            sums, found = list(carried), columns(j, how)
+            for r in range(size):
+                value = w.repeated(w.at(own, b.add(j, whole(r * loops.I))))
+                for v, column in enumerate(found):
+                    sums[r * vectors + v] = w.multiply_add(value, column, sums[r * vectors + v])
+            return sums
+
+        _, sums = w.loop(low, high, whole(1), [w.zero()] * (size * vectors), step)
+        for r in range(size):
+            row = w.at(loops.row(w, y, tokens, i, r), d)
+            there = w.vectors(row, vectors)
+            w.store_vectors([b.fadd(old, sums[r * vectors + v]) for v, old in enumerate(there)], row)
+
+    if side_by_side is None:
+        w.tiles(count, sizes, tile)
+        return
+    with b.if_else(b.icmp_signed(">=", count, whole(most))) as (many, few):
+        with many:
+            tile(whole(0), most, "copying")
+            w.tiles(count, sizes, lambda i, size: tile(i, size, "copied"), start=most)
+        with few:
+            w.tiles(count, sizes[1:], tile)

@@ -58,7 +58,7 @@ CASES = {
     "experts of several vectors": replace(PLAIN, neurons=75, tokens=200),
     "copied columns": replace(PLAIN, neurons=40, width=128, tokens=1300),
     "copied columns, hardly a tile of tokens": replace(PLAIN, neurons=40, width=128, tokens=9),
-    "columns too long to be copied": replace(PLAIN, neurons=150),
+    "columns copied in two pieces": replace(PLAIN, neurons=150, width=128, tokens=40),
 }
 
 
