@@ -34,12 +34,13 @@ def few_tokens_of(layer: SwitchableFFN, x_BSD: Tensor) -> Tensor | None:
         or x_BSD.device.type != "cpu"
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-        or not takes(x_BSD)
+        or x_BSD.numel() > MOST_TOKENS * layer.d_model
     ):
         return None
-    tokens, kept = x_BSD.numel() // layer.d_model, layer.kept_call
-    if tokens > MOST_TOKENS:
+    x_BSD, kept = x_BSD.contiguous(), layer.kept_call
+    if not takes(x_BSD):
         return None
+    tokens = x_BSD.numel() // layer.d_model
     up, down, router = layer.up_projection, layer.down_projection, layer.router
     tensors = (up.weight, down.weight, up.bias, down.bias, router.weight, router.bias)
     key = (

@@ -21,8 +21,8 @@ CUDA_CANDIDATES = ("triton", "torch_grouped_mm")
 """Sparse ways that are timed on CUDA."""
 FEWEST_FUSED = 64
 """Tokens from which `fused` is worth the reordering of its weights."""
-THICK = 256
-"""Neurons of an expert from which `sorted` is faster than `fused`; measured with D=768, E=8."""
+THICK = 512
+"""Neurons of an expert from which `sorted` is as fast as `fused` or faster; measured with D 256 to 1,024, E 4 to 16."""
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
 Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""

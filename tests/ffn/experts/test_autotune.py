@@ -151,14 +151,14 @@ def test_measuring_times_dense_and_every_candidate(training: bool, monkeypatch: 
         (64, True, torch.bfloat16, 8, "masked"),
         (3763, True, torch.bfloat16, 8, "masked"),
         (3764, True, torch.bfloat16, 8, "sorted"),
-        (64, True, torch.float32, 1, "sorted"),  # an expert of 256 neurons
+        (64, True, torch.float32, 1, "sorted"),  # an expert of 512 neurons
     ],
 )
 def test_a_rule_and_not_a_stopwatch_chooses_the_sparse_way(
     tokens: int, training: bool, dtype: torch.dtype, experts: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # An expert's product: tokens * 3/8 rows, 16 wide, d_ff / E = 248 / 8 = 31 neurons: 186 per token.
-    d_ff, d_model = (248, 16) if experts == 8 else (256, 64)
+    d_ff, d_model = (248, 16) if experts == 8 else (512, 64)
     shape = Shape(tokens, d_model, d_ff, experts, min(3, experts), training=training, dtype=dtype)
     monkeypatch.setattr(stopwatch, "measure", lambda _shape: pytest.fail("measured"))
     assert Table(None).choose(shape, dense_allowed=False) == way

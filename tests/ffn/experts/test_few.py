@@ -195,6 +195,12 @@ def test_a_layer_in_sparse_mode_takes_it(tokens: int, preparations: list[bool]) 
     assert preparations == ([True] if tokens < 64 else [])
 
 
+def test_strided_tokens_are_taken_too(preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(5, 2, 64).transpose(0, 1))
+    assert preparations == [True]
+
+
 def test_what_was_looked_up_serves_the_next_call(preparations: list[bool]) -> None:
     layer = layers_of(model_of_one_layer())[0]
     for _ in range(3):
