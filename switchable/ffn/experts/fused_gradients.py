@@ -54,10 +54,9 @@ def _in_parts(loops: Loops, w: Writer) -> None:
     count, tokens, x, gradient, z, start, stop, new = w.arguments
     b, width = w.b, loops.packing.gradient_columns * loops.L
     side_by_side = w.scratch(MOST_TOKENS * width)
-    parts = b.sdiv(b.add(count, whole(MOST_TOKENS - 1)), whole(MOST_TOKENS))
-    parts = b.select(
-        b.icmp_signed("<", parts, whole(1)), whole(1), parts
-    )  # a new gradient of no token is zero
+    needed = b.sdiv(b.add(count, whole(MOST_TOKENS - 1)), whole(MOST_TOKENS))
+    # One at least: a new gradient of no token is zero.
+    parts = b.select(b.icmp_signed("<", needed, whole(1)), whole(1), needed)
 
     def part(number: ir.Value) -> None:
         low, high = (b.sdiv(b.mul(count, n), parts) for n in (number, b.add(number, whole(1))))

@@ -77,13 +77,13 @@ def _piece(
     pieces = max(1, packing.scatter_pieces) * loops.D // width  # of the whole expert
     following_z = w.at(z, b.mul(count, whole(loops.I)))
     share = Share(w, loops.I, whole(pieces))
-    following = b.add(
-        d, b.mul(b.sub(high, low), whole(loops.D))
-    )  # of the same columns, or the first of others
+    # From a row of this piece to that of the next: of the same columns, or the first one of others.
     after = b.add(d, whole(width))
     others = b.select(b.icmp_signed(">=", after, whole(loops.D)), whole(loops.I * loops.D), after)
     following = b.select(
-        b.icmp_signed("==", high, whole(loops.I)), b.sub(others, b.mul(low, whole(loops.D))), following
+        b.icmp_signed("==", high, whole(loops.I)),
+        b.sub(others, b.mul(low, whole(loops.D))),
+        b.add(d, b.mul(b.sub(high, low), whole(loops.D))),
     )
 
     def columns(j: ir.Value, how: str) -> list[ir.Value]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -179,8 +180,8 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     serving = sys.modules["switchable.ffn.serving"]
 
-    def watched(*args: object, **kwargs: object) -> FewCall | None:
-        call = few.prepared(*args, **kwargs)  # type: ignore[arg-type]
+    def watched(*args: Any, **kwargs: Any) -> FewCall | None:
+        call = few.prepared(*args, **kwargs)
         found.append(call is not None)
         return call
 
