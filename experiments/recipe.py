@@ -97,6 +97,11 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "the same, 89 % of the mass": LATE | {"mass_target": 0.89, "max_expert_fraction": 0.55},
         "the recipe late": RECIPE_LATE,
     },
+    "depth": {
+        "late, 4 layers": RECIPE_LATE,
+        "8 layers": RECIPE_LATE | {"num_layers": 8},
+        "12 layers": RECIPE_LATE | {"num_layers": 12},
+    },
     "end": {
         "last 5 % dense": {},
         "none": {"final_dense_fraction": 0.0},
@@ -130,7 +135,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
 """Question -> variant -> settings that differ from recipe.yaml. `steps` is a factor."""
 
 DENSE: Settings = {"schedule": "dense", "active_below": 0.0}
-WITH_THE_MODEL = ("activation", "learning_rate")
+WITH_THE_MODEL = ("activation", "learning_rate", "num_layers")
 """Settings that the dense run a variant is compared with has too."""
 
 
@@ -165,17 +170,19 @@ def run(base: RunConfig, settings: Settings, seed: int, out: Path, cache: Path) 
 def compare(summary: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the figures of one variant against its dense run, one seed."""
     sparse = summary["val_loss_sparse"]
-    experts = [
-        k / summary["experts"]["num_experts"] if part else 1.0
-        for part, k in zip(summary["sparse_layers"], summary["experts_per_token"], strict=True)
-    ]
     return {
         "delta_dense": summary["val_loss_dense"] - dense["val_loss_dense"],
         "delta_sparse": None if sparse is None else sparse - dense["val_loss_dense"],
         "flops_ratio_nonembedding": summary["flops_nonembedding"] / dense["flops_nonembedding"],
         "sparse_fraction": summary["sparse_fraction"],
-        "expert_fraction": statistics.fmean(experts),
+        "expert_fraction": expert_fraction(summary),
     }
+
+
+def expert_fraction(summary: Mapping[str, Any]) -> float:
+    """Return the mean share of its experts that a layer computes in sparse mode, dense layers being 1."""
+    parts = zip(summary["sparse_layers"], summary["experts_per_token"], strict=True)
+    return statistics.fmean(k / summary["experts"]["num_experts"] if part else 1.0 for part, k in parts)
 
 
 def ask(question: str, base: RunConfig, seeds: list[int], out: Path, cache: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import ending
 from experiments.bert_twins import report, table
 from experiments.recipe import QUESTIONS, compare, configure, line
 from switchable.config import check, from_dict, read_yaml
@@ -21,6 +22,32 @@ def test_every_variant_is_a_possible_configuration_of_its_own(question: str) -> 
         check(config)
         assert config.train.seed == 3
     assert len(set(configs)) == len(configs)  # a setting that no section knows would change nothing
+
+
+@pytest.mark.parametrize("variant", ending.VARIANTS)
+def test_every_ending_is_a_possible_configuration(variant: str) -> None:
+    settings = ending.VARIANTS[variant]
+    changed = configure(BASE, settings, seed=0)
+    check(changed)
+    assert {name: getattr(changed.switch, name) for name in settings} == settings
+
+
+def test_an_ending_by_hand() -> None:
+    summary = {
+        "val_loss_dense": 3.0,
+        "val_loss_sparse": 3.5,
+        "sparse_fraction": 0.1,
+        "sparse_layers": [0, 1],
+        "experts_per_token": [6, 8],
+        "experts": {"num_experts": 32},
+    }
+    figures = ending.figures(summary, 3.25)
+    assert list(figures.values()) == [3.0, 3.5, 3.25, (1 + 0.25) / 2, 0.1]
+    assert ending.line("a", [figures, figures | {"loss_dense": 4.0}]).split() == [
+        *["a", "3.5000", "3.5000", "3.2500", "62.5%", "10.0%"]
+    ]
+    without = figures | {"loss_sparse": None}
+    assert ending.line("a", [without]).split() == ["a", "3.0000", "—", "3.2500", "62.5%", "10.0%"]
 
 
 def test_steps_are_a_factor() -> None:
