@@ -69,7 +69,8 @@ def branch(run: Path, step: int, settings: Settings, folder: Path, cache: Path) 
         if not rundir.steps():
             source = RunDir(run)
             if step not in source.steps():
-                raise InputError(f"{run} holds no checkpoint of step {step}, only of {source.steps()}")
+                there = ", ".join(map(str, source.steps())) or "none"
+                raise InputError(f"{run} holds no checkpoint of step {step}; it has: {there}")
             config = from_dict(read_yaml(source.config), str(source.config))
             changed = to_dict(configure(config, settings, config.train.seed))
             folder.mkdir(parents=True, exist_ok=True)
