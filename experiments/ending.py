@@ -34,6 +34,7 @@ from experiments.recipe import configure, expert_fraction
 from switchable.cli.flags import default_cache
 from switchable.config import from_dict, read_yaml, to_dict
 from switchable.errors import InputError
+from switchable.train.signals import TrainingStopped
 
 Settings = Mapping[str, Any]
 
@@ -62,26 +63,40 @@ LESSON_RATE = 1e-3
 def branch(run: Path, step: int, settings: Settings, folder: Path, cache: Path) -> dict[str, Any]:
     """Carry a run on from a checkpoint with other settings, in a folder of its own; return its summary."""
     from switchable.train.pretrain import resume
-    from switchable.train.rundir import RunDir, write_text
+    from switchable.train.rundir import RunDir
 
     rundir = RunDir(folder)
     if not rundir.summary.exists():
-        if not rundir.steps():
-            source = RunDir(run)
-            if step not in source.steps():
-                there = ", ".join(map(str, source.steps())) or "none"
-                raise InputError(f"{run} holds no checkpoint of step {step}; it has: {there}")
-            config = from_dict(read_yaml(source.config), str(source.config))
-            changed = to_dict(configure(config, settings, config.train.seed))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(rundir.config, yaml.safe_dump(changed, sort_keys=False))
-            for file in (source.metrics, source.probe):
-                shutil.copy(file, folder)
-            shutil.copytree(source.tokenizer, rundir.tokenizer, dirs_exist_ok=True)
-            shutil.copytree(source.checkpoint(step), rundir.checkpoint(step))
+        if not folder.exists():
+            fork(run, step, settings, folder)
         resume(folder, {}, cache, quiet=True)
     summary: dict[str, Any] = json.loads(rundir.summary.read_text(encoding="utf-8"))
     return summary
+
+
+def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
+    """Make a run folder that stands where another stood at a checkpoint, but with other settings.
+
+    Raises:
+        InputError: the run has no such checkpoint.
+    """
+    from switchable.train.rundir import TEMPORARY, RunDir, write_text
+
+    source = RunDir(run)
+    if step not in source.steps():
+        there = ", ".join(map(str, source.steps())) or "none"
+        raise InputError(f"{run} holds no checkpoint of step {step}; it has: {there}")
+    config = from_dict(read_yaml(source.config), str(source.config))
+    changed = to_dict(configure(config, settings, config.train.seed))
+    half = RunDir(folder.with_name(TEMPORARY + folder.name))
+    if half.path.exists():
+        shutil.rmtree(half.path)
+    shutil.copytree(source.checkpoint(step), half.checkpoint(step))
+    shutil.copytree(source.tokenizer, half.tokenizer)
+    for file in (source.metrics, source.probe):
+        shutil.copy(file, half.path)
+    write_text(half.config, yaml.safe_dump(changed, sort_keys=False))
+    half.path.rename(folder)
 
 
 def refitted(folder: Path, cache: Path) -> float | None:
@@ -134,8 +149,8 @@ def line(variant: str, rows: list[dict[str, float | None]]) -> str:
     """Return a row of the table: means over the runs."""
     cells = []
     for figure, form in zip(rows[0], (".4f", ".4f", ".4f", ".1%", ".1%"), strict=True):
-        values = [row[figure] for row in rows]
-        cells.append("—" if None in values else f"{statistics.fmean(values):{form}}")  # type: ignore[type-var]
+        values = [value for row in rows if (value := row[figure]) is not None]
+        cells.append(f"{statistics.fmean(values):{form}}" if len(values) == len(rows) else "—")
     return f"{variant:48}" + "".join(f"{cell:>13}" for cell in cells)
 
 
@@ -150,7 +165,9 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/ending"), help="folder (default %(default)s)")
     args = parser.parse_args()
-    if args.list or not args.runs or args.step is None:
+    if bool(args.runs) != (args.step is not None) or len({run.name for run in args.runs}) < len(args.runs):
+        parser.error("give RUNs of different names and the --step to carry them on from, or --list alone")
+    if args.list or not args.runs:
         print(
             "\n".join(
                 f"{variant}: {dict(settings) or 'as the run'}" for variant, settings in VARIANTS.items()
@@ -164,6 +181,9 @@ def main() -> int:
     except InputError as error:
         print(f"ending: {error}", file=sys.stderr)
         return 2
+    except TrainingStopped as stopped:
+        print("ending: stopped and saved; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signum
     print(json.dumps({"experiment": "ending", "step": args.step, "variants": found}))
     return 0
 

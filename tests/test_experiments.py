@@ -6,13 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import ending
 from experiments.bert_twins import report, table
 from experiments.recipe import QUESTIONS, compare, configure, line
-from switchable.config import check, from_dict, read_yaml
+from switchable.config import check, from_dict, read_yaml, to_dict
+from switchable.errors import InputError
 
 BASE = from_dict(read_yaml(Path(__file__).parents[1] / "experiments/recipe.yaml"), "recipe.yaml")
+SUMMARY = {
+    "val_loss_dense": 3.25,
+    "val_loss_sparse": 3.5,
+    "flops_nonembedding": 6.0,
+    "sparse_fraction": 0.5,
+    "sparse_layers": [0, 1],
+    "experts_per_token": [6, 8],
+    "experts": {"num_experts": 32},
+}
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -33,21 +44,36 @@ def test_every_ending_is_a_possible_configuration(variant: str) -> None:
 
 
 def test_an_ending_by_hand() -> None:
-    summary = {
-        "val_loss_dense": 3.0,
-        "val_loss_sparse": 3.5,
-        "sparse_fraction": 0.1,
-        "sparse_layers": [0, 1],
-        "experts_per_token": [6, 8],
-        "experts": {"num_experts": 32},
-    }
-    figures = ending.figures(summary, 3.25)
-    assert list(figures.values()) == [3.0, 3.5, 3.25, (1 + 0.25) / 2, 0.1]
+    figures = ending.figures(SUMMARY | {"val_loss_dense": 3.0}, 3.25)
+    assert list(figures.values()) == [3.0, 3.5, 3.25, (1 + 0.25) / 2, 0.5]
     assert ending.line("a", [figures, figures | {"loss_dense": 4.0}]).split() == [
-        *["a", "3.5000", "3.5000", "3.2500", "62.5%", "10.0%"]
+        *["a", "3.5000", "3.5000", "3.2500", "62.5%", "50.0%"]
     ]
     without = figures | {"loss_sparse": None}
-    assert ending.line("a", [without]).split() == ["a", "3.0000", "—", "3.2500", "62.5%", "10.0%"]
+    assert ending.line("a", [without]).split() == ["a", "3.0000", "—", "3.2500", "62.5%", "50.0%"]
+
+
+def test_a_fork_is_the_run_at_its_checkpoint_with_other_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (10, 20):
+        checkpoint = run / f"checkpoints/step-{step:06}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_text(str(step))
+    (run / "tokenizer").mkdir()
+    for name in ("metrics.jsonl", "probe.safetensors"):
+        (run / name).write_text(name)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(BASE)))
+    left = tmp_path / "out/.tmp-fork"
+    left.mkdir(parents=True)
+    (left / "half").write_text("of a fork that was interrupted")
+    ending.fork(run, 10, {"min_dense_fraction": 0.92}, tmp_path / "out/fork")
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    files = ("checkpoints/step-000010/weights", "config.yaml", "metrics.jsonl", "probe.safetensors")
+    assert found == {f"fork/{file}" for file in files}
+    changed = from_dict(read_yaml(tmp_path / "out/fork/config.yaml"), "the fork")
+    assert changed == configure(BASE, {"min_dense_fraction": 0.92}, BASE.train.seed) != BASE
+    with pytest.raises(InputError, match="no checkpoint of step 30; it has: 10, 20"):
+        ending.fork(run, 30, {}, tmp_path / "out/other")
 
 
 def test_steps_are_a_factor() -> None:
@@ -56,16 +82,7 @@ def test_steps_are_a_factor() -> None:
 
 def test_a_variant_against_its_dense_run() -> None:
     dense = {"val_loss_dense": 3.0, "flops_nonembedding": 8.0}
-    summary = {
-        "val_loss_dense": 3.25,
-        "val_loss_sparse": 3.5,
-        "flops_nonembedding": 6.0,
-        "sparse_fraction": 0.5,
-        "sparse_layers": [0, 1],
-        "experts_per_token": [6, 8],
-        "experts": {"num_experts": 32},
-    }
-    figures = compare(summary, dense)
+    figures = compare(SUMMARY, dense)
     assert figures == {
         "delta_dense": 0.25,
         "delta_sparse": 0.5,
@@ -74,7 +91,7 @@ def test_a_variant_against_its_dense_run() -> None:
         "expert_fraction": (1 + 0.25) / 2,
     }
     assert line("a", figures).split() == ["a", "+0.2500", "+0.5000", "0.750", "50.0%", "62.5%"]
-    assert compare(summary | {"val_loss_sparse": None}, dense)["delta_sparse"] is None
+    assert compare(SUMMARY | {"val_loss_sparse": None}, dense)["delta_sparse"] is None
 
 
 def test_twins_by_hand_and_without_a_sparse_mode() -> None:
