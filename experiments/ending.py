@@ -183,7 +183,7 @@ def main() -> int:
         return 2
     except TrainingStopped as stopped:
         print("ending: stopped and saved; the same command goes on", file=sys.stderr)
-        return 128 + stopped.signum
+        return 128 + int(stopped.args[0])
     print(json.dumps({"experiment": "ending", "step": args.step, "variants": found}))
     return 0
 
