@@ -24,7 +24,6 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn import active_training
 from switchable.ffn.experts import ExpertCall, FFNWeights, expert_ffn
 from switchable.ffn.experts.eager import eager
-from switchable.ffn.experts.few import KeptCall
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import (
@@ -38,7 +37,7 @@ from switchable.ffn.router import (
     share_missed,
     softmax_gates,
 )
-from switchable.ffn.serving import dense_is_faster, few_tokens_of
+from switchable.ffn.serving import Kept, dense_is_faster, few_tokens_of
 
 OWN_ATTRIBUTES = frozenset((
     "family", "name", "act_name", "d_ff", "d_model", "num_experts", "experts_per_token", "mode", "takes_part",
@@ -76,7 +75,7 @@ class SwitchableFFN(nn.Module):
     """Whether sparse mode without gradients may multiply densely where that is faster on this machine."""
     dense_wins: dict[tuple[object, ...], bool]
     """What `serving.py` has found out about that."""
-    kept_call: KeptCall
+    kept_call: Kept
     """What it has looked up for a few tokens."""
     multiplies_active: bool
     """Whether training in dense mode multiplies only the active neurons, where `active_training.py` can."""
@@ -126,7 +125,7 @@ class SwitchableFFN(nn.Module):
         self.takes_part = True
         self.dense_fallback = False
         self.dense_wins: dict[tuple[object, ...], bool] = {}
-        self.kept_call = KeptCall()
+        self.kept_call = Kept()
         self.expert_compute = "eager"
         self.router = Router(self.d_model, num_experts, device=up_FD.device)
         self.router.initialise(self.reads_FD)
@@ -219,7 +218,9 @@ class SwitchableFFN(nn.Module):
         sparse = self.mode == "sparse" and not (self.dense_fallback and dense_is_faster(self, hidden_states))
         y = self._sparse(hidden_states) if sparse else self._dense(hidden_states)
         if self.family.dropout:
-            y = self._part(self.family.dropout)(y)
+            dropout = self._part(self.family.dropout)
+            if dropout.training:  # decoding feels a call that does nothing
+                y = dropout(y)
         return y
 
     def activations(self, x: Tensor) -> Tensor:

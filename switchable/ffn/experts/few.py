@@ -17,7 +17,6 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 import functools
-import threading
 from typing import cast
 
 import torch
@@ -89,11 +88,12 @@ class FewCall:
 
     def __init__(self, run: Run, *memory: Tensor):
         self.run, self.memory = run, memory
+        self.x, self.y = (run.places[name] for name in ("x", "y"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for."""
         y = torch.empty_like(x)
-        self.run["x"], self.run["y"] = x.data_ptr(), y.data_ptr()
+        self.run.record[self.x], self.run.record[self.y] = x.data_ptr(), y.data_ptr()
         self.run()
         return y
 
@@ -154,16 +154,6 @@ def prepared(
         FEW, code, f"{entry}_alone" if alone else entry, (1,) if alone else (1, num_experts, threads), fields
     )
     return FewCall(run, scratch, given_TK)
-
-
-class KeptCall(threading.local):
-    """A layer's last `FewCall`, for the next call like it. Every thread keeps its own; copies of a layer do not."""
-
-    key: tuple[object, ...] = ()
-    call: FewCall | None = None
-
-    def __reduce__(self) -> tuple[type[KeptCall], tuple[()]]:
-        return KeptCall, ()
 
 
 @functools.cache

@@ -123,41 +123,44 @@ class Run:
         fields: Mapping[str, Tensor | int | None],
     ):
         self.code, self.places = code, kind.places
-        self.entry = code.address(name)
         self.record = kind.type()
-        self.address = ctypes.addressof(self.record)
-        self.counted = 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
-        self.threads = min(torch.get_num_threads(), max(tasks))
         for stage, count in enumerate(tasks):
-            self.record[self.places[f"tasks{stage or ''}"]] = count
+            self[f"tasks{stage or ''}"] = count
         for field, value in fields.items():
             self[field] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+        address = ctypes.addressof(self.record)
+        self.clear = functools.partial(
+            ctypes.memset, address, 0, 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
+        )
+        self.work = _side_by_side(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
 
     def __setitem__(self, field: str, value: int) -> None:
         self.record[self.places[field]] = value
 
     def __call__(self) -> None:
-        ctypes.memset(self.address, 0, self.counted)  # tasks begun, and those that are done
-        _side_by_side(self.entry, self.address, self.threads)
+        self.clear()  # tasks begun, and those that are done
+        self.work()
 
 
-def _side_by_side(entry: int, record: int, threads: int) -> None:
-    """Call entry(record) in several threads and wait for them."""
-    call = ENTRY(entry)
+def _side_by_side(entry: int, record: int, threads: int) -> Callable[[], object]:
+    """Return what calls entry(record) in several threads and waits for them."""
+    call = functools.partial(ENTRY(entry), record)
     if threads <= 1:
-        call(record)
-        return
+        return call
     parallel = _openmp()
     if parallel is not None:
         # torch's own threads: others would share the cores with those, which wait for work by spinning.
-        parallel(entry, record, threads, 0)
-        return
-    others = [threading.Thread(target=call, args=(record,)) for _ in range(threads - 1)]
-    for other in others:
-        other.start()
-    call(record)
-    for other in others:
-        other.join()
+        return functools.partial(parallel, entry, record, threads, 0)
+
+    def run() -> None:
+        others = [threading.Thread(target=call) for _ in range(threads - 1)]
+        for other in others:
+            other.start()
+        call()
+        for other in others:
+            other.join()
+
+    return run
 
 
 @functools.cache

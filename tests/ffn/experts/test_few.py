@@ -15,6 +15,7 @@ import torch
 from ffn.experts.problems import Case, problem, relative_error
 from ffn.experts.test_fused import MACHINES
 from torch import Tensor
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from switchable import SwitchConfig, convert, set_mode
@@ -151,12 +152,12 @@ def test_an_id_outside_the_experts_is_refused() -> None:
         found.run("decode")
 
 
-def model_of_one_layer() -> torch.nn.Module:
+def model_of_one_layer(kind: str = "gpt2") -> torch.nn.Module:
     from switchable.ffn.builders import build_model
 
     torch.manual_seed(0)
     sizes = {"d_model": 64, "d_ff": 256, "num_layers": 1, "num_heads": 2, "max_positions": 8}
-    model = build_model("gpt2", sizes, "relu", 50, {"eos_token_id": 0}).eval()
+    model = build_model(kind, sizes, "relu", 50, {"eos_token_id": 0}).eval()
     convert(model, SwitchConfig(num_experts=16, experts_per_token=4))
     set_mode(model, "sparse")
     layer = layers_of(model)[0]
@@ -226,6 +227,7 @@ CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
     "another order in memory": lambda layer: setattr(
         layer.up_projection.weight, "data", layer.up_projection.weight.data.contiguous()
     ),
+    "a pruned projection": lambda layer: prune.l1_unstructured(layer.down_projection, "weight", 0.5),
     "double precision": lambda layer: layer.double(),
 }
 
@@ -237,6 +239,30 @@ def test_a_change_between_two_calls_is_noticed(change: Callable[[SwitchableFFN],
     with torch.no_grad():
         change(layer)
     assert_right(layer, torch.randn(1, 3, 64, dtype=layer.up_projection.weight.dtype))
+
+
+def test_a_projection_exchanged_within_its_own_module_is_noticed() -> None:
+    """Where BERT's layer holds the projections, each two modules deep."""
+    layer = layers_of(model_of_one_layer("bert"))[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    assert layer.kept_call.known is not None
+    assert layer.kept_call.known.call is not None
+    path, _, name = layer.family.up.rpartition(".")
+    new = copy.deepcopy(layer.up_projection)
+    torch.nn.init.normal_(new.weight)
+    setattr(layer.holders[-1].get_submodule(path), name, new)
+    assert_right(layer, torch.randn(1, 3, 64))
+
+
+def test_dropout_behind_the_layer_is_left_to_those_who_train() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    dropout = layer.get_submodule(layer.family.dropout or "")
+    dropout.p = 0.5
+    x_BSD = torch.randn(1, 3, 64)
+    with torch.no_grad():
+        assert (layer(x_BSD) != 0).all()
+        dropout.train()  # as for Monte Carlo estimates of a model's uncertainty
+        assert 0 < (layer(x_BSD) == 0).sum() < x_BSD.numel()
 
 
 def test_copies_of_a_layer_look_up_their_own() -> None:
