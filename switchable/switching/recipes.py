@@ -39,7 +39,7 @@ def settings(name: str, given: Mapping[str, Any], d_ff: int, activation: str) ->
     filled: dict[str, Any] = {
         "num_experts": experts,
         "max_expert_fraction": 0.65,
-        "min_dense_fraction": 0.85,
+        "min_dense_fraction": 0.92,
         "final_dense_fraction": 0.0,
         "stability_threshold": 0.0,  # a structure stands once its layer has joined
         "sparse_steps": 3,

@@ -23,7 +23,7 @@ def test_what_is_given_stands_and_the_recipe_fills_in_the_rest() -> None:
     late = switch_of({"recipe": "late", "sparse_steps": 9}, d_model=64)
     # d_ff = 256: 32 experts of 8 neurons, a sixth of them to start with.
     assert (late.num_experts, late.experts_per_token, late.mass_target) == (32, 5, 0.93)
-    assert (late.min_dense_fraction, late.activation_l1, late.sparse_steps) == (0.85, 1e-4, 9)
+    assert (late.min_dense_fraction, late.activation_l1, late.sparse_steps) == (0.92, 1e-4, 9)
     assert late.recipe == "late"
     assert switch_of({"recipe": "early"}) == switch_of({}) == SwitchConfig()
 
