@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 import sys
@@ -38,6 +39,9 @@ CO: Settings = MIXED | {"structure": "coactivation"}
 LATE: Settings = {"min_dense_fraction": 0.8, "sparse_steps": 3, "final_dense_fraction": 0.0}
 RECIPE_LATE: Settings = recipes.settings("late", {}, d_ff=512, activation="relu2")
 MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
+
+LONGEST_NAME = 200
+"""Characters; file systems take 255 bytes, and something may be put before a name for a while."""
 
 QUESTIONS: dict[str, dict[str, Settings]] = {
     "interleave": {
@@ -155,8 +159,7 @@ def run(base: RunConfig, settings: Settings, seed: int, out: Path, cache: Path) 
     from switchable.train.pretrain import pretrain, resume
     from switchable.train.rundir import RunDir
 
-    parts = [f"{name}={value}" for name, value in sorted(settings.items())]
-    folder = out / ("_".join([*parts, f"s{seed}"]) if parts else f"default_s{seed}")
+    folder = out / folder_name(settings, seed)
     rundir = RunDir(folder)
     if not rundir.summary.exists():
         if rundir.config.exists() and rundir.steps():
@@ -165,6 +168,16 @@ def run(base: RunConfig, settings: Settings, seed: int, out: Path, cache: Path) 
             pretrain(configure(base, settings, seed), folder, cache, overwrite=True, quiet=True)
     summary: dict[str, Any] = json.loads(rundir.summary.read_text(encoding="utf-8"))
     return summary
+
+
+def folder_name(settings: Settings, seed: int) -> str:
+    """Return the name of a variant's run folder: its settings, cut where a file system would refuse them."""
+    parts = [f"{name}={value}" for name, value in sorted(settings.items())] or ["default"]
+    name = "_".join([*parts, f"s{seed}"])
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: LONGEST_NAME - len(digest) - 1]}_{digest}"
 
 
 def compare(summary: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import yaml
 
 from experiments import ending
 from experiments.bert_twins import report, table
-from experiments.recipe import QUESTIONS, compare, configure, line
+from experiments.recipe import QUESTIONS, compare, configure, folder_name, line
 from switchable.config import check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 
@@ -111,3 +111,13 @@ def test_twins_by_hand_and_without_a_sparse_mode() -> None:
         "dense  dense   0.5000 ± 0.0500",
         "SSD - dense: +0.3000 ± 0.0640",
     ]
+
+
+def test_every_variant_has_a_folder_of_its_own_whose_name_any_file_system_takes() -> None:
+    variants = [settings for variants in QUESTIONS.values() for settings in variants.values()]
+    different = {json.dumps(settings, sort_keys=True) for settings in variants}
+    names = {folder_name(settings, seed) for settings in variants for seed in (0, 1)}
+    assert len(names) == 2 * len(different)
+    assert max(map(len, names)) <= 200
+    assert folder_name({}, 3) == "default_s3"
+    assert folder_name({"sparse_steps": 15, "dense_steps": 2}, 0) == "dense_steps=2_sparse_steps=15_s0"
