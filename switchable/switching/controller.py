@@ -28,6 +28,7 @@ from switchable.switching.schedule import (
     ScheduleState,
     decide,
     enters_sparse,
+    groups_afresh,
     initial,
     is_measured,
     mode_at,
@@ -135,7 +136,12 @@ class Controller:
 
     def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
         measures, found = measure(
-            self.model, self.probe, self.last, self.seed + self.steps_done, self.config.structure
+            self.model,
+            self.probe,
+            self.last,
+            self.seed + self.steps_done,
+            self.config.structure,
+            fresh=groups_afresh(self.steps_done, self.total_steps, self.config),
         )
         decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]

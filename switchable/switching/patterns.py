@@ -23,8 +23,8 @@ def pack(active_TF: Tensor, neuron_ids_F: Tensor) -> Tensor:
         active_TF: bool, neurons in their present order.
         neuron_ids_F: which neuron stands in each row (`SwitchableFFN.neuron_ids_F`).
     """
-    first_TF = np.zeros(active_TF.shape, dtype=np.bool_)
-    first_TF[:, neuron_ids_F.cpu().numpy()] = active_TF.cpu().numpy()
+    row_of_F = np.argsort(neuron_ids_F.cpu().numpy())
+    first_TF = np.take(active_TF.cpu().numpy(), row_of_F, axis=1)
     return torch.from_numpy(np.packbits(first_TF, axis=1))
 
 

@@ -113,6 +113,20 @@ def is_measured(steps_done: int, total_steps: int, config: SwitchConfig) -> bool
     return due == number
 
 
+def groups_afresh(steps_done: int, total_steps: int, config: SwitchConfig) -> bool:
+    """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
+
+    Always where the schedule compares structures or takes them as they are found. Otherwise only the last measurement
+    before layers may join, whose structure they keep; up to there the structure at hand is carried along.
+    """
+    compares = config.stability_threshold > 0 or config.regroup_below > 0
+    if compares or config.regroup == "switch" or config.router == "weight_mean":
+        return True
+    until = dense_until(total_steps, config)
+    later = range(steps_done + 1, until)
+    return steps_done < until and not any(is_measured(step, total_steps, config) for step in later)
+
+
 def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
     """Return whether step `step` is sparse and the one before it dense, as far as the state now tells."""
     modes = [mode_at(s, state, total_steps, config) for s in (step - 1, step)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -127,6 +128,26 @@ def test_the_controller_drives_any_loop(switchable_gpt2: nn.Module, tokens: Tens
     assert "".join(modes) == "ddssdssdssdssdssdddd"[:16] + "dddd"
     assert measured == list(range(2, 21, 2))
     assert controller.switches == sum(a != b for a, b in itertools.pairwise(modes))
+
+
+def test_the_structure_is_carried_along_until_the_last_measurement_before_layers_join(
+    switchable_gpt2: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tried = switchable_gpt2, []
+
+    def spy(*args: Any, **keywords: Any) -> Any:
+        tried.append(keywords["fresh"])
+        return measure(*args, **keywords)
+
+    monkeypatch.setattr("switchable.switching.controller.measure", spy)
+    config = dataclasses.replace(CONFIG, min_dense_fraction=0.8, final_dense_fraction=0.0)
+    controller = Controller(model, tokens, total_steps=20, config=config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    found = [m for _ in range(20) if (m := controller.step(optimizer)) is not None]
+    assert [m.step for m in found] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert tried == [m.step == 14 for m in found]  # layers join after 16, with what was found after 14
+    # The weights stand still: so does a structure that is carried along.
+    assert all(layer.similarity == 1.0 for m in found[1:6] for layer in m.layers)
 
 
 def test_an_optimizer_without_the_routers_is_refused(switchable_gpt2: nn.Module, tokens: Tensor) -> None:

@@ -12,6 +12,7 @@ from switchable.switching.schedule import (
     ScheduleState,
     decide,
     enters_sparse,
+    groups_afresh,
     initial,
     is_measured,
     mode_at,
@@ -231,6 +232,23 @@ def test_measurements_thin_out_as_the_run_grows() -> None:
     assert measured_at(1.1, 85) == [*range(5, 60, 5), 65, 75, 85]  # ... 9 10 11, then 13 15 17
     never = dataclasses.replace(CONFIG, monitor_every=0, schedule="dense")
     assert not any(is_measured(step, 1000, never) for step in range(1, 9))
+
+
+def test_groupings_from_scratch_are_tried_only_where_they_matter() -> None:
+    nobody_asks = dataclasses.replace(
+        CONFIG, min_dense_fraction=0.8, monitor_every=50, stability_threshold=0.0, regroup_below=0.0
+    )
+    measured = [step for step in range(1, 1001) if is_measured(step, 1000, nobody_asks)]
+    assert measured == [*range(50, 750, 50), 800, 850, 900, 950, 1000]
+    # The structure found after 700 steps is the one with which layers join after 800.
+    assert [step for step in measured if groups_afresh(step, 1000, nobody_asks)] == [700]
+    for config in (
+        dataclasses.replace(nobody_asks, stability_threshold=0.1),
+        dataclasses.replace(nobody_asks, regroup_below=0.1),
+        dataclasses.replace(nobody_asks, regroup="switch"),
+        dataclasses.replace(nobody_asks, router="weight_mean"),
+    ):
+        assert all(groups_afresh(step, 1000, config) for step in measured), config
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
