@@ -141,7 +141,7 @@ class Controller:
             self.last,
             self.seed + self.steps_done,
             self.config.structure,
-            fresh=groups_afresh(self.steps_done, self.total_steps, self.config),
+            fresh=groups_afresh(self.steps_done, self.state, self.total_steps, self.config),
         )
         decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]

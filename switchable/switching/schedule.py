@@ -113,18 +113,20 @@ def is_measured(steps_done: int, total_steps: int, config: SwitchConfig) -> bool
     return due == number
 
 
-def groups_afresh(steps_done: int, total_steps: int, config: SwitchConfig) -> bool:
+def groups_afresh(steps_done: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
     """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
 
     Always where the schedule compares structures or takes them as they are found. Otherwise only the last measurement
-    before layers may join, whose structure they keep; up to there the structure at hand is carried along.
+    before layers may join, whose structure they keep, and later ones while some layer has yet to join; up to there the
+    structure at hand is carried along.
     """
     compares = config.stability_threshold > 0 or config.regroup_below > 0
     if compares or config.regroup == "switch" or config.router == "weight_mean":
         return True
     until = dense_until(total_steps, config)
-    later = range(steps_done + 1, until)
-    return steps_done < until and not any(is_measured(step, total_steps, config) for step in later)
+    if steps_done >= until:
+        return steps_done > until and not all(state.takes_part)
+    return not any(is_measured(step, total_steps, config) for step in range(steps_done + 1, until))
 
 
 def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:

@@ -241,14 +241,17 @@ def test_groupings_from_scratch_are_tried_only_where_they_matter() -> None:
     measured = [step for step in range(1, 1001) if is_measured(step, 1000, nobody_asks)]
     assert measured == [*range(50, 750, 50), 800, 850, 900, 950, 1000]
     # The structure found after 700 steps is the one with which layers join after 800.
-    assert [step for step in measured if groups_afresh(step, 1000, nobody_asks)] == [700]
+    everyone, one_waits = alternating(True, True), alternating(True, False)
+    assert [step for step in measured if groups_afresh(step, everyone, 1000, nobody_asks)] == [700]
+    waiting = [step for step in measured if groups_afresh(step, one_waits, 1000, nobody_asks)]
+    assert waiting == [700, 850, 900, 950, 1000]  # a layer that joins late gets a structure as good
     for config in (
         dataclasses.replace(nobody_asks, stability_threshold=0.1),
         dataclasses.replace(nobody_asks, regroup_below=0.1),
         dataclasses.replace(nobody_asks, regroup="switch"),
         dataclasses.replace(nobody_asks, router="weight_mean"),
     ):
-        assert all(groups_afresh(step, 1000, config) for step in measured), config
+        assert all(groups_afresh(step, everyone, 1000, config) for step in measured), config
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
