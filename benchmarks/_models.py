@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import convert, kept_modes, layers_of, set_mode
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 
 
 def random_gpt2(

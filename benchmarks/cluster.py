@@ -30,9 +30,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from switchable.ffn.assignment import balanced_assignment, lower_bound
-from switchable.ffn.cluster import BalancedKMeans
-from switchable.ffn.structure import cluster_layers, similarity, weight_features
+from switchable.structure.assignment import balanced_assignment, lower_bound
+from switchable.structure.groups import cluster_layers, similarity, weight_features
+from switchable.structure.kmeans import BalancedKMeans
 
 NEURONS, WIDTH, EXPERTS, LAYERS = 3072, 768, 32, 12
 SEEDS = 5

@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks._timing import Times, peak_bytes, take_turns
-from switchable.ffn.experts import FFNWeights, autotune, expert_ffn
-from switchable.ffn.experts.fused_library import library
-from switchable.ffn.experts.shape import Shape as Question
+from switchable.compute import autotune
+from switchable.compute.choose import FFNWeights, expert_ffn
+from switchable.compute.cpu.experts.library import library
+from switchable.compute.shape import Shape as Question
 from switchable.ffn.router import Router, select
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from switchable.ffn.experts import ExpertCall, ExpertCompute
-from switchable.ffn.experts.eager import eager
-from switchable.ffn.experts.torch_grouped_mm import torch_grouped_mm
-from switchable.ffn.experts.triton_path import triton_atomic, triton_ffn
-from switchable.ffn.experts.weights import FFNWeights
+from switchable.compute.choose import ExpertCall, ExpertCompute
+from switchable.compute.cuda.grouped_mm import torch_grouped_mm
+from switchable.compute.cuda.triton.path import triton_atomic, triton_ffn
+from switchable.compute.reference import eager
+from switchable.compute.weights import FFNWeights
 
 SPARSE = {"triton": triton_ffn, "triton_atomic": triton_atomic, "torch_grouped_mm": torch_grouped_mm}
 PARITY = 2e-2  # relative root mean square error; bfloat16 has 8 bits
@@ -229,7 +229,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 def print_kernels(shape: Shape) -> None:
     """Print where the time of one training call of the Triton path goes, and the block sizes that were chosen."""
-    from switchable.ffn.experts import triton_kernels
+    from switchable.compute.cuda.triton import kernels as triton_kernels
 
     problem = Problem(shape, "cuda")
     problem.train("triton")

@@ -38,7 +38,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from switchable.ffn.experts import triton_launch as launch
+from switchable.compute.cuda.triton import launch
 
 KIB = 1024
 REGISTERS = 65_536

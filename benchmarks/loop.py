@@ -26,12 +26,12 @@ import torch
 
 from switchable.config import from_dict
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.store.rundir import RunDir
+from switchable.store.saver import Saver
 from switchable.train.flops import count
 from switchable.train.log import RunLog
 from switchable.train.loop import Counters, Trainer
 from switchable.train.optim import clip_gradients
-from switchable.train.rundir import RunDir
-from switchable.train.saver import Saver
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 from switchable.train.timing import interleaved, step_seconds

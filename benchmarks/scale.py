@@ -28,11 +28,11 @@ import torch
 
 from switchable.config import from_dict
 from switchable.ffn.convert import set_mode
-from switchable.train import snapshot
+from switchable.store import snapshot
+from switchable.store.saver import Saver
 from switchable.train.loop import Counters
 from switchable.train.optim import clip_gradients
 from switchable.train.parallel import process_group
-from switchable.train.saver import Saver
 from switchable.train.setup import Job, set_up
 
 

@@ -31,8 +31,8 @@ from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import Router, expert_mass, router_loss
-from switchable.ffn.structure import cluster_layers, permutation_from_labels
-from switchable.infer.load import load_switchable
+from switchable.store.load import load_switchable
+from switchable.structure.groups import cluster_layers, permutation_from_labels
 from switchable.switching.monitor import neuron_features
 
 WAYS = ("random", "weights", "coactivation", "mixed")

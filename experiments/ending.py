@@ -63,8 +63,8 @@ LESSON_RATE = 1e-3
 
 def branch(run: Path, step: int, settings: Settings, folder: Path, cache: Path) -> dict[str, Any]:
     """Carry a run on from a checkpoint with other settings, in a folder of its own; return its summary."""
+    from switchable.store.rundir import RunDir
     from switchable.train.pretrain import resume
-    from switchable.train.rundir import RunDir
 
     rundir = RunDir(folder)
     if not rundir.summary.exists():
@@ -81,7 +81,7 @@ def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
     Raises:
         InputError: the run has no such checkpoint.
     """
-    from switchable.train.rundir import TEMPORARY, RunDir, write_text
+    from switchable.store.rundir import TEMPORARY, RunDir, write_text
 
     source = RunDir(run)
     if step not in source.steps():
@@ -103,9 +103,9 @@ def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
 def refitted(folder: Path, cache: Path) -> float | None:
     """Teach the routers of a finished run some more, and return its loss in sparse mode; None if it has none."""
     from switchable.adapt.calibrate import calibrate
-    from switchable.infer.evaluate import loss_in_mode
+    from switchable.infer.loss import loss_in_mode
+    from switchable.store.rundir import RunDir
     from switchable.train import checkpoint
-    from switchable.train.rundir import RunDir
     from switchable.train.setup import probe_inputs, set_up
 
     rundir = RunDir(folder)

@@ -24,12 +24,12 @@ import torch
 
 from switchable.config import RunConfig
 from switchable.errors import InputError
+from switchable.store import checkpoint, tensorfile
+from switchable.store.rundir import RunDir
 from switchable.switching.controller import Controller
-from switchable.train import checkpoint, tensorfile
 from switchable.train.loop import Trainer
 from switchable.train.parallel import process_group
 from switchable.train.pretrain import pretrain, resume
-from switchable.train.rundir import RunDir
 from switchable.train.signals import TrainingStopped
 
 PHASES: dict[str, tuple[Any, str]] = {

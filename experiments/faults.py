@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 
 from experiments.fault_worker import PHASES, Attempt, Trap, run
 from switchable.config import RunConfig, from_dict
-from switchable.train.rundir import RunDir
+from switchable.store.rundir import RunDir
 
 SECONDS = 120.0
 """A process that takes longer hangs."""

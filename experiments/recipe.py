@@ -28,10 +28,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from switchable import recipes
 from switchable.cli.flags import default_cache
 from switchable.config import RunConfig, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
-from switchable.switching import recipes
 
 Settings = Mapping[str, Any]
 MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05}
@@ -156,8 +156,8 @@ def configure(base: RunConfig, settings: Settings, seed: int) -> RunConfig:
 
 def run(base: RunConfig, settings: Settings, seed: int, out: Path, cache: Path) -> dict[str, Any]:
     """Train a variant unless it is trained, and return its summary."""
+    from switchable.store.rundir import RunDir
     from switchable.train.pretrain import pretrain, resume
-    from switchable.train.rundir import RunDir
 
     folder = out / folder_name(settings, seed)
     rundir = RunDir(folder)

@@ -16,13 +16,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from switchable.infer.announce import announce
+from switchable.store.announce import announce
 
 if TYPE_CHECKING:
     from switchable.errors import InputError
     from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
     from switchable.ffn.families import Family
-    from switchable.switching.config import SwitchConfig
+    from switchable.settings import SwitchConfig
     from switchable.switching.controller import Controller
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _HOMES = {
     "Controller": "switchable.switching.controller",
     "Family": "switchable.ffn.families",
     "InputError": "switchable.errors",
-    "SwitchConfig": "switchable.switching.config",
+    "SwitchConfig": "switchable.settings",
     "convert": "switchable.ffn.convert",
     "in_mode": "switchable.ffn.convert",
     "set_mode": "switchable.ffn.convert",

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
+from switchable import recipes
 from switchable.coercion import build, coerce
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
-from switchable.switching import recipes
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments import faults
 from experiments.fault_worker import Trap
-from switchable.train.rundir import RunDir
+from switchable.store.rundir import RunDir
 
 STEPS = 16
 

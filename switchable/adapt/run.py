@@ -3,7 +3,7 @@
     load -> (ReLU, train on) -> structure from the text -> routers calibrated on the text -> measured -> written
 
 The text's training part gives structure and routers, its validation part the figures. The output folder is a
-checkpoint like those of training (`train/checkpoint.py`): `switchable generate`, `eval` and `export` read it.
+checkpoint like those of training (`store/checkpoint.py`): `switchable generate`, `eval` and `export` read it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
-from switchable.ffn.structure import cluster_layers
-from switchable.infer.evaluate import objective_of_model, validation_loss
-from switchable.infer.export import check_output
-from switchable.infer.load import is_sparse_export, load_config, load_pretrained
-from switchable.switching.config import SwitchConfig
+from switchable.infer.loss import objective_of_model, validation_loss
+from switchable.settings import SwitchConfig
+from switchable.store.checkpoint import save
+from switchable.store.export import check_output
+from switchable.store.load import is_sparse_export, load_config, load_pretrained
+from switchable.store.rundir import RunDir
+from switchable.structure.groups import cluster_layers
 from switchable.switching.monitor import Batch, neuron_features, watch
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import save
-from switchable.train.rundir import RunDir
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
 
 COST_TOKENS = 20_480

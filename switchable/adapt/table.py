@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
-from switchable.infer.evaluate import loss_in_mode, validation_loss
+from switchable.infer.loss import loss_in_mode, validation_loss
 from switchable.switching.monitor import Batch, watch
 
 FRACTIONS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5}

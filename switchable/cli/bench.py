@@ -45,7 +45,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and one JSON document as the last line."""
-    from switchable.ffn.experts.break_even import Sweep, break_even
+    from switchable.compute.break_even import Sweep, break_even
 
     sweep = Sweep(
         d_model=tuple(args.d_model),

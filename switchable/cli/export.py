@@ -39,7 +39,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print what was written as one JSON line."""
-    from switchable.infer.export import export
+    from switchable.store.export import export
 
     given = args.experts_per_token
     each = given[0] if given is not None and len(given) == 1 else given

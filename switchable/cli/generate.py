@@ -35,7 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
     from switchable.infer.generate import Sampling, generate_text
-    from switchable.infer.load import load_switchable
+    from switchable.store.load import load_switchable
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     model, tokenizer = load_switchable(args.folder)

@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_ranks(args: argparse.Namespace) -> int:
     """The same as one of several processes."""
     from switchable import ranks
+    from switchable.store.rundir import RunDir
     from switchable.train.parallel import process_group, run_facts
-    from switchable.train.rundir import RunDir
 
     if not args.rank_timeout > 0:
         raise InputError(

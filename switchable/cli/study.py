@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value} is out of range; use a whole number of at least 1")
+    from switchable.store.rundir import write_json
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
     from switchable.study.study import StudySettings, study_checkpoints, study_run
-    from switchable.train.rundir import write_json
     from switchable.train.setup import pick_device
 
     settings = StudySettings(

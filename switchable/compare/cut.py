@@ -23,16 +23,16 @@ from switchable.compare.runs import Run
 from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
+from switchable.store import checkpoint
+from switchable.store.rundir import RunDir, write_text
+from switchable.store.saver import Saver
 from switchable.switching.monitor import measure
 from switchable.switching.schedule import decide
 from switchable.switching.switch import current_structure, regroup
-from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, router_learning
 from switchable.train.log import RunLog
 from switchable.train.loop import Counters, Trainer
 from switchable.train.pretrain import count_step, finish
-from switchable.train.rundir import RunDir, write_text
-from switchable.train.saver import Saver
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 

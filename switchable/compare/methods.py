@@ -34,7 +34,7 @@ from typing import Any
 
 from switchable.config import RunConfig, TrainConfig
 from switchable.errors import InputError, nearest
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 
 EXPERTS = ("num_experts", "experts_per_token", "expert_compute")
 MEASURING = ("monitor_every", "monitor_growth", "probe_tokens")

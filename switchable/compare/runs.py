@@ -129,8 +129,8 @@ def train(run: Run, cache: Path, jobs: int) -> None:
         TrainingStopped: stopped by a signal, after saving.
     """
     from switchable.compare.cut import cut
+    from switchable.store.rundir import RunDir
     from switchable.train.pretrain import pretrain, resume
-    from switchable.train.rundir import RunDir
 
     if run.finished():
         return

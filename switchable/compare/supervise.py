@@ -17,7 +17,7 @@ from pathlib import Path
 
 from switchable.compare.runs import Run
 from switchable.compare.worker import IN_USE, task
-from switchable.train.rundir import RunDir
+from switchable.store.rundir import RunDir
 from switchable.train.signals import StopRequest
 
 POLL_SECONDS = 0.25

@@ -37,7 +37,7 @@ def main() -> int:
     told = json.loads(sys.argv[1])
     run = Run(told["method"], told["seed"], Path(told["path"]), from_dict(told["config"]))
     # Loads torch, after what is needed to understand the task.
-    from switchable.train.rundir import FolderInUse
+    from switchable.store.rundir import FolderInUse
     from switchable.train.signals import TrainingStopped
 
     try:

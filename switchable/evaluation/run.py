@@ -20,8 +20,8 @@ from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
-from switchable.infer.evaluate import objective_of_model
-from switchable.infer.load import load_switchable, run_config
+from switchable.infer.loss import objective_of_model
+from switchable.store.load import load_switchable, run_config
 from switchable.train.setup import pick_device
 
 

@@ -29,7 +29,7 @@ from switchable.data.tokenizers import encode_batch, end_of_text
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, going
-from switchable.infer.evaluate import shifts_labels
+from switchable.infer.loss import shifts_labels
 
 Batch = dict[str, Tensor]
 

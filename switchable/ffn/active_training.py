@@ -1,4 +1,4 @@
-"""Training in dense mode at the cost of the active neurons: `experts/active.py` for a switchable FFN.
+"""Training in dense mode at the cost of the active neurons: `compute/cpu/active/active.py` for a switchable FFN.
 
 The layer's function and gradient stay the dense ones. The router learns from what the loop has at hand, each expert's
 mass.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchable.ffn.experts.active import active, has_active
+from switchable.compute.cpu.active.active import active, has_active
 from switchable.ffn.router import ranked_first, router_loss
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from switchable.compute.choose import check_implementation
 from switchable.errors import InputError
-from switchable.ffn.experts import check_implementation
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.placement import put_into_layer
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 
 MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active", "dense_fallback")
 """What decides how an FFN is multiplied."""

@@ -11,7 +11,7 @@ from torch import nn
 from switchable.errors import InputError
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import Family
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

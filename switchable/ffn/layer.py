@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from switchable.compute.choose import ExpertCall, FFNWeights, expert_ffn
+from switchable.compute.reference import eager
 from switchable.errors import InputError, divisors_near
 from switchable.ffn import active_training
-from switchable.ffn.experts import ExpertCall, FFNWeights, expert_ffn
-from switchable.ffn.experts.eager import eager
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import (

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from switchable.ffn.experts.selection import top_experts
+from switchable.compute.cpu.topk import top_experts
 from switchable.ranks import assign
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from switchable.ffn.experts.autotune import resolve
-from switchable.ffn.experts.few import MOST_TOKENS, FewCall, prepared
-from switchable.ffn.experts.shape import Shape
+from switchable.compute.autotune import resolve
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, FewCall, prepared
+from switchable.compute.shape import Shape
 
 if TYPE_CHECKING:
     from switchable.ffn.layer import SwitchableFFN

@@ -38,9 +38,9 @@ from switchable.evaluation.ways import Way, going, ways
 from switchable.ffn.convert import convert, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.config import FinetuneConfig
-from switchable.infer.load import find_model, is_sparse_export, load_switchable
-from switchable.switching.config import SwitchConfig
-from switchable.train import checkpoint
+from switchable.settings import SwitchConfig
+from switchable.store import checkpoint
+from switchable.store.load import find_model, is_sparse_export, load_switchable
 from switchable.train.memory import keep_freed_memory
 from switchable.train.setup import pick_device
 

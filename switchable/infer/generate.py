@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
-from switchable.infer.evaluate import objective_of_model
 from switchable.infer.fill import fill_masks, fill_spans
+from switchable.infer.loss import objective_of_model
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from transformers.trainer_callback import ExportableState
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
+from switchable.store.snapshot import PER_LAYER
 from switchable.switching.controller import Controller, Measurement
-from switchable.train.snapshot import PER_LAYER
 
 Batch = Mapping[str, Tensor]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
-from switchable.study.probe import Batch, Probe
+from switchable.store.probe import Batch, Probe
 from switchable.switching.monitor import observed
 from switchable.switching.patterns import pack
 from switchable.switching.switch import current_structure

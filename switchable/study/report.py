@@ -16,12 +16,12 @@ from typing import Any
 
 import jinja2
 
+from switchable.store.rundir import RunDir, write_text
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
 from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
 from switchable.study.result import Study, mean
 from switchable.study.study import records_of_run
-from switchable.train.rundir import RunDir, write_text
 
 
 def write_report(study: Study, path: Path) -> None:

@@ -27,13 +27,13 @@ from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
-from switchable.ffn.structure import cluster_layers, weight_features
-from switchable.infer.load import load_switchable
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
+from switchable.store.checkpoint import quiet_transformers
+from switchable.store.load import load_switchable
+from switchable.store.rundir import RunDir, steps_in
+from switchable.store.snapshot import NEURON_IDS
+from switchable.structure.groups import cluster_layers, weight_features
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import quiet_transformers
-from switchable.train.rundir import RunDir, steps_in
-from switchable.train.snapshot import NEURON_IDS
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
 """What libraries raise for a file that is cut off, missing or not what its name says."""

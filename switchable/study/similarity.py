@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from switchable.ffn.structure import similarity
+from switchable.structure.groups import similarity
 from switchable.study.measures import Fingerprint
 from switchable.switching.patterns import jaccard, routes_changed, unpack
 

@@ -24,8 +24,9 @@ import switchable
 from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
+from switchable.store.probe import Probe, load_probe, probe_from_text
+from switchable.store.rundir import RunDir
 from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
-from switchable.study.probe import Probe, load_probe, probe_from_text
 from switchable.study.records import read_metrics
 from switchable.study.result import LayerShape, Study
 from switchable.study.series import (
@@ -40,7 +41,6 @@ from switchable.study.series import (
     unfinished,
 )
 from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
-from switchable.train.rundir import RunDir
 
 DEFAULT_TOKENS = 2048
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ranks import gathered
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
 from switchable.switching.schedule import (
     ScheduleState,

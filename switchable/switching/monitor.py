@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
-from switchable.ffn.structure import (
+from switchable.ranks import from_main, gathered
+from switchable.structure.groups import (
     cluster_layers,
     coactivation_features,
     groups_layer,
@@ -35,7 +36,6 @@ from switchable.ffn.structure import (
     similarity,
     weight_features,
 )
-from switchable.ranks import from_main, gathered
 from switchable.switching.patterns import jaccard, pack, routes_changed
 from switchable.switching.switch import current_structure
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from switchable.switching.config import SwitchConfig
+from switchable.settings import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
 
 EVER_SPARSE = ("static", "sparse")

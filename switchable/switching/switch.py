@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.families import permute_neurons
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.structure import match_labels, permutation_from_labels
 from switchable.ranks import gathered
+from switchable.structure.groups import match_labels, permutation_from_labels
 
 
 def regroup(

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
+from switchable.store.rundir import RunDir, is_no_space, write_text
 from switchable.switching.controller import Measurement
-from switchable.train.rundir import RunDir, is_no_space, write_text
 
 
 class NoLog:

@@ -21,15 +21,15 @@ import torch
 
 from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
-from switchable.infer.evaluate import loss_in_mode
+from switchable.infer.loss import loss_in_mode
 from switchable.ranks import sum_over_ranks, world_size
-from switchable.train import snapshot
+from switchable.store import snapshot
+from switchable.store.rundir import RunDir
+from switchable.store.saver import Saver
 from switchable.train.flops import StepFlops
 from switchable.train.log import NoLog
 from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
-from switchable.train.rundir import RunDir
-from switchable.train.saver import Saver
 from switchable.train.setup import Job
 from switchable.train.signals import StopRequest, TrainingStopped
 

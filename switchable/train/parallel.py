@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import switchable
 from switchable import ranks
+from switchable.compute.autotune import resolve
+from switchable.compute.shape import Shape
 from switchable.config import RunConfig, TrainConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
-from switchable.ffn.experts.autotune import resolve
-from switchable.ffn.experts.shape import Shape
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
-from switchable.infer.evaluate import shifts_labels
+from switchable.infer.loss import shifts_labels
 from switchable.train.meeting import meet
 
 Batch = Mapping[str, Tensor]

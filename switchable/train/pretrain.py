@@ -22,20 +22,20 @@ from torch.distributed.fsdp import FSDPModule
 
 import switchable
 from switchable import ranks
+from switchable.compute.cpu.active.active import has_active
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.ffn.experts.active import has_active
 from switchable.infer.generate import Sampling, generate_text
-from switchable.study.probe import save_probe
+from switchable.store import checkpoint
+from switchable.store.probe import save_probe
+from switchable.store.rundir import RunDir, write_json, write_text
+from switchable.store.saver import Saver
 from switchable.study.report import write_run_report
-from switchable.train import checkpoint
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
 from switchable.train.loop import Counters, Trainer
 from switchable.train.parallel import split
-from switchable.train.rundir import RunDir, write_json, write_text
-from switchable.train.saver import Saver
 from switchable.train.setup import Job, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.timing import step_seconds

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from switchable.cli import main
-from switchable.train.rundir import RunDir
+from switchable.store.rundir import RunDir
 
 SMALL = """
 model: {d_model: 16, num_layers: 2, num_heads: 2}

@@ -17,10 +17,10 @@ from switchable.compare.methods import METHODS
 from switchable.compare.report import write_report
 from switchable.compare.runs import Run, differs, others_finished, plan
 from switchable.config import RunConfig, from_dict
-from switchable.infer.evaluate import validation_loss
-from switchable.infer.load import load_switchable
+from switchable.infer.loss import validation_loss
+from switchable.store.load import load_switchable
+from switchable.store.rundir import RunDir
 from switchable.train.flops import router_learning
-from switchable.train.rundir import RunDir
 from switchable.train.setup import set_up
 
 GIVEN: dict[str, Any] = {

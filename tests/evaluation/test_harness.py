@@ -16,7 +16,7 @@ from switchable import InputError, set_mode
 from switchable.cli import main
 from switchable.evaluation.run import EvalRequest, evaluate
 from switchable.evaluation.tasks import task_config
-from switchable.infer.load import load_switchable
+from switchable.store.load import load_switchable
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
 

@@ -22,10 +22,10 @@ from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import family_of
-from switchable.infer.export import export
 from switchable.infer.generate import generate_text
-from switchable.infer.load import load_pretrained, load_switchable
-from switchable.train.checkpoint import save
+from switchable.store.checkpoint import save
+from switchable.store.export import export
+from switchable.store.load import load_pretrained, load_switchable
 
 SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
 SMALL = [

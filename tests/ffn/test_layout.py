@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layout import laid_out_like, store_by_neuron, store_by_row
+from switchable.store.checkpoint import restore, save
+from switchable.store.snapshot import training_state
 from switchable.switching.switch import regroup
-from switchable.train.checkpoint import restore, save
-from switchable.train.snapshot import training_state
 
 Make = Callable[..., nn.Module]
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)

@@ -17,7 +17,7 @@ from switchable.cli import main
 from switchable.ffn.convert import layers_of
 from switchable.finetune.classify import finetune, load_classifier
 from switchable.finetune.config import FinetuneConfig
-from switchable.infer.load import load_switchable
+from switchable.store.load import load_switchable
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
 

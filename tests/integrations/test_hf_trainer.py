@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from switchable import Controller, InputError, SwitchConfig, convert
 from switchable.ffn.convert import layers_of
 from switchable.integrations.hf_trainer import SwitchableCallback
-from switchable.train import checkpoint
+from switchable.store import checkpoint
 
 CONFIG = SwitchConfig(
     num_experts=8, experts_per_token=3, monitor_every=4, min_dense_fraction=0.2, stability_threshold=0.0,

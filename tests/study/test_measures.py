@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of
+from switchable.store.probe import Probe
 from switchable.study.measures import (
     QUANTILES,
     frequency_bands,
@@ -19,7 +20,6 @@ from switchable.study.measures import (
     position_band,
     position_name,
 )
-from switchable.study.probe import Probe
 from switchable.switching.switch import regroup
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of
+from switchable.store.probe import Probe
 from switchable.study.measures import Fingerprint, measure_model
-from switchable.study.probe import Probe
 from switchable.study.similarity import compare_checkpoints, routing_changes, tokens_within
 from switchable.switching.patterns import jaccard, pack, routes_changed, unpack
 from switchable.switching.switch import current_structure, regroup

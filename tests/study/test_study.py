@@ -20,14 +20,14 @@ from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
-from switchable.infer.load import load_switchable
+from switchable.store import checkpoint
+from switchable.store.load import load_switchable
+from switchable.store.probe import load_probe
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
-from switchable.study.probe import load_probe
 from switchable.study.report import write_report
 from switchable.study.result import Study
 from switchable.study.study import StudySettings, study_checkpoints, study_run
-from switchable.train import checkpoint
 from switchable.train.loop import snapshot_steps
 from switchable.train.pretrain import pretrain
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from switchable import InputError
+from switchable.compute.cpu.active.active import active_library
+from switchable.compute.cpu.llvm import this_machine
 from switchable.config import RunConfig, from_dict
-from switchable.ffn.experts.active import active_library
-from switchable.ffn.experts.llvm import this_machine
 from switchable.train.loop import Counters, Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.signals import TrainingStopped

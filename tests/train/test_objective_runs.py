@@ -14,9 +14,9 @@ from support import small_run
 
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
-from switchable.infer.evaluate import validation_loss
 from switchable.infer.generate import Sampling, generate_text
-from switchable.infer.load import load_switchable
+from switchable.infer.loss import validation_loss
+from switchable.store.load import load_switchable
 from switchable.train.loop import Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import set_up

@@ -17,7 +17,7 @@ from train.test_loop import small
 from switchable.cli import main
 from switchable.config import RunConfig, from_dict
 from switchable.ffn.convert import set_mode
-from switchable.train import checkpoint, snapshot
+from switchable.store import checkpoint, snapshot
 from switchable.train.parallel import process_group
 from switchable.train.plan import plan, sparse_share
 from switchable.train.setup import set_up

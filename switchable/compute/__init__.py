@@ -1,0 +1,1 @@
+"""The same function, fast: expert compute by backend."""

@@ -1,0 +1,1 @@
+"""`active`: dense training steps that multiply active neurons only."""

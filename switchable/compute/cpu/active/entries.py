@@ -1,0 +1,211 @@
+"""The active entries of a matrix of activations: how they stand in memory, how they are found, how loops walk them.
+
+    collect    the active entries e = (token t, neuron i, value s_e) of a dense matrix
+    transpose  the entries in the order of their neurons
+
+Shapes: T tokens, D d_model, F d_ff, C chunks of S tokens, B blocks of N neurons, A entries, G groups, L lanes of a
+vector. Entries stand by chunk, in it by block, in that by token and neuron: those of chunk c, block b and token t (of
+the chunk) are the places base[c] + starts[c, b·S + t] up to the next one's. `order` and `tokens` hold for each place
+of the other order, by chunk and neuron, which entry stands there (counted from base[c]) and its token;
+`firsts[c, i]` is the first place of a neuron, from base[c].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer, smaller, whole
+from switchable.compute.cpu.tasks import Record, Tasks
+
+SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
+ENTRIES = ("base", "starts", "neurons")
+COLLECT = Tasks((*SIZES, "first_chunk"), ("starts", "neurons", "values", "rows"))
+"""Reads `rows` [.., F], the tokens from `first_chunk` on; writes `starts` and, for each chunk as if all were active,
+`neurons` and `values` [.., S·F]. A task is a chunk."""
+TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
+"""Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
+
+
+def write_collect(w: Writer) -> None:
+    """Write the function "collect"."""
+    b = w.b
+
+    def chunk(record: Record, number: ir.Value) -> None:
+        per_chunk, width = record["per_chunk"], record["neuron_count"]
+        tokens = _tokens_of(w, record, b.add(number, record["first_chunk"]))
+        room = b.mul(b.mul(number, per_chunk), width)
+        neurons, values = w.at(record["neurons"], room, I32), w.at(record["values"], room)
+        rows = w.at(record["rows"], room)
+        starts = _starts(w, record, b.add(number, record["first_chunk"]))
+
+        def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
+            value = b.load(w.at(row, j), typ=w.number)
+            b.store(value, w.at(values, count))
+            b.store(b.trunc(j, I32), w.at(neurons, count, I32))
+            active = b.not_(b.fcmp_ordered("<=", value, ir.Constant(w.number, 0.0)))  # a NaN is kept
+            return b.add(count, b.zext(active, I64))
+
+        def block(number: ir.Value, carried: Values) -> Values:
+            begin = b.mul(number, record["per_block"])
+            end = smaller(w, b.add(begin, record["per_block"]), width)
+            places = w.at(starts, b.mul(number, per_chunk), I32)
+
+            def token(t: ir.Value, carried: Values) -> Values:
+                b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
+                row = w.at(rows, b.mul(t, width))
+
+                def several(j: ir.Value, carried: Values) -> Values:
+                    count = carried[0]
+                    for further in range(8):
+                        count = neuron(row, b.add(j, whole(further)), count)
+                    return [count]
+
+                j, carried = w.loop(begin, b.sub(end, whole(7)), whole(8), carried, several)
+                _, carried = w.loop(
+                    j, end, whole(1), carried, lambda j, carried: [neuron(row, j, carried[0])]
+                )
+                return carried
+
+            _, carried = w.loop(whole(0), tokens, whole(1), carried, token)
+
+            def nothing(t: ir.Value, _: Values) -> Values:
+                b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
+                return []
+
+            w.loop(tokens, per_chunk, whole(1), [], nothing)
+            return carried
+
+        _, (count,) = w.loop(whole(0), record["blocks"], whole(1), [whole(0)], block)
+        b.store(b.trunc(count, I32), w.at(starts, b.mul(record["blocks"], per_chunk), I32))
+
+    COLLECT.write(w, chunk)
+
+
+def write_transpose(w: Writer) -> None:
+    """Write the function "transpose": a counting sort of each chunk."""
+    b = w.b
+
+    def chunk(record: Record, number: ir.Value) -> None:
+        width = record["neuron_count"]
+        firsts = w.at(record["firsts"], b.mul(number, b.add(width, whole(2))), I32)
+        base = w.integer(w.at(record["base"], number, I64), I64)
+        order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
+        w.each(b.add(width, whole(2)), lambda i: b.store(I32(0), w.at(firsts, i, I32)))
+
+        def each_entry(body: Callable[[ir.Value, ir.Value, ir.Value], None]) -> None:
+            def token(_: Record, place: Place) -> None:
+                def entry(e: ir.Value, _: Values) -> Values:
+                    body(place.token, e, w.integer(w.at(place.neurons, e, I32)))
+                    return []
+
+                w.loop(place.begin, place.end, whole(1), [], entry)
+
+            each_token(w, record, number, token)
+
+        # Counted two places on, so that after adding up the place before holds where the neuron goes on.
+        def count(_token: ir.Value, _e: ir.Value, neuron: ir.Value) -> None:
+            _counted(w, w.at(firsts, b.add(neuron, whole(2)), I32))
+
+        def put(token: ir.Value, e: ir.Value, neuron: ir.Value) -> None:
+            place = b.zext(_counted(w, w.at(firsts, b.add(neuron, whole(1)), I32)), I64)
+            b.store(b.trunc(e, I32), w.at(order, place, I32))
+            b.store(b.trunc(token, I32), w.at(tokens, place, I32))
+
+        def add_up(i: ir.Value, carried: Values) -> Values:
+            place = w.at(firsts, i, I32)
+            total = b.add(carried[0], b.load(place, typ=I32))
+            b.store(total, place)
+            return [total]
+
+        each_entry(count)
+        w.loop(whole(0), b.add(width, whole(2)), whole(1), [I32(0)], add_up)
+        each_entry(put)
+
+    TRANSPOSE.write(w, chunk)
+
+
+class Place:
+    """The entries of a token in a block: `begin` to `end` of its chunk's `neurons` and `values`."""
+
+    def __init__(
+        self,
+        block: ir.Value,
+        token: ir.Value,
+        begin: ir.Value,
+        end: ir.Value,
+        neurons: ir.Value,
+        values: ir.Value,
+    ):
+        self.block, self.token, self.begin, self.end = block, token, begin, end
+        self.neurons, self.values = neurons, values
+
+
+def _tokens_of(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
+    """How many tokens a chunk has: S, the last one possibly fewer."""
+    begin = w.b.mul(chunk, record["per_chunk"])
+    return smaller(w, record["per_chunk"], w.b.sub(record["token_count"], begin))
+
+
+def _starts(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
+    """The address of a chunk's part of `starts`."""
+    length = w.b.add(w.b.mul(record["blocks"], record["per_chunk"]), whole(1))
+    return w.at(record["starts"], w.b.mul(chunk, length), I32)
+
+
+def _counted(w: Writer, address: ir.Value) -> ir.Value:
+    """Add 1 to a counter and return what it was."""
+    before = w.b.load(address, typ=I32)
+    w.b.store(w.b.add(before, I32(1)), address)
+    return before
+
+
+def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first place of a neuron in a chunk's other order, and the first after it."""
+    length = w.b.add(record["neuron_count"], whole(2))
+    own = w.at(record["firsts"], w.b.add(w.b.mul(chunk, length), i), I32)
+    begin, end = (w.integer(w.at(own, whole(further), I32)) for further in (0, 1))
+    return begin, end
+
+
+def each_neuron(
+    w: Writer,
+    record: Record,
+    number: ir.Value,
+    body: Callable[[Record, ir.Value, ir.Value, ir.Value], None],
+) -> None:
+    """body(record, chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
+    b, width = w.b, record["neuron_count"]
+    bounds = [b.sdiv(b.mul(width, end), record["tasks"]) for end in (number, b.add(number, whole(1)))]
+
+    def chunk(c: ir.Value) -> None:
+        base = w.integer(w.at(record["base"], c, I64), I64)
+
+        def neuron(i: ir.Value, _: Values) -> Values:
+            body(record, c, base, i)
+            return []
+
+        w.loop(bounds[0], bounds[1], whole(1), [], neuron)
+
+    w.each(record["chunks"], chunk)
+
+
+def each_token(w: Writer, record: Record, chunk: ir.Value, body: Callable[[Record, Place], None]) -> None:
+    """body(record, place) for each block, and in it for each token of a chunk."""
+    b, tokens, starts = w.b, _tokens_of(w, record, chunk), _starts(w, record, chunk)
+    base = w.integer(w.at(record["base"], chunk, I64), I64)
+    neurons = w.at(record["neurons"], base, I32)
+    values = w.at(record["values"], base) if "values" in record.values else neurons
+
+    def block(number: ir.Value) -> None:
+        own = w.at(starts, b.mul(number, record["per_chunk"]), I32)
+
+        def token(t: ir.Value) -> None:
+            begin, end = (w.integer(w.at(own, at, I32)) for at in (t, b.add(t, whole(1))))
+            first = b.mul(chunk, record["per_chunk"])
+            body(record, Place(number, b.add(first, t), begin, end, neurons, values))
+
+        w.each(tokens, token)
+
+    w.each(record["blocks"], block)

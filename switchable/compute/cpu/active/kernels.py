@@ -1,0 +1,211 @@
+"""The loops of `active`: products with a matrix of activations of which few are not zero.
+
+    sum        y_t = Σ s_e · W_i                over the entries of a token
+    dot        z_e = W_i · x_t                  for every entry
+    weights    G_i = Σ s_e · x_t                over the entries of a neuron
+    totals     g_i = Σ s_e
+    mass       m_tg = Σ s_e · n_i               over a token's entries whose neuron is in group g
+
+A product keeps a row of results in registers and walks through its entries; the rows that it reads come from the
+core's own cache, since tokens are taken in chunks and neurons in blocks. Every sum is made in the order of neurons or
+of tokens, whatever chunks, blocks and threads: results do not depend on them in any bit.
+
+How entries stand in memory, and the shapes: `active_entries.py`.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from switchable.compute.cpu.active.entries import (
+    ENTRIES,
+    SIZES,
+    Place,
+    each_neuron,
+    each_token,
+    places_of,
+    write_collect,
+    write_transpose,
+)
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, whole
+from switchable.compute.cpu.tasks import Record, Tasks
+
+SUM = Tasks(SIZES, (*ENTRIES, "values", "weights", "y"))
+"""Reads `weights` [F, D], writes `y` [T, D]. A task is a chunk."""
+DOT = Tasks(SIZES, (*ENTRIES, "values", "weights", "x"))
+"""Reads `weights` [F, D] and `x` [T, D], writes `values` [A]. A task is a chunk."""
+WEIGHTS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "x", "gradient"))
+"""Reads `x` [T, D], adds to `gradient` [F, D]. A task is a range of neurons."""
+TOTALS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "gradient"))
+"""Adds to `gradient` [F]. A task is a range of neurons."""
+MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "values", "norms", "mass"))
+"""Reads `norms` [F], writes `mass` [T, G]. A task is a chunk."""
+
+
+class ActiveKernels:
+    """Writes the loops for one width into a module.
+
+    Args:
+        module: gets the functions.
+        d_model: D, a multiple of `lanes`.
+        wide: whether numbers are float64.
+        lanes: numbers in a vector.
+        registers: of the processor.
+    """
+
+    def __init__(self, module: ir.Module, d_model: int, *, wide: bool, lanes: int, registers: int):
+        self.module, self.D, self.L, self.wide = module, d_model, lanes, wide
+        vectors = d_model // lanes
+        self.columns = max(v for v in range(1, registers // 2 + 1) if vectors % v == 0)
+        """Vectors of a row that stay in registers."""
+        write_collect(self._writer("collect"))
+        write_transpose(self._writer("transpose"))
+        self._write_sum()
+        self._write_dot()
+        self._write_weights()
+        self._write_totals()
+        self._write_mass()
+
+    def _writer(self, name: str) -> Writer:
+        return Writer(self.module, name, [POINTER], wide=self.wide, lanes=self.L)
+
+    def _write_sum(self) -> None:
+        w = self._writer("sum")
+        b = w.b
+
+        def token(record: Record, place: Place) -> None:
+            own = w.at(record["y"], b.mul(place.token, whole(self.D)))
+
+            def columns(d: ir.Value, _: Values) -> Values:
+                row = w.at(own, d)
+                first = b.icmp_signed("==", place.block, whole(0))
+                before = [b.select(first, w.zero(), vector) for vector in w.vectors(row, self.columns)]
+
+                def entry(e: ir.Value, carried: Values) -> Values:
+                    weights = self._row(w, record["weights"], place.neurons, e, d)
+                    value = w.repeated(w.at(place.values, e))
+                    return [
+                        w.multiply_add(value, vector, total)
+                        for vector, total in zip(w.vectors(weights, self.columns), carried, strict=True)
+                    ]
+
+                _, sums = w.loop(place.begin, place.end, whole(1), before, entry)
+                for v, total in enumerate(sums):
+                    w.store(total, w.at(row, whole(v * self.L)))
+                return []
+
+            w.loop(whole(0), whole(self.D), whole(self.columns * self.L), [], columns)
+
+        SUM.write(w, lambda record, chunk: each_token(w, record, chunk, token))
+
+    def _write_dot(self) -> None:
+        w = self._writer("dot")
+        b = w.b
+
+        def token(record: Record, place: Place) -> None:
+            x = w.at(record["x"], b.mul(place.token, whole(self.D)))
+
+            def entries(first: ir.Value, count: int) -> None:
+                rows = [
+                    self._row(w, record["weights"], place.neurons, b.add(first, whole(r)), whole(0))
+                    for r in range(count)
+                ]
+                chains = 2 if self.columns % 2 == 0 else 1
+
+                def columns(d: ir.Value, carried: Values) -> Values:
+                    sums = list(carried)
+                    inputs = w.vectors(w.at(x, d), self.columns)
+                    for r, row in enumerate(rows):
+                        for v, weight in enumerate(w.vectors(w.at(row, d), self.columns)):
+                            which = r * chains + v % chains
+                            sums[which] = w.multiply_add(inputs[v], weight, sums[which])
+                    return sums
+
+                zeros = [w.zero()] * (count * chains)
+                _, sums = w.loop(whole(0), whole(self.D), whole(self.columns * self.L), zeros, columns)
+                for r in range(count):
+                    parts = sums[r * chains : (r + 1) * chains]
+                    total = parts[0] if chains == 1 else b.fadd(*parts)
+                    b.store(w.total(total), w.at(place.values, b.add(first, whole(r))))
+
+            count = b.sub(place.end, place.begin)
+            w.tiles(count, (4, 1), lambda i, size: entries(b.add(place.begin, i), size))
+
+        DOT.write(w, lambda record, chunk: each_token(w, record, chunk, token))
+
+    def _write_weights(self) -> None:
+        w = self._writer("weights")
+        b = w.b
+
+        def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
+            begin, end = places_of(w, record, chunk, i)
+            gradient = w.at(record["gradient"], b.mul(i, whole(self.D)))
+            order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
+            values = w.at(record["values"], base)
+
+            def columns(d: ir.Value, _: Values) -> Values:
+                row = w.at(gradient, d)
+
+                def entry(p: ir.Value, carried: Values) -> Values:
+                    value = w.repeated(w.at(values, w.integer(w.at(order, p, I32))))
+                    inputs = self._row(w, record["x"], tokens, p, d)
+                    return [
+                        w.multiply_add(value, vector, total)
+                        for vector, total in zip(w.vectors(inputs, self.columns), carried, strict=True)
+                    ]
+
+                _, sums = w.loop(begin, end, whole(1), w.vectors(row, self.columns), entry)
+                for v, total in enumerate(sums):
+                    w.store(total, w.at(row, whole(v * self.L)))
+                return []
+
+            w.loop(whole(0), whole(self.D), whole(self.columns * self.L), [], columns)
+
+        WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
+
+    def _write_totals(self) -> None:
+        w = self._writer("totals")
+        b = w.b
+
+        def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
+            begin, end = places_of(w, record, chunk, i)
+            place, order = w.at(record["gradient"], i), w.at(record["order"], base, I32)
+            values = w.at(record["values"], base)
+            before = b.load(place, typ=w.number)
+
+            def entry(p: ir.Value, carried: Values) -> Values:
+                value = b.load(w.at(values, w.integer(w.at(order, p, I32))), typ=w.number)
+                return [b.fadd(carried[0], value)]
+
+            _, (total,) = w.loop(begin, end, whole(1), [before], entry)
+            b.store(total, place)
+
+        TOTALS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
+
+    def _write_mass(self) -> None:
+        w = self._writer("mass")
+        b = w.b
+
+        def token(record: Record, place: Place) -> None:
+            groups = record["groups"]
+            own = w.at(record["mass"], b.mul(place.token, groups))
+            size = b.trunc(b.sdiv(record["neuron_count"], groups), I32)
+            with b.if_then(b.icmp_signed("==", place.block, whole(0))):
+                w.each(groups, lambda g: b.store(ir.Constant(w.number, 0.0), w.at(own, g)))
+
+            def entry(e: ir.Value, _: Values) -> Values:
+                neuron = b.load(w.at(place.neurons, e, I32), typ=I32)
+                group = w.at(own, b.zext(b.udiv(neuron, size), I64))
+                norm = b.load(w.at(record["norms"], b.zext(neuron, I64)), typ=w.number)
+                value = b.load(w.at(place.values, e), typ=w.number)
+                b.store(b.fadd(b.load(group, typ=w.number), b.fmul(value, norm)), group)
+                return []
+
+            w.loop(place.begin, place.end, whole(1), [], entry)
+
+        MASS.write(w, lambda record, chunk: each_token(w, record, chunk, token))
+
+    def _row(self, w: Writer, rows: ir.Value, numbers: ir.Value, place: ir.Value, d: ir.Value) -> ir.Value:
+        """The address of column d of the row whose number stands in a place."""
+        number = w.integer(w.at(numbers, place, I32))
+        return w.at(rows, w.b.add(w.b.mul(number, whole(self.D)), d))

@@ -1,0 +1,1 @@
+"""`decode`: a few tokens without gradients."""

@@ -1,0 +1,1 @@
+"""`fused`: training and prefill in compiled loops."""

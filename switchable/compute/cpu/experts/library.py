@@ -1,0 +1,213 @@
+"""`fused`'s loops, compiled for one shape of expert, and called on tensors.
+
+Shapes as in `fused_kernels.py`; F = E·I neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.compute.cpu.experts.dot import DOT, write_dot
+from switchable.compute.cpu.experts.gradients import BIAS, WEIGHTS, write_bias, write_weights
+from switchable.compute.cpu.experts.kernels import AHEAD, Loops
+from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
+from switchable.compute.cpu.experts.sort import SORT, write_sort
+from switchable.compute.cpu.llvm import Machine, compile_module
+
+CHUNK_TOKENS = 512
+"""In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
+SMALLEST_CHUNK = 64
+"""With fewer tokens, an expert's no longer fill a tile."""
+
+
+class Pairs(NamedTuple):
+    """The (token, expert) pairs of a batch in the order of `fused_sort.py`, int32."""
+
+    tokens_P: Tensor
+    """Token of each place; a few zeros follow."""
+    order_P: Tensor
+    """Place in the flattened [T, K] of what stands in each place."""
+    starts: Tensor
+    """First place of each expert in each chunk, and the end: C·E + 1 numbers."""
+    chunks: int
+    per_chunk: int
+    """Tokens."""
+
+
+class Scratch(threading.local):
+    """Memory that every thread keeps from one call to the next, for what nobody needs any longer than a call.
+
+    The operating system hands out new memory a page at a time and cleared, which costs more than a pass over it.
+    """
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the numbers kept under a name: what the last call has left in them."""
+        size = math.prod(shape)
+        kept: Tensor | None = self.__dict__.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
+            kept = self.__dict__[name] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(*shape)
+
+
+class Library:
+    """The compiled loops for one packing."""
+
+    def __init__(self, packing: Packing):
+        module = ir.Module("experts")
+        self.packing, self.scratch = packing, Scratch()
+        loops = Loops(module, packing)
+        for write in (write_dot, write_scatter, write_weights, write_bias):
+            write(loops)
+        write_sort(module)
+        self.code = compile_module(module, packing.machine)
+
+    def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
+        """Sort expert ids, int64 and all in [0, num_experts)."""
+        tokens, chosen = ids_TK.shape
+        per_thread = -(-tokens // torch.get_num_threads())
+        per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
+        chunks = -(-tokens // per_chunk)
+        tokens_P, order_P, starts = (
+            torch.zeros(size, dtype=torch.int32)
+            for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * num_experts + 1)
+        )
+        pairs = Pairs(tokens_P, order_P, starts, chunks, per_chunk)
+        SORT.run(
+            self.code,
+            "sort",
+            chunks,
+            ids=ids_TK.contiguous(),
+            tokens=pairs.tokens_P,
+            order=pairs.order_P,
+            starts=pairs.starts,
+            filled=torch.empty_like(pairs.starts),
+            per_chunk=per_chunk,
+            experts=num_experts,
+            chosen=chosen,
+            token_count=tokens,
+        )
+        return pairs
+
+    def dot(
+        self,
+        x_TD: Tensor,
+        weight_FD: Tensor,
+        pairs: Pairs,
+        *,
+        bias_F: Tensor | None = None,
+        rectify: bool = False,
+        act_PI: Tensor | None = None,
+        squared: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return the products of each pair's token and expert, [P, I].
+
+        Args:
+            x_TD: contiguous.
+            weight_FD: the weights.
+            pairs: from `sort`.
+            bias_F: added; contiguous; with `rectify` only.
+            rectify: whether negative results become zero.
+            act_PI: ReLU's results, with whose derivative the products are multiplied; not with `rectify`.
+            squared: whether it is the derivative of ReLU's square.
+            out: where the products go; None for new memory.
+        """
+        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons) if out is None else out
+        name = "dot" + "_bias" * (bias_F is not None) + "_relu" * rectify
+        if act_PI is not None:
+            name += "_slope" if squared else "_mask"
+        own, experts = self.packing, len(weight_FD) // self.packing.neurons
+        DOT.run(
+            self.code,
+            name,
+            experts,
+            pairs.chunks,
+            **_places(pairs),
+            experts=experts,
+            x=x_TD,
+            weights=weight_FD.contiguous(),
+            packed=self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), x_TD.dtype),
+            z=z_PI,
+            bias=bias_F,
+            act=act_PI,
+        )
+        return z_PI
+
+    def scatter(self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int) -> Tensor:
+        """Return the sums of what each token's experts make of their values, [T, D]."""
+        y_TD = z_PI.new_empty(tokens, self.packing.d_model)
+        SCATTER.run(
+            self.code,
+            "scatter",
+            pairs.chunks,
+            **_places(pairs),
+            experts=len(weight_FD) // self.packing.neurons,
+            per_chunk=pairs.per_chunk,
+            token_count=tokens,
+            y=y_TD,
+            weights=weight_FD.contiguous(),
+            z=z_PI,
+        )
+        return y_TD
+
+    def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+        """Return Σ z · xᵀ over each expert's pairs, [F, D]."""
+        own = self.packing
+        total_FD = x_TD.new_empty(num_experts * own.neurons, own.d_model)
+        if not pairs.chunks:
+            return total_FD.zero_()
+        blocks = own.d_model // (own.gradient_columns * own.lanes)
+        tasks = min(torch.get_num_threads(), blocks)
+        WEIGHTS.run(
+            self.code,
+            "weights",
+            tasks,
+            **_places(pairs),
+            experts=num_experts,
+            chunks=pairs.chunks,
+            x=x_TD,
+            gradient=total_FD,
+            z=z_PI,
+        )
+        return total_FD
+
+    def bias_gradient(self, z_PI: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+        """Return Σ z over each expert's pairs, [F]."""
+        total_F = z_PI.new_zeros(num_experts * self.packing.neurons)
+        BIAS.run(
+            self.code,
+            "bias",
+            num_experts,
+            **_places(pairs),
+            experts=num_experts,
+            chunks=pairs.chunks,
+            gradient=total_F,
+            z=z_PI,
+        )
+        return total_F
+
+
+def _places(pairs: Pairs) -> dict[str, Tensor]:
+    return {"tokens": pairs.tokens_P, "starts": pairs.starts}
+
+
+@functools.cache
+def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> Library | None:
+    """Return the loops for a shape, compiled when first asked for; None where there are none.
+
+    There are none for half precision, for a d_model that is no multiple of a vector's lanes, and on a processor
+    without multiply-add instructions.
+    """
+    if machine is None or dtype not in (torch.float32, torch.float64):
+        return None
+    packing = Packing(d_model, neurons, dtype == torch.float64, machine)
+    return None if d_model % packing.lanes else Library(packing)

@@ -1,0 +1,87 @@
+"""How `fused`'s loops cut an expert into vectors and tiles.
+
+A tile of results stays in registers; its size is a compromise between reading each number for as many products as
+possible and the number of registers. An expert of fewer neurons than a vector has lanes would waste the others. So in
+`dot` a vector holds the products of p neighbouring numbers of a token with L/p neurons, which are added up at the end:
+p is 1, 2 or 4, whatever wastes least. `fused_reorder.py` puts the weights in that order.
+
+Shapes: D d_model, I neurons per expert, L lanes of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from switchable.compute.cpu.llvm import Machine
+
+MANY_NEURONS = 24
+"""From which a token's columns are read for several tiles of `weights`, so that wider blocks of them pay."""
+
+NEAR_BYTES = 32768
+"""That a first-level cache holds, at least."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the loops cut an expert of I neurons and D inputs for a machine."""
+
+    d_model: int
+    neurons: int
+    wide: bool
+    """Whether numbers are float64."""
+    machine: Machine
+
+    @property
+    def lanes(self) -> int:
+        return self.machine.vector_bytes // (8 if self.wide else 4)
+
+    @property
+    def together(self) -> int:
+        """p: numbers of a token that share a vector in `dot`."""
+        fits = [p for p in (1, 2, 4) if self.d_model % p == 0 and p <= self.lanes]
+        return min(fits, key=lambda p: (-(-self.neurons // (self.lanes // p)) * (self.lanes // p), p))
+
+    @property
+    def neurons_per_vector(self) -> int:
+        return self.lanes // self.together
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of neurons, the last one possibly not full."""
+        return -(-self.neurons // self.neurons_per_vector)
+
+    @property
+    def steps(self) -> int:
+        """Of `dot` through a token's numbers."""
+        return self.d_model // self.together
+
+    def columns(self, most: int) -> int:
+        """Vectors in a block of columns."""
+        return max(v for v in range(1, most + 1) if (self.d_model // self.lanes) % v == 0)
+
+    @property
+    def scatter_columns(self) -> int:
+        return self.columns(4 if self.machine.registers >= 32 else 2)
+
+    @property
+    def scatter_rows(self) -> tuple[int, ...]:
+        return (6, 4, 2, 1) if self.scatter_columns == 4 else self.tile_rows
+
+    @property
+    def scatter_pieces(self) -> int:
+        """In how many pieces an expert's part of a block of columns is copied; 0: not at all."""
+        block = self.neurons * self.scatter_columns * self.machine.vector_bytes
+        return -(-block // NEAR_BYTES) if self.neurons >= MANY_NEURONS else 0
+
+    @property
+    def gradient_columns(self) -> int:
+        return self.columns(4 if self.machine.registers >= 32 and self.neurons >= MANY_NEURONS else 2)
+
+    @property
+    def gradient_rows(self) -> tuple[int, ...]:
+        return (6, 4, 2, 1) if self.gradient_columns == 4 else self.tile_rows
+
+    @property
+    def tile_rows(self) -> tuple[int, ...]:
+        """Rows of the tiles of results, the largest first."""
+        return (8, 4, 2, 1) if self.machine.registers >= 32 else (4, 2, 1)

@@ -1,0 +1,174 @@
+"""Compiled functions that several threads call side by side, each taking the next task until none is left.
+
+What a function needs stands in a *record*, one 64-bit word per field: addresses and whole numbers. Which thread takes
+which task does not matter: every task writes places of its own. A function may have several *stages*, each with tasks
+of its own, which begin when all tasks of the stage before are done: calling threads together once costs less than once
+per stage.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.compute.cpu.llvm import I64, POINTER, Code, Writer, whole
+
+ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""The type of a compiled function: takes the address of its record."""
+
+
+class Record:
+    """A record in compiled code: the fields' values by name.
+
+    Args:
+        writer: of a function whose only argument is the record's address.
+        places: every field's place.
+        addresses: names of the fields that hold addresses; the others hold whole numbers.
+    """
+
+    def __init__(self, writer: Writer, places: Mapping[str, int], addresses: Sequence[str]):
+        self.words = {
+            name: writer.at(writer.arguments[0], whole(place), I64) for name, place in places.items()
+        }
+        self.values = {
+            name: writer.b.load(word, typ=POINTER if name in addresses else I64)
+            for name, word in self.words.items()
+        }
+
+    def __getitem__(self, name: str) -> ir.Value:
+        return self.values[name]
+
+
+class Tasks:
+    """A kind of record, and the functions that take one.
+
+    Args:
+        numbers: names of its whole numbers.
+        addresses: names of its addresses.
+        stages: the most that one of its functions has. Of each, the record counts the tasks begun (`next`), those that
+            are done (`done`) and those there are (`tasks`), the later stages' with their number: `next1`.
+    """
+
+    def __init__(self, numbers: Sequence[str], addresses: Sequence[str], stages: int = 1):
+        counts = [f"{name}{stage or ''}" for name in ("next", "done", "tasks") for stage in range(stages)]
+        self.addresses, self.stages = addresses, stages
+        self.places = {name: place for place, name in enumerate((*counts, *numbers, *addresses))}
+        self.type = ctypes.c_int64 * len(self.places)
+
+    def write(self, writer: Writer, *stages: Callable[[Record, ir.Value], None]) -> None:
+        """Write one loop `while (task = next++) < tasks: stage(record, task)` per stage, and close the function."""
+        record = Record(writer, self.places, self.addresses)
+        for number, stage in enumerate(stages):
+            if number:
+                self._wait(writer, record, number - 1)
+            self._write_stage(writer, record, number, stage)
+        writer.b.ret_void()
+
+    def _write_stage(
+        self, writer: Writer, record: Record, number: int, stage: Callable[[Record, ir.Value], None]
+    ) -> None:
+        b, suffix = writer.b, number or ""
+        again, work, out = (b.function.append_basic_block(name) for name in ("again", "work", "out"))
+        b.branch(again)
+        b.position_at_end(again)
+        task = b.atomic_rmw("add", record.words[f"next{suffix}"], whole(1), "monotonic")
+        b.cbranch(b.icmp_signed("<", task, record[f"tasks{suffix}"]), work, out)
+        b.position_at_end(work)
+        stage(record, task)
+        b.atomic_rmw("add", record.words[f"done{suffix}"], whole(1), "release")
+        b.branch(again)
+        b.position_at_end(out)
+
+    def _wait(self, writer: Writer, record: Record, number: int) -> None:
+        """Wait for the tasks that other threads are at: whoever began one is running, so this ends."""
+        b, suffix = writer.b, number or ""
+        wait, ready = (b.function.append_basic_block(name) for name in ("wait", "ready"))
+        b.branch(wait)
+        b.position_at_end(wait)
+        done = b.load_atomic(record.words[f"done{suffix}"], "acquire", 8, typ=I64)
+        b.cbranch(b.icmp_signed("<", done, record[f"tasks{suffix}"]), wait, ready)
+        b.position_at_end(ready)
+
+    def run(self, code: Code, name: str, *tasks: int, **fields: Tensor | int | None) -> None:
+        """Do all tasks of a function with as many threads as torch uses, and wait for them.
+
+        Args:
+            code: compiled, with the function in it.
+            name: the function's.
+            tasks: how many there are in each of its stages.
+            fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function
+                expects them; None for 0.
+        """
+        Run(self, code, name, tasks, fields)()
+
+
+class Run:
+    """A function and its record, to be called any number of times, by one Python thread at a time.
+
+    The memory that the record points to must live as long; `run[field] = address` changes it.
+    """
+
+    def __init__(
+        self,
+        kind: Tasks,
+        code: Code,
+        name: str,
+        tasks: Sequence[int],
+        fields: Mapping[str, Tensor | int | None],
+    ):
+        self.code, self.places = code, kind.places
+        self.record = kind.type()
+        for stage, count in enumerate(tasks):
+            self[f"tasks{stage or ''}"] = count
+        for field, value in fields.items():
+            self[field] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+        address = ctypes.addressof(self.record)
+        self.clear = functools.partial(
+            ctypes.memset, address, 0, 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
+        )
+        self.work = _side_by_side(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
+
+    def __setitem__(self, field: str, value: int) -> None:
+        self.record[self.places[field]] = value
+
+    def __call__(self) -> None:
+        self.clear()  # tasks begun, and those that are done
+        self.work()
+
+
+def _side_by_side(entry: int, record: int, threads: int) -> Callable[[], object]:
+    """Return what calls entry(record) in several threads and waits for them."""
+    call = functools.partial(ENTRY(entry), record)
+    if threads <= 1:
+        return call
+    parallel = _openmp()
+    if parallel is not None:
+        # torch's own threads: others would share the cores with those, which wait for work by spinning.
+        return functools.partial(parallel, entry, record, threads, 0)
+
+    def run() -> None:
+        others = [threading.Thread(target=call) for _ in range(threads - 1)]
+        for other in others:
+            other.start()
+        call()
+        for other in others:
+            other.join()
+
+    return run
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """GNU OpenMP's call for "run this function in so many threads", if torch has loaded it."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    entry, number = ctypes.c_void_p, ctypes.c_uint
+    return ctypes.cast(parallel, ctypes.CFUNCTYPE(None, entry, entry, number, number))

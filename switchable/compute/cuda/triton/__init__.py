@@ -1,0 +1,1 @@
+"""`triton`: our own kernels, used when asked for by name."""

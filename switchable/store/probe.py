@@ -1,0 +1,192 @@
+"""The probe of a study: the fixed tokens on which everything is measured, and how frequent each token is.
+
+A run keeps its probe (`probe.safetensors`, a few kB), so that it can be studied without its text. For other models the
+probe is made of text: windows of equal length, without padding.
+
+    run's folder, or text + tokenizer  ->  Probe  ->  measures.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from switchable.data.batches import TokenSource, token_array
+from switchable.data.corpora import documents
+from switchable.errors import InputError
+from switchable.store.rundir import TEMPORARY
+
+Batch = Mapping[str, Tensor]
+MIN_TOKENS = 64
+"""Fewer tokens than this say nothing about thousands of neurons."""
+COUNTED_TOKENS = 20_000_000
+"""Tokens of the training text that are counted at most, for the frequency bands."""
+ROWS = 8
+"""Windows per batch of a probe made of text."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed model inputs, and how often each token stands in the text they are from."""
+
+    batches: list[Batch]
+    """Model inputs: `input_ids` [B, S], and what else the model takes."""
+    counts_V: Tensor
+    """Occurrences of each token in the text."""
+    source: str
+    """Where the text is from, for the reader of the report."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens measured on."""
+        return sum(batch["input_ids"].numel() for batch in self.batches)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence."""
+        return self.batches[0]["input_ids"].shape[1]
+
+
+def save_probe(path: Path, batches: Sequence[Batch], training_tokens: TokenSource, vocab_size: int) -> None:
+    """Keep a run's probe in its folder.
+
+    Args:
+        path: file to write.
+        batches: the model inputs that the monitor measures on.
+        training_tokens: the run's training tokens, whose first 20 million are counted.
+        vocab_size: V.
+    """
+    ids = token_array(training_tokens)[:COUNTED_TOKENS]
+    tensors = {"token_counts": torch.from_numpy(np.bincount(ids, minlength=vocab_size))}
+    for i, batch in enumerate(batches):
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
+    temporary = path.with_name(TEMPORARY + path.name)
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def load_probe(path: Path, tokens: int | None = None) -> Probe:
+    """Read the probe of a run.
+
+    Args:
+        path: its `probe.safetensors`.
+        tokens: use whole sequences of at most so many tokens; None: all.
+
+    Raises:
+        InputError: no such file, a damaged one, or too few tokens.
+    """
+    try:
+        tensors = load_file(path)
+        counts_V = tensors.pop("token_counts")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path.parent} keeps no probe ({path.name}); say on which text to measure with --text"
+        ) from None
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); say on which text to measure with --text") from None
+    batches: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        batches.setdefault(int(number), {})[key] = tensor
+    ordered: list[Batch] = [batches[i] for i in sorted(batches)]
+    return _checked(Probe(cut(ordered, tokens), counts_V, "the run's validation text"), tokens)
+
+
+def cut(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
+    """Return whole sequences of at most `tokens` tokens together (all if None), at least one."""
+    kept: list[Batch] = []
+    left = tokens
+    for batch in batches:
+        rows, length = batch["input_ids"].shape
+        if left is None:
+            kept.append(batch)
+            continue
+        take = min(rows, left // length) if kept else min(rows, max(1, left // length))
+        if take > 0:
+            kept.append({key: value[:take] for key, value in batch.items()})
+            left -= take * length
+        if take < rows:
+            break
+    return kept
+
+
+def probe_from_text(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    tokens: int,
+    sequence_length: int,
+) -> Probe:
+    """Make a probe of text.
+
+    A sequence-to-sequence model reads the first half of each window and is given the second half to predict.
+
+    Args:
+        sources: files, folders or datasets, as for training; none: the Python installation's own source files.
+        tokenizer: the model's.
+        model: the model, whose kind and longest sequence count.
+        tokens: tokens wanted (T); four times as many are read, to count how frequent they are.
+        sequence_length: tokens per sequence (S), cut to what the model can take.
+
+    Raises:
+        InputError: the text holds too few tokens, or the tokenizer is not the model's.
+    """
+    config = model.config
+    longest = getattr(config, "max_position_embeddings", None) or sequence_length
+    sequence_length = min(sequence_length, longest)
+    ids = _token_ids(documents(sources), tokenizer, 4 * tokens)
+    vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
+    if ids.numel() and int(ids.max()) >= vocab_size:
+        raise InputError(
+            f"the tokenizer has a token {int(ids.max())}, but the model only {vocab_size}; "
+            "give the model's own tokenizer with --tokenizer"
+        )
+    rows = min(tokens, ids.numel()) // sequence_length
+    where = ", ".join(sources) or "the Python installation's own source files"
+    if rows * sequence_length < MIN_TOKENS:
+        raise InputError(
+            f"{where} holds {ids.numel()} tokens, {rows} sequences of {sequence_length}; measuring needs at least "
+            f"{MIN_TOKENS} tokens: give more text with --text, or a shorter --sequence-length"
+        )
+    windows = ids[: rows * sequence_length].view(rows, sequence_length)
+    batches = [
+        _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
+        for piece in torch.split(windows, ROWS)
+    ]
+    return _checked(Probe(batches, torch.bincount(ids, minlength=vocab_size), where), tokens)
+
+
+def _inputs(ids_BS: Tensor, encoder_decoder: bool) -> Batch:
+    if not encoder_decoder:
+        return {"input_ids": ids_BS}
+    half = ids_BS.shape[1] // 2
+    return {"input_ids": ids_BS[:, :half].contiguous(), "decoder_input_ids": ids_BS[:, half:].contiguous()}
+
+
+def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> Tensor:
+    ids: list[int] = []
+    for text in texts:
+        # Longer texts than needed are cut: a token is rarely more than a few characters.
+        ids += tokenizer(text[: 16 * wanted], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= wanted:
+            break
+    return torch.tensor(ids[:wanted], dtype=torch.long)
+
+
+def _checked(probe: Probe, wanted: int | None) -> Probe:
+    if probe.tokens < MIN_TOKENS or (wanted is not None and wanted < MIN_TOKENS):
+        raise InputError(
+            f"a probe of {min(probe.tokens, wanted or probe.tokens)} tokens is too small for the measures; "
+            f"use at least {MIN_TOKENS} tokens (--probe-tokens, or more text with --text)"
+        )
+    return probe

@@ -1,0 +1,122 @@
+"""What a checkpoint will hold, copied out of the training objects: the part of saving that training waits for.
+
+A snapshot does not change any more, so it can be written while training goes on (`saver.py`). Each rank copies what
+it will write: its own rows of sharded tensors; of everything else, rank 0 all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase
+
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import describe
+from switchable.store.tensorfile import Piece, copy_piece
+
+PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
+"""Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
+NEURON_IDS = ".neuron_ids"
+"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
+
+
+@dataclass
+class Snapshot:
+    """The contents of a checkpoint, by file."""
+
+    tensors: dict[str, dict[str, Piece]]
+    """Safetensors file -> tensor name -> this rank's rows."""
+    documents: dict[str, Any]
+    """JSON file -> value."""
+    configs: list[Any] = field(default_factory=list)
+    """Objects with `save_pretrained(folder)`: the model's config, its generation config, the tokenizer."""
+
+
+def take(
+    model: nn.Module,
+    training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Snapshot:
+    """Copy what a checkpoint of `model` holds.
+
+    Args:
+        model: a converted transformers model.
+        training: tensors and plain values that a resumed run needs (`training_state`), or None for a model only.
+        tokenizer: the model's tokenizer, to make the folder complete by itself.
+        notes: plain values to keep beside it, by file name.
+    """
+    state = untied_state(model)
+    tensors = {
+        "model.safetensors": {n: copy_piece(t) for n, t in state.items() if not is_router_parameter(n)},
+        "switchable.safetensors": {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)},
+    }
+    for layer in layers_of(model):
+        tensors["switchable.safetensors"][layer.name + NEURON_IDS] = copy_piece(layer.neuron_ids_F)
+    documents: dict[str, Any] = {"switchable.json": describe(model), **(notes or {})}
+    if training is not None:
+        tensors["training.safetensors"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
+        documents["training.json"] = training[1]
+    extras = [getattr(model, "generation_config", None), tokenizer]
+    return Snapshot(tensors, documents, [_config(model), *(extra for extra in extras if extra is not None)])
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; of those that are one tensor under several names, the first name."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+def _config(model: nn.Module) -> Any:
+    """Return the model's config as transformers would save it."""
+    config: Any = copy.deepcopy(model.config)
+    # fully_shard gives a model a class of its own, derived from the model's.
+    plain = type(model).__mro__[1] if isinstance(model, FSDPModule) else type(model)
+    config.architectures = [plain.__name__]
+    config.dtype = next(model.parameters()).dtype
+    return config
+
+
+def training_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller_state: Mapping[str, Any],
+    counters: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gather what a resumed run needs besides the model, as tensors and as plain values.
+
+    Args:
+        model: the model trained.
+        optimizer: its optimizer; states are stored under their parameter's name.
+        controller_state: `Controller.state_dict()`.
+        counters: plain values of the loop.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    values: dict[str, Any] = {"counters": dict(counters), "optimizer": {}}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            full = f"{names[id(parameter)]}:{key}"
+            if isinstance(value, Tensor):
+                tensors[f"optimizer:{full}"] = value
+            elif value is not None:
+                values["optimizer"][full] = value
+    plain = dict(controller_state)
+    for key, name in PER_LAYER.items():
+        found = enumerate(plain.pop(key))
+        tensors |= {f"{name}:{i}": tensor for i, tensor in found if tensor is not None}
+    values["controller"] = plain
+    return tensors, values

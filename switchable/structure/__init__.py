@@ -1,0 +1,1 @@
+"""Which neurons go together; knows nothing of layers."""

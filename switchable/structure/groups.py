@@ -1,0 +1,307 @@
+"""The structure of a model's FFNs: which neurons go together, in every layer; how two groupings compare.
+
+What a neuron is described by, one row each (`cluster.py` groups equal directions, metric "cosine"):
+
+    weights        its row of the input projection: neurons that look for the same thing
+    co-activation  its correlation with the others over probe tokens, in a few dimensions: that fire together
+    mix            both side by side: cos(mix) = (1 - share) cos(weights) + share cos(co-activation)
+
+The co-activation matrix C = Z^T Z / T of the T x F standardised activations Z is never built (F x F). Its
+leading eigenvectors come from subspace iteration on Z, in pieces of a thousand tokens; scaled by their
+eigenvalue's root they are rows whose inner products are the best R-dimensional approximation of C: spectral
+clustering of the graph of correlations.
+
+The layers are independent of one another: they are shared out over threads and, where torch.distributed
+runs, over ranks. Comparing: the adjusted Rand index (Hubert and Arabie 1985) is 1 for equal groupings and 0
+on average for unrelated ones; matching labels (the assignment of most overlap) lets an unchanged expert keep
+its number, its place in the weights and its router row.
+
+Flow: weights or activations -> rows -> cluster_layers -> labels_F -> match_labels -> permutation_from_labels.
+Shapes: T tokens, F neurons, D width, R embedding width, E experts, I = F/E neurons per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+from tqdm import tqdm
+
+from switchable.errors import InputError
+from switchable.structure.kmeans import BalancedKMeans
+
+TOKENS_AT_ONCE = 1024
+SUBSPACE_STEPS = 3
+QUIET_SECONDS = 2.0
+PROMISING = 0.003  # a fresh fit this close above its goal after one sweep is worth finishing
+
+
+def weight_features(up_FD: Tensor) -> Tensor:
+    """Return each neuron's row of the input projection divided by its norm (a zero row stays zero)."""
+    _check_matrix("up_FD", up_FD, "(neurons, width)")
+    # Dividing by the largest entry first keeps the squares of very small or large weights in range.
+    up_FD = up_FD.detach().float()
+    peak_F1 = up_FD.abs().amax(1, keepdim=True)
+    return torch.nn.functional.normalize(up_FD / torch.where(peak_F1 > 0, peak_F1, 1), dim=1)
+
+
+def coactivation_features(active_TF: Tensor, *, width: int = 64, random_state: int = 0) -> Tensor:
+    """Return `width` numbers per neuron whose inner products approximate the correlation of their activity.
+
+    active_TF: activity of each neuron on probe tokens: bool (fires or not: the phi coefficient), or
+    activations (Pearson's). A neuron that never changes (dead, or always on) gets a zero row.
+    """
+    _check_matrix("active_TF", active_TF, "(tokens, neurons)")
+    if width < 1:
+        raise InputError(f"width={width}; give the number of dimensions per neuron, 1 or more (64 is usual)")
+    active_TF = active_TF.detach()
+    tokens, neurons = active_TF.shape
+    width = min(width, tokens, neurons)
+    mean_F, inverse_F = _moments(active_TF)
+    generator = torch.Generator().manual_seed(random_state)
+    basis_FR = torch.randn(neurons, width, generator=generator).to(active_TF.device)
+    for _ in range(SUBSPACE_STEPS):
+        basis_FR = torch.linalg.qr(_correlate(active_TF, mean_F, inverse_F, basis_FR)).Q
+    # Rayleigh and Ritz: diagonalise C within the subspace found. In float64: with few neurons alive most eigenvalues
+    # are zeros up to rounding, on which float32's algorithm gives up on some processors.
+    image_FR = _correlate(active_TF, mean_F, inverse_F, basis_FR)
+    inner_RR = (basis_FR.T @ image_FR).double()
+    values_R, vectors_RR = (part.float() for part in torch.linalg.eigh((inner_RR + inner_RR.T) / 2))
+    features_FR: Tensor = (basis_FR @ vectors_RR) * values_R.clamp(min=0).sqrt() * (inverse_F > 0)[:, None]
+    return features_FR
+
+
+def mixed_features(weight_FD: Tensor, coactive_FR: Tensor, *, share: float = 0.5) -> Tensor:
+    """Return both kinds of rows side by side, so that their cosines add up as 1 - share to share."""
+    _check_matrix("weight_FD", weight_FD, "(neurons, width)")
+    _check_matrix("coactive_FR", coactive_FR, "(neurons, width)")
+    if len(weight_FD) != len(coactive_FR):
+        raise InputError(
+            f"{len(weight_FD)} rows of weights, {len(coactive_FR)} of co-activation; give one each per neuron"
+        )
+    if not 0 <= share <= 1:
+        raise InputError(f"share={share}; give the co-activation's share of the cosine, 0 to 1")
+    parts = weight_features(weight_FD) * (1 - share) ** 0.5, weight_features(coactive_FR) * share**0.5
+    return torch.cat(parts, dim=1)
+
+
+def _moments(active_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each neuron's mean activity and the inverse of its standard deviation (0: it never changes)."""
+    sum_F = torch.zeros(active_TF.shape[1], dtype=torch.float64, device=active_TF.device)
+    square_F = torch.zeros_like(sum_F)
+    for piece_TF in torch.split(active_TF, TOKENS_AT_ONCE):
+        sum_F += piece_TF.double().sum(0)
+        square_F += piece_TF.double().square().sum(0)
+    mean_F = sum_F / len(active_TF)
+    variance_F = square_F / len(active_TF) - mean_F.square()
+    changes_F = variance_F > 1e-10 * square_F / len(active_TF)
+    inverse_F = torch.where(changes_F, variance_F.clamp(min=1e-300).rsqrt(), 0.0)
+    return mean_F.float(), inverse_F.float()
+
+
+def _correlate(active_TF: Tensor, mean_F: Tensor, inverse_F: Tensor, basis_FR: Tensor) -> Tensor:
+    """Return C @ basis_FR, C the F x F matrix of correlations, piece by piece of the tokens."""
+    scaled_FR = basis_FR * inverse_F[:, None]
+    result_FR = torch.zeros_like(basis_FR)
+    for piece_TF in torch.split(active_TF, TOKENS_AT_ONCE):
+        centred_TF = piece_TF.float() - mean_F
+        result_FR += centred_TF.T @ (centred_TF @ scaled_FR)
+    return result_FR * (inverse_F / len(active_TF))[:, None]
+
+
+def cluster_layers(
+    rows_per_layer: Sequence[Tensor | None],
+    num_experts: int,
+    *,
+    warm: Sequence[Tensor | None] | None = None,
+    random_state: int = 0,
+    fresh: bool = True,
+    margin: float = 0.005,
+    workers: int | None = None,
+) -> list[Tensor]:
+    """Group the neurons of all layers into `num_experts` equal groups each; return labels_F per layer.
+
+    warm: labels to start from, per layer; None (the whole or an entry) starts from scratch. The result keeps
+        the numbers of the experts it started from.
+    fresh: try a start from scratch as well where there are labels to start from.
+    margin: it replaces the warm result if its inertia is lower by more than this fraction. Groupings of
+        nearly equal inertia can have little in common: with 0 experts change for next to nothing.
+    workers: threads; None means one per CPU thread that torch may use.
+
+    Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
+    the others may be None. Every rank gets the same labels.
+    """
+    if warm is not None and len(warm) != len(rows_per_layer):
+        raise InputError(f"{len(warm)} warm starts for {len(rows_per_layer)} layers; give one each, or None")
+    if not 0 <= margin < 1:
+        raise InputError(f"margin={margin}; give a fraction of the inertia, 0 up to 1")
+    starts = list(warm) if warm is not None else [None] * len(rows_per_layer)
+    spread = dist.is_available() and dist.is_initialized()
+    ranks = dist.get_world_size() if spread else 1
+
+    def one(layer: int) -> Tensor:
+        rows_FD, start_F, seed = rows_per_layer[layer], starts[layer], random_state + layer
+        assert rows_FD is not None, f"the rows of layer {layer} are missing on the rank that groups it"
+        try:
+            return _cluster_layer(rows_FD, num_experts, start_F, seed, fresh, margin)
+        except InputError as error:
+            raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
+
+    mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
+    if not spread:
+        return _in_threads(one, mine, workers, show=True)
+    found: list[npt.NDArray[np.int64]] = []
+    problem: InputError | None = None
+    try:
+        found = [
+            labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=dist.get_rank() == 0)
+        ]
+    except InputError as error:
+        problem = error  # told to the other ranks before it is raised: they are waiting
+    shared: list[Any] = [None] * ranks
+    dist.all_gather_object(shared, (found, problem))
+    problem = next((theirs for _, theirs in shared if theirs is not None), None)
+    if problem is not None:
+        raise problem
+    return [
+        torch.from_numpy(shared[layer % ranks][0][layer // ranks]).to("cpu" if rows is None else rows.device)
+        for layer, rows in enumerate(rows_per_layer)
+    ]
+
+
+def groups_layer(layer: int) -> bool:
+    """Return whether this rank is the one that groups a layer's neurons (always, in a single process)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    return layer % dist.get_world_size() == dist.get_rank()
+
+
+def _cluster_layer(
+    rows_FD: Tensor, experts: int, start_F: Tensor | None, seed: int, fresh: bool, margin: float
+) -> Tensor:
+    """One layer: from its labels, from scratch, or the better of both."""
+    if start_F is None:
+        scratch: Tensor = BalancedKMeans(experts, random_state=seed).fit(rows_FD).labels_
+        return scratch
+    warm = BalancedKMeans(experts, init=start_F, random_state=seed).fit(rows_FD)
+    labels_F: Tensor = warm.labels_
+    if not fresh or warm.inertia_ == 0:
+        return labels_F
+    goal = (1 - margin) * warm.inertia_
+    # One sweep of local search tells whether the rest of a fresh fit, some two thirds of it, can be saved.
+    other = BalancedKMeans(experts, sweeps=1, random_state=seed).fit(rows_FD)
+    if goal <= other.inertia_ < goal * (1 + PROMISING):
+        other = BalancedKMeans(experts, init=other.labels_, sweeps=3, random_state=seed).fit(rows_FD)
+    return match_labels(start_F, other.labels_, experts) if other.inertia_ < goal else labels_F
+
+
+def _in_threads(
+    one: Callable[[int], Tensor], layers: Sequence[int], workers: int | None, show: bool
+) -> list[Tensor]:
+    """Return `one(layer)` for each of the layers, in their order; a bar appears if it takes a while."""
+    threads = torch.get_num_threads()
+    workers = threads if workers is None else workers
+    if workers < 1:
+        raise InputError(f"workers={workers}; give the number of threads, 1 or more, or None")
+    workers = max(1, min(workers, len(layers)))
+    try:
+        with (
+            # One thread per layer beats all threads in each operation: much of the work is small operations.
+            ThreadPoolExecutor(
+                workers, initializer=torch.set_num_threads, initargs=(threads // workers or 1,)
+            ) as pool,
+            tqdm(
+                total=len(layers),
+                desc="clustering",
+                unit="layer",
+                delay=QUIET_SECONDS,
+                leave=False,
+                disable=not show,
+            ) as bar,
+        ):
+            futures = [pool.submit(one, layer) for layer in layers]
+            for _ in as_completed(futures):
+                bar.update()
+            return [future.result() for future in futures]
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also the default for threads to come
+
+
+def similarity(labels_a: Tensor, labels_b: Tensor) -> float:
+    """Return the adjusted Rand index of two groupings of the same neurons: 1 the same, about 0 unrelated."""
+    a_F, b_F = _to_numpy("labels_a", labels_a), _to_numpy("labels_b", labels_b)
+    _check_same_length(a_F, b_F)
+    return float(adjusted_rand_score(a_F, b_F))
+
+
+def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:
+    """Return the new labels renumbered so that as many neurons as possible keep their old label."""
+    old_F, new_F = _to_numpy("old_labels", old_labels), _to_numpy("new_labels", new_labels)
+    _check_same_length(old_F, new_F)
+    _check_range("old_labels", old_F, num_experts)
+    _check_range("new_labels", new_F, num_experts)
+    overlap_EE = np.bincount(new_F * num_experts + old_F, minlength=num_experts**2)
+    new_E, old_E = linear_sum_assignment(overlap_EE.reshape(num_experts, num_experts), maximize=True)
+    number_E = np.empty(num_experts, dtype=np.int64)
+    number_E[new_E] = old_E
+    return torch.from_numpy(number_E[new_F]).to(new_labels.device)
+
+
+def permutation_from_labels(labels_F: Tensor, num_experts: int) -> Tensor:
+    """Return perm_F with `new = old[perm_F]`, so that expert e's neurons become rows e * I to (e + 1) * I.
+
+    A neuron that already stands among its expert's rows stays; the others fill the gaps in their order.
+    """
+    labels = _to_numpy("labels_F", labels_F)
+    _check_range("labels_F", labels, num_experts)
+    sizes_E = np.bincount(labels, minlength=num_experts)
+    if sizes_E.min() != sizes_E.max():
+        raise InputError(
+            f"labels_F give experts of {sizes_E.min()} to {sizes_E.max()} neurons; all must have equally many:"
+            " take the labels from cluster_layers or BalancedKMeans"
+        )
+    place_F = np.arange(len(labels))
+    moves_F = labels != place_F // sizes_E[0]
+    movers = place_F[moves_F]
+    # The gaps, in ascending order, belong to experts in ascending order, as many to each as come to it.
+    place_F[moves_F] = movers[labels[movers].argsort(kind="stable")]
+    return torch.from_numpy(place_F).to(labels_F.device)
+
+
+def _check_matrix(name: str, values: Tensor, shape: str) -> None:
+    if not isinstance(values, Tensor) or values.ndim != 2 or 0 in values.shape or values.is_complex():
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"{name} is {given}; give a real tensor of two dimensions, {shape}")
+    if values.is_floating_point() and not values.isfinite().all():
+        raise InputError(
+            f"{name} holds NaN or infinite values; give finite ones (has the training diverged?)"
+        )
+
+
+def _to_numpy(name: str, labels: Tensor) -> npt.NDArray[np.int64]:
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or not len(labels) or labels.is_floating_point():
+        given = (labels.dtype, tuple(labels.shape)) if isinstance(labels, Tensor) else type(labels).__name__
+        raise InputError(f"{name} is {given}; give a tensor of whole numbers, one per neuron")
+    whole: npt.NDArray[np.int64] = labels.detach().cpu().numpy().astype(np.int64)
+    return whole
+
+
+def _check_same_length(a_F: npt.NDArray[np.int64], b_F: npt.NDArray[np.int64]) -> None:
+    if len(a_F) != len(b_F):
+        raise InputError(f"labels of {len(a_F)} and {len(b_F)} neurons; give groupings of the same")
+
+
+def _check_range(name: str, labels_F: npt.NDArray[np.int64], experts: int) -> None:
+    if experts < 1 or labels_F.min() < 0 or labels_F.max() >= experts:
+        raise InputError(
+            f"{name} go from {labels_F.min()} to {labels_F.max()} with num_experts={experts}; labels are 0 to"
+            f" num_experts - 1: give the number of experts they were made for"
+        )

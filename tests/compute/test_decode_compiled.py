@@ -1,0 +1,298 @@
+"""A few tokens in one call: the layer's output to rounding, for every width of vector and any threads."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compute.problems import Case, problem, relative_error
+from compute.test_fused import MACHINES
+from torch import Tensor
+from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
+
+from switchable import SwitchConfig, convert, set_mode
+from switchable.compute.cpu import tasks
+from switchable.compute.cpu.decode import compiled as few
+from switchable.compute.cpu.decode.compiled import FewCall, few_tokens
+from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
+
+pytestmark = pytest.mark.skipif(
+    this_machine() is None, reason="a processor without multiply-add instructions"
+)
+PLAIN = Case(width=64, neurons=7, experts=6, gates="none", tokens=3)
+CASES = {
+    "three tokens": PLAIN,
+    "one token": replace(PLAIN, tokens=1),
+    "63 tokens": replace(PLAIN, tokens=63),
+    "all experts": replace(PLAIN, chosen=6),
+    "one expert": replace(PLAIN, experts=1, chosen=1),
+    "an expert for all": replace(PLAIN, routing="one", chosen=1),
+    "no bias": replace(PLAIN, bias=False),
+    "relu2": replace(PLAIN, activation="relu2"),
+    "one vector": replace(PLAIN, width=16),
+    "experts of twenty neurons": replace(PLAIN, neurons=20),
+    "many experts": replace(PLAIN, experts=48, neurons=2, chosen=9),
+}
+
+
+@pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found: Machine = request.param
+    monkeypatch.setattr(few, "this_machine", lambda: found)
+    return found
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def output(case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor | None = None) -> Tensor:
+    found = problem(case)
+    with torch.no_grad():
+        y_TD = few_tokens(
+            found.x,
+            found.weights,
+            choice,
+            case.experts,
+            case.chosen,
+            activation=case.activation,
+            start_D=start_D,
+        )
+    assert y_TD is not None
+    return y_TD
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("machine", "threads")
+def test_given_ids(case: Case) -> None:
+    true_TD = problem(case, exact=True).run("eager")
+    assert relative_error(output(case, problem(case).ids), true_TD) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("machine", "threads")
+def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
+    generator = torch.Generator().manual_seed(3)
+    router_ED = torch.randn(case.experts, case.width, generator=generator)
+    router_E = torch.randn(case.experts, generator=generator)
+    start_D = torch.randn(case.width, generator=generator)
+    exact = problem(case, exact=True)
+    scores_TE = exact.x @ router_ED.double().t() + router_E
+    exact.ids = scores_TE.topk(case.chosen).indices
+    y_TD = output(case, (router_ED, router_E), start_D)
+    assert relative_error(y_TD, exact.run("eager") + start_D) < 1e-6
+
+
+@pytest.mark.parametrize("others", ["torch's threads", "Python's"])
+def test_stages_wait_for_each_other(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of threads, more than there are cores as well: every call gives the same bits."""
+    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    if others == "Python's":
+        monkeypatch.setattr(tasks, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    alone_TD = output(PLAIN, problem(PLAIN).ids)
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for _ in range(50):
+                assert torch.equal(output(PLAIN, problem(PLAIN).ids), alone_TD), count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_there_is_no_code_for() -> None:
+    def given(case: Case) -> Tensor | None:
+        found = problem(case)
+        with torch.no_grad():
+            return few_tokens(
+                found.x, found.weights, found.ids, case.experts, case.chosen, activation=case.activation
+            )
+
+    assert given(PLAIN) is not None
+    for change in (
+        {"tokens": 0},
+        {"tokens": 64},
+        {"width": 13},
+        {"activation": "gelu"},
+        {"dtype": torch.float64},
+        {"stored": "linear"},
+        {"strided": True},
+    ):
+        assert given(replace(PLAIN, **change)) is None, change
+
+
+def test_a_neuron_that_is_nan_reaches_the_output() -> None:
+    found = problem(PLAIN)
+    with torch.no_grad():
+        found.x[1] = torch.nan
+        y_TD = found.run("decode")
+    assert y_TD[1].isnan().all()
+    assert not y_TD[[0, 2]].isnan().any()
+
+
+def test_an_id_outside_the_experts_is_refused() -> None:
+    found = problem(PLAIN)
+    found.ids[1, 1] = 6
+    with torch.no_grad(), pytest.raises(InputError, match=r"expert ids must be in 0\.\.5; found 0 to 6"):
+        found.run("decode")
+
+
+def model_of_one_layer(kind: str = "gpt2") -> torch.nn.Module:
+    from switchable.ffn.builders import build_model
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_ff": 256, "num_layers": 1, "num_heads": 2, "max_positions": 8}
+    model = build_model(kind, sizes, "relu", 50, {"eos_token_id": 0}).eval()
+    convert(model, SwitchConfig(num_experts=16, experts_per_token=4))
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    torch.nn.init.normal_(layer.down_projection.bias)
+    return model
+
+
+def assert_right(layer: SwitchableFFN, x_BSD: Tensor) -> None:
+    """The layer's output is the reference's."""
+    with torch.no_grad():
+        ours = layer(x_BSD)
+        layer.expert_compute = "eager"
+        reference = layer(x_BSD)
+        layer.expert_compute = "auto"
+    torch.testing.assert_close(ours, reference)
+
+
+@pytest.fixture
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to prepare a call found code for it."""
+    found: list[bool] = []
+    serving = sys.modules["switchable.ffn.serving"]
+
+    def watched(*args: Any, **kwargs: Any) -> FewCall | None:
+        call = few.prepared(*args, **kwargs)
+        found.append(call is not None)
+        return call
+
+    monkeypatch.setattr(serving, "prepared", watched)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64])
+def test_a_layer_in_sparse_mode_takes_it(tokens: int, preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, tokens, 64))
+    assert preparations == ([True] if tokens < 64 else [])
+
+
+def test_strided_tokens_are_taken_too(preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(5, 2, 64).transpose(0, 1))
+    assert preparations == [True]
+
+
+def test_what_was_looked_up_serves_the_next_call(preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    for _ in range(3):
+        assert_right(layer, torch.randn(2, 3, 64))
+    assert preparations == [True]
+
+
+CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
+    "other numbers in the same place": lambda layer: layer.up_projection.weight.data.mul_(-1),
+    "a weight elsewhere": lambda layer: setattr(
+        layer.up_projection.weight, "data", -layer.up_projection.weight.data
+    ),
+    "another parameter": lambda layer: setattr(
+        layer.down_projection, "bias", torch.nn.Parameter(torch.randn(64))
+    ),
+    "no bias": lambda layer: setattr(layer.up_projection, "bias", None),
+    "another projection": lambda layer: setattr(layer, layer.family.up, Conv1D(256, 64)),
+    "another router": lambda layer: setattr(
+        layer.router, "weight", torch.nn.Parameter(torch.randn_like(layer.router.weight))
+    ),
+    "more experts": lambda layer: layer.set_experts_per_token(9),
+    "another order in memory": lambda layer: setattr(
+        layer.up_projection.weight, "data", layer.up_projection.weight.data.contiguous()
+    ),
+    "a pruned projection": lambda layer: prune.l1_unstructured(layer.down_projection, "weight", 0.5),
+    "double precision": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_between_two_calls_is_noticed(change: Callable[[SwitchableFFN], object]) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    with torch.no_grad():
+        change(layer)
+    assert_right(layer, torch.randn(1, 3, 64, dtype=layer.up_projection.weight.dtype))
+
+
+def test_a_projection_exchanged_within_its_own_module_is_noticed() -> None:
+    """Where BERT's layer holds the projections, each two modules deep."""
+    layer = layers_of(model_of_one_layer("bert"))[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    assert layer.kept_call.known is not None
+    assert layer.kept_call.known.call is not None
+    path, _, name = layer.family.up.rpartition(".")
+    new = copy.deepcopy(layer.up_projection)
+    torch.nn.init.normal_(new.weight)
+    setattr(layer.holders[-1].get_submodule(path), name, new)
+    assert_right(layer, torch.randn(1, 3, 64))
+
+
+def test_dropout_behind_the_layer_is_left_to_those_who_train() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    dropout = layer.get_submodule(layer.family.dropout or "")
+    dropout.p = 0.5
+    x_BSD = torch.randn(1, 3, 64)
+    with torch.no_grad():
+        assert (layer(x_BSD) != 0).all()
+        dropout.train()  # as for Monte Carlo estimates of a model's uncertainty
+        assert 0 < (layer(x_BSD) == 0).sum() < x_BSD.numel()
+
+
+def test_copies_of_a_layer_look_up_their_own() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    assert_right(layer, torch.randn(1, 3, 64))
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        with torch.no_grad():
+            twin.up_projection.weight.mul_(2)
+        assert_right(twin, torch.randn(1, 3, 64))
+    assert_right(layer, torch.randn(1, 3, 64))
+
+
+def test_several_python_threads_share_a_layer() -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    inputs = torch.randn(8, 200, 1, 3, 64)
+    with torch.no_grad():
+        true = [[layer(x) for x in own] for own in inputs]
+
+    @torch.no_grad()
+    def serve(own: Tensor) -> list[Tensor]:
+        return [layer(x) for x in own]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(serve, inputs))
+    assert all(
+        torch.equal(a, b)
+        for ours, own in zip(found, true, strict=True)
+        for a, b in zip(ours, own, strict=True)
+    )

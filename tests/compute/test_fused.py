@@ -1,0 +1,287 @@
+"""`fused`: compiled loops for every width of vector equal the reference, whatever the threads and chunks."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from compute.problems import Case, assert_equals_eager, outcome, problem
+from llvmlite import ir
+
+from switchable.compute.cpu import llvm, tasks
+from switchable.compute.cpu.experts import library as fused_library
+from switchable.compute.cpu.experts.dot import _groups
+from switchable.compute.cpu.experts.library import Scratch, library
+from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.experts.reorder import write_reorder
+from switchable.compute.cpu.llvm import POINTER, Machine, Writer, compile_module, this_machine
+from switchable.errors import InputError
+
+pytestmark = pytest.mark.skipif(
+    this_machine() is None, reason="a processor without multiply-add instructions"
+)
+MODULE = sys.modules[
+    "switchable.compute.cpu.experts.fused"
+]  # the package's attribute of that name is the function
+HERE = this_machine()
+assert HERE is not None
+NARROWER = {
+    64: HERE,
+    32: replace(HERE, vector_bytes=32, registers=16),
+    16: replace(HERE, vector_bytes=16, registers=32),
+}
+MACHINES = {bytes_: machine for bytes_, machine in NARROWER.items() if bytes_ <= HERE.vector_bytes}
+PLAIN = Case(width=64)
+CASES = {
+    "odd sizes": PLAIN,
+    "one vector": replace(PLAIN, width=16),
+    "three vectors": replace(PLAIN, width=48),
+    "unit gates": replace(PLAIN, gates="unit"),
+    "no gates, no bias": replace(PLAIN, gates="none", bias=False),
+    "no gates": replace(PLAIN, gates="none"),
+    "relu2": replace(PLAIN, activation="relu2"),
+    "relu2, no gates": replace(PLAIN, activation="relu2", gates="none"),
+    "relu2, unit gates": replace(PLAIN, activation="relu2", gates="unit"),
+    "stored as nn.Linear": replace(PLAIN, stored="linear"),
+    "stored as Conv1D": replace(PLAIN, stored="conv"),
+    "strided input": replace(PLAIN, strided=True),
+    "one token": replace(PLAIN, tokens=1),
+    "no token": replace(PLAIN, tokens=0),
+    "an expert with no token": replace(PLAIN, routing="late", chosen=2),
+    "all tokens on one expert": replace(PLAIN, routing="one", chosen=1),
+    "one expert": replace(PLAIN, experts=1, chosen=1),
+    "all experts": replace(PLAIN, chosen=5),
+    "several chunks": replace(PLAIN, tokens=1300),
+    "experts of one neuron": replace(PLAIN, neurons=1),
+    "experts of eight neurons": replace(PLAIN, neurons=8, tokens=200),
+    "experts of several vectors": replace(PLAIN, neurons=75, tokens=200),
+    "copied columns": replace(PLAIN, neurons=40, width=128, tokens=1300),
+    "copied columns, hardly a tile of tokens": replace(PLAIN, neurons=40, width=128, tokens=9),
+    "columns copied in two pieces": replace(PLAIN, neurons=150, width=128, tokens=40),
+}
+
+
+@pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with narrower vectors than this one has, which runs the same instructions."""
+    found: Machine = request.param
+    monkeypatch.setattr(MODULE, "this_machine", lambda: found)
+    return found
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("machine")
+def test_equals_the_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_called(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("handed over to `sorted`")
+
+    monkeypatch.setattr(MODULE, "sorted_experts", not_called)
+    assert_equals_eager(replace(case, dtype=dtype), "fused")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(PLAIN, width=13),
+        replace(PLAIN, activation="gelu"),
+        replace(PLAIN, gated=True),
+        replace(PLAIN, dtype=torch.bfloat16),
+    ],
+    ids=["no multiple of a vector", "gelu", "gated", "bfloat16"],
+)
+def test_what_it_has_no_loops_for_goes_another_way(case: Case) -> None:
+    assert_equals_eager(case, "fused")
+
+
+def test_autocast_goes_another_way() -> None:
+    found = problem(replace(PLAIN, width=16, neurons=8, gates="unit"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(found.run("fused"), found.run("sorted"))
+
+
+def test_a_processor_without_loops_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "this_machine", lambda: None)
+    assert_equals_eager(PLAIN, "fused")
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_and_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tokens=1100, width=64, neurons=24, experts=8)
+    true = outcome(problem(case), "fused")
+    for threads, chunk, openmp in ((2, 512, True), (1, 512, True), (2, 7, True), (2, 100, False)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(fused_library, "CHUNK_TOKENS", chunk)
+        if not openmp:
+            monkeypatch.setattr(tasks, "_openmp", lambda: None)
+        got = outcome(problem(case), "fused")
+        assert all(torch.equal(got[name], true[name]) for name in true), (threads, chunk, openmp)
+
+
+@pytest.mark.parametrize("leaf", ["x", "up", "down", "bias", "gates"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_the_gradient_of_one_tensor_alone(leaf: str, activation: str) -> None:
+    found = problem(replace(PLAIN, activation=activation))
+    for name, tensor in found.leaves.items():
+        tensor.requires_grad_(name == leaf)
+    ours, true = (
+        torch.autograd.grad(found.run(name).sum(), found.leaves[leaf])[0] for name in ("fused", "eager")
+    )
+    torch.testing.assert_close(ours, true)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    found = problem(PLAIN)
+    (grad,) = torch.autograd.grad(found.run("fused").square().sum(), found.leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_what_memory_held_before_is_in_no_gradient() -> None:
+    found = problem(replace(PLAIN, routing="late", chosen=2))  # experts without a token among them
+    true = outcome(found, "eager")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.zeros(1).new_empty(9).isnan().all()
+        got = outcome(problem(found.case), "fused")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    for name in true:
+        torch.testing.assert_close(got[name], true[name])
+
+
+def test_nan_stays_nan() -> None:
+    found = problem(PLAIN)
+    with torch.no_grad():
+        found.leaves["x"][3] = torch.nan
+        y_TD = found.run("fused")
+    assert y_TD[3].isnan().all()
+    assert not y_TD[:3].isnan().any()
+
+
+@pytest.mark.parametrize(("bad", "named"), [(5, "0 to 5"), (-1, "-1 to 4")])
+def test_an_id_outside_the_experts_is_refused(bad: int, named: str) -> None:
+    found = problem(replace(PLAIN, tokens=40))
+    found.ids[3, 1] = bad
+    with pytest.raises(InputError, match=rf"expert ids must be in 0\.\.4; found {named}"):
+        found.run("fused")
+
+
+def test_pairs_stand_by_chunk_and_then_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_library, "CHUNK_TOKENS", 2)
+    loops = library(16, 4, torch.float32, HERE)
+    assert loops is not None
+    pairs = loops.sort(torch.tensor([[2, 0], [0, 1], [1, 2]]), 3)
+    assert pairs.chunks == 2
+    # Tokens 0 and 1: expert 0 has both, expert 1 token 1, expert 2 token 0; token 2 has experts 1 and 2.
+    assert pairs.tokens_P[:6].tolist() == [0, 1, 1, 0, 2, 2]
+    assert pairs.order_P.tolist() == [1, 2, 3, 0, 4, 5]
+    assert pairs.starts.tolist() == [0, 2, 3, 4, 4, 5, 6]
+
+
+def test_how_experts_are_cut_into_vectors() -> None:
+    wide = Machine("", "", vector_bytes=64, registers=32)
+
+    def cut(neurons: int, width: int = 256) -> tuple[int, int]:
+        packing = Packing(width, neurons, False, wide)
+        return packing.together, packing.vectors
+
+    assert cut(96) == (1, 6)
+    assert cut(8) == (2, 1)  # 16 lanes hold two numbers of a token for 8 neurons
+    assert cut(4) == (4, 1)
+    assert cut(12) == (4, 3)
+    assert cut(17) == (4, 5)
+    assert cut(24) == (2, 3)
+    assert [_groups(vectors, 3) for vectors in (1, 4, 7)] == [
+        [(0, 1)],
+        [(0, 2), (2, 2)],
+        [(0, 2), (2, 2), (4, 3)],
+    ]
+    assert Packing(256, 96, False, wide).scatter_columns == 4  # of 16 vectors
+    assert Packing(144, 96, False, wide).scatter_columns == 3  # of 9
+    assert Packing(272, 96, True, replace(wide, registers=16, vector_bytes=32)).scatter_columns == 2
+
+
+def test_weights_are_reordered_as_the_loops_read_them() -> None:
+    def reordered(neurons: int, width: int, lanes: int) -> list[float]:
+        packing = Packing(width, neurons, False, replace(HERE, vector_bytes=4 * lanes))
+        module = ir.Module("reorder")
+        write_reorder(Writer(module, "reorder", [POINTER, POINTER], wide=False, lanes=lanes), packing)
+        code = compile_module(module, HERE)
+        weights = torch.arange(1.0, neurons * width + 1)
+        packed = torch.empty(packing.vectors * packing.steps * lanes)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(code.address("reorder"))
+        call(weights.data_ptr(), packed.data_ptr())
+        return packed.tolist()
+
+    # Four lanes for four neurons: one number of each after the other.
+    assert reordered(4, 4, 4) == [1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 4, 8, 12, 16]
+    # Four lanes for two neurons: two numbers of each.
+    assert reordered(2, 4, 4) == [1, 2, 5, 6, 3, 4, 7, 8]
+    # Four lanes for one neuron: four numbers of it.
+    assert reordered(1, 8, 4) == [1, 2, 3, 4, 5, 6, 7, 8]
+    # Sixteen lanes hold two numbers of eight neurons, of which there are five.
+    rows = [[16 * neuron + column for neuron in range(5) for column in (c, c + 1)] for c in range(1, 17, 2)]
+    assert reordered(5, 16, 16) == [number for row in rows for number in (*row, *[0] * 6)]
+
+
+def test_memory_is_kept_and_grows_with_what_is_asked_for() -> None:
+    scratch = Scratch()
+    first = scratch("a", (2, 3), torch.float32)
+    assert first.shape == (2, 3)
+    assert scratch("a", (5,), torch.float32).data_ptr() == first.data_ptr()
+    assert scratch("b", (2, 3), torch.float32).data_ptr() != first.data_ptr()
+    more = scratch("a", (7,), torch.float32)
+    assert more.data_ptr() != first.data_ptr()
+    assert scratch("a", (2, 3), torch.float32).data_ptr() == more.data_ptr()
+    assert scratch("a", (2,), torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("gates", ["none", "real"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_calls_do_not_write_over_each_others_results(activation: str, gates: str) -> None:
+    """Memory is kept from call to call: what a call returned, or saved for its backward pass, must not lie there."""
+    first = problem(replace(PLAIN, activation=activation, gates=gates))
+    other = problem(replace(PLAIN, activation=activation, gates=gates))
+    with torch.no_grad():
+        other.leaves["x"].mul_(-3)
+    y_TD, other_TD = first.run("fused"), other.run("fused")
+    grads = torch.autograd.grad(y_TD.sum(), list(first.leaves.values()))
+    torch.autograd.grad(other_TD.sum(), list(other.leaves.values()))
+    true_TD = first.run("eager")
+    true = torch.autograd.grad(true_TD.sum(), list(first.leaves.values()))
+    torch.testing.assert_close((y_TD, *grads), (true_TD, *true))
+
+
+def test_machines_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Features(dict[str, bool]):
+        def flatten(self) -> str:
+            return ",".join(self)
+
+    def found(processor: str, *names: str) -> Machine | None:
+        monkeypatch.setattr(llvm.platform, "machine", lambda: processor)
+        monkeypatch.setattr(llvm.llvm, "get_host_cpu_features", lambda: Features(dict.fromkeys(names, True)))
+        return llvm.this_machine.__wrapped__()
+
+    def shape(machine: Machine | None) -> tuple[int, int] | None:
+        return None if machine is None else (machine.vector_bytes, machine.registers)
+
+    assert shape(found("x86_64", "avx", "avx2", "fma", "avx512f")) == (64, 32)
+    assert shape(found("AMD64", "avx", "avx2", "fma")) == (32, 16)
+    assert shape(found("x86_64", "sse2")) is None
+    assert shape(found("arm64", "neon")) == (16, 32)

@@ -1,0 +1,60 @@
+"""The K highest scores, compared with `torch.topk`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from switchable.compute.cpu import topk as selection
+from switchable.compute.cpu.topk import top_experts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"),
+    [(300, 128, 18), (64, 6, 2), (257, 24, 23), (100, 7, 3), (70, 1024, 1), (1000, 32, 6)],
+)
+def test_equals_torch_topk(tokens: int, experts: int, chosen: int) -> None:
+    torch.manual_seed(0)
+    scores_TE = torch.randn(tokens, experts) * 10.0 ** torch.randint(-20, 20, (tokens, experts))
+    ours, true = top_experts(scores_TE, chosen), scores_TE.topk(chosen).indices
+    assert ours.dtype == torch.int64
+    assert torch.equal(ours.sort().values, true.sort().values)
+
+
+def test_equal_scores_are_taken_once_each() -> None:
+    torch.manual_seed(0)
+    scores_TE = torch.randint(-2, 3, (500, 16)).float()
+    ids_TK = top_experts(scores_TE, 5).sort().values
+    assert (ids_TK.diff() > 0).all()
+    true = scores_TE.topk(5).values.sort().values
+    assert torch.equal(scores_TE.gather(1, ids_TK).sort().values, true)
+
+
+def test_signs_zeros_infinities_and_nan() -> None:
+    row = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1e-45, 3.0, torch.inf, torch.nan])
+    scores_TE = row.expand(64, 8).contiguous()
+    assert top_experts(scores_TE, 4).sort().values.tolist() == [[4, 5, 6, 7]] * 64
+    assert top_experts(scores_TE, 7).sort().values.tolist() == [[1, 2, 3, 4, 5, 6, 7]] * 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen", "dtype"),
+    [
+        (10, 8, 2, torch.float32),
+        (100, 8, 8, torch.float32),
+        (100, 8, 2, torch.float64),
+        (64, 1100, 3, torch.float32),
+    ],
+)
+def test_few_tokens_all_experts_and_other_numbers(
+    tokens: int, experts: int, chosen: int, dtype: torch.dtype
+) -> None:
+    scores_TE = torch.randn(tokens, experts, dtype=dtype)
+    true = scores_TE.topk(chosen).indices.sort().values
+    assert torch.equal(top_experts(scores_TE, chosen).sort().values, true)
+
+
+def test_without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "this_machine", lambda: None)
+    scores_TE = torch.randn(100, 8)
+    assert torch.equal(top_experts(scores_TE, 2).sort().values, scores_TE.topk(2).indices.sort().values)

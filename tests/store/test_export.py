@@ -1,0 +1,231 @@
+"""Exports as others see them: dense in plain transformers, sparse after `import switchable`, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families.models import CASES, inputs, make, output
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from switchable import InputError, SwitchConfig, convert, in_mode, set_mode
+from switchable.ffn.convert import layers_of
+from switchable.store.checkpoint import save
+from switchable.store.export import export
+from switchable.store.load import load_pretrained, load_switchable
+
+CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
+
+PLAIN = """
+import json, sys
+sys.modules["switchable"] = None  # importing it raises
+import torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+transformers.utils.logging.set_verbosity_error()
+for folder in sys.argv[1:]:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    batch = load_file(folder + "-inputs.safetensors")
+    with torch.no_grad():
+        out = model(**batch, **({"use_cache": False} if "input_ids" in batch else {}))
+    y = out.logits if "logits" in out else out.last_hidden_state
+    save_file({"y": y.contiguous()}, folder + "-output.safetensors")
+"""
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, from elsewhere, without a network."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def saved(case: str, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A converted, regrouped-looking model in a checkpoint's folder, and inputs for it."""
+    model = make(case)
+    convert(model, CONFIG)
+    with torch.no_grad():  # routers that are not what conversion gives them
+        for layer in layers_of(model):
+            layer.router.weight.normal_(generator=torch.Generator().manual_seed(3))
+    save(folder, model)
+    return model, inputs(case)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_dense_exports_of_all_families_in_plain_transformers(tmp_path: Path) -> None:
+    expected = {}
+    for case in CASES:
+        model, batch = saved(case, tmp_path / "checkpoint")
+        figures = export(tmp_path / "checkpoint", "dense", tmp_path / case, overwrite=True)
+        assert figures["parameters"] == sum(
+            p.numel() for n, p in model.named_parameters() if ".router." not in n
+        )
+        with torch.no_grad():
+            expected[case] = output(model, batch)
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        save_file(tensors, tmp_path / f"{case}-inputs.safetensors")
+        names = {p.name for p in (tmp_path / case).iterdir()}
+        assert names <= {"config.json", "generation_config.json", "model.safetensors"}, names
+        assert "switchable" not in (tmp_path / case / "config.json").read_text()
+        assert not any("router" in name for name in load_file(tmp_path / case / "model.safetensors"))
+    done = run(PLAIN, *(tmp_path / case for case in CASES))
+    assert done.returncode == 0, done.stderr
+    for case in CASES:
+        assert relative(load_file(tmp_path / f"{case}-output.safetensors")["y"], expected[case]) < 1e-5, case
+
+
+@pytest.mark.parametrize("first", ["switchable", "transformers"])
+def test_a_sparse_export_opens_after_import_switchable(tmp_path: Path, first: str) -> None:
+    model, batch = saved("opt", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", "sparse", tmp_path / "sparse", experts_per_token=[2, 5])
+    with torch.no_grad():
+        dense = output(model, batch)
+        with in_mode(model, "sparse", [2, 5]):
+            sparse = output(model, batch)
+        with in_mode(model, "sparse", 4):
+            four = output(model, batch)
+    save_file({**batch, "dense": dense, "sparse": sparse, "four": four}, tmp_path / "expected.safetensors")
+    second = {"switchable": "transformers", "transformers": "switchable"}[first]
+    script = f"""
+import {first}
+import {second}
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from switchable import in_mode, set_mode
+folder = Path(sys.argv[1])
+e = load_file(folder / "expected.safetensors")
+batch = {{k: e[k] for k in ("input_ids", "attention_mask")}}
+model = AutoModelForCausalLM.from_pretrained(folder / "sparse")
+assert type(model).__name__ == "OPTForCausalLM"
+with torch.no_grad():
+    assert torch.equal(model(**batch).logits, e["dense"])
+    set_mode(model, "sparse")
+    assert torch.equal(model(**batch).logits, e["sparse"])
+    with in_mode(model, "sparse", 4):
+        assert torch.equal(model(**batch).logits, e["four"])
+    assert torch.equal(model(**batch).logits, e["sparse"])
+model.half().float().save_pretrained(folder / "again")
+again = AutoModelForCausalLM.from_pretrained(folder / "again")
+set_mode(again, "sparse")
+assert torch.allclose(again(**batch).logits, e["sparse"], atol=1e-2)
+print("ok")
+"""
+    done = run(script, tmp_path)
+    assert done.stdout.endswith("ok\n"), done.stderr
+
+
+def test_a_sparse_export_is_the_dense_model_where_we_are_not_installed(tmp_path: Path) -> None:
+    model, batch = saved("llama", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", "sparse", tmp_path / "sparse")
+    save_file(batch, tmp_path / "sparse-inputs.safetensors")
+    done = run(PLAIN, tmp_path / "sparse")
+    assert done.returncode == 0, done.stderr
+    assert relative(load_file(tmp_path / "sparse-output.safetensors")["y"], output(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bert-classifier", "t5", "bart", "vit"])
+def test_checkpoints_and_sparse_exports_come_back_bit_by_bit(tmp_path: Path, case: str) -> None:
+    model, batch = saved(case, tmp_path / "checkpoint")
+    set_mode(model, "sparse")
+    expected = output(model, batch)
+    export(tmp_path / "checkpoint", "sparse", tmp_path / "sparse")
+    for folder in ("checkpoint", "sparse"):
+        again, tokenizer = load_switchable(tmp_path / folder)
+        assert tokenizer is None
+        set_mode(again, "sparse")
+        assert torch.equal(output(again, batch), expected)
+    export(tmp_path / "sparse", "dense", tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    set_mode(model, "dense")
+    assert torch.equal(output(load_pretrained(tmp_path / "dense"), batch), output(model, batch))
+
+
+def test_shards(tmp_path: Path) -> None:
+    model, batch = saved("bert", tmp_path / "checkpoint")
+    for to in ("dense", "sparse"):
+        figures = export(tmp_path / "checkpoint", to, tmp_path / to, max_shard_size="10KB")
+        assert figures["weight_files"] > 2
+        assert (tmp_path / to / "model.safetensors.index.json").is_file()
+    assert torch.equal(output(load_pretrained(tmp_path / "dense"), batch), output(model, batch))
+    again, _ = load_switchable(tmp_path / "sparse")
+    set_mode(again, "sparse")
+    set_mode(model, "sparse")
+    assert torch.equal(output(again, batch), output(model, batch))
+
+
+def test_a_family_of_the_users_own_is_remembered(tmp_path: Path) -> None:
+    from switchable.ffn.families import FAMILIES, Family
+
+    model = make("gpt2")
+    row = FAMILIES["gpt2"]
+    assert isinstance(row, Family)
+    convert(model, CONFIG, Family(**{**row.__dict__, "in_layer": False, "layers": "n_layer"}))
+    save(tmp_path / "checkpoint", model)
+    again, _ = load_switchable(tmp_path / "checkpoint")
+    assert layers_of(again)[0].family.layers == "n_layer"
+
+
+def test_bad_input_is_told_and_damages_nothing(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "checkpoint")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all my work")
+    with pytest.raises(InputError, match="does not hold a model; choose another folder"):
+        export(tmp_path / "checkpoint", "dense", tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all my work"
+    export(tmp_path / "checkpoint", "dense", tmp_path / "dense")
+    with pytest.raises(InputError, match="replace it with --overwrite"):
+        export(tmp_path / "checkpoint", "dense", tmp_path / "dense")
+    with pytest.raises(InputError, match="is what is read"):
+        export(tmp_path / "checkpoint", "dense", tmp_path / "checkpoint", overwrite=True)
+    with pytest.raises(InputError, match="max_shard_size='big' is not a size"):
+        export(tmp_path / "checkpoint", "dense", tmp_path / "x", max_shard_size="big")
+    with pytest.raises(InputError, match="experts_per_token=9 is not possible"):
+        export(tmp_path / "checkpoint", "sparse", tmp_path / "x", experts_per_token=9)
+    with pytest.raises(InputError, match="has 3 values for 2 FFNs"):
+        export(tmp_path / "checkpoint", "sparse", tmp_path / "x", experts_per_token=[1, 2, 3])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "dense", "mine"]
+
+
+def test_weights_that_are_missing_pickled_or_of_another_model(tmp_path: Path) -> None:
+    make("gpt2").save_pretrained(tmp_path / "plain")
+    weights, config = tmp_path / "plain" / "model.safetensors", tmp_path / "plain" / "config.json"
+    settings = json.loads(config.read_text())
+    for change, message in (
+        ({"n_layer": 3}, r"12 missing, e\.g\. transformer\.h\.2"),
+        ({"n_layer": 1}, r"11 of layers that the config does not have, e\.g\. transformer\.h\.1"),
+        ({"n_inner": 32}, r"of another shape, e\.g\. transformer\.h\.0\.mlp\.c_fc"),
+        ({"architectures": ["GPT9"]}, "names the model class 'GPT9'"),
+        ({"model_type": "gpt9"}, "cannot be used"),
+    ):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(InputError, match=message):
+            load_pretrained(tmp_path / "plain")
+    config.write_text(json.dumps(settings))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_pretrained(tmp_path / "plain")
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(InputError, match=r"only pickled ones \(pytorch_model\.bin\), which we never open"):
+        load_pretrained(tmp_path / "plain")
+    weights.with_name("pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match=r"holds no weights \(\*\.safetensors\)"):
+        load_pretrained(tmp_path / "plain")
+    config.unlink()
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        load_pretrained(tmp_path / "plain")
