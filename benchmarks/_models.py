@@ -25,7 +25,7 @@ def random_gpt2(
     model = build_model("gpt2", sizes, "relu", vocab_size, {"eos_token_id": 0})
     convert(model, SwitchConfig(num_experts=num_experts, experts_per_token=k))
     for layer in layers_of(model):
-        layer.router_learns = False  # a plain dense step has no router
+        layer.ssd.router_learns = False  # a plain dense step has no router
     return model
 
 
@@ -34,7 +34,7 @@ def parity_error(model: nn.Module, ids_BS: Tensor) -> float:
     with kept_modes(model):
         set_mode(model, "dense")
         dense = _logits_and_gradients(model, ids_BS)
-        set_mode(model, "sparse", layers_of(model)[0].num_experts)
+        set_mode(model, "sparse", layers_of(model)[0].ssd.num_experts)
         sparse = _logits_and_gradients(model, ids_BS)
     return max(float((a - b).norm() / b.norm()) for a, b in zip(sparse, dense, strict=True))
 
@@ -45,7 +45,7 @@ def decoding_parity_error(model: nn.Module, ids_BS: Tensor) -> float:
     with kept_modes(model):
         logits = {}
         for mode in ("dense", "sparse"):
-            set_mode(model, mode, layers_of(model)[0].num_experts if mode == "sparse" else None)
+            set_mode(model, mode, layers_of(model)[0].ssd.num_experts if mode == "sparse" else None)
             logits[mode] = torch.cat(
                 [model(input_ids=ids_B1, use_cache=False).logits for ids_B1 in ids_BS.split(1, dim=1)], dim=1
             )

@@ -59,7 +59,7 @@ def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[st
 def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
     """Return the seconds of one FFN's forward for `tokens` tokens in each mode, going through all layers in turn."""
     layers = layers_of(model)
-    inputs = torch.randn(61, 1, tokens, layers[0].d_model, generator=torch.Generator().manual_seed(1))
+    inputs = torch.randn(61, 1, tokens, layers[0].ssd.d_model, generator=torch.Generator().manual_seed(1))
     drawn = itertools.cycle(inputs.unbind(0))
 
     def contender(mode: str, fallback: bool) -> Callable[[], None]:

@@ -59,7 +59,7 @@ def check_parity(job: Job) -> bool:
     batch = {"input_ids": job.batch(0)["input_ids"]}
     with kept_modes(job.model), torch.no_grad():
         dense = job.model(**batch).logits
-        set_mode(job.model, "sparse", layers_of(job.model)[0].num_experts)
+        set_mode(job.model, "sparse", layers_of(job.model)[0].ssd.num_experts)
         sparse = job.model(**batch).logits
     return bool((sparse - dense).norm() <= 1e-5 * dense.norm())
 
@@ -102,7 +102,7 @@ def print_peak(mode: str) -> None:
     batch = {k: v.repeat(4, 1) if isinstance(v, torch.Tensor) else v for k, v in job.batch(0).items()}
     set_mode(job.model, mode)
     for layer in layers_of(job.model):
-        layer.router_learns = False  # a plain dense step: what all-dense training needs
+        layer.ssd.router_learns = False  # a plain dense step: what all-dense training needs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         job.model(**batch).loss.backward()
@@ -133,10 +133,10 @@ def main() -> int:
             )
             return 1
         for layer in layers_of(job.model):
-            layer.takes_part = True
+            layer.ssd.takes_part = True
         seconds = step_seconds(job.model, job.batch(0), rounds=rounds)
         for layer in layers_of(job.model):
-            layer.router_learns = False
+            layer.ssd.router_learns = False
         figures = {"loop_overhead": loop_overhead(job, folder, rounds)}
     figures["step_speedup"] = seconds["dense"] / seconds["sparse"]
     figures["router_overhead"] = seconds["dense_router"] / seconds["dense"] - 1.0

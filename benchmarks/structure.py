@@ -56,21 +56,21 @@ def inputs_of_layers(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
 def labels_by(way: str, layer: SwitchableFFN, active_TF: Tensor) -> Tensor:
     """Group a layer's neurons in one way."""
     if way == "random":
-        order = torch.randperm(layer.d_ff, generator=torch.Generator().manual_seed(0))
-        return torch.arange(layer.d_ff)[order] % layer.num_experts
+        order = torch.randperm(layer.ssd.d_ff, generator=torch.Generator().manual_seed(0))
+        return torch.arange(layer.ssd.d_ff)[order] % layer.ssd.num_experts
     rows = neuron_features(layer, active_TF, way)
-    return cluster_layers([rows], layer.num_experts, random_state=0)[0]
+    return cluster_layers([rows], layer.ssd.num_experts, random_state=0)[0]
 
 
 def shares(layer: SwitchableFFN, x_TD: Tensor, way: str, steps: int) -> tuple[float, float]:
     """Return (best, caught) on the second half of the tokens, the router trained on the first half."""
     half = len(x_TD) // 2
     with torch.no_grad():
-        hidden_TF = layer.activations(x_TD)
-        perm_F = permutation_from_labels(labels_by(way, layer, hidden_TF[:half] != 0), layer.num_experts)
-        mass_TE = expert_mass(hidden_TF[:, perm_F], layer.weights.down_FD[perm_F], layer.num_experts)
-    router = Router(layer.d_model, layer.num_experts)
-    router.initialise(layer.weights.up_FD[perm_F])
+        hidden_TF = layer.ssd.activations(x_TD)
+        perm_F = permutation_from_labels(labels_by(way, layer, hidden_TF[:half] != 0), layer.ssd.num_experts)
+        mass_TE = expert_mass(hidden_TF[:, perm_F], layer.ssd.weights.down_FD[perm_F], layer.ssd.num_experts)
+    router = Router(layer.ssd.d_model, layer.ssd.num_experts)
+    router.initialise(layer.ssd.weights.up_FD[perm_F])
     optimizer = torch.optim.AdamW(router.parameters(), lr=1e-2, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -80,7 +80,7 @@ def shares(layer: SwitchableFFN, x_TD: Tensor, way: str, steps: int) -> tuple[fl
         router_loss(router(x_TD[picked]), mass_TE[picked]).backward()
         optimizer.step()
     with torch.no_grad():
-        held_TE, k = mass_TE[half:], layer.experts_per_token
+        held_TE, k = mass_TE[half:], layer.ssd.experts_per_token
         chosen = router(x_TD[half:]).topk(k, dim=-1).indices
         total = held_TE.sum()
         return float(held_TE.topk(k, dim=-1).values.sum() / total), float(
@@ -110,7 +110,7 @@ def main() -> int:
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     print(f"{'layer':>5} {'active':>7}  " + "  ".join(f"{way + ' best/caught':>26}" for way in WAYS))
     for i, (layer, x_TD) in enumerate(zip(layers_of(model), inputs_of_layers(model, batches), strict=True)):
-        ratio = float((layer.activations(x_TD) != 0).float().mean())
+        ratio = float((layer.ssd.activations(x_TD) != 0).float().mean())
         row = {way: shares(layer, x_TD, way, steps) for way in WAYS}
         print(
             f"{i:5} {ratio:7.3f}  "

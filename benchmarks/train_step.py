@@ -43,7 +43,7 @@ def measure(d_model: int, num_layers: int, batch_size: int, rounds: int) -> dict
         optimizer.zero_grad()
 
     def ffn(mode: str) -> None:
-        layer.mode = mode
+        layer.ssd.mode = mode
         layer(x_TD).backward(dy_TD)
         layer.zero_grad()
         x_TD.grad = None

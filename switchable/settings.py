@@ -172,7 +172,8 @@ class SwitchConfig:
             return
         if self.monitor_every == 0:
             raise InputError(
-                "monitor_every=0 would never find a layer to make sparse; measure every 50 steps, say, or use recipe dense"
+                "monitor_every=0 would never find a layer to make sparse; measure every 50 steps, say, or use recipe "
+                "dense"
             )
         if self.router_token_fraction == 0:
             raise InputError(

@@ -71,7 +71,7 @@ def calibrate(
 
 
 def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterator[Sequence[Batch]]:
-    per_token = sum(2 * (layer.d_model + layer.num_experts) for layer in layers)
+    per_token = sum(2 * (layer.ssd.d_model + layer.ssd.num_experts) for layer in layers)
     tokens = max(batch["input_ids"].numel() for batch in batches)
     length = max(1, MEMORY_BYTES // (per_token * tokens))
     for start in range(0, len(batches), length):
@@ -87,8 +87,8 @@ class _Seen:
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
         """Keep the tokens of one call."""
-        x_TD = x.reshape(-1, layer.d_model)
-        mass_TE = expert_mass(layer.activations(x_TD), layer.weights.down_FD, layer.num_experts)
+        x_TD = x.reshape(-1, layer.ssd.d_model)
+        mass_TE = expert_mass(layer.ssd.activations(x_TD), layer.ssd.weights.down_FD, layer.ssd.num_experts)
         share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
         self._x.append(x_TD.to(torch.bfloat16))
         self._share.append(share_TE.half())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -34,15 +34,21 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
+from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.loss import objective_of_model, validation_loss
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
 from switchable.store.load import is_sparse_export, load_config, load_pretrained
 from switchable.store.rundir import RunDir
-from switchable.structure.groups import cluster_layers
-from switchable.switching.monitor import Batch, neuron_features, watch
-from switchable.switching.switch import regroup
+from switchable.structure.groups import (
+    cluster_layers,
+    coactivation_features,
+    mixed_features,
+    weight_features,
+)
+from switchable.switching.monitor import Batch, watch
+from switchable.switching.switch import group_anew
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
 
 COST_TOKENS = 20_480
@@ -101,9 +107,7 @@ def adapt(
         raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(source,))
-    switch = SwitchConfig(
-        num_experts=config.num_experts, experts_per_token=config.default_k, structure=config.structure
-    )
+    switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
     _check_convertible(source, switch)
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
@@ -182,13 +186,26 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     layers = layers_of(model)
     tallies = watch(model, text.probe(model, config.structure_tokens))
     rows = [
-        neuron_features(layer, tally.active_TF, config.structure)
+        _neuron_features(layer, tally.active_TF, config.structure)
         for layer, tally in zip(layers, tallies, strict=True)
     ]
     labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
-    regroup(layers, [each.cpu() for each in labels], None)
-    for layer in layers:
-        layer.router.initialise(layer.reads_FD)
+    group_anew(layers, labels)
+
+
+def _neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
+    """Return what a layer's neurons are grouped by, one row each.
+
+    Args:
+        layer: a switchable FFN.
+        active_TF: which neurons fire on which tokens.
+        structure: `"weights"`, `"coactivation"` or `"mixed"`.
+    """
+    weight_FD = weight_features(layer.ssd.reads_FD.detach())
+    if structure == "weights":
+        return weight_FD
+    coactive_FR = coactivation_features(active_TF)
+    return coactive_FR if structure == "coactivation" else mixed_features(weight_FD, coactive_FR)
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
@@ -200,20 +217,20 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     layers = layers_of(model)
     rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
     for layer, row in zip(layers, rows, strict=True):
-        layer.takes_part = row.activation_ratio <= config.max_activation_ratio
-    if any(layer.takes_part for layer in layers):
+        layer.ssd.takes_part = row.activation_ratio <= config.max_activation_ratio
+    if any(layer.ssd.takes_part for layer in layers):
         return
     for layer in layers:
-        layer.takes_part = True
+        layer.ssd.takes_part = True
     if config.keep_activation:
         return
     _calibrate(model, text, min(COST_TOKENS, config.calibration_tokens), config, quiet=True)
     cost = losses(model, text.validation)
     least = min(row.activation_ratio for row in rows)
     raise InputError(
-        f"the model's activations ({layers[0].act_name}) are not sparse: in each of its {len(layers)} FFNs at least "
-        f"{100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). Cut into experts "
-        f"as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
+        f"the model's activations ({layers[0].ssd.settings.activation}) are not sparse: in each of its {len(layers)} "
+        f"FFNs at least {100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). "
+        f"Cut into experts as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
         "ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
     )
 

@@ -46,9 +46,9 @@ def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
     for batch in probe:  # one by one: a tally keeps every token's activity
         for total, layer, tally in zip(sums, layers, watch(model, [batch]), strict=True):
             assert tally.caught_E is not None, "the text never reached the layer"
-            caught = float(tally.caught_E[layer.experts_per_token - 1])
+            caught = float(tally.caught_E[layer.ssd.experts_per_token - 1])
             figures = (
-                tally.tokens * layer.d_ff,
+                tally.tokens * layer.ssd.d_ff,
                 float(tally.active),
                 caught,
                 float(tally.best),
@@ -57,7 +57,11 @@ def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
             total[:] = [a + b for a, b in zip(total, figures, strict=True)]
     return [
         LayerRow(
-            layer.name, active / pairs, caught / max(mass, 1e-300), best / max(mass, 1e-300), layer.takes_part
+            layer.ssd.name,
+            active / pairs,
+            caught / max(mass, 1e-300),
+            best / max(mass, 1e-300),
+            layer.ssd.takes_part,
         )
         for layer, (pairs, active, caught, best, mass) in zip(layers, sums, strict=True)
     ]
@@ -68,7 +72,7 @@ def losses(model: nn.Module, validation: Sequence[Batch]) -> Losses:
     sparse = {}
     with kept_modes(model) as layers:
         for name, fraction in FRACTIONS.items():
-            set_mode(model, "sparse", [max(1, round(fraction * layer.num_experts)) for layer in layers])
+            set_mode(model, "sparse", [max(1, round(fraction * layer.ssd.num_experts)) for layer in layers])
             sparse[name] = validation_loss(model, validation)
     return Losses(loss_in_mode(model, validation, "dense"), sparse)
 

@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import nn
 
+from switchable.compare.baselines import StaticSchedule
 from switchable.compare.runs import Run
 from switchable.config import to_dict
 from switchable.errors import InputError
@@ -27,8 +28,7 @@ from switchable.store import checkpoint
 from switchable.store.rundir import RunDir, write_text
 from switchable.store.saver import Saver
 from switchable.switching.monitor import measure
-from switchable.switching.schedule import decide
-from switchable.switching.switch import current_structure, regroup
+from switchable.switching.switch import current_structure, group_anew
 from switchable.train.flops import StepFlops, router_learning
 from switchable.train.log import RunLog
 from switchable.train.loop import Counters, Trainer
@@ -112,31 +112,27 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     """
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
     seed, total = job.config.train.seed, job.config.train.steps
-    _, found = measure(job.model, controller.probe, [None] * len(layers), seed, switch.structure)
-    regroup(layers, [layer.labels_F for layer in found], None)
-    for layer in layers:
-        layer.router.initialise(layer.weights.up_FD)
-    spent = 2 * flops.measurement(controller.probe_tokens)
-    if switch.router == "learned":
-        steps = max(1, round(ROUTER_FRACTION * total))
-        train_routers(job, steps)
-        spent += steps * router_step_flops(job.model, flops)
+    _, found = measure(job.model, controller.probe, [None] * len(layers), seed)
+    group_anew(layers, [layer.labels_F for layer in found])
+    steps = max(1, round(ROUTER_FRACTION * total))
+    train_routers(job, steps)
+    spent = 2 * flops.measurement(controller.probe_tokens) + steps * router_step_flops(job.model, flops)
     # Which layers take part, and with how many experts, is decided as in training, but for their stability.
     last = [
         dataclasses.replace(before, labels_F=current_structure(layer))
         for before, layer in zip(found, layers, strict=True)
     ]
-    measures, _ = measure(job.model, controller.probe, last, seed, switch.structure)
+    measures, _ = measure(job.model, controller.probe, last, seed)
     rule = dataclasses.replace(
-        switch, schedule="static", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
+        switch, recipe="early", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )
     stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
-    controller.state = decide(total - 1, controller.state, stable, total, rule).state
+    controller.state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
     for layer, part, k in zip(
         layers, controller.state.takes_part, controller.state.experts_per_token, strict=True
     ):
-        layer.takes_part = part
-        layer.set_experts_per_token(k)
+        layer.ssd.takes_part = part
+        layer.ssd.set_experts_per_token(k)
     return spent
 
 
@@ -157,7 +153,7 @@ def train_routers(job: Job, steps: int) -> None:
             set_mode(model, "dense")
             model.train()
             for layer in layers:
-                layer.router_learns = True
+                layer.ssd.router_learns = True
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
                 # Every router's loss is attached to its layer's output: this trains them all.
@@ -173,7 +169,7 @@ def router_step_flops(model: nn.Module, flops: StepFlops) -> float:
     """Return the FLOPs of one step of `train_routers`: forward, gradients of the inputs, and the routers."""
     with kept_modes(model) as layers:
         for layer in layers:
-            layer.router_learns = True
+            layer.ssd.router_learns = True
         return flops.dense * 2 / 3 + sum(router_learning(layer) for layer in layers) * flops.tokens
 
 

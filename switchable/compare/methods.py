@@ -32,12 +32,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchable.config import RunConfig, TrainConfig
+from switchable.config import RunConfig, TrainConfig, d_ff
 from switchable.errors import InputError, nearest
-from switchable.settings import SwitchConfig
+from switchable.settings import SwitchConfig, settled
 
-EXPERTS = ("num_experts", "experts_per_token", "expert_compute")
-MEASURING = ("monitor_every", "monitor_growth", "probe_tokens")
+EXPERTS = ("num_experts", "experts_per_token", "backend")
+MEASURING = ("monitor_every", "monitor_growth")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
     "dense": Method(
         "all dense, every neuron multiplied: no routers, no measuring",
         switch={
-            "schedule": "dense",
+            "recipe": "dense",
             "monitor_every": 0,
             "num_experts": 1,
             "experts_per_token": 1,
@@ -79,40 +79,30 @@ METHODS: dict[str, Method] = {
     ),
     "dense-active": Method(
         "all dense, but only active neurons are multiplied where they are few: no routers",
-        switch={"schedule": "dense", "num_experts": 1, "experts_per_token": 1},
+        switch={"recipe": "dense", "num_experts": 1, "experts_per_token": 1},
         train={"router_learning_rate": TrainConfig().router_learning_rate},
-        keeps=(*MEASURING, "active_below", "activation_l1", "activation_target"),
+        keeps=(*MEASURING, "active_below", "activation_l1"),
     ),
-    "ssd": Method("the configuration as given", switch={"schedule": "ssd"}),
+    "ssd": Method("the configuration as given"),
     "ssd-paper": Method(
         "the paper's: weight-mean router, every layer, long phases, regrouped at each switch",
         switch={
-            "schedule": "ssd",
-            "router": "weight_mean",
-            "router_gate_gradient": True,
-            "structure": "weights",
-            "join": "together",
             "max_activation_ratio": 1.0,
             "min_mass_caught": 0.0,
             "sparse_steps": _fraction_of_steps(0.075),
-            "dense_steps": _fraction_of_steps(0.025),
-            "regroup": "switch",
         },
         train={"router_learning_rate": _models_learning_rate},
         keeps=(*EXPERTS, *MEASURING, "stability_threshold"),
     ),
-    "static": Method(
-        "clustered once, when ssd would begin, and sparse ever after", switch={"schedule": "static"}
-    ),
+    "static": Method("clustered once, when ssd would begin, and sparse ever after"),
     "moe": Method(
         "a mixture of experts from the first step: softmax gates, load-balance loss, every layer",
-        switch={"schedule": "sparse", "gate": "softmax", "load_balance": 0.01, "monitor_every": 0},
         train={"router_learning_rate": _models_learning_rate},
         keeps=EXPERTS,
     ),
     "dense-then-moe": Method(
         "all dense; experts cut and routers trained at the end, the weights untouched",
-        switch={"schedule": "dense"},
+        switch={"recipe": "dense", "min_dense_fraction": 1.0},
         starts_from="dense",
     ),
 }
@@ -141,7 +131,8 @@ def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     kept = dataclasses.asdict(config.switch)
     if chosen.keeps is not None:
         kept = {name: kept[name] for name in chosen.keeps}
-    switch = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
+    given = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
+    switch = settled(given, d_ff(config.model), config.model.activation)
     train = dataclasses.replace(config.train, seed=seed, **_resolved(chosen.train, config))
     return dataclasses.replace(config, switch=switch, train=train)
 

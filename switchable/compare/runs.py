@@ -128,16 +128,21 @@ def train(run: Run, cache: Path, jobs: int) -> None:
         InputError: settings, data or a checkpoint are unusable.
         TrainingStopped: stopped by a signal, after saving.
     """
+    from switchable.compare.baselines import VARIANTS
     from switchable.compare.cut import cut
     from switchable.store.rundir import RunDir
     from switchable.train.pretrain import pretrain, resume
+    from switchable.train.setup import SSD
 
     if run.finished():
         return
+    variant = VARIANTS.get(run.method.partition("@")[0], SSD)
     if run.starts_from is not None:
         cut(run, cache, jobs)
     elif (run.path / "config.yaml").exists() and RunDir(run.path).steps():
         train_settings = to_dict(run.config)["train"]
-        resume(run.path, {name: train_settings[name] for name in UNCOMPARED}, cache, jobs=jobs)
+        resume(
+            run.path, {name: train_settings[name] for name in UNCOMPARED}, cache, jobs=jobs, variant=variant
+        )
     else:
-        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs)
+        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs, variant=variant)

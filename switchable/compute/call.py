@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchable.compute.weights import FFNWeights
+from switchable.compute.weights import FFNWeights as FFNWeights
 
 
 class ExpertCall(NamedTuple):
@@ -22,12 +22,11 @@ class ExpertCall(NamedTuple):
     """The FFN's, neurons in cluster order."""
     expert_ids_TK: Tensor
     """The selected experts, distinct within a row, int64 in [0, num_experts)."""
-    gates_TK: Tensor | None
-    """The factor of each selected expert, or None for 1. Gradients flow to it."""
     num_experts: int
     """E; divides F."""
     activation: str
     """A name in transformers' `ACT2FN`."""
+    gates_TK: Tensor | None = None
     unit_gates: bool = False
     """A promise that every gate *is* 1 (straight-through gates): the multiplication may be left out; the gates'
     gradient is still computed."""

@@ -33,7 +33,7 @@ ExpertCompute = Callable[[ExpertCall], Tensor]
 """What all implementations are."""
 
 IMPLEMENTATIONS: dict[str, ExpertCompute] = {
-    "eager": eager,
+    "reference": eager,
     "fused": fused,
     "sorted": sorted_experts,
     "decode": decode,
@@ -47,45 +47,15 @@ IMPLEMENTATIONS: dict[str, ExpertCompute] = {
 }
 
 
-def check_implementation(name: str) -> None:
-    """Raise InputError if there is no implementation of that name."""
+def check_backend(name: str) -> None:
+    """Raise InputError if there is no backend of that name."""
     if name not in IMPLEMENTATIONS:
         raise InputError(
-            f"expert compute {name!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}"
+            f"backend {name!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}"
             + nearest(name, IMPLEMENTATIONS)
         )
 
 
-def expert_ffn(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor | None = None,
-    *,
-    num_experts: int,
-    activation: str = "relu",
-    unit_gates: bool = False,
-    implementation: str = "eager",
-) -> Tensor:
-    """Apply to each token its own K experts and add them up.
-
-    Args:
-        x_TD: the FFN's input, one row per token, any strides.
-        weights: the FFN's weights, neurons in cluster order.
-        expert_ids_TK: the selected experts, distinct within a row, int64 in [0, num_experts).
-        gates_TK: the factor of each selected expert, or None for 1. Gradients flow to it.
-        num_experts: E; divides F.
-        activation: a name in transformers' `ACT2FN`.
-        unit_gates: promises that every gate *is* 1 (straight-through gates): the multiplication may be left out;
-            the gates' gradient is still computed.
-        implementation: one of `IMPLEMENTATIONS`.
-
-    Returns:
-        y_TD, without the bias of the output projection.
-
-    Raises:
-        InputError: unknown implementation.
-    """
-    check_implementation(implementation)
-    call = ExpertCall(x_TD, weights, expert_ids_TK, gates_TK, num_experts, activation, unit_gates)
-    return IMPLEMENTATIONS[implementation](call)
+def expert_ffn(call: ExpertCall, backend: str = "auto") -> Tensor:
+    check_backend(backend)
+    return IMPLEMENTATIONS[backend](call)

@@ -39,20 +39,20 @@ def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequenc
         InputError: an impossible K, or sparse mode of a model that was trained all dense.
     """
     layers = layers_of(model)
-    can_be_sparse = any(layer.takes_part for layer in layers)
+    can_be_sparse = any(layer.ssd.takes_part for layer in layers)
     if not can_be_sparse and ("sparse" in modes or experts_per_token):
         raise InputError(
             "no layer of this model takes part in sparse mode (it was trained all dense); use --mode dense"
         )
     for k in experts_per_token:
-        if not 1 <= k <= layers[0].num_experts:
+        if not 1 <= k <= layers[0].ssd.num_experts:
             raise InputError(
-                f"experts_per_token={k} is not possible with the model's {layers[0].num_experts} experts; "
-                f"use 1 to {layers[0].num_experts}"
+                f"experts_per_token={k} is not possible with the model's {layers[0].ssd.num_experts} experts; "
+                f"use 1 to {layers[0].ssd.num_experts}"
             )
     found = [Way("dense")] if "dense" in modes or not modes else []
     if can_be_sparse and ("sparse" in modes or not modes):
-        own = {layer.experts_per_token for layer in layers if layer.takes_part}
+        own = {layer.ssd.experts_per_token for layer in layers if layer.ssd.takes_part}
         wanted: Sequence[int | None] = experts_per_token or [own.pop() if len(own) == 1 else None]
         found += [Way("sparse", k) for k in dict.fromkeys(wanted)]
     return found

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from switchable.compute.choose import check_implementation
+from switchable.compute.choose import check_backend
+from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.errors import InputError
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.placement import put_into_layer
-from switchable.settings import SwitchConfig
+from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
+from switchable.recipes import AUTO
+from switchable.settings import SwitchConfig, settled
 
-MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active", "dense_fallback")
+MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active")
 """What decides how an FFN is multiplied."""
 
 
@@ -50,16 +53,18 @@ def convert(
     family: Family | None = None,
     *,
     neuron_major: bool = True,
+    layer_type: type[SwitchableFFN] = SwitchableFFN,
 ) -> ConversionReport:
     """Make every FFN of a transformers model switchable, in place; the model stays in dense mode.
 
     Args:
         model: a transformers model, on any device.
-        config: experts and router; default `SwitchConfig()`.
+        config: experts, router and schedule; default `SwitchConfig()`.
         family: where the FFNs are, for a model that `families.py` does not know.
         neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
             neuron's weights are contiguous (`layout.py`): sparse mode is faster. False keeps all memory as it is,
             for tools that want contiguous parameters, such as `fully_shard`.
+        layer_type: a subclass of `SwitchableFFN` to put in place instead.
 
     Raises:
         InputError: unknown family, not all FFNs found, the model is converted already, or E does not divide F.
@@ -74,8 +79,13 @@ def convert(
     taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
     if taken:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
+    check_backend(config.backend)
     found = find_ffns(model, family)
-    built = [(name, ffn, _switchable(ffn, family, name, config)) for name, ffn in found]
+    config = _settled(config, family, *found[0])
+    built = [
+        (name, ffn, _switchable(ffn, settings_of(ffn, family, name, config), layer_type))
+        for name, ffn in found
+    ]
     for name, ffn, layer in built:
         if family.in_layer:
             put_into_layer(ffn, family, layer)
@@ -84,25 +94,27 @@ def convert(
         if neuron_major:
             store_by_neuron(layer)
     names = tuple(name for name, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, built[0][2].d_ff)
+    return ConversionReport(len(built), names, config.num_experts, built[0][2].ssd.d_ff)
 
 
-def _switchable(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> SwitchableFFN:
-    layer = SwitchableFFN(ffn, family, name, config.num_experts, config.experts_per_token)
-    if not family.in_layer:
+def _settled(config: SwitchConfig, family: Family, name: str, ffn: nn.Module) -> SwitchConfig:
+    """Return the configuration with a value for every setting, for a model whose first FFN is given."""
+    activation, d_model, d_ff = facts_of(ffn, family, name)
+    auto = "early"
+    if config.recipe == AUTO:
+        weight = next(ffn.parameters())
+        skips = skips_idle_neurons(
+            d_model, activation, family.gate is not None, weight.dtype, weight.device.type
+        )
+        auto = "late" if skips else "early"
+    return settled(config, d_ff, activation, auto)
+
+
+def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[SwitchableFFN]) -> SwitchableFFN:
+    layer = layer_type(ffn, settings)
+    if not settings.family.in_layer:
         _check_same_function(ffn, layer)
-    layer.router_learns = config.router == "learned" and config.schedule != "dense"
-    layer.router_objective = config.router_objective
-    layer.router_token_fraction = config.router_token_fraction
-    layer.router_sparse_fraction = config.router_sparse_fraction
-    layer.router_gate_gradient = config.router_gate_gradient
-    layer.router_noise = config.router_noise
-    layer.expert_gate, layer.load_balance = config.gate, config.load_balance
-    layer.activation_l1, layer.commitment = config.activation_l1, config.commitment
-    check_implementation(config.expert_compute)
-    layer.expert_compute = config.expert_compute
-    layer.train(ffn.training)
-    return layer
+    return layer.train(ffn.training)
 
 
 @torch.no_grad()
@@ -112,23 +124,25 @@ def _check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
     Raises:
         InputError: they differ, or the module wants more than one input.
     """
-    weight = layer.up_projection.weight
+    weight = layer.ssd.up_projection.weight
     if weight.is_meta:
         return
-    x_BSD = torch.linspace(-1, 1, 2 * layer.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
+    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
     was_training = ffn.training
     ffn.eval()
     layer.eval()
     try:
         before, after = ffn(x_BSD), layer(x_BSD)
     except TypeError as error:
-        raise InputError(f"{layer.name}: {error}; an FFN takes the hidden states and nothing else") from None
+        raise InputError(
+            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
+        ) from None
     finally:
         ffn.train(was_training)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise InputError(
-            f"{layer.name} ({type(ffn).__name__}) computes something else than {layer.family}; has it a part that is "
-            "not described (a gate, a norm, a factor)?"
+            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
+            "has it a part that is not described (a gate, a norm, a factor)?"
         )
 
 
@@ -137,41 +151,38 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
     return [module for module in model.modules() if isinstance(module, SwitchableFFN)]
 
 
-def set_mode(
-    model: nn.Module,
-    mode: str,
-    experts_per_token: int | Sequence[int] | None = None,
-    dense_fallback: bool = False,
-) -> None:
+def set_mode(model: nn.Module, mode: str, experts_per_token: int | Sequence[int] | None = None) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
-    Layers that do not take part in sparse mode (`layer.takes_part`, set by the schedule) stay dense.
+    Layers that do not take part in sparse mode (`layer.ssd.takes_part`, set by the schedule) stay dense.
 
     Args:
         model: a converted model.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K, 1 to E, one for all layers or one for each; None keeps each layer's own.
-        dense_fallback: in sparse mode and without gradients, multiply densely wherever that is faster on this
-            machine (it is never less exact). The first call for a number of tokens measures it.
 
     Raises:
-        InputError: unknown mode, impossible K, or the model is not converted.
+        InputError: unknown mode, impossible K, or the model is not converted; nothing has been changed then.
     """
     found = layers_of(model)
     if not found:
         raise InputError("the model has no switchable FFNs; call convert(model) first")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
-    if isinstance(experts_per_token, Sequence) and len(experts_per_token) != len(found):
+    each = (
+        [experts_per_token] * len(found) if not isinstance(experts_per_token, Sequence) else experts_per_token
+    )
+    if len(each) != len(found):
         raise InputError(
-            f"experts_per_token has {len(experts_per_token)} values for {len(found)} FFNs; give one each or one for all"
+            f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"
         )
-    for i, layer in enumerate(found):
-        if experts_per_token is not None:
-            each = experts_per_token
-            layer.set_experts_per_token(each[i] if isinstance(each, Sequence) else each)
-        layer.mode = mode if layer.takes_part else "dense"
-        layer.dense_fallback = dense_fallback
+    for layer, k in zip(found, each, strict=True):
+        if k is not None:
+            layer.ssd.check_experts_per_token(k)
+    for layer, k in zip(found, each, strict=True):
+        if k is not None:
+            layer.ssd.experts_per_token = k
+        layer.ssd.mode = mode if layer.ssd.takes_part else "dense"
 
 
 @contextmanager
@@ -191,14 +202,14 @@ def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     Kept are what `MODES` names of each FFN, and whether the model trains.
     """
     layers = layers_of(model)
-    kept = [{name: getattr(layer, name) for name in MODES} for layer in layers]
+    kept = [{name: getattr(layer.ssd, name) for name in MODES} for layer in layers]
     training = model.training
     try:
         yield layers
     finally:
         for layer, values in zip(layers, kept, strict=True):
             for name, value in values.items():
-                setattr(layer, name, value)
+                setattr(layer.ssd, name, value)
         model.train(training)
 
 

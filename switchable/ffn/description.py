@@ -15,37 +15,43 @@ from switchable.settings import SwitchConfig
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what makes a model switchable besides its routers' weights: plain values, as `make_switchable` takes
-    them."""
+    """Return what makes a model switchable besides its routers' weights: plain values for `make_switchable`."""
     layers = layers_of(model)
-    return {
-        "num_experts": layers[0].num_experts,
-        "gate": layers[0].expert_gate,
-        "family": dataclasses.asdict(layers[0].family),
+    described = {
+        "num_experts": layers[0].ssd.num_experts,
+        "family": dataclasses.asdict(layers[0].ssd.settings.family),
         "layers": {
-            layer.name: {"experts_per_token": layer.experts_per_token, "takes_part": layer.takes_part}
+            layer.ssd.name: {
+                "experts_per_token": layer.ssd.experts_per_token,
+                "takes_part": layer.ssd.takes_part,
+            }
             for layer in layers
         },
     }
+    return described if layers[0].has_dense_mode else described | {"gate": "softmax"}
 
 
 def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Convert a plain model to what `describe` returned for another; the routers' weights are still to be loaded.
 
     Raises:
-        InputError: the description does not fit the model.
+        InputError: the description does not fit the model, or is that of a mixture of experts with scaled outputs.
     """
+    if described.get("gate", "unit") != "unit":
+        raise InputError(
+            "this model is the baseline `moe` of a comparison: its experts' outputs are scaled, so it has no dense "
+            "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
+        )
     family = described.get("family")
     if family is not None:
         classes = family["ffn"]
         family = Family(**{**family, "ffn": classes if isinstance(classes, str) else tuple(classes)})
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1), family)
     for layer in layers_of(model):
-        if layer.name not in described["layers"]:
+        if layer.ssd.name not in described["layers"]:
             raise InputError(
-                f"the description of the experts has none for {layer.name}; it is another model's"
+                f"the description of the experts has none for {layer.ssd.name}; it is another model's"
             )
-        stored = described["layers"][layer.name]
-        layer.expert_gate = described.get("gate", "unit")
-        layer.set_experts_per_token(stored["experts_per_token"])
-        layer.takes_part = stored["takes_part"]
+        stored = described["layers"][layer.ssd.name]
+        layer.ssd.set_experts_per_token(stored["experts_per_token"])
+        layer.ssd.takes_part = stored["takes_part"]

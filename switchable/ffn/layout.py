@@ -53,8 +53,8 @@ def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:
     """Each matrix of the FFN with its view neuron by neuron."""
-    gate = layer.gate_projection
+    gate = layer.ssd.gate_projection
     if gate is not None:
         yield gate.weight, neurons_first(gate, output=False)
-    yield layer.up_projection.weight, neurons_first(layer.up_projection, output=False)
-    yield layer.down_projection.weight, neurons_first(layer.down_projection, output=True)
+    yield layer.ssd.up_projection.weight, neurons_first(layer.ssd.up_projection, output=False)
+    yield layer.ssd.down_projection.weight, neurons_first(layer.ssd.down_projection, output=True)

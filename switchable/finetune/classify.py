@@ -138,14 +138,14 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
 
 def _switch_on(model: nn.Module, before: Sequence[SwitchableFFN]) -> None:
     """Make a classifier switchable as the body it has was before: the same experts, K and routers, layer by layer."""
+    first = before[0].ssd
     # The routers of a model that was trained all dense have nothing to learn.
-    schedule = "ssd" if any(layer.takes_part for layer in before) else "dense"
-    config = SwitchConfig(num_experts=before[0].num_experts, experts_per_token=1, schedule=schedule)
-    convert(model, config, before[0].family)
+    recipe = "early" if any(layer.ssd.takes_part for layer in before) else "dense"
+    convert(model, SwitchConfig(recipe, first.num_experts, experts_per_token=1), first.settings.family)
     for old, new in zip(before, layers_of(model), strict=True):
         new.router.load_state_dict(old.router.state_dict())
-        new.set_experts_per_token(old.experts_per_token)
-        new.takes_part, new.expert_gate, new.neuron_ids_F = old.takes_part, old.expert_gate, old.neuron_ids_F
+        new.ssd.set_experts_per_token(old.ssd.experts_per_token)
+        new.ssd.takes_part, new.ssd.neuron_ids_F = old.ssd.takes_part, old.ssd.neuron_ids_F
 
 
 def _training_way(model: nn.Module, config: FinetuneConfig) -> Way:
@@ -209,7 +209,7 @@ def _scores(trainer: Trainer, dev: list[dict[str, Any]], config: FinetuneConfig)
     labels = np.array([example["labels"] for example in dev])
     scores: list[Score] = []
     model = trainer.model
-    can_be_sparse = any(layer.takes_part for layer in layers_of(model))
+    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(model))
     k = () if config.experts_per_token is None or not can_be_sparse else (config.experts_per_token,)
     for way in ways(model, (), k):
         with going(model, way):

@@ -76,7 +76,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
         )
         for layer in layers_of(model):
-            layer.attached_loss_weight = 1.0 / args.gradient_accumulation_steps
+            layer.ssd.loss_weight = 1.0 / args.gradient_accumulation_steps
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
 

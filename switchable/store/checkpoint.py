@@ -336,7 +336,7 @@ def _take_neuron_ids(stored: dict[str, TensorFile], model: nn.Module) -> None:
     """Move the names of the neurons from files to the layers."""
     for layer in layers_of(model):
         # Models of other origin have none: their neurons stand in their first order.
-        file = stored.pop(layer.name + NEURON_IDS, None)
-        layer.neuron_ids_F = (
-            torch.arange(layer.d_ff) if file is None else file.tensor(layer.name + NEURON_IDS)
+        file = stored.pop(layer.ssd.name + NEURON_IDS, None)
+        layer.ssd.neuron_ids_F = (
+            torch.arange(layer.ssd.d_ff) if file is None else file.tensor(layer.ssd.name + NEURON_IDS)
         )

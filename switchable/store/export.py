@@ -53,10 +53,6 @@ def export(
         raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB")
     check_output(out, overwrite, sources=(folder,))
     model, tokenizer = load_switchable(folder)
-    if to == "dense" and layers_of(model)[0].expert_gate != "unit":
-        raise InputError(
-            f"{folder} is a mixture of experts with softmax gates: there is no dense model in it"
-        )
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
     with whole_folder(out, "what was there before stands. Free some space and start again") as temporary:
@@ -70,8 +66,8 @@ def export(
         ),
         "weight_files": len(weights),
         "bytes": sum(path.stat().st_size for path in weights),
-        "num_experts": layers_of(model)[0].num_experts,
-        "experts_per_token": [layer.experts_per_token for layer in layers_of(model)],
+        "num_experts": layers_of(model)[0].ssd.num_experts,
+        "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
     }
 
 

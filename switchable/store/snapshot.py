@@ -58,7 +58,7 @@ def take(
         "switchable.safetensors": {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)},
     }
     for layer in layers_of(model):
-        tensors["switchable.safetensors"][layer.name + NEURON_IDS] = copy_piece(layer.neuron_ids_F)
+        tensors["switchable.safetensors"][layer.ssd.name + NEURON_IDS] = copy_piece(layer.ssd.neuron_ids_F)
     documents: dict[str, Any] = {"switchable.json": describe(model), **(notes or {})}
     if training is not None:
         tensors["training.safetensors"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}

@@ -113,7 +113,7 @@ def measure_model(
 
 def _ids_for(layer: SwitchableFFN, batch: Batch) -> Tensor:
     """The tokens that a layer sees: a decoder that has inputs of its own sees those."""
-    own = "decoder_input_ids" in batch and "decoder" in layer.name.split(".")
+    own = "decoder_input_ids" in batch and "decoder" in layer.ssd.name.split(".")
     return batch["decoder_input_ids" if own else "input_ids"]
 
 
@@ -176,7 +176,7 @@ class _Meter:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        x_TD = x.reshape(-1, layer.d_model)
+        x_TD = x.reshape(-1, layer.ssd.d_model)
         if self.ids_BS.numel() == len(x_TD):
             self.positions.append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
             self.bands.append(self.band_V[self.ids_BS.reshape(-1)])
@@ -184,9 +184,9 @@ class _Meter:
             self._add_piece(layer, piece_TD)
 
     def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:
-        hidden_TF = layer.activations(x_TD)
-        down_FD = layer.weights.down_FD
-        if layer.act_name in EXACT_ZEROS:
+        hidden_TF = layer.ssd.activations(x_TD)
+        down_FD = layer.ssd.weights.down_FD
+        if layer.ssd.settings.activation in EXACT_ZEROS:
             active_TF = hidden_TF != 0
             picked = self._every(self.sample_every, len(x_TD))
             needed_T, _ = needed_neurons(hidden_TF[picked], down_FD)
@@ -195,16 +195,16 @@ class _Meter:
         self.needed.append(needed_T.cpu())
         self.ratios.append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
-        self.patterns.append(pack(active_TF[picked], layer.neuron_ids_F))
+        self.patterns.append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
         self._sum("fired", active_TF.sum(dim=0))
-        self._add_mass(layer, x_TD, expert_mass(hidden_TF, down_FD, layer.num_experts))
+        self._add_mass(layer, x_TD, expert_mass(hidden_TF, down_FD, layer.ssd.num_experts))
         self.seen += len(x_TD)
 
     def _add_mass(self, layer: SwitchableFFN, x_TD: Tensor, mass_TE: Tensor) -> None:
         order_TE = layer.router(x_TD).argsort(dim=1, descending=True)
-        route_TK = order_TE[:, : layer.experts_per_token]
+        route_TK = order_TE[:, : layer.ssd.experts_per_token]
         self.routes.append(route_TK.cpu())
-        self._sum("load", torch.bincount(route_TK.reshape(-1), minlength=layer.num_experts))
+        self._sum("load", torch.bincount(route_TK.reshape(-1), minlength=layer.ssd.num_experts))
         self._sum("best", mass_TE.sort(dim=1, descending=True).values.sum(dim=0, dtype=torch.float64))
         self._sum("router", mass_TE.gather(1, order_TE).sum(dim=0, dtype=torch.float64))
 
@@ -228,14 +228,14 @@ class _Meter:
             by_frequency=_by_band(ratio_T, self.bands, lambda band: band, frequency_name),
             dead=float((fired_F == 0).double().mean()),
             always_on=float((fired_F == self.seen).double().mean()),
-            needed=float(torch.cat(self.needed).double().mean()) / layer.d_ff,
+            needed=float(torch.cat(self.needed).double().mean()) / layer.ssd.d_ff,
             mass_best=(self.sums["best"].cumsum(0) / total).tolist(),
             mass_router=(self.sums["router"].cumsum(0) / total).tolist(),
             load=(load_E / load_E.sum()).tolist(),
             load_imbalance=float(load_E.max() / load_E.mean()),
         )
-        structure_F = torch.empty(layer.d_ff, dtype=torch.long)
-        structure_F[layer.neuron_ids_F] = current_structure(layer)
+        structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
+        structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)
         return study, Fingerprint(torch.cat(self.patterns), structure_F, torch.cat(self.routes))
 
 

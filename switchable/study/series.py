@@ -33,7 +33,7 @@ from switchable.store.load import load_switchable
 from switchable.store.rundir import RunDir, steps_in
 from switchable.store.snapshot import NEURON_IDS
 from switchable.structure.groups import cluster_layers, weight_features
-from switchable.switching.switch import regroup
+from switchable.switching.switch import group_anew
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
 """What libraries raise for a file that is cut off, missing or not what its name says."""
@@ -133,7 +133,7 @@ class Loader:
         model, _ = load_switchable(source.path)
         if self.experts_per_token is not None:
             for layer in layers_of(model):
-                layer.set_experts_per_token(self.experts_per_token)
+                layer.ssd.set_experts_per_token(self.experts_per_token)
         return model
 
     def _other(self, source: Source) -> nn.Module:
@@ -143,17 +143,18 @@ class Loader:
         per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
         convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))
         layers = layers_of(model)
-        rows = [weight_features(layer.reads_FD.detach()) for layer in layers]
+        rows = [weight_features(layer.ssd.reads_FD.detach()) for layer in layers]
         before = self._labels or []
         fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
         self._labels = cluster_layers(rows, experts, warm=before if fits else None)
-        regroup(layers, self._labels, None)
-        for layer in layers:
-            layer.router.initialise(layer.reads_FD)
+        group_anew(layers, self._labels)
         return model
 
     def _check_shape(self, source: Source, model: nn.Module) -> None:
-        shape = [(layer.name, layer.d_model, layer.d_ff, layer.num_experts) for layer in layers_of(model)]
+        shape = [
+            (layer.ssd.name, layer.ssd.d_model, layer.ssd.d_ff, layer.ssd.num_experts)
+            for layer in layers_of(model)
+        ]
         if self._shape is None:
             self._shape = shape
         if shape == self._shape:

@@ -144,7 +144,7 @@ def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run:
             continue
         if probe is None:
             probe = _probe(settings, run, sources, model)
-            neurons = sum(layer.d_ff for layer in layers_of(model))
+            neurons = sum(layer.ssd.d_ff for layer in layers_of(model))
             pattern_tokens = tokens_within(len(sources), neurons)
             _describe(study, model, probe, pattern_tokens)
         measured = measure_model(model, probe, pattern_tokens)
@@ -179,12 +179,12 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
     layers = layers_of(model)
     study.layers = [
         LayerShape(
-            layer.name,
-            layer.d_model,
-            layer.d_ff,
-            layer.num_experts,
-            layer.experts_per_token,
-            layer.act_name,
+            layer.ssd.name,
+            layer.ssd.d_model,
+            layer.ssd.d_ff,
+            layer.ssd.num_experts,
+            layer.ssd.experts_per_token,
+            layer.ssd.settings.activation,
         )
         for layer in layers
     ]
@@ -198,17 +198,17 @@ def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int)
         study.notes.append(
             f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most."
         )
-    if max(layer.d_ff for layer in layers) > MAX_NEURONS:
+    if max(layer.ssd.d_ff for layer in layers) > MAX_NEURONS:
         study.notes.append(
             f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random."
         )
-    if all(layer.act_name in EXACT_ZEROS for layer in layers):
+    if all(layer.ssd.settings.activation in EXACT_ZEROS for layer in layers):
         if probe.tokens > SAMPLED_TOKENS:
             study.notes.append(
                 f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens."
             )
     else:
         study.notes.append(
-            f"{layers[0].act_name} is never exactly zero: a neuron counts as active on a token if it is among the "
-            "fewest that give 99 % of the output (docs/measures.md)."
+            f"{layers[0].ssd.settings.activation} is never exactly zero: a neuron counts as active on a token if it is "
+            "among the fewest that give 99 % of the output (docs/measures.md)."
         )

@@ -21,19 +21,9 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.ranks import gathered
-from switchable.settings import SwitchConfig
+from switchable.settings import SwitchConfig, settled
 from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
-from switchable.switching.schedule import (
-    ScheduleState,
-    decide,
-    enters_sparse,
-    groups_afresh,
-    initial,
-    is_measured,
-    mode_at,
-    phase_at,
-)
+from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 
 
@@ -60,8 +50,9 @@ class Controller:
         probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model
             inputs) or several.
         total_steps: optimizer steps of the whole run.
-        config: the settings; those of experts and router must be the ones given to `convert`.
+        config: the settings of the schedule; default: those given to `convert`.
         seed: seed of the clustering.
+        schedule: when to switch; a baseline's is another one.
 
     Raises:
         InputError: the model is not converted, or total_steps is not positive.
@@ -74,17 +65,21 @@ class Controller:
         total_steps: int,
         config: SwitchConfig | None = None,
         seed: int = 0,
+        schedule: type[Schedule] = Schedule,
     ) -> None:
         self.layers = layers_of(model)
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
         if total_steps < 1:
             raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
-        self.model, self.total_steps, self.seed = model, total_steps, seed
-        self.config = config or SwitchConfig()
+        self.model, self.seed = model, seed
+        first = self.layers[0].ssd.settings
+        self.schedule = schedule(
+            first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
+        )
         self.probe = _as_batches(probe)
         self.steps_done = 0
-        self.state: ScheduleState = initial(len(self.layers), self.config)
+        self.state: ScheduleState = self.schedule.initial(len(self.layers))
         self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0
         self.regroupings = 0
@@ -98,20 +93,17 @@ class Controller:
     @property
     def mode(self) -> str:
         """The mode of the next step."""
-        return mode_at(self.steps_done, self.state, self.total_steps, self.config)
+        return self.schedule.mode_at(self.steps_done, self.state)
 
     @property
     def phase(self) -> str:
-        """The phase of the next step: `"dense"`, `"alternating"`, `"sparse"` or `"final dense"`."""
-        return phase_at(self.steps_done, self.state, self.total_steps, self.config)
+        """The phase of the next step: `"dense"`, `"alternating"` or `"final dense"`."""
+        return self.schedule.phase_at(self.steps_done, self.state)
 
     @property
     def measures_next(self) -> bool:
         """Whether the next call of `step` takes a measurement."""
-        done, config = self.steps_done + 1, self.config
-        if is_measured(done, self.total_steps, config):
-            return True
-        return config.regroup == "switch" and enters_sparse(done, self.state, self.total_steps, config)
+        return self.schedule.is_measured(self.steps_done + 1, self.state)
 
     def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
@@ -135,27 +127,15 @@ class Controller:
         return measurement
 
     def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
-        measures, found = measure(
-            self.model,
-            self.probe,
-            self.last,
-            self.seed + self.steps_done,
-            self.config.structure,
-            fresh=groups_afresh(self.steps_done, self.state, self.total_steps, self.config),
-        )
-        decision = decide(self.steps_done, self.state, measures, self.total_steps, self.config)
+        fresh = self.schedule.groups_afresh(self.steps_done, self.state)
+        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done, fresh=fresh)
+        decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
-        perms = regroup(self.layers, wanted, optimizer)
+        perms = self._regroup(wanted, optimizer)
         self.last = [
             f if perm is None else replace(f, labels_F=f.labels_F[perm])
             for f, perm in zip(found, perms, strict=True)
         ]
-        if self.config.router == "weight_mean":
-            for layer, again in zip(self.layers, decision.regroup, strict=True):
-                if again:
-                    with gathered(*layer.holders):
-                        reads_FD = layer.reads_FD.detach().clone()
-                    layer.router.initialise(reads_FD)
         self.regroupings += sum(decision.regroup)
         self.state = decision.state
         return Measurement(
@@ -165,6 +145,12 @@ class Controller:
             decision.state.takes_part,
             decision.state.experts_per_token,
         )
+
+    def _regroup(
+        self, wanted: Sequence[Tensor | None], optimizer: torch.optim.Optimizer
+    ) -> list[Tensor | None]:
+        """Give layers new structures; return how the neurons of each moved."""
+        return regroup(self.layers, wanted, optimizer)
 
     @property
     def experts_now(self) -> tuple[int | None, ...]:
@@ -184,13 +170,14 @@ class Controller:
             state.activation_l1,
             strict=True,
         ):
-            layer.takes_part, layer.multiplies_active, layer.activation_l1 = part, few_active, penalty
-            layer.set_experts_per_token(k)
+            ssd = layer.ssd
+            ssd.takes_part, ssd.multiplies_active, ssd.activation_l1 = part, few_active, penalty
+            ssd.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
     def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [layer.name for layer in self.layers if id(layer.router.weight) not in trained]
+        missing = [layer.ssd.name for layer in self.layers if id(layer.router.weight) not in trained]
         if missing:
             raise InputError(
                 f"the optimizer does not train the routers of {missing[0]} and {len(missing) - 1} more; "
@@ -200,6 +187,7 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs: plain values, and tensors per layer of the last measurement."""
         return {
+            "schedule": self.schedule.name,
             "steps_done": self.steps_done,
             "switches": self.switches,
             "regroupings": self.regroupings,
@@ -214,15 +202,24 @@ class Controller:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            InputError: it was taken with another schedule.
+        """
+        name = state.get("schedule", "ssd")  # which version 0.1 did not write
+        if name != self.schedule.name:
+            raise InputError(
+                f"this run has schedule {name!r}, not {self.schedule.name!r}: it is a baseline of a comparison; go on "
+                "with it by the command that started it (switchable compare)"
+            )
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
-        start = initial(len(self.layers), self.config)  # for what older checkpoints lack
         self.state = ScheduleState(
             tuple(state["takes_part"]),
             tuple(state["experts_per_token"]),
-            tuple(state.get("multiplies_active", start.multiplies_active)),
-            tuple(state.get("activation_l1", start.activation_l1)),
+            tuple(state["multiplies_active"]),
+            tuple(state["activation_l1"]),
             state["began"],
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)

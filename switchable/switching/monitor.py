@@ -30,9 +30,7 @@ from switchable.ffn.router import expert_mass
 from switchable.ranks import from_main, gathered
 from switchable.structure.groups import (
     cluster_layers,
-    coactivation_features,
     groups_layer,
-    mixed_features,
     similarity,
     weight_features,
 )
@@ -101,11 +99,11 @@ class _Tally:
         self.load_E: Tensor | None = None
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        x_TD = x.reshape(-1, layer.d_model)
-        hidden_TF = layer.activations(x_TD)
-        mass_TE = expert_mass(hidden_TF, layer.weights.down_FD, layer.num_experts)
+        x_TD = x.reshape(-1, layer.ssd.d_model)
+        hidden_TF = layer.ssd.activations(x_TD)
+        mass_TE = expert_mass(hidden_TF, layer.ssd.weights.down_FD, layer.ssd.num_experts)
         ranked_TE = layer.router(x_TD).argsort(dim=-1, descending=True)
-        ids_TK = ranked_TE[:, : layer.experts_per_token]
+        ids_TK = ranked_TE[:, : layer.ssd.experts_per_token]
         active_TF = hidden_TF != 0
         self._active.append(active_TF)
         self._routes.append(ids_TK.cpu())
@@ -114,14 +112,14 @@ class _Tally:
         sums = torch.stack(
             [
                 active_TF.count_nonzero().double(),
-                mass_TE.topk(layer.experts_per_token, dim=-1).values.sum(dtype=torch.float64),
+                mass_TE.topk(layer.ssd.experts_per_token, dim=-1).values.sum(dtype=torch.float64),
                 mass_TE.sum(dtype=torch.float64),
             ]
         ).cpu()
         self.active, self.best, self.mass = self.active + sums[0], self.best + sums[1], self.mass + sums[2]
         caught_E = mass_TE.gather(1, ranked_TE).sum(dim=0, dtype=torch.float64).cumsum(0).cpu()
         self.caught_E = caught_E if self.caught_E is None else self.caught_E + caught_E
-        load_E = torch.bincount(ids_TK.reshape(-1), minlength=layer.num_experts).cpu()
+        load_E = torch.bincount(ids_TK.reshape(-1), minlength=layer.ssd.num_experts).cpu()
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
     @property
@@ -166,27 +164,11 @@ def watch(model: nn.Module, probe: Sequence[Batch]) -> list[_Tally]:
     return tallies
 
 
-def neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
-    """Return what a layer's neurons are grouped by, one row each.
-
-    Args:
-        layer: a switchable FFN.
-        active_TF: which neurons fire on which probe tokens.
-        structure: `"weights"`, `"coactivation"` or `"mixed"`.
-    """
-    weight_FD = weight_features(layer.reads_FD.detach())
-    if structure == "weights":
-        return weight_FD
-    coactive_FR = coactivation_features(active_TF)
-    return coactive_FR if structure == "coactivation" else mixed_features(weight_FD, coactive_FR)
-
-
 def measure(
     model: nn.Module,
     probe: Sequence[Batch],
     last: Sequence[Found | None],
     random_state: int,
-    structure: str = "weights",
     fresh: bool = True,
 ) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
@@ -198,7 +180,6 @@ def measure(
         probe: fixed batches of model inputs.
         last: what was found last time per layer, labels for the neurons in their present order; or None.
         random_state: seed of the clustering.
-        structure: what neurons are grouped by (see `neuron_features`).
         fresh: find the structure from scratch too, and take it if it is better by a margin, as the paper's authors do;
             otherwise from last time's alone, which takes a fraction of the time.
 
@@ -208,24 +189,23 @@ def measure(
     """
     layers = layers_of(model)
     tallies = watch(model, probe)
-    rows = [
-        _features_here(i, layer, tally.active_TF, structure)
-        for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
-    ]
+    rows = [_features_here(i, layer) for i, layer in enumerate(layers)]
     warm = [None if before is None else before.labels_F for before in last]
-    labels = cluster_layers(rows, layers[0].num_experts, warm=warm, random_state=random_state, fresh=fresh)
+    labels = cluster_layers(
+        rows, layers[0].ssd.num_experts, warm=warm, random_state=random_state, fresh=fresh
+    )
     found = [
-        Found(labels_F.cpu(), pack(tally.active_TF, layer.neuron_ids_F), tally.route_TK)
+        Found(labels_F.cpu(), pack(tally.active_TF, layer.ssd.neuron_ids_F), tally.route_TK)
         for labels_F, tally, layer in zip(labels, tallies, layers, strict=True)
     ]
     measures = [_summarise(*each) for each in zip(tallies, layers, last, found, strict=True)]
     return from_main(measures), found
 
 
-def _features_here(index: int, layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor | None:
+def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
     """Return what a layer's neurons are grouped by, on the rank that groups it; one layer is gathered at a time."""
-    with gathered(*layer.holders):
-        return neuron_features(layer, active_TF, structure) if groups_layer(index) else None
+    with gathered(*layer.ssd.holders):
+        return weight_features(layer.ssd.reads_FD.detach()) if groups_layer(index) else None
 
 
 def _summarise(tally: _Tally, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:
@@ -234,8 +214,8 @@ def _summarise(tally: _Tally, layer: SwitchableFFN, last: Found | None, found: F
     mass = max(float(tally.mass), torch.finfo(torch.float64).tiny)
     active_TF = tally.active_TF
     return LayerMeasures(
-        activation_ratio=float(tally.active) / (tally.tokens * layer.d_ff),
-        mass_caught=float(tally.caught_E[layer.experts_per_token - 1]) / mass,
+        activation_ratio=float(tally.active) / (tally.tokens * layer.ssd.d_ff),
+        mass_caught=float(tally.caught_E[layer.ssd.experts_per_token - 1]) / mass,
         mass_by_k=tuple((tally.caught_E / mass).tolist()),
         mass_best=float(tally.best) / mass,
         load_imbalance=float(tally.load_E.max() / tally.load_E.double().mean()),

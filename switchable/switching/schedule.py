@@ -2,14 +2,11 @@
 
     dense ──(some layer is sparse and its structure is stable)──> alternating ──(last part of the run)──> final dense
 
-(schedule `ssd`; of the others, `dense` never leaves the first phase, `static` is sparse ever after instead of
-alternating, and `sparse` is that from the first step.)
+While alternating, `sparse_steps` sparse steps are followed by a dense one, over and over: a change of mode costs
+nothing while the structure stands, and the dense steps keep both modes and the router together. Which layers take part
+is decided per layer and by measurement: one that is not sparse (usually the first) stays dense.
 
-While alternating, `sparse_steps` sparse steps are followed by `dense_steps` dense ones, over and over: a change of
-mode costs nothing while the structure stands, and the dense steps keep both modes and the router together. Which
-layers take part is decided per layer and by measurement: one that is not sparse (usually the first) stays dense.
-
-Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measurements, docs/LOG.md.
+Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measurements, docs/log/quality.md.
 """
 
 from __future__ import annotations
@@ -21,15 +18,18 @@ from dataclasses import dataclass, replace
 from switchable.settings import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
 
-EVER_SPARSE = ("static", "sparse")
-"""Schedules that have no dense steps once they are sparse."""
-
 LEAVE_FACTOR = 1.25
 """A layer that takes part leaves when it misses a limit by this factor: no to and fro."""
 
 SETTLE_FRACTION = 0.1
 """The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
-(82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right (docs/LOG.md)."""
+(82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right."""
+
+MAX_EXPERT_FRACTION = 0.65
+"""With a mass target: a layer that needs a larger fraction of its experts stays dense."""
+
+ACTIVATION_TARGET = 0.12
+"""Activation ratio down to which the penalty on activations is paid, per layer."""
 
 
 @dataclass(frozen=True)
@@ -55,189 +55,174 @@ class Decision:
     regroup: tuple[bool, ...]
 
 
-def initial(num_layers: int, config: SwitchConfig) -> ScheduleState:
-    """Return the state at step 0: every layer dense, or with schedule `sparse` every layer sparse."""
-    sparse = config.schedule == "sparse"
-    return ScheduleState(
-        takes_part=(sparse,) * num_layers,
-        experts_per_token=(config.experts_per_token,) * num_layers,
-        multiplies_active=(False,) * num_layers,
-        activation_l1=(config.activation_l1,) * num_layers,
-        began=0 if sparse else None,
-    )
+class Schedule:
+    """The schedule of one run.
 
-
-def dense_until(total_steps: int, config: SwitchConfig) -> int:
-    """Return the first step (counted from 0) that may be sparse."""
-    return round(config.min_dense_fraction * total_steps)
-
-
-def dense_from(total_steps: int, config: SwitchConfig) -> int:
-    """Return the first step (counted from 0) of the last dense phase; `total_steps` if there is none."""
-    if config.schedule in EVER_SPARSE:
-        return total_steps
-    return total_steps - round(config.final_dense_fraction * total_steps)
-
-
-def mode_at(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> str:
-    """Return the mode of step `step` (counted from 0): `"dense"` or `"sparse"`."""
-    if state.began is None or step < state.began or step >= dense_from(total_steps, config):
-        return "dense"
-    if not any(state.takes_part):
-        return "dense"
-    if config.schedule in EVER_SPARSE:
-        return "sparse"
-    place = (step - state.began) % (config.sparse_steps + config.dense_steps)
-    return "sparse" if place < config.sparse_steps else "dense"
-
-
-def is_measured(steps_done: int, total_steps: int, config: SwitchConfig) -> bool:
-    """Return whether a measurement is due after so many steps, at least one.
-
-    Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by `monitor_growth`:
-    the pattern changes fast in a young model and slowly later on, and clustering costs as much as a few steps. One more
-    is due when the first dense phase may end, so that no layer has to wait, in place of any shortly before: a layer
-    that got a new structure there would join with a router that has not learned it yet.
+    Args:
+        config: with a value for every setting.
+        total_steps: optimizer steps of the whole run.
     """
-    if not config.monitor_every:
-        return False
-    if config.schedule in ("ssd", "static"):
-        until = dense_until(total_steps, config)
-        if until - max(config.monitor_every, SETTLE_FRACTION * until) < steps_done <= until:
-            return steps_done == until
-    if steps_done % config.monitor_every:
-        return False
-    number, due = steps_done // config.monitor_every, 1
-    while due < number:
-        due = max(due + 1, math.ceil(due * config.monitor_growth - 1e-9))
-    return due == number
 
+    name = "ssd"
+    """Kept with a run's state: another schedule cannot go on from it."""
+    dense_steps = 1
+    """Dense steps at each return."""
 
-def groups_afresh(steps_done: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
-    """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
+    def __init__(self, config: SwitchConfig, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
 
-    Always where the schedule compares structures or takes them as they are found. Otherwise only the last measurement
-    before layers may join, whose structure they keep, and later ones while some layer has yet to join; up to there the
-    structure at hand is carried along.
-    """
-    compares = config.stability_threshold > 0 or config.regroup_below > 0
-    if compares or config.regroup == "switch" or config.router == "weight_mean":
-        return True
-    until = dense_until(total_steps, config)
-    if steps_done >= until:
-        return steps_done > until and not all(state.takes_part)
-    return not any(is_measured(step, total_steps, config) for step in range(steps_done + 1, until))
+    @property
+    def dense_until(self) -> int:
+        """The first step (counted from 0) that may be sparse."""
+        return round(self.config.min_dense_fraction * self.total_steps)
 
+    @property
+    def dense_from(self) -> int:
+        """The first step (counted from 0) of the last dense phase; `total_steps` if there is none."""
+        return self.total_steps - round(self.config.final_dense_fraction * self.total_steps)
 
-def enters_sparse(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> bool:
-    """Return whether step `step` is sparse and the one before it dense, as far as the state now tells."""
-    modes = [mode_at(s, state, total_steps, config) for s in (step - 1, step)]
-    return modes == ["dense", "sparse"]
-
-
-def phase_at(step: int, state: ScheduleState, total_steps: int, config: SwitchConfig) -> str:
-    """Return the phase of step `step`: `"dense"`, `"alternating"` (or `"sparse"`), or `"final dense"`."""
-    if step >= dense_from(total_steps, config):
-        return "final dense"
-    if state.began is None or not any(state.takes_part):
-        return "dense"
-    return "sparse" if config.schedule in EVER_SPARSE else "alternating"
-
-
-def decide(
-    step: int, state: ScheduleState, measures: Sequence[LayerMeasures], total_steps: int, config: SwitchConfig
-) -> Decision:
-    """Decide after a measurement taken when `step` steps are done.
-
-    A layer joins when it is sparse (activation ratio and the mass that its experts catch, or the experts that the mass
-    target needs) and stable (similarity of successive structures); its structure follows every measurement before that
-    one. Once it takes part its structure stands, unless it has drifted too far (or, with `regroup="switch"`, until the
-    next change to sparse). In the last dense phase nothing is regrouped any more: sparse mode would have no time to
-    learn it. With a `mass_target`, each layer's K follows every measurement to the end; whether its dense steps
-    multiply active neurons only, and whether its activations are penalised, always does.
-    """
-    experts = tuple(experts_needed(m, config) for m in measures)
-    few_active = tuple(m.activation_ratio < config.active_below for m in measures)
-    penalties = tuple(
-        config.activation_l1 if m.activation_ratio > config.activation_target else 0.0 for m in measures
-    )
-    state = replace(state, experts_per_token=experts, multiplies_active=few_active, activation_l1=penalties)
-    if config.schedule in ("dense", "sparse") or step >= dense_from(total_steps, config):
-        return Decision(state, (False,) * len(measures))
-    may_join = step >= dense_until(total_steps, config)
-    if config.join == "together":
-        takes_part = _together(state.takes_part, measures, may_join, config)
-    else:
-        takes_part = tuple(
-            _takes_part(part, m, may_join, config) for part, m in zip(state.takes_part, measures, strict=True)
+    def initial(self, num_layers: int) -> ScheduleState:
+        """Return the state at step 0: every layer dense."""
+        return ScheduleState(
+            takes_part=(False,) * num_layers,
+            experts_per_token=(self.config.experts_per_token,) * num_layers,
+            multiplies_active=(False,) * num_layers,
+            activation_l1=(self.config.activation_l1,) * num_layers,
         )
-    at_switch = enters_sparse(step, state, total_steps, config)
-    regroup = tuple(
-        _regroups(part, joins, m, at_switch, config)
-        for part, joins, m in zip(state.takes_part, takes_part, measures, strict=True)
-    )
-    began = step if state.began is None and any(takes_part) else state.began
-    return Decision(replace(state, takes_part=takes_part, began=began), regroup)
 
+    def mode_at(self, step: int, state: ScheduleState) -> str:
+        """Return the mode of step `step` (counted from 0): `"dense"` or `"sparse"`."""
+        if state.began is None or step < state.began or step >= self.dense_from or not any(state.takes_part):
+            return "dense"
+        place = (step - state.began) % (self.config.sparse_steps + self.dense_steps)
+        return "sparse" if place < self.config.sparse_steps else "dense"
 
-def experts_needed(measured: LayerMeasures, config: SwitchConfig) -> int:
-    """Return K: the fewest experts of the router's choice that catch the mass asked for, or the K of the settings."""
-    if config.mass_target is None:
-        return config.experts_per_token
-    enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= config.mass_target)
-    return next(enough, len(measured.mass_by_k))
+    def phase_at(self, step: int, state: ScheduleState) -> str:
+        """Return the phase of step `step`: `"dense"`, `"alternating"` or `"final dense"`."""
+        if step >= self.dense_from:
+            return "final dense"
+        return "dense" if state.began is None or not any(state.takes_part) else "alternating"
 
+    def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002 - a baseline needs it
+        """Return whether a measurement is due after so many steps, at least one.
 
-def _takes_part(part: bool, measured: LayerMeasures, may_join: bool, config: SwitchConfig) -> bool:
-    if part:
-        return config.schedule == "static" or _is_sparse([measured], config, slack=LEAVE_FACTOR)
-    return may_join and _is_sparse([measured], config) and _is_stable([measured], config)
+        Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by
+        `monitor_growth`: the pattern changes fast in a young model and slowly later on, and clustering costs as much as
+        a few steps. One more is due when the first dense phase may end, so that no layer has to wait, in place of any
+        shortly before: a layer that got a new structure there would join with a router that has not learned it yet.
+        """
+        return self._is_due(steps_done)
 
+    def _is_due(self, steps_done: int) -> bool:
+        every, growth = self.config.monitor_every, self.config.monitor_growth
+        if not every:
+            return False
+        until = self.dense_until
+        if not self.config.never_sparse and until - max(every, SETTLE_FRACTION * until) < steps_done <= until:
+            return steps_done == until
+        if steps_done % every:
+            return False
+        number, due = steps_done // every, 1
+        while due < number:
+            due = max(due + 1, math.ceil(due * growth - 1e-9))
+        return due == number
 
-def _together(
-    takes_part: tuple[bool, ...], measures: Sequence[LayerMeasures], may_join: bool, config: SwitchConfig
-) -> tuple[bool, ...]:
-    """All layers join at once, when their means pass, and none leaves."""
-    if any(takes_part):
-        return takes_part
-    return (may_join and _is_sparse(measures, config) and _is_stable(measures, config),) * len(measures)
+    def groups_afresh(self, steps_done: int, state: ScheduleState) -> bool:
+        """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
 
+        Always where structures are compared. Otherwise only the last measurement before layers may join, whose
+        structure they keep, and later ones while some layer has yet to join; up to there the structure at hand is
+        carried along.
+        """
+        if self.config.stability_threshold > 0:
+            return True
+        until = self.dense_until
+        if steps_done >= until:
+            return steps_done > until and not all(state.takes_part)
+        return not any(self._is_due(step) for step in range(steps_done + 1, until))
 
-def _is_stable(measures: Sequence[LayerMeasures], config: SwitchConfig) -> bool:
-    """Whether the structures that were found in turn are alike, on average; with a threshold of 0 nobody asks."""
-    threshold = config.stability_threshold
-    return threshold == 0 or _mean([m.similarity for m in measures]) >= threshold
+    def decide(self, step: int, state: ScheduleState, measures: Sequence[LayerMeasures]) -> Decision:
+        """Decide after a measurement taken when `step` steps are done.
 
+        A layer joins when it is sparse (activation ratio and the mass that its experts catch, or the experts that the
+        mass target needs) and stable (similarity of successive structures). Its structure follows every measurement
+        before that one; once it takes part, its structure stands. In the last dense phase nothing is regrouped any
+        more: sparse mode would have no time to learn it. With a `mass_target`, each layer's K follows every measurement
+        to the end; whether its dense steps multiply active neurons only, and whether its activations are penalised,
+        always does.
+        """
+        state = self._followed(state, measures)
+        if self.config.never_sparse or step >= self.dense_from:
+            return Decision(state, (False,) * len(measures))
+        takes_part = self._who_takes_part(step, state, measures)
+        regroup = self._who_is_regrouped(step, state, takes_part, measures)
+        began = step if state.began is None and any(takes_part) else state.began
+        return Decision(replace(state, takes_part=takes_part, began=began), regroup)
 
-def _is_sparse(measures: Sequence[LayerMeasures], config: SwitchConfig, slack: float = 1.0) -> bool:
-    """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit.
+    def _followed(self, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
+        """Return the state with what follows from any measurement."""
+        config = self.config
+        return replace(
+            state,
+            experts_per_token=tuple(self.experts_needed(m) for m in measures),
+            multiplies_active=tuple(m.activation_ratio < config.active_below for m in measures),
+            activation_l1=tuple(
+                config.activation_l1 if m.activation_ratio > ACTIVATION_TARGET else 0.0 for m in measures
+            ),
+        )
 
-    A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
-    mass, and a layer that joins so costs more than all others (docs/LOG.md).
-    """
-    if config.mass_target is not None:
-        used = _mean([experts_needed(m, config) / len(m.mass_by_k) for m in measures])
-        return used <= slack * config.max_expert_fraction
-    active = _mean([m.activation_ratio for m in measures])
-    caught = _mean([m.mass_caught for m in measures])
-    return active <= slack * config.max_activation_ratio and slack * caught >= config.min_mass_caught
+    def experts_needed(self, measured: LayerMeasures) -> int:
+        """Return K: the fewest experts of the router's choice that catch the mass asked for, or the settings' K."""
+        target = self.config.mass_target
+        if target is None:
+            return self.config.experts_per_token
+        enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= target)
+        return next(enough, len(measured.mass_by_k))
 
+    def _who_takes_part(
+        self, step: int, state: ScheduleState, measures: Sequence[LayerMeasures]
+    ) -> tuple[bool, ...]:
+        may_join = step >= self.dense_until
+        return tuple(
+            self._stays(m) if part else may_join and self._is_sparse([m]) and self._is_stable([m])
+            for part, m in zip(state.takes_part, measures, strict=True)
+        )
 
-def _regroups(
-    part: bool, joins: bool, measured: LayerMeasures, at_switch: bool, config: SwitchConfig
-) -> bool:
-    """Whether a layer is given the structure just found.
+    def _stays(self, measured: LayerMeasures) -> bool:
+        return self._is_sparse([measured], slack=LEAVE_FACTOR)
 
-    One that joins goes on with the structure on which its router has learned and its K was measured, if it has one
-    already. A router that is the mean of the weights needs not learn, and with `regroup="switch"` every change to
-    sparse means a new structure.
-    """
-    if not part:
-        has_one = measured.pattern_similarity is not None  # there was a measurement before
-        return not (joins and has_one) or config.router == "weight_mean" or config.regroup == "switch"
-    if config.schedule == "static":
-        return False
-    return at_switch if config.regroup == "switch" else measured.similarity_in_use < config.regroup_below
+    def _is_stable(self, measures: Sequence[LayerMeasures]) -> bool:
+        """Whether the structures that were found in turn are alike, on average; with a threshold of 0 nobody asks."""
+        threshold = self.config.stability_threshold
+        return threshold == 0 or _mean([m.similarity for m in measures]) >= threshold
+
+    def _is_sparse(self, measures: Sequence[LayerMeasures], slack: float = 1.0) -> bool:
+        """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit.
+
+        A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
+        mass, and a layer that joins so costs more than all others.
+        """
+        config = self.config
+        if config.mass_target is not None:
+            used = _mean([self.experts_needed(m) / len(m.mass_by_k) for m in measures])
+            return used <= slack * MAX_EXPERT_FRACTION
+        active = _mean([m.activation_ratio for m in measures])
+        caught = _mean([m.mass_caught for m in measures])
+        return active <= slack * config.max_activation_ratio and slack * caught >= config.min_mass_caught
+
+    def _who_is_regrouped(
+        self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]
+    ) -> tuple[bool, ...]:
+        """Return which layers are given the structure just found: those that do not take part yet.
+
+        One that joins goes on with the structure on which its router has learned and its K was measured, if it has one
+        already.
+        """
+        del step  # a baseline's answer depends on it
+        return tuple(
+            not part and not (joins and m.pattern_similarity is not None)  # None: measured for the first time
+            for part, joins, m in zip(state.takes_part, takes_part, measures, strict=True)
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -52,34 +52,46 @@ def regroup(
     for layer, perm in moving:
         before = _fingerprint(layer)
         _permute(layer, perm, optimizer)
-        layer.neuron_ids_F = layer.neuron_ids_F[perm]
+        layer.ssd.neuron_ids_F = layer.ssd.neuron_ids_F[perm]
         after = _fingerprint(layer)
         scale = before.abs().max().clamp_min(1e-6)
         if not torch.isnan(before).any() and (after - before).abs().max() > 1e-2 * scale:
             raise RuntimeError(
-                f"regrouping changed the function of {layer.name}; this is a bug in switchable"
+                f"regrouping changed the function of {layer.ssd.name}; this is a bug in switchable"
             )
     return perms
 
 
+def group_anew(layers: Sequence[SwitchableFFN], structures: Sequence[Tensor]) -> None:
+    """Put the neurons of a model that is not being trained in the order of structures, and start its routers.
+
+    Args:
+        layers: switchable FFNs.
+        structures: labels_F per layer.
+    """
+    regroup(layers, [labels_F.cpu() for labels_F in structures], None)
+    for layer in layers:
+        layer.router.initialise(layer.ssd.reads_FD)
+
+
 def _permutation(layer: SwitchableFFN, labels_F: Tensor) -> Tensor | None:
     current_F = current_structure(layer)
-    labels_F = match_labels(current_F, labels_F.cpu(), layer.num_experts)
-    perm_F = permutation_from_labels(labels_F, layer.num_experts)
-    return None if torch.equal(perm_F, torch.arange(layer.d_ff)) else perm_F
+    labels_F = match_labels(current_F, labels_F.cpu(), layer.ssd.num_experts)
+    perm_F = permutation_from_labels(labels_F, layer.ssd.num_experts)
+    return None if torch.equal(perm_F, torch.arange(layer.ssd.d_ff)) else perm_F
 
 
 def current_structure(layer: SwitchableFFN) -> Tensor:
     """Return labels_F of the structure in use: neurons stand in cluster order, so expert e owns rows e·I to (e+1)·I."""
-    return torch.arange(layer.num_experts).repeat_interleave(layer.d_ff // layer.num_experts)
+    return torch.arange(layer.ssd.num_experts).repeat_interleave(layer.ssd.d_ff // layer.ssd.num_experts)
 
 
 def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[nn.Linear, bool, Tensor, bool]]:
     """Yield (projection, is output projection, parameter, is bias) for every parameter with a neuron axis."""
     for projection, output in (
-        (layer.gate_projection, False),
-        (layer.up_projection, False),
-        (layer.down_projection, True),
+        (layer.ssd.gate_projection, False),
+        (layer.ssd.up_projection, False),
+        (layer.ssd.down_projection, True),
     ):
         if projection is None:
             continue
@@ -101,7 +113,7 @@ def check_optimizer(layer: SwitchableFFN, optimizer: torch.optim.Optimizer) -> N
                 kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(
                     f"the state {key!r} of optimizer {type(optimizer).__name__} ({kind}) does not have the shape of "
-                    f"its parameter {tuple(parameter.shape)} in {layer.name} and cannot move with the neurons; "
+                    f"its parameter {tuple(parameter.shape)} in {layer.ssd.name} and cannot move with the neurons; "
                     "use an element-wise optimizer, e.g. AdamW, SGD with momentum, Lion"
                 )
 
@@ -121,12 +133,12 @@ def _permute(layer: SwitchableFFN, perm_F: Tensor, optimizer: torch.optim.Optimi
 @torch.no_grad()
 def _fingerprint(layer: SwitchableFFN) -> Tensor:
     """Return the dense output for two fixed tokens: regrouping must not change it."""
-    parameter = layer.up_projection.weight
+    parameter = layer.ssd.up_projection.weight
     x_TD = (
-        torch.linspace(-1, 1, 2 * layer.d_model)
+        torch.linspace(-1, 1, 2 * layer.ssd.d_model)
         .sin()
-        .view(2, layer.d_model)
+        .view(2, layer.ssd.d_model)
         .to(parameter.device, parameter.dtype)
     )
-    with gathered(*layer.holders):
-        return layer.write(layer.activations(x_TD)).float()
+    with gathered(*layer.ssd.holders):
+        return layer.ssd.write(layer.ssd.activations(x_TD)).float()

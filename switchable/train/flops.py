@@ -5,7 +5,7 @@ its matmuls), so any architecture is covered. What a sparse step saves is then e
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
     dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
-    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2 · 2·D·E (its input gets no gradient; 3 · 2·D·E with softmax gates)
+    sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2·D·E, and what it learns there
     active neurons     2·D·F + 5 · 2·D·a·F        a = share of the activations that are not zero, as counted in the step
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchable.ffn.convert import kept_modes
-from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.layer import SPARSE_TOKEN_FRACTION, SwitchableFFN
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         sdpa_kernel(SDPBackend.MATH),
     ):
         for layer in layers:
-            layer.mode, layer.router_learns = "dense", False
+            layer.ssd.mode, layer.ssd.router_learns = "dense", False
         model.eval()  # activation checkpointing would compute forward passes twice: that is no work of the model
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
@@ -122,7 +122,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         dense=float(counter.get_total_flops()),
         head=sum(6.0 * head.weight.numel() * n for head, n in heads),
         ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
-        expert=tuple(ffn_dense(layer) / layer.num_experts * n for layer, n in each),
+        expert=tuple(ffn_dense(layer) / layer.ssd.num_experts * n for layer, n in each),
         router=tuple(router_sparse(layer) * n for layer, n in each),
         router_learning=tuple(router_learning(layer) * n for layer, n in each),
         ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
@@ -131,38 +131,33 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
 
 def projections(layer: SwitchableFFN) -> int:
     """Return the number of an FFN's projections: up and down, and the gate if there is one."""
-    return 2 if layer.gate_projection is None else 3
+    return 2 if layer.ssd.gate_projection is None else 3
 
 
 def ffn_dense(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token, forward and backward, of a layer in dense mode."""
-    return 3.0 * 2 * projections(layer) * layer.d_model * layer.d_ff
+    return 3.0 * 2 * projections(layer) * layer.ssd.d_model * layer.ssd.d_ff
 
 
 def router_sparse(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a layer's router in a sparse step, its learning there included."""
-    passes = 3.0 if layer.expert_gate == "softmax" else 2.0 if layer.router_gate_gradient else 1.0
     learning = 0.0
-    if layer.router_learns and layer.expert_gate == "unit":
-        inputs = 2.0 * (projections(layer) - 1) * layer.d_model * layer.d_ff
-        learning = layer.router_sparse_fraction * (inputs + _router_loss(layer))
-    return passes * 2 * layer.d_model * layer.num_experts + learning
+    if layer.ssd.router_learns:
+        inputs = 2.0 * (projections(layer) - 1) * layer.ssd.d_model * layer.ssd.d_ff
+        learning = SPARSE_TOKEN_FRACTION * (inputs + _router_loss(layer))
+    return layer.router_passes * 2 * layer.ssd.d_model * layer.ssd.num_experts + learning
 
 
 def router_learning(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a dense step that train the layer's router, 0 if it does not learn there."""
-    if not layer.router_learns:
+    if not layer.ssd.router_learns:
         return 0.0
-    commitment = 2.0 * layer.d_model * layer.num_experts + 4.0 * layer.d_ff if layer.commitment else 0.0
-    return layer.router_token_fraction * (_router_loss(layer) + commitment)
+    return layer.ssd.settings.config.router_token_fraction * _router_loss(layer)
 
 
 def _router_loss(layer: SwitchableFFN) -> float:
     """Return the FLOPs of the router's loss, both passes, per token that it learns from."""
-    importance = 2.0 * layer.d_ff
-    if layer.router_objective == "norm":
-        importance += 2.0 * layer.d_ff * (layer.d_ff // layer.num_experts)
-    return 4.0 * layer.d_model * layer.num_experts + importance
+    return 4.0 * layer.ssd.d_model * layer.ssd.num_experts + 2.0 * layer.ssd.d_ff
 
 
 def _head(model: nn.Module) -> list[nn.Linear]:

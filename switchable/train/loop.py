@@ -162,7 +162,7 @@ class Trainer:
         counters, sparse = self.counters, mode == "sparse"
         counters.steps += 1
         counters.flops += self.flops.step(
-            experts, [layer.active_seen.take(layer.d_ff) for layer in self.job.controller.layers]
+            experts, [layer.ssd.active_count.take(layer.ssd.d_ff) for layer in self.job.controller.layers]
         )
         counters.sparse_steps += sparse
         counters.window_steps += 1
@@ -244,15 +244,15 @@ class Trainer:
     def validate(self) -> dict[str, float | None]:
         """Return validation loss (nats per predicted token) and bits per byte in both modes, None for what is not.
 
-        There is no sparse mode before sparse training has begun, and no dense one with softmax gates; bits per byte of
-        text follow from the loss only where every token is predicted, that is for causal models.
+        There is no sparse mode before sparse training has begun, and no dense one of a mixture of experts. Bits per
+        byte of text follow from the loss only where every token is predicted, that is for causal models.
         """
         job = self.job
         with job.replica.autocast():
             dense = (
-                None
-                if job.config.switch.gate == "softmax"
-                else loss_in_mode(job.model, job.validation, "dense")
+                loss_in_mode(job.model, job.validation, "dense")
+                if job.controller.layers[0].has_dense_mode
+                else None
             )
             sparse = (
                 loss_in_mode(job.model, job.validation, "sparse")

@@ -27,12 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import switchable
 from switchable import ranks
-from switchable.compute.autotune import resolve
-from switchable.compute.shape import Shape
 from switchable.config import RunConfig, TrainConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
-from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
 from switchable.train.meeting import meet
@@ -123,7 +120,7 @@ def prepare(model: nn.Module, config: TrainConfig) -> None:
     blocks = blocks_of(model)
     for layer in layers_of(model):
         # Attached losses are added up over micro-batches, as the model's own is.
-        layer.attached_loss_weight = 1.0 / config.gradient_accumulation_steps
+        layer.ssd.loss_weight = 1.0 / config.gradient_accumulation_steps
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if config.compile:
@@ -147,19 +144,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the Transformer blocks: of every switchable FFN, the outermost element of a `ModuleList` around it."""
     found: dict[int, nn.Module] = {}
     for layer in layers_of(model):
-        parts = layer.name.split(".")
+        parts = layer.ssd.name.split(".")
         names = [".".join(parts[: i + 1]) for i in range(len(parts))]
         parents = [model, *(model.get_submodule(name) for name in names[:-1])]
         inside = (n for n, parent in zip(names, parents, strict=True) if isinstance(parent, nn.ModuleList))
         block = model.get_submodule(next(inside, names[-1]))
         found[id(block)] = block
     return list(found.values())
-
-
-def learns_in_every_step(layer: SwitchableFFN) -> bool:
-    """Return whether the layer's router has a gradient in dense steps and in sparse ones."""
-    through_gates = layer.router_gate_gradient or layer.expert_gate == "softmax"
-    return layer.router_learns and (through_gates or layer.router_sparse_fraction > 0.0)
 
 
 class Replica:
@@ -175,8 +166,8 @@ class Replica:
         self.model, self._config, self._device = model, config, device
         self._wrapped = model
         if ranks.running() and config.parallel == "ddp":
-            # A router that learns in one of the modes only is one whose gradient DDP must not wait for.
-            some_idle = not all(learns_in_every_step(layer) for layer in layers_of(model))
+            # A router that does not learn is one whose gradient DDP must not wait for.
+            some_idle = not all(layer.ssd.router_learns for layer in layers_of(model))
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -233,30 +224,6 @@ def split(batch: Batch, rows: int) -> list[Batch]:
         {k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         for i in range(0, len(batch["labels"] if "labels" in batch else batch["input_ids"]), rows)
     ]
-
-
-def settle_expert_compute(model: nn.Module, tokens: int, config: TrainConfig, device: torch.device) -> None:
-    """Let rank 0 measure which expert compute `auto` is, for all: ranks that measured themselves might disagree.
-
-    Args:
-        model: a converted model.
-        tokens: tokens of a micro-batch.
-        config: precision.
-        device: where it trains.
-    """
-    for layer in layers_of(model):
-        if ranks.world_size() > 1 and layer.expert_compute == "auto":
-            shape = Shape(
-                tokens=tokens,
-                d_model=layer.d_model,
-                d_ff=layer.d_ff,
-                num_experts=layer.num_experts,
-                experts_per_token=layer.experts_per_token,
-                activation=layer.act_name,
-                dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.get_default_dtype(),
-                device=device.type,
-            )
-            layer.expert_compute = ranks.on_main(lambda s=shape: resolve(s, dense_allowed=False))  # type: ignore[misc]
 
 
 class StopVote:

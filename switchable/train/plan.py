@@ -26,6 +26,7 @@ from torch import nn
 from switchable.config import RunConfig, check
 from switchable.errors import InputError, nearest
 from switchable.ffn.convert import convert, layers_of
+from switchable.switching.schedule import Schedule
 from switchable.train.flops import count
 from switchable.train.parallel import blocks_of, check_division
 from switchable.train.setup import build_model
@@ -130,10 +131,8 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
 def sparse_share(config: RunConfig) -> float:
     """Return the share of steps that are sparse if the layers are stable as soon as they may be."""
     switch = config.switch
-    if switch.schedule == "dense":
-        return 0.0
     alternating = max(0.0, 1 - switch.min_dense_fraction - switch.final_dense_fraction)
-    return alternating * switch.sparse_steps / (switch.sparse_steps + switch.dense_steps)
+    return alternating * switch.sparse_steps / (switch.sparse_steps + Schedule.dense_steps)
 
 
 def estimates(
@@ -186,7 +185,7 @@ def _size(module: nn.Module) -> int:
 
 def _ffn_parameters(layer: Any) -> int:
     """Parameters of an FFN that move with its neurons: the projections, without the output's bias."""
-    weights = layer.weights
+    weights = layer.ssd.weights
     tensors = (weights.up_FD, weights.down_FD, weights.up_bias_F, weights.gate_FD, weights.gate_bias_F)
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 

@@ -36,7 +36,7 @@ from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
 from switchable.train.loop import Counters, Trainer
 from switchable.train.parallel import split
-from switchable.train.setup import Job, micro_rows, set_up
+from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.timing import step_seconds
 
@@ -57,7 +57,13 @@ MAY_CHANGE = (
 
 
 def pretrain(
-    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False, jobs: int = 1
+    config: RunConfig,
+    out: Path,
+    cache: Path,
+    overwrite: bool = False,
+    quiet: bool = False,
+    jobs: int = 1,
+    variant: Variant = SSD,
 ) -> dict[str, Any]:
     """Start a run in the folder `out` and train to its end.
 
@@ -68,6 +74,7 @@ def pretrain(
         overwrite: replace a run that is there.
         quiet: show nothing.
         jobs: runs that share the machine at this time; only noted in the summary.
+        variant: what a baseline exchanges.
 
     Returns:
         The summary, as written to `summary.json`.
@@ -79,7 +86,7 @@ def pretrain(
     check(config)
     with _held(RunDir(out)) as rundir:
         ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
-        job = set_up(config, cache, quiet or not ranks.is_main())
+        job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
 
@@ -91,6 +98,7 @@ def resume(
     resume_from: str | None = None,
     quiet: bool = False,
     jobs: int = 1,
+    variant: Variant = SSD,
 ) -> dict[str, Any]:
     """Go on with the run in the folder `out`, bitwise as if it had never stopped.
 
@@ -101,6 +109,7 @@ def resume(
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
         quiet: show nothing.
         jobs: runs that share the machine at this time; only noted in the summary.
+        variant: what a baseline exchanges; the one the run was started with.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
@@ -111,7 +120,7 @@ def resume(
     with _held(RunDir(out)) as rundir:
         config = ranks.together(lambda: _same_config(rundir, flags))
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
-        job = set_up(config, cache, quiet or not ranks.is_main())
+        job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.together(lambda: _check_same_data(rundir, job, step))
         ranks.on_main(rundir.claim)
         controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
@@ -326,7 +335,10 @@ def _active_layers(job: Job) -> list[int]:
     """Return 1 for each layer whose dense steps multiply active neurons only."""
     with job.replica.autocast():
         return [
-            int(layer.multiplies_active and has_active(layer.weights.up_FD, layer.weights, layer.act_name))
+            int(
+                layer.ssd.multiplies_active
+                and has_active(layer.ssd.weights.up_FD, layer.ssd.weights, layer.ssd.settings.activation)
+            )
             for layer in job.controller.layers
         ]
 

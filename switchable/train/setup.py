@@ -24,14 +24,28 @@ from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
 from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
+from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.fill import check_prompt
 from switchable.switching.controller import Controller
+from switchable.switching.schedule import Schedule
 from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import build_optimizer
-from switchable.train.parallel import Replica, check_division, settle_expert_compute, split
+from switchable.train.parallel import Replica, check_division, split
 from switchable.train.parallel import prepare as prepare_model
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a run is made of besides its configuration; the baselines of a comparison exchange parts."""
+
+    layer: type[SwitchableFFN] = SwitchableFFN
+    schedule: type[Schedule] = Schedule
+    controller: type[Controller] = Controller
+
+
+SSD = Variant()
 
 
 @dataclass
@@ -61,13 +75,14 @@ class Job:
         return self.batches.objective.name
 
 
-def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
+def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD) -> Job:
     """Prepare the data and build model, optimizer and controller at step 0.
 
     Args:
         config: the run.
         cache: folder for token files, shared between runs.
         quiet: show no progress.
+        variant: what a baseline exchanges.
 
     Raises:
         InputError: a setting or the data is unusable.
@@ -76,9 +91,8 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
-    parts = ranks.together(lambda: _build(config, cache, quiet))
+    parts = ranks.together(lambda: _build(config, cache, quiet, variant))
     model, train = parts.model, config.train
-    settle_expert_compute(model, micro_rows(train) * train.sequence_length, train, parts.device)
     prepare_model(model, train)
     return Job(
         config=config,
@@ -90,7 +104,9 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False) -> Job:
         batches=parts.batches,
         validation=parts.validation,
         optimizer=build_optimizer(model, train),
-        controller=Controller(model, parts.probe, train.steps, config.switch, train.seed),
+        controller=variant.controller(
+            model, parts.probe, train.steps, config.switch, train.seed, variant.schedule
+        ),
         device=parts.device,
     )
 
@@ -109,7 +125,7 @@ class _Parts:
     report: ConversionReport
 
 
-def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
+def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> _Parts:
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
@@ -131,9 +147,9 @@ def _build(config: RunConfig, cache: Path, quiet: bool) -> _Parts:
     model = build_model(
         config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
     ).to(device)
-    report = convert(model, config.switch)
+    report = convert(model, config.switch, layer_type=variant.layer)
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
-    probe = probe_inputs(model, validation(0, 1), config.switch.probe_tokens)
+    probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)
     return _Parts(
         device=device,

@@ -59,14 +59,17 @@ def step_seconds(
     def step(mode: str, *, routers: bool = True, active: bool = False) -> None:
         set_mode(model, mode)
         for layer, (learns, multiplies_active) in zip(layers, given, strict=True):
-            layer.router_learns, layer.multiplies_active = learns and routers, multiplies_active and active
+            layer.ssd.router_learns, layer.ssd.multiplies_active = (
+                learns and routers,
+                multiplies_active and active,
+            )
         for _ in range(micro_batches):
             model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     with kept_modes(model) as layers:
-        given = [(layer.router_learns, layer.multiplies_active) for layer in layers]
+        given = [(layer.ssd.router_learns, layer.ssd.multiplies_active) for layer in layers]
         model.train()
         return interleaved(
             {

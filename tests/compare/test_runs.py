@@ -140,7 +140,7 @@ def test_the_cut_is_charged_for(trained: dict[str, Run], cache: Path) -> None:
     ffn = 3 * 4 * 16 * 64 * 64
     routers = 0.0
     for layer in job.controller.layers:
-        layer.router_learns = True
+        layer.ssd.router_learns = True
         routers += router_learning(layer) * 64
     # Two measurements of 256 tokens, and 5 % of 40 steps: forward, gradients of the inputs, routers.
     expected = 2 * (step + 2 * ffn / 2) / 3 * 256 / 64 + 2 * (step * 2 / 3 + routers)

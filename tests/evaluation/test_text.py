@@ -52,18 +52,18 @@ def test_by_hand(switchable_gpt2: nn.Module) -> None:
         assert (two.value, two.stderr) == pytest.approx((math.exp(loss), math.exp(loss) * stderr), rel=1e-4)
         per_byte = 39 / math.log(2) / 100
         assert (three.value, three.stderr) == pytest.approx((loss * per_byte, stderr * per_byte), rel=1e-5)
-    assert layers_of(switchable_gpt2)[0].mode == "sparse"  # as it was set above
+    assert layers_of(switchable_gpt2)[0].ssd.mode == "sparse"  # as it was set above
 
 
 def test_ways(switchable_gpt2: nn.Module) -> None:
     assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 3)]
     assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [Way("sparse", 2), Way("sparse", 8)]
-    layers_of(switchable_gpt2)[0].experts_per_token = 5
+    layers_of(switchable_gpt2)[0].ssd.experts_per_token = 5
     assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse"]  # each layer has a K of its own
     with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
         ways(switchable_gpt2, [], [9])
     for layer in layers_of(switchable_gpt2):
-        layer.takes_part = False
+        layer.ssd.takes_part = False
     assert ways(switchable_gpt2) == [Way("dense")]
     with pytest.raises(InputError, match="trained all dense"):
         ways(switchable_gpt2, ["sparse"])

@@ -108,7 +108,7 @@ def test_a_checkpoint_becomes_switchable(
     before, after = plain(**batch).logits, model(**batch).logits
     assert ((after - before).norm() / before.norm()).item() < 1e-5
     assert tokenizer is not None
-    assert [layer.experts_per_token for layer in layers_of(model)] == [2] * figures["ffns"]
+    assert [layer.ssd.experts_per_token for layer in layers_of(model)] == [2] * figures["ffns"]
     assert figures["loss_dense"] > 0
     assert set(figures["loss_sparse"]) == {"1/8", "1/4", "1/2"}
     for row in figures["layers"]:
@@ -140,7 +140,9 @@ def test_calibration_trains_the_routers_and_nothing_else() -> None:
         now.mass_caught > max(then + 0.05, 0.97 * now.mass_best)
         for now, then in zip(layer_rows(model, batches), caught, strict=True)
     )
-    assert [(layer.mode, layer.experts_per_token) for layer in layers_of(model)] == [("sparse", 3)] * 2
+    assert [(layer.ssd.mode, layer.ssd.experts_per_token) for layer in layers_of(model)] == [
+        ("sparse", 3)
+    ] * 2
     assert not model.training
     assert all(p.grad is None for n, p in model.named_parameters() if not is_router_parameter(n))
 
@@ -155,7 +157,7 @@ def test_the_figures_by_hand() -> None:
     model(**batch)
     hook.remove()
     active, caught, best, mass = 0, 0.0, 0.0, 0.0
-    weights = layer.weights
+    weights = layer.ssd.weights
     up_FD, bias_F, down_FD = weights.up_FD.detach(), weights.up_bias_F.detach(), weights.down_FD.detach()
     for x in rows[0].detach():
         hidden = [max(0.0, float(w @ x + b)) for w, b in zip(up_FD, bias_F, strict=True)]
@@ -182,7 +184,7 @@ def test_losses_are_taken_at_an_eighth_a_quarter_and_half_of_the_experts() -> No
         assert found.sparse[name] == pytest.approx(twin(**validation[0]).loss.item(), rel=1e-6)
     set_mode(twin, "dense")
     assert found.dense == pytest.approx(twin(**validation[0]).loss.item(), rel=1e-6)
-    assert layers_of(model)[0].experts_per_token == 3
+    assert layers_of(model)[0].ssd.experts_per_token == 3
 
 
 def test_the_table() -> None:
@@ -215,7 +217,7 @@ def test_a_model_that_is_not_sparse(
     assert set(figures["relufy"]) == {"steps", "loss_before", "loss_swapped", "loss_after"}
     model, _ = load_switchable(tmp_path / "out")
     assert model.config.activation_function == "relu"
-    assert layers_of(model)[0].act_name == "relu"
+    assert layers_of(model)[0].ssd.settings.activation == "relu"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_relu_in_the_config(case: str, setting: str, value: str) -> None:
     assert getattr(changed, setting) == value
     again = type(model)(changed)
     convert(again, SwitchConfig(num_experts=8, experts_per_token=2))
-    assert {layer.act_name for layer in layers_of(again)} == {"relu"}
+    assert {layer.ssd.settings.activation for layer in layers_of(again)} == {"relu"}
     with pytest.raises(InputError, match="already: leave out --relufy"):
         with_relu(changed, family_of(model))
 

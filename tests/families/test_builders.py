@@ -21,7 +21,9 @@ def test_it_trains_in_both_modes(family: str, activation: str) -> None:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     layers = layers_of(model)
     assert len(layers) == (4 if family == "t5" else 2)
-    assert {(layer.d_model, layer.d_ff, layer.act_name) for layer in layers} == {(16, 64, activation)}
+    assert {(layer.ssd.d_model, layer.ssd.d_ff, layer.ssd.settings.activation) for layer in layers} == {
+        (16, 64, activation)
+    }
     ids = torch.randint(3, 61, (2, SIZES["max_positions"]))
     for mode in ("dense", "sparse"):
         set_mode(model, mode)

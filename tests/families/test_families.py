@@ -119,10 +119,10 @@ def test_dropout_between_the_projections(case: str) -> None:
     # Sparse: it drops out a quarter of the neurons, and scales the others up by 4/3.
     layer = layers_of(model)[0]
     with torch.no_grad():
-        layer.down_projection.weight.fill_(1.0)
-        layer.up_projection.weight.abs_()
-        if layer.gate_projection is not None:
-            layer.gate_projection.weight.abs_()
+        layer.ssd.down_projection.weight.fill_(1.0)
+        layer.ssd.up_projection.weight.abs_()
+        if layer.ssd.gate_projection is not None:
+            layer.ssd.gate_projection.weight.abs_()
     x = torch.ones(4000, 16)
     set_mode(model, "sparse", experts_per_token=8)
     trained = layer(x)[:, 0]
@@ -271,9 +271,9 @@ def test_conversion_survives_a_copy_and_generation() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(twin.generate(ids, **how), plain)
-        assert layers_of(twin)[0].up_projection is not layers_of(model)[0].up_projection
+        assert layers_of(twin)[0].ssd.up_projection is not layers_of(model)[0].ssd.up_projection
         set_mode(twin, "sparse")
-        assert layers_of(model)[0].mode == "dense"
+        assert layers_of(model)[0].ssd.mode == "dense"
         twin.generate(ids, **how)
 
 

@@ -44,24 +44,24 @@ def test_all_gradients_are_those_of_the_dense_step_the_routers_too(objective: st
     plain = gradients(model_of(objective, activation_l1=l1))
     model = model_of(objective, activation_l1=l1)
     for layer in layers_of(model):
-        layer.multiplies_active = True
+        layer.ssd.multiplies_active = True
     found = gradients(model)
     assert found.keys() == plain.keys()
     for name, wanted in plain.items():
         # The routers' shares of the mass are float32 in a plain step.
         torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-8, msg=name)
-    assert all(layer.active_seen.tokens == 576 for layer in layers_of(model))
+    assert all(layer.ssd.active_count.tokens == 576 for layer in layers_of(model))
 
 
 def test_the_share_is_that_of_the_probe() -> None:
     model = model_of()
     (layer, *_) = layers_of(model)
-    layer.multiplies_active = True
+    layer.ssd.multiplies_active = True
     x_BSD = torch.randn(2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     layer(x_BSD)
-    share = layer.active_seen.take(layer.d_ff)
-    assert share == pytest.approx(float((layer.activations(x_BSD) > 0).double().mean()))
-    assert layer.active_seen.take(layer.d_ff) is None
+    share = layer.ssd.active_count.take(layer.ssd.d_ff)
+    assert share == pytest.approx(float((layer.ssd.activations(x_BSD) > 0).double().mean()))
+    assert layer.ssd.active_count.take(layer.ssd.d_ff) is None
 
 
 def test_shares_add_up_until_they_are_taken() -> None:
@@ -90,7 +90,7 @@ def test_applies_to_training_on_enough_tokens_only() -> None:
 def test_sparse_mode_is_not_concerned() -> None:
     model = model_of()
     for layer in layers_of(model):
-        layer.multiplies_active = True
+        layer.ssd.multiplies_active = True
     set_mode(model, "sparse")
     gradients(model)
-    assert all(layer.active_seen.tokens == 0 for layer in layers_of(model))
+    assert all(layer.ssd.active_count.tokens == 0 for layer in layers_of(model))

@@ -93,7 +93,7 @@ def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
     _, dense = loss_and_gradients(model, tokens)
     set_mode(model, "sparse")
     _, alone = loss_and_gradients(model, tokens)
-    layer.router_sparse_fraction = 0.25
+    layer.ssd.router_sparse_fraction = 0.25
     logits, taught = loss_and_gradients(model, tokens)
     name = "transformer.h.0.mlp.router.weight"
     assert (name in alone) == through_gates
@@ -106,12 +106,12 @@ def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
 
 def mixture(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """A mixture of experts token by token, and its load-balance loss."""
-    weights, scores = layer.weights, nn.functional.linear(x, layer.router.weight, layer.router.bias)
+    weights, scores = layer.ssd.weights, nn.functional.linear(x, layer.router.weight, layer.router.bias)
     top, ids = scores.topk(3)
     rows = []
     for t in range(len(x)):
         gates = 3 * top[t].softmax(dim=0)
-        y = layer.down_projection.bias
+        y = layer.ssd.down_projection.bias
         for gate, e in zip(gates, ids[t].tolist(), strict=True):
             own = slice(8 * e, 8 * e + 8)
             hidden = torch.relu(weights.up_FD[own] @ x[t] + weights.up_bias_F[own])

@@ -36,8 +36,8 @@ def test_conversion_puts_each_neuron_in_one_place(make_gpt2: Make, kind: str) ->
     identities = {name: id(p) for name, p in model.named_parameters()}
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3), family)
     for layer in layers_of(model):
-        assert layer.weights.up_FD.is_contiguous()
-        assert layer.weights.down_FD.is_contiguous()
+        assert layer.ssd.weights.up_FD.is_contiguous()
+        assert layer.ssd.weights.down_FD.is_contiguous()
     for name, parameter in model.named_parameters():
         if not is_router_parameter(name):
             assert parameter.shape == shapes[name]
@@ -53,7 +53,7 @@ def test_storage_can_stay_as_it_is_and_be_put_back(make_gpt2: Make) -> None:
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
     for layer in layers_of(model):
         store_by_neuron(layer)
-        assert not layer.up_projection.weight.is_contiguous()
+        assert not layer.ssd.up_projection.weight.is_contiguous()
         store_by_row(layer)
     for name, parameter in model.named_parameters():
         assert parameter.is_contiguous()
@@ -68,7 +68,7 @@ def test_gradients_and_moments_take_over_the_layout(make_gpt2: Make, tokens: Ten
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, tokens)
     for layer in layers_of(model):
-        for weight in (layer.up_projection.weight, layer.down_projection.weight):
+        for weight in (layer.ssd.up_projection.weight, layer.ssd.down_projection.weight):
             assert weight.grad is not None
             assert weight.grad.stride() == weight.stride()
             assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
@@ -77,13 +77,13 @@ def test_gradients_and_moments_take_over_the_layout(make_gpt2: Make, tokens: Ten
 def test_the_layout_survives_copies_casts_loading_and_regrouping(make_gpt2: Make) -> None:
     model = make_gpt2()
     convert(model, CONFIG)
-    strides = layers_of(model)[0].up_projection.weight.stride()
+    strides = layers_of(model)[0].ssd.up_projection.weight.stride()
     other = copy.deepcopy(model).double()
     other.load_state_dict({name: t.contiguous() for name, t in model.state_dict().items()})
     labels = torch.arange(64) % 8
     regroup(layers_of(other), [labels] * 2, None)
-    assert layers_of(other)[0].up_projection.weight.stride() == strides
-    assert layers_of(other)[0].weights.up_FD.is_contiguous()
+    assert layers_of(other)[0].ssd.up_projection.weight.stride() == strides
+    assert layers_of(other)[0].ssd.weights.up_FD.is_contiguous()
 
 
 def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(

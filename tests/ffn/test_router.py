@@ -96,14 +96,14 @@ def test_every_objective_teaches_a_layer_to_pick_what_is_active(objective: str) 
     convert(model, SwitchConfig(num_experts=8, experts_per_token=2, router_objective=objective))
     (layer,) = layers_of(model)
     nn.init.normal_(layer.router.weight, std=0.1)  # not the good start that it has
-    x = torch.randn(64, 4, layer.d_model)
+    x = torch.randn(64, 4, layer.ssd.d_model)
     with torch.no_grad():
-        layer.up_projection.bias.fill_(-0.3)
-        hidden = layer.activations(x).view(-1, layer.d_ff)
-        mass = expert_mass(hidden, layer.weights.down_FD, 8)
+        layer.ssd.up_projection.bias.fill_(-0.3)
+        hidden = layer.ssd.activations(x).view(-1, layer.ssd.d_ff)
+        mass = expert_mass(hidden, layer.ssd.weights.down_FD, 8)
 
     def caught() -> float:
-        picked = layer.router(x.view(-1, layer.d_model)).topk(2).indices
+        picked = layer.router(x.view(-1, layer.ssd.d_model)).topk(2).indices
         return float((mass.gather(1, picked).sum(1) / mass.sum(1)).nanmean())
 
     before, optimizer = caught(), torch.optim.AdamW(layer.router.parameters(), lr=3e-2)
@@ -141,16 +141,16 @@ def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
 
 def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:
     layer = layers_of(switchable_gpt2)[0].train()
-    layer.router_learns = False
-    x_TD = torch.randn(5, layer.d_model, generator=torch.Generator().manual_seed(0))
+    layer.ssd.router_learns = False
+    x_TD = torch.randn(5, layer.ssd.d_model, generator=torch.Generator().manual_seed(0))
 
     def gradient(l1: float, *extra: Tensor) -> Tensor:
-        layer.activation_l1 = l1
+        layer.ssd.activation_l1 = l1
         total = torch.stack([layer(x_TD).sum(), *extra]).sum()
-        return torch.autograd.grad(total, layer.up_projection.weight)[0]
+        return torch.autograd.grad(total, layer.ssd.up_projection.weight)[0]
 
     # The mean over 5 tokens of the sum of |a_i|, times the coefficient.
-    penalty = 0.1 * layer.activations(x_TD).abs().sum() / 5
+    penalty = 0.1 * layer.ssd.activations(x_TD).abs().sum() / 5
     torch.testing.assert_close(gradient(0.1), gradient(0.0, penalty))
 
 
@@ -169,27 +169,27 @@ def test_commitment_makes_neurons_fire_where_their_expert_is_chosen() -> None:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=2, commitment=1.0))
     (layer,) = layers_of(model)
     layer.router.requires_grad_(False)
-    x = torch.randn(64, 4, layer.d_model, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, 4, layer.ssd.d_model, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def caught() -> float:
-        x_TD = x.view(-1, layer.d_model)
-        mass = expert_mass(layer.activations(x_TD), layer.weights.down_FD, 8)
+        x_TD = x.view(-1, layer.ssd.d_model)
+        mass = expert_mass(layer.ssd.activations(x_TD), layer.ssd.weights.down_FD, 8)
         picked = layer.router(x_TD).topk(2).indices
         return float((mass.gather(1, picked).sum(1) / mass.sum(1)).nanmean())
 
     def train(steps: int) -> None:
-        optimizer = torch.optim.AdamW([layer.up_projection.weight], lr=1e-2)
+        optimizer = torch.optim.AdamW([layer.ssd.up_projection.weight], lr=1e-2)
         for _ in range(steps):
             optimizer.zero_grad()
             (0.0 * layer(x).sum()).backward()
             optimizer.step()
 
     start = caught()
-    layer.takes_part = False
+    layer.ssd.takes_part = False
     train(3)
     assert caught() == pytest.approx(start, abs=0.02)  # weight decay alone
-    layer.takes_part = True
+    layer.ssd.takes_part = True
     train(60)
     assert caught() > start + 0.2
 

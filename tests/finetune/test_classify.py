@@ -82,7 +82,7 @@ def test_a_classifier_has_the_body_and_the_routers_of_the_run(trained: Runs, fam
     assert len(pairs) == (4 if family == "t5" else 2)
     for ours, new in pairs:
         assert torch.equal(ours.router.weight, new.router.weight)
-        assert torch.equal(ours.up_projection.weight, new.up_projection.weight)
+        assert torch.equal(ours.ssd.up_projection.weight, new.up_projection.weight)
         assert (new.experts_per_token, new.takes_part, new.router_learns) == (3, True, True)
 
 

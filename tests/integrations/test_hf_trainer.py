@@ -38,7 +38,7 @@ class Losses(SwitchableCallback):
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self.modes.append(
-            "sparse" if any(layer.mode == "sparse" for layer in layers_of(kwargs["model"])) else "dense"
+            "sparse" if any(layer.ssd.mode == "sparse" for layer in layers_of(kwargs["model"])) else "dense"
         )
 
 
@@ -114,7 +114,7 @@ def test_evaluations_are_dense_and_the_mode_comes_back(tmp_path: Path) -> None:
 
     def watch(layer: Any, *_: Any) -> None:
         if not layer.training and not torch.is_inference_mode_enabled():
-            seen.append(layer.mode)
+            seen.append(layer.ssd.mode)
 
     layers_of(model)[1].register_forward_hook(watch)
     trained = trainer(tmp_path, model, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)

@@ -178,7 +178,7 @@ def test_a_family_of_the_users_own_is_remembered(tmp_path: Path) -> None:
     convert(model, CONFIG, Family(**{**row.__dict__, "in_layer": False, "layers": "n_layer"}))
     save(tmp_path / "checkpoint", model)
     again, _ = load_switchable(tmp_path / "checkpoint")
-    assert layers_of(again)[0].family.layers == "n_layer"
+    assert layers_of(again)[0].ssd.settings.family.layers == "n_layer"
 
 
 def test_bad_input_is_told_and_damages_nothing(tmp_path: Path) -> None:

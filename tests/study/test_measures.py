@@ -44,8 +44,8 @@ def hidden_and_input(model: nn.Module, tokens: Tensor, index: int) -> tuple[Tens
     with torch.no_grad():
         model.eval()(input_ids=tokens)
         hook.remove()
-        x_TD = seen[0].reshape(-1, layer.d_model)
-        return layer.activations(x_TD), x_TD
+        x_TD = seen[0].reshape(-1, layer.ssd.d_model)
+        return layer.ssd.activations(x_TD), x_TD
 
 
 def enough(a: Tensor, down: Tensor) -> list[bool]:
@@ -70,7 +70,7 @@ def test_measures_equal_brute_force(tokens: Tensor, index: int) -> None:
     layer = layers_of(model)[index]
     found, _ = measure_model(model, probe_of(tokens))[index]
     hidden_TF, x_TD = hidden_and_input(model, tokens, index)
-    down = layer.weights.down_FD.detach()
+    down = layer.ssd.weights.down_FD.detach()
     active = [[float(a) > 0 for a in row] for row in hidden_TF]
     ratios = [sum(row) / 64 for row in active]
     assert found.activation_ratio == pytest.approx(sum(ratios) / len(ratios))
@@ -119,7 +119,7 @@ def test_for_other_activations_those_neurons_are_active_that_give_99_percent(tok
     model = shuffled("gelu_new")
     found, _ = measure_model(model, probe_of(tokens))[1]
     hidden_TF, _ = hidden_and_input(model, tokens, 1)
-    down = layers_of(model)[1].weights.down_FD.detach()
+    down = layers_of(model)[1].ssd.weights.down_FD.detach()
     needed_T, active_TF = needed_neurons(hidden_TF, down)
     for row, needed, active in zip(hidden_TF, needed_T.tolist(), active_TF, strict=True):
         suffices = enough(row, down)

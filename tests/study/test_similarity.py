@@ -27,7 +27,7 @@ def at_step(step: int) -> nn.Module:
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for layer in layers_of(model):
-            weight = layer.up_projection.weight
+            weight = layer.ssd.up_projection.weight
             weight.add_(0.2 * step * torch.randn(weight.shape, generator=generator))
     return model
 
@@ -53,8 +53,8 @@ def active_sets(model: nn.Module, tokens: Tensor, index: int) -> list[set[int]]:
     with torch.no_grad():
         model.eval()(input_ids=tokens)
         hook.remove()
-        hidden_TF = layer.activations(seen[0].reshape(-1, layer.d_model))
-    names = layer.neuron_ids_F.tolist()
+        hidden_TF = layer.ssd.activations(seen[0].reshape(-1, layer.ssd.d_model))
+    names = layer.ssd.neuron_ids_F.tolist()
     return [{names[i] for i in range(64) if float(row[i]) > 0} for row in hidden_TF]
 
 
@@ -66,7 +66,7 @@ def test_pairs_equal_brute_force_whatever_was_regrouped(tokens: Tensor) -> None:
         on = [[[float(i in s) for i in range(64)] for s in tokens_of] for tokens_of in sets]
         experts = []
         for m in models:
-            names = layers_of(m)[layer].neuron_ids_F.tolist()
+            names = layers_of(m)[layer].ssd.neuron_ids_F.tolist()
             experts.append([names.index(i) // 8 for i in range(64)])
         for a in range(3):
             for b in range(3):
@@ -98,7 +98,7 @@ def test_regrouping_alone_changes_no_pattern(tokens: Tensor) -> None:
         assert found["coactivation"][layer][0, 1] == pytest.approx(1.0, abs=1e-9)
         assert found["structure"][layer][0, 1] < 0.5
     for layer in layers_of(moved):
-        layer.neuron_ids_F = torch.arange(64)  # as if nobody had kept track
+        layer.ssd.neuron_ids_F = torch.arange(64)  # as if nobody had kept track
     wrong = compare_checkpoints([fingerprints(model, tokens), fingerprints(moved, tokens)])
     assert wrong["coactivation"][0][0, 1] < 0.5
 
@@ -137,8 +137,8 @@ def test_changes_of_experts_by_hand() -> None:
 def test_a_layer_whose_neurons_never_change_has_no_correlation(tokens: Tensor) -> None:
     silent = at_step(0)
     with torch.no_grad():
-        layers_of(silent)[0].up_projection.weight.zero_()
-        layers_of(silent)[0].up_projection.bias.fill_(-1.0)
+        layers_of(silent)[0].ssd.up_projection.weight.zero_()
+        layers_of(silent)[0].ssd.up_projection.bias.fill_(-1.0)
     found = compare_checkpoints([fingerprints(silent, tokens), fingerprints(at_step(1), tokens)])
     assert np.isnan(found["coactivation"][0][0, 1])
     assert np.isfinite(found["pattern"][0]).all()

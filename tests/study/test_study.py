@@ -91,7 +91,7 @@ def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
     for layer, (expected, _) in zip(found["results"][-1], direct, strict=True):
         assert layer["activation_ratio"] == pytest.approx(expected.activation_ratio)
         assert layer["mass_router"] == pytest.approx(expected.mass_router)
-    assert any(not torch.equal(layer.neuron_ids_F, torch.arange(64)) for layer in layers_of(model))
+    assert any(not torch.equal(layer.ssd.neuron_ids_F, torch.arange(64)) for layer in layers_of(model))
     page = (tmp_path / "out/report.html").read_text()
     assert all(sentence.replace("'", "&#39;") in page for sentence in printed["findings"])
 
@@ -270,10 +270,10 @@ def test_everything_shown_is_escaped(tmp_path: Path) -> None:
 def test_neuron_order_goes_with_the_checkpoint(trained: Path) -> None:
     early, _ = load_switchable(trained / "snapshots/step-000001")
     for layer in layers_of(early):
-        assert torch.equal(layer.neuron_ids_F, torch.arange(64))
+        assert torch.equal(layer.ssd.neuron_ids_F, torch.arange(64))
     late, _ = load_switchable(trained / "final")
     for layer in layers_of(late):
-        assert torch.equal(layer.neuron_ids_F.sort().values, torch.arange(64))
+        assert torch.equal(layer.ssd.neuron_ids_F.sort().values, torch.arange(64))
 
 
 @pytest.mark.parametrize(("family", "ffns"), [("bert", 2), ("t5", 4), ("llama", 2), ("opt", 2)])

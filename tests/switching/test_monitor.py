@@ -23,36 +23,36 @@ def brute_force(model: nn.Module, tokens: Tensor, index: int) -> dict[str, Any]:
     with torch.no_grad():
         model(input_ids=tokens)
     hook.remove()
-    x = inputs[0].reshape(-1, layer.d_model)
-    up, down, bias = layer.weights.up_FD, layer.weights.down_FD, layer.weights.up_bias_F
+    x = inputs[0].reshape(-1, layer.ssd.d_model)
+    up, down, bias = layer.ssd.weights.up_FD, layer.ssd.weights.down_FD, layer.ssd.weights.up_bias_F
     up, down, bias = up.detach(), down.detach(), bias.detach()  # type: ignore[union-attr]
     active = best = total = 0.0
-    caught = [0.0] * layer.num_experts
-    load = [0] * layer.num_experts
-    fired = [0] * layer.d_ff
+    caught = [0.0] * layer.ssd.num_experts
+    load = [0] * layer.ssd.num_experts
+    fired = [0] * layer.ssd.d_ff
     for row in x:  # the slow way round on purpose
-        masses = [0.0] * layer.num_experts
-        for i in range(layer.d_ff):
+        masses = [0.0] * layer.ssd.num_experts
+        for i in range(layer.ssd.d_ff):
             a = max(0.0, float(row @ up[i] + bias[i]))
             active += a > 0
             fired[i] += a > 0
-            masses[i // (layer.d_ff // layer.num_experts)] += a * float(down[i].norm())
+            masses[i // (layer.ssd.d_ff // layer.ssd.num_experts)] += a * float(down[i].norm())
         scores = (layer.router.weight @ row + layer.router.bias).tolist()
-        ranked = sorted(range(layer.num_experts), key=lambda e: -scores[e])
-        for e in ranked[: layer.experts_per_token]:
+        ranked = sorted(range(layer.ssd.num_experts), key=lambda e: -scores[e])
+        for e in ranked[: layer.ssd.experts_per_token]:
             load[e] += 1
-        for k in range(layer.num_experts):
+        for k in range(layer.ssd.num_experts):
             caught[k] += sum(masses[e] for e in ranked[: k + 1])
-        best += sum(sorted(masses)[-layer.experts_per_token :])
+        best += sum(sorted(masses)[-layer.ssd.experts_per_token :])
         total += sum(masses)
     return {
-        "activation_ratio": active / (len(x) * layer.d_ff),
-        "mass_caught": caught[layer.experts_per_token - 1] / total,
+        "activation_ratio": active / (len(x) * layer.ssd.d_ff),
+        "mass_caught": caught[layer.ssd.experts_per_token - 1] / total,
         "mass_by_k": [value / total for value in caught],
         "mass_best": best / total,
         "load_imbalance": max(load) / (sum(load) / len(load)),
-        "dead": fired.count(0) / layer.d_ff,
-        "always_on": fired.count(len(x)) / layer.d_ff,
+        "dead": fired.count(0) / layer.ssd.d_ff,
+        "always_on": fired.count(len(x)) / layer.ssd.d_ff,
     }
 
 
@@ -93,7 +93,7 @@ def test_watching_leaves_the_model_as_it_was(switchable_gpt2: nn.Module, tokens:
     watch(switchable_gpt2, [{"input_ids": tokens}])
     assert switchable_gpt2.training
     assert all(
-        layer.mode == "sparse" and not layer._forward_pre_hooks for layer in layers_of(switchable_gpt2)
+        layer.ssd.mode == "sparse" and not layer._forward_pre_hooks for layer in layers_of(switchable_gpt2)
     )
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -118,7 +118,7 @@ def test_the_controller_drives_any_loop(switchable_gpt2: nn.Module, tokens: Tens
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     modes, measured = [], []
     for _ in range(20):
-        modes.append(layers_of(model)[0].mode[0])
+        modes.append(layers_of(model)[0].ssd.mode[0])
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

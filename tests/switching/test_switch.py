@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def structures(model: nn.Module) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [
-        current_structure(layer)[torch.randperm(layer.d_ff, generator=generator)]
+        current_structure(layer)[torch.randperm(layer.ssd.d_ff, generator=generator)]
         for layer in layers_of(model)
     ]
 
@@ -58,13 +58,13 @@ def test_regrouping_changes_no_logits_and_puts_experts_together(
 ) -> None:
     before = switchable_gpt2(input_ids=tokens).logits
     layer = layers_of(switchable_gpt2)[0]
-    rows = layer.weights.up_FD.detach().clone()
+    rows = layer.ssd.weights.up_FD.detach().clone()
     wanted = structures(switchable_gpt2)
     perms = regroup(layers_of(switchable_gpt2), wanted, None)
     after = switchable_gpt2(input_ids=tokens).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert perms[0] is not None
-    assert torch.equal(layer.weights.up_FD, rows[perms[0]])
+    assert torch.equal(layer.ssd.weights.up_FD, rows[perms[0]])
     together = wanted[0][perms[0]].view(8, 8)
     assert torch.equal(together, together[:, :1].expand(8, 8))
 

@@ -16,7 +16,7 @@ T, S, D, F, V, L, E, K = 4 * 24, 24, 16, 64, 61, 2, 8, 3
 
 def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     for layer in layers_of(switchable_gpt2):
-        layer.router_token_fraction, layer.router_sparse_fraction = 0.5, 0.0
+        layer.ssd.settings.config.router_token_fraction, layer.ssd.router_sparse_fraction = 0.5, 0.0
     set_mode(switchable_gpt2, "sparse")
     flops = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
     attention = 2 * S * D * 2  # scores and weighted sum, per token, over all S positions
@@ -34,19 +34,19 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     )
     assert flops.measurement(2 * T) == 2 * T * (forward + L * 2 * D * F)
     for layer in layers_of(switchable_gpt2):
-        layer.router_gate_gradient = True
+        layer.ssd.router_gate_gradient = True
     gates = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
     assert gates.step((None, K)) == flops.step((None, K)) + T * 2 * D * E
     for layer in layers_of(switchable_gpt2):
-        layer.router_gate_gradient = False
-        layer.router_sparse_fraction = 0.25
+        layer.ssd.router_gate_gradient = False
+        layer.ssd.router_sparse_fraction = 0.25
     taught = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
     assert taught.step((None, K)) == flops.step((None, K)) + T * 0.25 * (2 * D * F + 4 * D * E + 2 * F)
     for layer in layers_of(switchable_gpt2):
-        layer.router_objective = "norm"
+        layer.ssd.router_objective = "norm"
     longer = count(switchable_gpt2, {"input_ids": tokens, "labels": tokens})
     assert longer.step((None, None)) == flops.step((None, None)) + T * 2 * 0.5 * 2 * F * (F // E)
-    assert all(layer.mode == "sparse" and layer.router_learns for layer in layers_of(switchable_gpt2))
+    assert all(layer.ssd.mode == "sparse" and layer.ssd.router_learns for layer in layers_of(switchable_gpt2))
     assert all(p.grad is None for p in switchable_gpt2.parameters())
 
 
@@ -54,7 +54,7 @@ def test_softmax_gates_pass_a_gradient_to_the_input(switchable_gpt2: nn.Module, 
     batch = {"input_ids": tokens, "labels": tokens}
     unit = count(switchable_gpt2, batch)
     for layer in layers_of(switchable_gpt2):
-        layer.expert_gate = "softmax"
+        layer.ssd.expert_gate = "softmax"
     # Two more passes through the router, and no tokens of a sparse step that teach it.
     more = 4 * D * E - (2 * D * F + 4 * D * E + 2 * F) / 16
     assert count(switchable_gpt2, batch).step((3, 3)) == unit.step((3, 3)) + T * L * more
@@ -65,10 +65,10 @@ def test_commitment_asks_the_router_and_weighs_the_activations_once_more(
 ) -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     for layer in layers_of(switchable_gpt2):
-        layer.router_token_fraction = 0.5
+        layer.ssd.settings.config.router_token_fraction = 0.5
     without = count(switchable_gpt2, batch)
     for layer in layers_of(switchable_gpt2):
-        layer.commitment = 0.1
+        layer.ssd.commitment = 0.1
     more = T * L * 0.5 * (2 * D * E + 2 * 2 * F)
     assert count(switchable_gpt2, batch).step((None, None)) == without.step((None, None)) + more
 

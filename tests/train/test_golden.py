@@ -22,7 +22,7 @@ def losses_across_a_switch() -> list[float]:
     model = tiny_gpt2(dtype=torch.float64)
     config = SwitchConfig(
         num_experts=8, experts_per_token=2, monitor_every=4, min_dense_fraction=0.2, stability_threshold=0.0,
-        max_activation_ratio=1.0, min_mass_caught=0.0, sparse_steps=2, final_dense_fraction=0.2, expert_compute="eager",
+        max_activation_ratio=1.0, min_mass_caught=0.0, sparse_steps=2, final_dense_fraction=0.2, backend="reference",
     )  # fmt: skip
     convert(model, config)
     generator = torch.Generator().manual_seed(7)

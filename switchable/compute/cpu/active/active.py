@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.cpu.active.library import ActiveLibrary, active_library
+from switchable.compute.cpu.active.library import ActiveLibrary, active_library, has_library
 from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.sorted import FAST_ACTIVATIONS
 from switchable.compute.weights import FFNWeights
@@ -49,7 +49,25 @@ def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
         and weights.gate_FD is None
         and not torch.is_autocast_enabled(x_TD.device.type)
         and all(t is None or (t.device.type == "cpu" and t.dtype == x_TD.dtype) for t in tensors)
-        and active_library(x_TD.shape[-1], x_TD.dtype, this_machine()) is not None
+        and has_library(x_TD.shape[-1], x_TD.dtype, this_machine())
+    )
+
+
+def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.dtype, device: str) -> bool:
+    """Return whether dense steps of a model can multiply active neurons only; nothing is compiled for the answer.
+
+    Args:
+        d_model: its width.
+        activation: of its FFNs.
+        gated: whether these have a gate.
+        dtype: of the multiplications.
+        device: `"cpu"` or another type of device.
+    """
+    return (
+        device == "cpu"
+        and not gated
+        and activation in FAST_ACTIVATIONS
+        and has_library(d_model, dtype, this_machine())
     )
 
 

@@ -1,0 +1,265 @@
+"""What a switchable FFN is, besides being a module: its settings, its state, and its weights neuron by neuron.
+
+A `SwitchableFFN` stands in somebody else's model and holds somebody else's children under their own names. So all that
+we need has one name there, `layer.ssd`, besides the `router`, which must be a child to be trained and saved.
+
+    settings    fixed when the model is converted
+    state       the mode and what else a schedule changes between steps
+
+Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from switchable.compute.call import FFNWeights
+from switchable.errors import InputError, divisors_near
+from switchable.ffn.families import Family, activation_name, neurons_first
+from switchable.ffn.placement import project
+from switchable.ffn.router import Router
+from switchable.ffn.serving import Kept
+from switchable.settings import SwitchConfig
+
+RESERVED = ("ssd", "router")
+"""Names that no part of an FFN may have, besides those that `nn.Module` has."""
+
+
+@dataclass(frozen=True)
+class FFNSettings:
+    """What does not change after conversion."""
+
+    family: Family
+    name: str
+    """Of the FFN in the model."""
+    activation: str
+    """Its name in transformers' `ACT2FN`."""
+    d_model: int
+    d_ff: int
+    config: SwitchConfig
+    """With a value for every setting."""
+
+
+@dataclass
+class ActiveCount:
+    """How many activations were not zero, over all tokens and steps since somebody last asked."""
+
+    entries: int = 0
+    tokens: int = 0
+
+    def take(self, d_ff: int) -> float | None:
+        """Return the share of the activations that were not zero, and start anew; None if no token was counted."""
+        share = self.entries / (self.tokens * d_ff) if self.tokens else None
+        self.entries = self.tokens = 0
+        return share
+
+
+class SSD:
+    """Settings, state and weights of one switchable FFN.
+
+    Args:
+        layer: the module that has this as its `ssd`.
+        ffn: the module that holds the projections: the FFN's own, whose children `layer` has taken over, or the
+            model's layer (`family.in_layer`), where they stay.
+        settings: what does not change any more.
+    """
+
+    def __init__(self, layer: nn.Module, ffn: nn.Module, settings: FFNSettings) -> None:
+        self.settings = settings
+        self._layer, self._home = layer, ffn if settings.family.in_layer else layer
+        # Behind the switchable FFN the layer's own activation and dropout are put out of use (`placement.py`).
+        self._activation = ffn.get_submodule(settings.family.activation) if settings.family.in_layer else None
+        self._dropout = _dropout_of_layer(ffn, settings.family)
+        self.mode = "dense"
+        """`"dense"` or `"sparse"`: how the layer multiplies now."""
+        self.takes_part = True
+        """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+        self.set_experts_per_token(settings.config.experts_per_token)
+        self.router_learns = not settings.config.never_sparse
+        """Whether the router is trained in steps with gradients."""
+        self.multiplies_active = False
+        """Whether training in dense mode multiplies only active neurons, where `active_training.py` can."""
+        self.active_count = ActiveCount()
+        """What that came to."""
+        self.activation_l1 = settings.config.activation_l1
+        """Penalty on activations, in nats per unit."""
+        self.loss_weight = 1.0
+        """Factor of the losses that the layer adds: 1 / micro-batches where a loop adds up their gradients."""
+        self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
+        """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
+        compares them over time needs to know which is which."""
+        self.kept_call = Kept()
+        """What decoding has looked up."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.settings.config.num_experts
+
+    @property
+    def d_model(self) -> int:
+        """D."""
+        return self.settings.d_model
+
+    @property
+    def d_ff(self) -> int:
+        """F."""
+        return self.settings.d_ff
+
+    @property
+    def name(self) -> str:
+        """The FFN's name in the model."""
+        return self.settings.name
+
+    def set_experts_per_token(self, experts_per_token: int) -> None:
+        """Set K.
+
+        Raises:
+            InputError: K is not a whole number in 1..E.
+        """
+        self.check_experts_per_token(experts_per_token)
+        self.experts_per_token = experts_per_token
+
+    def check_experts_per_token(self, experts_per_token: int) -> None:
+        """Raise InputError unless K is a whole number in 1..E."""
+        whole = isinstance(experts_per_token, int) and not isinstance(experts_per_token, bool)
+        if not whole or not 1 <= experts_per_token <= self.num_experts:
+            raise InputError(
+                f"experts_per_token={experts_per_token} is not possible with the {self.num_experts} experts of "
+                f"{self.name}; use a whole number from 1 to {self.num_experts}"
+            )
+
+    def part(self, path: str) -> nn.Module:
+        """Return a module of the FFN by its path in the family's row."""
+        child = self._home._modules.get(
+            path
+        )  # get_submodule takes 5 µs, and decoding asks seven times per layer
+        return self._home.get_submodule(path) if child is None else child
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the parameters: the switchable FFN, and the layer that the projections stayed in."""
+        return (self._layer,) if self._home is self._layer else (self._layer, self._home)
+
+    @property
+    def router(self) -> Router:
+        """The layer's router."""
+        return cast(Router, self._layer._modules["router"])
+
+    @property
+    def up_projection(self) -> nn.Linear:
+        """The input projection (`nn.Linear` or `Conv1D`)."""
+        return cast(nn.Linear, self.part(self.settings.family.up))
+
+    @property
+    def gate_projection(self) -> nn.Linear | None:
+        """The projection under the activation of a gated FFN."""
+        gate = self.settings.family.gate
+        return None if gate is None else cast(nn.Linear, self.part(gate))
+
+    @property
+    def down_projection(self) -> nn.Linear:
+        """The output projection (`nn.Linear` or `Conv1D`)."""
+        return cast(nn.Linear, self.part(self.settings.family.down))
+
+    @property
+    def hidden_dropout(self) -> float:
+        """Probability of the dropout between the projections."""
+        if self._dropout is not None:
+            return self._dropout
+        name = self.settings.family.hidden_dropout
+        return 0.0 if name is None else float(cast(nn.Dropout, self.part(name)).p)
+
+    @property
+    def weights(self) -> FFNWeights:
+        """The parameters, neuron by neuron (views)."""
+        gate = self.gate_projection
+        return FFNWeights(
+            up_FD=neurons_first(self.up_projection, output=False),
+            down_FD=neurons_first(self.down_projection, output=True),
+            up_bias_F=self.up_projection.bias,
+            gate_FD=None if gate is None else neurons_first(gate, output=False),
+            gate_bias_F=None if gate is None else gate.bias,
+        )
+
+    @property
+    def reads_FD(self) -> Tensor:
+        """What decides whether a neuron fires: its row of the input projection, of a gated FFN that of the gate."""
+        return neurons_first(self.gate_projection or self.up_projection, output=False)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Return the neurons' activations, act(up · x) or act(gate · x) ⊙ (up · x), of shape [..., F].
+
+        A neuron is active where its activation is not zero.
+        """
+        gate = self.gate_projection
+        act = self._activation or self.part(self.settings.family.activation)
+        hidden: Tensor = act(project(gate or self.up_projection, x))
+        return hidden if gate is None else hidden * project(self.up_projection, x)
+
+    def write(self, hidden: Tensor) -> Tensor:
+        """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
+        dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
+        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(dtype)
+        return project(self.down_projection, hidden)
+
+    def drop_hidden(self, hidden: Tensor, training: bool) -> Tensor:
+        """Return activations after the dropout between the projections, if there is one."""
+        dropout = self.hidden_dropout
+        return nnf.dropout(hidden, dropout, training) if dropout else hidden
+
+
+def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
+    """Return the activation's name in `ACT2FN`, D and F of an FFN.
+
+    Args:
+        ffn: the module that holds the projections.
+        family: what they are called.
+        name: its name in the model, for messages.
+
+    Raises:
+        InputError: the activation has no name in `ACT2FN`.
+    """
+    act = ffn.get_submodule(family.activation)
+    activation = activation_name(act)
+    if activation is None:
+        raise InputError(
+            f"the activation of {name}, {type(act).__name__}, has parameters of its own or no name in transformers' "
+            "ACT2FN; use e.g. nn.ReLU"
+        )
+    d_ff, d_model = neurons_first(cast(nn.Linear, ffn.get_submodule(family.up)), output=False).shape
+    return activation, d_model, d_ff
+
+
+def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
+    """Return the settings of a switchable FFN in the place of another.
+
+    Args:
+        ffn: the module that holds the projections.
+        family: what they are called.
+        name: its name in the model, for messages.
+        config: with a value for every setting.
+
+    Raises:
+        InputError: E does not divide F, or the activation has no name in `ACT2FN`.
+    """
+    activation, d_model, d_ff = facts_of(ffn, family, name)
+    if d_ff % config.num_experts:
+        allowed = ", ".join(str(d) for d in divisors_near(d_ff, config.num_experts))
+        raise InputError(
+            f"num_experts={config.num_experts} does not divide d_ff={d_ff} of {name}; use one of {allowed}"
+        )
+    return FFNSettings(family, name, activation, d_model, d_ff, config)
+
+
+def _dropout_of_layer(ffn: nn.Module, family: Family) -> float | None:
+    """Return the probability that the model's layer keeps as a number, or None where the dropout is a module."""
+    if not family.in_layer or family.hidden_dropout is None:
+        return None
+    return float(getattr(ffn, family.hidden_dropout))
