@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from switchable.adapt.run import neuron_features
 from switchable.cli.flags import default_cache
 from switchable.config import from_dict, objective_of, read_yaml
 from switchable.data.batches import eval_batches
@@ -33,7 +34,6 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import Router, expert_mass, router_loss
 from switchable.store.load import load_switchable
 from switchable.structure.groups import cluster_layers, permutation_from_labels
-from switchable.switching.monitor import neuron_features
 
 WAYS = ("random", "weights", "coactivation", "mixed")
 

@@ -14,7 +14,7 @@ tell what sparse mode lacks: routers that know their model, or a model that know
     sparse steps     of the whole run
 
 RUNs are run folders that still hold a checkpoint of that step. Branches are run folders too: what is finished is not
-trained again, what was interrupted goes on. The last line is one JSON document. Findings: docs/LOG.md.
+trained again, what was interrupted goes on. The last line is one JSON document. Findings: docs/log/quality.md.
 """
 
 from __future__ import annotations
@@ -43,14 +43,12 @@ VARIANTS: dict[str, Settings] = {
     "from 0.96": {"min_dense_fraction": 0.96},
     "from 0.92": {"min_dense_fraction": 0.92},
     "from 0.85": {"min_dense_fraction": 0.85},
-    "static from 0.92": {"min_dense_fraction": 0.92, "schedule": "static"},
     "from 0.92, 95 % of the mass": {"min_dense_fraction": 0.92, "mass_target": 0.95},
     "from 0.92, 7 to 1": {"min_dense_fraction": 0.92, "sparse_steps": 7},
     "from 0.92, 1 to 1": {"min_dense_fraction": 0.92, "sparse_steps": 1},
     "from 0.92, router from a quarter of the tokens": {
         "min_dense_fraction": 0.92,
         "router_token_fraction": 0.25,
-        "router_sparse_fraction": 0.125,
     },
 }
 """Variant -> settings that differ from the run's."""

@@ -186,14 +186,14 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     layers = layers_of(model)
     tallies = watch(model, text.probe(model, config.structure_tokens))
     rows = [
-        _neuron_features(layer, tally.active_TF, config.structure)
+        neuron_features(layer, tally.active_TF, config.structure)
         for layer, tally in zip(layers, tallies, strict=True)
     ]
     labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
     group_anew(layers, labels)
 
 
-def _neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
+def neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
     """Return what a layer's neurons are grouped by, one row each.
 
     Args:
@@ -230,8 +230,8 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     raise InputError(
         f"the model's activations ({layers[0].ssd.settings.activation}) are not sparse: in each of its {len(layers)} "
         f"FFNs at least {100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). "
-        f"Cut into experts as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
-        "ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
+        f"Cut into experts as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. "
+        "Train it on with ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
     )
 
 

@@ -30,9 +30,8 @@ GIVEN: dict[str, Any] = {
         "checkpoint_every": 20, "eval_tokens": 512, "threads": 1,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256,
+        "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
-        "regroup_below": 1.0,
         "final_dense_fraction": 0.1,
     },
 }  # fmt: skip
@@ -212,10 +211,10 @@ def test_other_settings_in_a_folder_are_refused(trained: dict[str, Run], config:
     out = trained["dense"].path.parent
     threads = dataclasses.replace(config.train, threads=2, keep=1, log_every=7)
     assert len(plan(dataclasses.replace(config, train=threads), ("dense", "ssd"), (0,), out)) == 2
-    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, dense_steps=3))
+    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
     assert len(plan(recipe, ("dense", "moe", "ssd-paper"), (0,), out)) == 3
     with pytest.raises(
-        InputError, match=r"ssd-s0 was trained with other settings \(switch.dense_steps: 1 -> 3\)"
+        InputError, match=r"ssd-s0 was trained with other settings \(switch.sparse_steps: 2 -> 3\)"
     ):
         plan(recipe, ("dense", "ssd"), (0,), out)
     often = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=5))
@@ -239,7 +238,7 @@ def test_the_table_takes_in_what_is_finished_beside(
     asked = plan(config, ("dense",), (0,), tmp_path)
     others = others_finished(config, tmp_path, asked)
     assert [run.name for run in others] == sorted(f"{name}-s0" for name in METHODS if name != "dense")
-    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, dense_steps=3))
+    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
     names = {run.name for run in others_finished(recipe, tmp_path, asked)}
     assert names == {"dense-active-s0", "ssd-paper-s0", "moe-s0"}  # static and the cut inherit the recipe
 

@@ -17,7 +17,7 @@ from switchable.ffn.layer import OWN_ATTRIBUTES
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
 
-CONFIG = SwitchConfig(num_experts=8, experts_per_token=3, expert_compute="eager")
+CONFIG = SwitchConfig(num_experts=8, experts_per_token=3, backend="reference")
 T5S = ("t5", "t5-gated", "mt5", "umt5")
 
 
