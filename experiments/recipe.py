@@ -13,7 +13,8 @@ nothing but the recipe:
     experts                      mean share of its experts that a layer computes in sparse mode, dense layers being 1
 
 Runs are ordinary run folders named after their settings. What is finished is not trained again, what was interrupted
-goes on, and questions share the runs they have in common. The last line is one JSON document. Findings: docs/log/quality.md.
+goes on, and questions share the runs they have in common. The last line is one JSON document. Findings:
+docs/log/quality.md.
 """
 
 from __future__ import annotations
