@@ -44,8 +44,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         given: object = self.data
-        if isinstance(given, str):
-            raise InputError(f"data={given!r} is one string; give a list of paths: [{given!r}]")
+        if not isinstance(given, list | tuple) or not all(isinstance(path, str) for path in given):
+            raise InputError(f"data={given!r} must be a list of paths, e.g. ['my-texts']")
         object.__setattr__(self, "data", tuple(self.data))
         check(self)
         if self.max_text_mb is not None:

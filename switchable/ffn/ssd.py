@@ -131,7 +131,7 @@ class SSD:
         if not whole or not 1 <= experts_per_token <= self.num_experts:
             raise InputError(
                 f"experts_per_token={experts_per_token} is not possible with the {self.num_experts} experts of "
-                f"{self.name}; use a whole number from 1 to {self.num_experts}"
+                f"{self.name}; use 1 to {self.num_experts}"
             )
 
     def part(self, path: str) -> nn.Module:
