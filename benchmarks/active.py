@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.compute.weights import FFNWeights
 from switchable.train.timing import interleaved
 
 TOKENS, EXPERTS = 4096, 32

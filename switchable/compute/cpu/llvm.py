@@ -14,13 +14,14 @@ import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
-Index = ir.Value | int
+Index: TypeAlias = ir.Value | int
 """An int64 in the code that is written: computed there, or known now."""
 CACHE_LINE = 64
 """Bytes."""

@@ -26,9 +26,8 @@ from switchable.compute.cpu.llvm import (
     Values,
     Writer,
     compile_module,
-    minimum,
-    this_machine,
     i64,
+    this_machine,
 )
 from switchable.compute.cpu.tasks import Record, Tasks
 

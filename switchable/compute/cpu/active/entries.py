@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from switchable.compute.cpu.llvm import I32, I64, Values, Writer, minimum, i64
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
@@ -174,7 +174,7 @@ def each_neuron(
     body: Callable[[Record, ir.Value, ir.Value, ir.Value], None],
 ) -> None:
     """body(record, chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
-    b, width = w.b, record["neuron_count"]
+    width = record["neuron_count"]
     bounds = [w.div(w.mul(width, end), record["tasks"]) for end in (number, w.add(number, 1))]
 
     def chunk(c: ir.Value) -> None:
@@ -191,7 +191,7 @@ def each_neuron(
 
 def each_token(w: Writer, record: Record, chunk: ir.Value, body: Callable[[Record, Place], None]) -> None:
     """body(record, place) for each block, and in it for each token of a chunk."""
-    b, tokens, starts = w.b, _tokens_of(w, record, chunk), _starts(w, record, chunk)
+    tokens, starts = _tokens_of(w, record, chunk), _starts(w, record, chunk)
     base = w.integer(w.at(record["base"], chunk, I64), I64)
     neurons = w.at(record["neurons"], base, I32)
     values = w.at(record["values"], base) if "values" in record.values else neurons

@@ -135,7 +135,6 @@ class ActiveKernels:
 
     def _write_weights(self) -> None:
         w = self._writer("weights")
-        b = w.b
 
         def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
             begin, end = places_of(w, record, chunk, i)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
-from switchable.compute.cpu.decode.compiled import prepare_call
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code, prepare_call, takes
 from switchable.compute.cpu.limits import check_ids
 
 LARGEST_SHARE = 0.75
@@ -34,3 +34,105 @@ COPIED_UP_BYTES = 2**22
 """Most bytes of `up` that are gathered for a token."""
 COPIED_DOWN_BYTES = 2**20
 """Most bytes of `down` that are gathered; above, finding the neurons that fire costs less than reading the others."""
+
+
+def supports(call: ExpertCall) -> str | None:
+    """Return None, or why the loops and operations here cannot do a call."""
+    if call.x_TD.device.type != "cpu":
+        return f"computes on the CPU, and x is on {call.x_TD.device}"
+    if call.learns:
+        return "computes no gradients"
+    if torch.is_autocast_enabled("cpu"):
+        return "does not compute under autocast"
+    if _compiles(call) or call.expert_ids_TK.numel() <= LARGEST_SHARE * call.num_experts:
+        return None
+    return f"reads the rows of chosen experts, and {len(call.x_TD)} tokens together choose most of them"
+
+
+def _compiles(call: ExpertCall) -> bool:
+    """Whether one call of compiled code does it."""
+    x_TD, weights = call.x_TD, call.weights
+    return (
+        0 < len(x_TD) <= MOST_TOKENS
+        and weights.gate_FD is None
+        and x_TD.dtype is torch.float32
+        and has_code(x_TD.shape[1], call.num_experts, weights.up_FD.dtype, call.activation)
+        and all(takes(tensor) for tensor in weights.tensors)
+    )
+
+
+def run(call: ExpertCall) -> Tensor:
+    """Return y_TD.
+
+    Raises:
+        InputError: an expert's number is not in 0..E-1.
+    """
+    if not _compiles(call):
+        y_TD: Tensor = _token_by_token(call)
+        return y_TD
+    ids_TK = call.expert_ids_TK
+    check_ids(ids_TK, call.num_experts)
+    prepared = prepare_call(
+        len(call.x_TD), call.weights, ids_TK, call.num_experts, ids_TK.shape[1], activation=call.activation
+    )
+    assert prepared is not None, "prepare_call asks what _compiles has asked"
+    return prepared(call.x_TD.contiguous())
+
+
+DECODE = Backend("decode", supports, run)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _token_by_token(call: ExpertCall) -> Tensor:
+    own = [_one_token(call, x_D, ids_K) for x_D, ids_K in zip(call.x_TD, call.expert_ids_TK, strict=True)]
+    return own[0].unsqueeze(0) if len(own) == 1 else torch.stack(own) if own else torch.zeros_like(call.x_TD)
+
+
+def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:
+    weights, experts, activation = call.weights, call.num_experts, call.activation
+    hidden_N = _project(x_D, weights.up_FD, weights.up_bias_F, ids_K, experts)
+    if weights.gate_FD is not None:
+        switch_N = _project(x_D, weights.gate_FD, weights.gate_bias_F, ids_K, experts)
+        hidden_N = ACT2FN[activation](switch_N).mul_(hidden_N)
+    else:
+        hidden_N = hidden_N.relu_() if activation == "relu" else ACT2FN[activation](hidden_N)
+    down_FD = weights.down_FD.detach()  # a parameter would make embedding_bag prepare a backward all the same
+    picked_ND = _gathered(down_FD, ids_K, experts, COPIED_DOWN_BYTES)
+    if picked_ND is not None:
+        return torch.mv(picked_ND.t(), hidden_N)
+    neurons = len(hidden_N) // len(ids_K)
+    rows = torch.add(ids_K.unsqueeze(1) * neurons, torch.arange(neurons)).view(-1)
+    starts = torch.arange(0, len(rows), neurons)  # one sum per expert: they are shared out over threads
+    if activation in RELU_TYPES:
+        firing = hidden_N.nonzero().squeeze(1)
+        rows, hidden_N, starts = rows[firing], hidden_N[firing], torch.searchsorted(firing, starts)
+    sums_KD: Tensor = torch.embedding_bag(down_FD, rows, starts, mode=0, per_sample_weights=hidden_N)[0]
+    return sums_KD.sum(0)
+
+
+def _project(
+    x_D: Tensor, matrix_FD: Tensor, bias_F: Tensor | None, ids_K: Tensor, num_experts: int
+) -> Tensor:
+    """Return x · matrixᵀ + bias for the neurons of the experts chosen."""
+    picked_ND = _gathered(matrix_FD, ids_K, num_experts, COPIED_UP_BYTES)
+    if picked_ND is not None:
+        if bias_F is None:
+            return torch.mv(picked_ND, x_D)
+        return torch.addmv(bias_F.view(num_experts, -1).index_select(0, ids_K).view(-1), picked_ND, x_D)
+    neurons = matrix_FD.shape[0] // num_experts
+    hidden_KI = x_D.new_empty(len(ids_K), neurons)
+    for expert, out_I in zip(ids_K.tolist(), hidden_KI.unbind(0), strict=True):
+        own = slice(expert * neurons, (expert + 1) * neurons)
+        if bias_F is None:
+            torch.mv(matrix_FD[own], x_D, out=out_I)
+        else:
+            torch.addmv(bias_F[own], matrix_FD[own], x_D, out=out_I)
+    return hidden_KI.view(-1)
+
+
+def _gathered(matrix_FD: Tensor, ids_K: Tensor, num_experts: int, most_bytes: int) -> Tensor | None:
+    """Return a copy of the chosen experts' rows, or None where they are too large or not in one piece."""
+    neurons, width = matrix_FD.shape[0] // num_experts, matrix_FD.shape[1]
+    if len(ids_K) * neurons * width * matrix_FD.itemsize > most_bytes or not matrix_FD.is_contiguous():
+        return None
+    return matrix_FD.view(num_experts, -1).index_select(0, ids_K).view(-1, width)

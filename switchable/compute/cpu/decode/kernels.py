@@ -1,4 +1,4 @@
-"""The functions of `few.py`, compiled for one layer's sizes.
+"""The functions that `compiled.py` calls, compiled for one layer's sizes.
 
     choose   scores of the router, the K highest, and for each expert the set of tokens that chose it: one task
     read     h_t = relu(up_e · x_t + b)                  a task is an expert
@@ -26,13 +26,15 @@ AHEAD = 3
 """Rows of `down` between the one added and the one asked for from memory."""
 ROWS = (4, 2, 1)
 """Rows of weights that are multiplied with a token side by side."""
-FEW = Tasks(
+DECODE = Tasks(
     numbers=("tokens",),
-    addresses=("x", "router", "router_bias", "scores", "ids", "chosen", "up", "bias", "hidden", "down", "start", "y"),
+    addresses=(
+        "x", "router", "router_bias", "scores", "ids", "token_sets", "up", "bias", "hidden", "down", "start", "y",
+    ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `chosen` [E] (the set of tokens of each expert) and `hidden` [T, F] are scratch; so is `ids` [T, K]
-where the router chooses. `start` [D] is what y begins with."""
+"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so is
+`ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
 
 Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
@@ -55,7 +57,7 @@ class Sizes:
         return self.experts * self.neurons
 
 
-class FewKernels:
+class DecodeKernels:
     """Writes the functions: each entry is made of the parts below."""
 
     def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
@@ -76,7 +78,7 @@ class FewKernels:
             for part in parts:
                 part(w, record, task)
 
-        FEW.write(w, *(partial(stage, parts) for parts in stages))
+        DECODE.write(w, *(partial(stage, parts) for parts in stages))
 
     def _activation(self, w: Writer, total: ir.Value, bias: ir.Value) -> ir.Value:
         total = w.b.fadd(total, bias) if self.sizes.bias else total
@@ -133,14 +135,14 @@ class FewKernels:
     def _gather(self, w: Writer, record: Record, _: ir.Value) -> None:
         """Fill `chosen`."""
         b = w.b
-        w.each(self.sizes.experts, lambda e: b.store(i64(0), w.at(record["chosen"], e, I64)))
+        w.each(self.sizes.experts, lambda e: b.store(i64(0), w.at(record["token_sets"], e, I64)))
 
         def token(t: ir.Value) -> None:
             bit, first = b.shl(i64(1), t), w.mul(t, self.sizes.chosen)
 
             def pair(k: ir.Value) -> None:
                 expert = w.integer(w.at(record["ids"], w.add(first, k), I64), I64)
-                place = w.at(record["chosen"], expert, I64)
+                place = w.at(record["token_sets"], expert, I64)
                 b.store(b.or_(w.integer(place, I64), bit), place)
 
             w.each(self.sizes.chosen, pair)
@@ -150,7 +152,7 @@ class FewKernels:
     def _each_token(self, w: Writer, record: Record, e: ir.Value, body: Callable[[ir.Value], None]) -> None:
         """body(token) for those that chose an expert."""
         b, f = w.b, w.function
-        left = w.integer(w.at(record["chosen"], e, I64), I64)
+        left = w.integer(w.at(record["token_sets"], e, I64), I64)
         before = b.block
         head, work, after = (f.append_basic_block(name) for name in ("left", "token", "none"))
         b.branch(head)
@@ -166,14 +168,14 @@ class FewKernels:
 
     def _read(self, w: Writer, record: Record, e: ir.Value) -> None:
         """Fill `hidden` for one expert."""
-        b, sizes = w.b, self.sizes
+        sizes = self.sizes
         neuron = w.mul(e, sizes.neurons)
         up, bias = w.at(record["up"], w.mul(neuron, sizes.d_model)), w.at(record["bias"], neuron)
 
         def token(t: ir.Value) -> None:
             x = w.at(record["x"], w.mul(t, sizes.d_model))
             out = w.at(record["hidden"], w.add(w.mul(t, sizes.d_ff), neuron))
-            b.call(self.hidden, [up, x, bias, out])
+            w.b.call(self.hidden, [up, x, bias, out])
 
         self._each_token(w, record, e, token)
 
@@ -181,7 +183,7 @@ class FewKernels:
         w.each(self.sizes.experts, lambda e: self._read(w, record, e))
 
     def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
-        b, blocks = w.b, i64(self.sizes.d_model // self.lanes)
+        blocks = i64(self.sizes.d_model // self.lanes)
         first, after = (
             w.mul(w.div(w.mul(blocks, end), record["tasks2"]), self.lanes) for end in (task, w.add(task, 1))
         )
@@ -192,7 +194,7 @@ class FewKernels:
 
     def _columns(self, w: Writer, record: Record, first: ir.Value, vectors: ir.Value) -> None:
         """Write some columns of y."""
-        b, sizes = w.b, self.sizes
+        sizes = self.sizes
 
         def row(field: str, number: ir.Value) -> ir.Value:
             return w.at(record[field], w.add(w.mul(number, sizes.d_model), first))

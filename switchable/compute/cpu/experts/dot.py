@@ -16,7 +16,7 @@ from llvmlite import ir
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
 EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
