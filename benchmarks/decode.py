@@ -48,8 +48,8 @@ def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[st
         )
 
     contenders = {"dense": lambda: generate("dense"), "sparse": lambda: generate("sparse")}
-    times = take_turns(contenders, 0.0, turns=rounds)
-    return {name: new_tokens / times.median(name) for name in contenders}
+    medians = take_turns(contenders, 0.0, turns=rounds).medians
+    return {name: new_tokens / seconds for name, seconds in medians.items()}
 
 
 @torch.no_grad()
@@ -72,8 +72,8 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
         return forward
 
     contenders = {"dense": contender("dense"), "sparse": contender("sparse")}
-    times = take_turns(contenders, 0.0, turns=rounds)
-    return {name: times.median(name) / len(layers) for name in contenders}
+    medians = take_turns(contenders, 0.0, turns=rounds).medians
+    return {name: seconds / len(layers) for name, seconds in medians.items()}
 
 
 def copied_bytes_per_second(rounds: int) -> float:

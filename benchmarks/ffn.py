@@ -2,12 +2,14 @@
 
     python -m benchmarks.ffn [--quick]
 
-Parity comes first: outputs and gradients of every contender against `eager`; nothing is reported if one fails. Then
-all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians over
-the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron, as
-`convert` leaves them. Training is forward and backward with gradients of input, weights and bias; decoding is the forward alone over as many layers as it takes to
-push the weights out of the cache. `batched_mm` copies the weights once per token, so it takes part in decoding only;
-`eager` stands for the loop over experts that transformers calls eager. `auto` is the backend that it chooses.
+Parity comes first: outputs and gradients of every contender against the reference; nothing is reported if one fails.
+Then all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians
+over the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron,
+as `convert` leaves them. Training is forward and backward with gradients of input, weights and bias; decoding is the
+forward alone over as many layers as it takes to push the weights out of the cache. `grouped_mm` and `batched_mm` are
+transformers' (`transformers_mm.py`); the latter copies the weights once per token, so it takes part in decoding only;
+`eager` is our reference, which stands for the loop over experts that transformers calls eager. `auto` is the backend
+that it chooses.
 
     share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
     share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's

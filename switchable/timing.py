@@ -26,6 +26,11 @@ class Times:
         """Median seconds of a contender."""
         return statistics.median(self.seconds[name])
 
+    @property
+    def medians(self) -> dict[str, float]:
+        """Median seconds of every contender."""
+        return {name: self.median(name) for name in self.seconds}
+
     def ratio(self, baseline: str, name: str) -> float:
         """How many times faster than the baseline."""
         pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)

@@ -61,8 +61,7 @@ def step_seconds(
             "active": lambda: step("dense", active=True),
             "sparse": lambda: step("sparse"),
         }
-        times = take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(device))
-        return {name: times.median(name) for name in contenders}
+        return take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(device)).medians
 
 
 def _wait(device: torch.device) -> None:

@@ -33,8 +33,8 @@ DECODE = Tasks(
     ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so is
-`ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
+"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so
+is `ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
 
 Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
