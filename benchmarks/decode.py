@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks._models import decoding_parity_error, random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.ffn.decoding import DecodeCache
+from switchable.ffn.ssd import DecodeCache
 from switchable.timing import take_turns
 
 VOCABULARY, POSITIONS, EXPERTS, K = 8192, 256, 32, 6

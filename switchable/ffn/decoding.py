@@ -9,28 +9,15 @@ Shapes: B batch, S sequence, D d_model.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, prepare_call
-
-if TYPE_CHECKING:
-    from switchable.ffn.ssd import SSD
+from switchable.ffn.ssd import SSD
 
 Modules = dict[str, nn.Module | None]
-
-
-class DecodeCache(threading.local):
-    """What a layer last prepared. Every Python thread keeps its own; copies of a layer do not."""
-
-    prepared: PreparedLayer | None = None
-
-    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
-        return DecodeCache, ()
 
 
 def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
@@ -49,7 +36,8 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
         or torch.compiler.is_compiling()
     ):
         return None
-    cache, prepared = ssd.decode_cache, ssd.decode_cache.prepared
+    cache = ssd.decode_cache
+    prepared: PreparedLayer | None = cache.prepared
     if prepared is None or not prepared.fits(ssd, x_BSD):
         prepared = cache.prepared = PreparedLayer(ssd, x_BSD)
     if prepared.call is None or x_BSD.dtype is not torch.float32:

@@ -11,8 +11,9 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
-from switchable.ffn.decoding import DecodeCache
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
@@ -57,6 +57,15 @@ class ActiveCount:
         share = self.entries / (self.tokens * d_ff) if self.tokens else None
         self.entries = self.tokens = 0
         return share
+
+
+class DecodeCache(threading.local):
+    """What `decoding.py` last prepared for a layer. Every Python thread has its own; copies of a layer start anew."""
+
+    prepared: Any = None
+
+    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
+        return DecodeCache, ()
 
 
 class SSD:

@@ -164,7 +164,7 @@ def test_how_experts_are_cut_into_vectors() -> None:
 
     def cut(neurons: int, width: int = 256) -> tuple[int, int]:
         packing = Packing(width, neurons, False, wide)
-        return packing.together, packing.vectors
+        return packing.inputs_per_vector, packing.vectors
 
     assert cut(96) == (1, 6)
     assert cut(8) == (2, 1)  # 16 lanes hold two numbers of a token for 8 neurons
