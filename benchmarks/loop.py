@@ -29,9 +29,10 @@ from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.timing import take_turns
+from switchable.train.counters import Counters
 from switchable.train.flops import count
 from switchable.train.log import RunLog
-from switchable.train.loop import Counters, Trainer
+from switchable.train.loop import Trainer
 from switchable.train.optim import clip_gradients
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest

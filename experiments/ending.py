@@ -79,7 +79,8 @@ def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
     Raises:
         InputError: the run has no such checkpoint.
     """
-    from switchable.store.rundir import TEMPORARY, RunDir, write_text
+    from switchable.files import TEMPORARY, write_text
+    from switchable.store.rundir import RunDir
 
     source = RunDir(run)
     if step not in source.steps():

@@ -7,8 +7,9 @@
     ...                                                                             # your loop:
         controller.step(optimizer)                                                  # after optimizer.step()
 
-Names are imported when first used, so that `switchable --help` answers without loading torch. The one thing that
-happens on import: transformers learns to open the folders that `switchable export --to sparse` writes.
+Names are imported when first used, so that `switchable --help` answers without loading torch; nothing else happens.
+`load(folder)` opens a run, a checkpoint or an export. `register()` tells transformers to open the folders that
+`switchable export --to sparse` writes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from switchable.store.announce import announce
-
 if TYPE_CHECKING:
     from switchable.errors import InputError
     from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
     from switchable.ffn.families import Family
     from switchable.settings import SwitchConfig
+    from switchable.store.load import load
+    from switchable.store.sparse_folder import register
     from switchable.switching.controller import Controller
 
 __version__ = "0.2.0"
@@ -34,6 +35,8 @@ __all__ = [
     "SwitchConfig",
     "convert",
     "in_mode",
+    "load",
+    "register",
     "set_mode",
 ]
 
@@ -45,6 +48,8 @@ _HOMES = {
     "SwitchConfig": "switchable.settings",
     "convert": "switchable.ffn.convert",
     "in_mode": "switchable.ffn.convert",
+    "load": "switchable.store.load",
+    "register": "switchable.store.sparse_folder",
     "set_mode": "switchable.ffn.convert",
 }
 
@@ -54,6 +59,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'switchable' has no attribute {name!r}")
-
-
-announce()

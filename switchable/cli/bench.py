@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.seconds <= 3600:
         raise InputError(f"seconds={args.seconds:g} is out of range; use a number above 0, at most 3600")
     from switchable.evaluation.bench import measure
-    from switchable.store.load import load_switchable
+    from switchable.store.load import load
 
-    model, _ = load_switchable(args.folder)
+    model, _ = load(args.folder)
     found = measure(model, args.tokens, args.experts_per_token, args.training, args.seconds, show=print)
     print(json.dumps({"model": str(args.folder), **found}))
     return 0

@@ -34,11 +34,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
-    from switchable.infer.generate import Sampling, generate_text
-    from switchable.store.load import load_switchable
+    from switchable.infer.generate import generate_text
+    from switchable.infer.sampling import Sampling
+    from switchable.store.load import load
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
-    model, tokenizer = load_switchable(args.folder)
+    model, tokenizer = load(args.folder)
     if tokenizer is None:
         raise InputError(f"{args.folder} holds no tokenizer; give the folder of the run instead")
     print(generate_text(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling))

@@ -23,7 +23,7 @@ from switchable.compare.figures import (
 from switchable.compare.methods import in_order, named
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
-from switchable.store.rundir import write_json, write_text
+from switchable.files import write_json, write_text
 from switchable.study.records import read_metrics
 
 GAIN = "gain_of_ssd_at_equal_flops"

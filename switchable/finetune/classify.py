@@ -40,7 +40,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.config import FinetuneConfig
 from switchable.settings import SwitchConfig
 from switchable.store import checkpoint
-from switchable.store.load import find_model, is_sparse_export, load_switchable
+from switchable.store.load import find_model, is_sparse_export, load
 from switchable.train.memory import keep_freed_memory
 from switchable.train.setup import pick_device
 
@@ -112,7 +112,7 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     Raises:
         InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
-    body, tokenizer = load_switchable(run)
+    body, tokenizer = load(run)
     chosen = find_model(run)
     if tokenizer is None:
         raise InputError(f"{run} holds no tokenizer; give the folder of the run instead")

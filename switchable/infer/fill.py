@@ -8,7 +8,7 @@ span      "the <extra_id_0> sat"         each sentinel becomes the span that the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.data.objectives.spans import sentinel_ids
 from switchable.errors import InputError
-
-if TYPE_CHECKING:
-    from switchable.infer.generate import Sampling
+from switchable.infer.sampling import Sampling
 
 
 def check_prompt(objective: str, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

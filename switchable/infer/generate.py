@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,32 +13,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
 from switchable.infer.fill import fill_masks, fill_spans
 from switchable.infer.loss import objective_of_model
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    max_new_tokens: int = 100
-    """Tokens to write at most."""
-    temperature: float = 0.8
-    """0 = always the most probable token."""
-    top_k: int = 50
-    """Draw among so many most probable tokens; 0 = all."""
-    seed: int = 0
-    """Random seed of the draw."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens={self.max_new_tokens} is out of range; use a whole number of at least 1"
-            )
-        if not self.temperature >= 0:
-            raise InputError(
-                f"temperature={self.temperature} is out of range; use 0 (most probable token) or more"
-            )
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} is out of range; use 0 (all tokens) or more")
+from switchable.infer.sampling import Sampling
 
 
 def generate_text(

@@ -12,9 +12,7 @@ it: each its own rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -31,12 +28,12 @@ from transformers import PreTrainedTokenizerBase
 from switchable import ranks
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.files import TEMPORARY, remove, sync_folder, write_json
 from switchable.store import tensorfile
-from switchable.store.rundir import TEMPORARY, is_no_space, remove, sync_folder, write_json
+from switchable.store.folders import entry, full_disk_told, seal
 from switchable.store.snapshot import NEURON_IDS, PER_LAYER, Snapshot, take, untied_state
 from switchable.store.tensorfile import TensorFile
 
-MANIFEST = "manifest.json"
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
 SHARD_SIZE = "5GB"
@@ -92,20 +89,8 @@ def write(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = No
 
 def _guarded(folder: Path, work: Callable[[], Any]) -> Any:
     """Do `work`; a full disk is the user's affair, anything else a bug."""
-    with _full_disk_told(folder, REMEDY):
+    with full_disk_told(folder, REMEDY):
         return work()
-
-
-@contextmanager
-def _full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
-        ) from None
 
 
 def _begin(temporary: Path, snapshot: Snapshot) -> None:
@@ -135,50 +120,17 @@ def _write_rows(temporary: Path, snapshot: Snapshot) -> None:
 def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
     """Return the manifest's entries of this rank's share of the files."""
     paths = sorted(temporary.iterdir())[ranks.rank() :: ranks.world_size()]
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    return {path.name: entry(path) for path in paths}
 
 
 def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name (rank 0)."""
     if not ranks.is_main():
         return
-    _seal(temporary, files)
+    seal(temporary, files)
     remove(folder)
     temporary.rename(folder)
     sync_folder(folder.parent)
-
-
-def _seal(folder: Path, files: Mapping[str, Any] | None = None) -> None:
-    """Flush every file of a folder to disk and write its manifest, with the checksums given or its own."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    files = _checksums(folder) if files is None else files
-    write_json(folder / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
-    sync_folder(folder)
-
-
-@contextmanager
-def whole_folder(folder: Path, remedy: str) -> Iterator[Path]:
-    """Give the `with` block a new folder to fill, which takes the place of `folder` at its end, or is removed.
-
-    Args:
-        folder: where it shall stand; an older one is replaced.
-        remedy: what to do when the disk is full, for the message.
-
-    Raises:
-        InputError: no space left on the device. What was there before is untouched.
-    """
-    temporary = folder.with_name(TEMPORARY + folder.name)
-    remove(temporary)
-    try:
-        with _full_disk_told(folder, remedy):
-            temporary.mkdir(parents=True)
-            yield temporary
-            remove(folder)
-            temporary.rename(folder)
-    finally:
-        remove(temporary)
 
 
 def save_dense(
@@ -210,36 +162,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(folder: Path) -> str | None:
-    """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        }
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for name, (size, checksum) in files.items():
-        path = folder / name
-        if Path(name).name != name:
-            return f"{MANIFEST} names a file outside the folder"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != checksum:
-            return f"{name} does not have its checksum"
-    return None
 
 
 def restore(

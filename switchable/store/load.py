@@ -17,12 +17,13 @@ from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
 from switchable.ffn.description import make_switchable
-from switchable.store.checkpoint import quiet_transformers, restore_routers, verify
+from switchable.store.checkpoint import quiet_transformers, restore_routers
+from switchable.store.folders import verify
 from switchable.store.rundir import RunDir
 from switchable.store.sparse_folder import METHOD, register
 
 
-def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """Load a model with its routers, in dense mode, in evaluation mode, on the CPU.
 
     Args:
@@ -34,7 +35,7 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
     Raises:
         InputError: no such folder, nothing to load in it, a damaged file, or a tokenizer that does not fit.
     """
-    chosen = find_model(folder)
+    chosen = find_model(Path(folder))
     if is_sparse_export(chosen):
         return _open_sparse_export(chosen), load_tokenizer_of(chosen)
     damage = verify(chosen)

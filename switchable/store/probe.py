@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.data.batches import TokenSource, token_array
 from switchable.data.corpora import documents
 from switchable.errors import InputError
-from switchable.store.rundir import TEMPORARY
+from switchable.files import TEMPORARY
 
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64

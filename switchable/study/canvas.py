@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from switchable.store.rundir import TEMPORARY
+from switchable.files import TEMPORARY
 
 MARKERS = "osD^vPX*<>"
 DENSE, SPARSE, TRAIN = "#00334e", "#d55e00", "#9aa5ad"

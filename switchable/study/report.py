@@ -16,7 +16,8 @@ from typing import Any
 
 import jinja2
 
-from switchable.store.rundir import RunDir, write_text
+from switchable.files import write_text
+from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
 from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers

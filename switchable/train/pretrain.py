@@ -8,7 +8,6 @@ Under torchrun every rank goes through all of it; rank 0 alone holds the lock, w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,29 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
-import switchable
 from switchable import ranks
-from switchable.compute.cpu.active.active import has_active
 from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.infer.generate import Sampling, generate_text
-from switchable.store import checkpoint
+from switchable.files import write_json, write_text
+from switchable.infer.generate import generate_text
+from switchable.infer.sampling import Sampling
+from switchable.store import checkpoint, folders
 from switchable.store.probe import save_probe
-from switchable.store.rundir import RunDir, write_json, write_text
+from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.study.report import write_run_report
+from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
-from switchable.train.loop import Counters, Trainer
+from switchable.train.loop import Trainer
 from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
-from switchable.train.timing import step_seconds
+from switchable.train.summary import parameters, summarise
 
 MAY_CHANGE = (
     "log_every",
@@ -130,7 +129,7 @@ def resume(
 
 @contextmanager
 def _held(rundir: RunDir) -> Iterator[RunDir]:
-    """Hold a run's folder, which what a killed process left half done has been swept out of."""
+    """Lock the run's folder and remove what a killed process left."""
 
     def hold() -> None:
         rundir.acquire()
@@ -191,11 +190,11 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     if name is not None and name not in names:
         raise InputError(f"{rundir.path} has no checkpoint {name!r}; it has {', '.join(names)}")
     step = steps[-1] if name is None else names[name]
-    damage = checkpoint.verify(rundir.checkpoint(step))
+    damage = folders.verify(rundir.checkpoint(step))
     if damage is None:
         return step
     good = next(
-        (s for s in reversed(steps) if s != step and checkpoint.verify(rundir.checkpoint(s)) is None), None
+        (s for s in reversed(steps) if s != step and folders.verify(rundir.checkpoint(s)) is None), None
     )
     remedy = (
         f"go on from an earlier one with --resume --resume-from {rundir.checkpoint(good).name}"
@@ -226,7 +225,7 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
             f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
         )
         log.say(
-            f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+            f"{job.report}; {parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
             + processes
         )
         flops = count_step(job)
@@ -277,70 +276,3 @@ def _show_samples(trainer: Trainer) -> None:
         for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
             text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")
-
-
-def summarise(
-    counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]
-) -> dict[str, Any]:
-    """Return the run's closing figures; docs/method.md explains every key."""
-    takes_part = job.controller.state.takes_part
-    train = job.config.train
-    seconds = step_seconds(
-        job.model, split(job.batch(0), micro_rows(train))[0], train.gradient_accumulation_steps
-    )
-    # All-dense training has neither routers nor a monitor.
-    all_dense = flops.dense * counters.steps
-    head = flops.head * counters.steps
-    return {
-        **validation,
-        "objective": job.objective,
-        "loss_unit": job.batches.objective.unit,
-        "steps": counters.steps,
-        "tokens": counters.steps * flops.tokens,
-        "parameters": _parameters(job),
-        "flops": counters.flops,
-        "flops_nonembedding": counters.flops - head,
-        "flops_all_dense": all_dense,
-        "flops_ratio": counters.flops / all_dense,
-        "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
-        "sparse_fraction": counters.sparse_steps / counters.steps,
-        "sparse_layers": [int(part) for part in takes_part],
-        "experts_per_token": list(job.controller.state.experts_per_token),
-        "active_layers": _active_layers(job),
-        "switches": job.controller.switches,
-        "regroupings": job.controller.regroupings,
-        "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
-        "step_speedup_active": seconds["dense"] / seconds["active"],
-        "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
-        "wall_seconds": counters.train_seconds + counters.seconds_other,
-        "wall_seconds_train": counters.train_seconds,
-        "cpu_seconds_train": counters.cpu_seconds,
-        "wall_seconds_dense": counters.seconds_dense,
-        "wall_seconds_sparse": counters.seconds_sparse,
-        "wall_seconds_measure": counters.seconds_measure,
-        "processes": ranks.world_size(),
-        "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
-        "ran_with": counters.ran_with,
-        "versions": {
-            "switchable": switchable.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "experts": dataclasses.asdict(job.config.switch),
-    }
-
-
-def _active_layers(job: Job) -> list[int]:
-    """Return 1 for each layer whose dense steps multiply active neurons only."""
-    with job.replica.autocast():
-        return [
-            int(
-                layer.ssd.multiplies_active
-                and has_active(layer.ssd.weights.up_FD, layer.ssd.weights, layer.ssd.settings.activation)
-            )
-            for layer in job.controller.layers
-        ]
-
-
-def _parameters(job: Job) -> int:
-    return sum(p.numel() for p in job.model.parameters())

@@ -18,7 +18,7 @@ from switchable.compare.report import write_report
 from switchable.compare.runs import Run, differs, others_finished, plan
 from switchable.config import RunConfig, from_dict
 from switchable.infer.loss import validation_loss
-from switchable.store.load import load_switchable
+from switchable.store.load import load
 from switchable.store.rundir import RunDir
 from switchable.train.flops import router_learning
 from switchable.train.setup import set_up
@@ -106,7 +106,7 @@ def test_a_mixture_of_experts_has_no_dense_mode_and_loads_again(trained: dict[st
     assert figures["val_loss_dense"] is None
     assert figures["bits_per_byte_dense"] is None
     assert figures["sparse_layers"] == [1, 1]
-    model, _ = load_switchable(run.path)
+    model, _ = load(run.path)
     set_mode(model, "sparse")
     job = set_up(run.config, cache, quiet=True)
     assert validation_loss(model, job.validation) == pytest.approx(figures["val_loss_sparse"], abs=1e-5)

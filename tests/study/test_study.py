@@ -20,8 +20,8 @@ from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
-from switchable.store import checkpoint
-from switchable.store.load import load_switchable
+from switchable.store import checkpoint, folders
+from switchable.store.load import load
 from switchable.store.probe import load_probe
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
@@ -86,7 +86,7 @@ def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
     needed = {"loss", "activation_ratio", "similarity_pattern", "mass", "load"}
     assert needed <= set(printed["pictures"])
     # The figures of the last checkpoint are those of the finished model, and the monitor's at that step or near it.
-    model, _ = load_switchable(trained / "final")
+    model, _ = load(trained / "final")
     direct = measure_model(model, load_probe(trained / "probe.safetensors"))
     for layer, (expected, _) in zip(found["results"][-1], direct, strict=True):
         assert layer["activation_ratio"] == pytest.approx(expected.activation_ratio)
@@ -250,7 +250,7 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     folder = run / "snapshots/step-000004"
     state = load_file(folder / "switchable.safetensors")
     save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
-    (folder / checkpoint.MANIFEST).unlink()
+    (folder / folders.MANIFEST).unlink()
     checkpoint._seal(folder)
     study = study_run(run, StudySettings())
     assert "step-000004 does not tell which neuron is which" in study.problems[0]
@@ -268,10 +268,10 @@ def test_everything_shown_is_escaped(tmp_path: Path) -> None:
 
 
 def test_neuron_order_goes_with_the_checkpoint(trained: Path) -> None:
-    early, _ = load_switchable(trained / "snapshots/step-000001")
+    early, _ = load(trained / "snapshots/step-000001")
     for layer in layers_of(early):
         assert torch.equal(layer.ssd.neuron_ids_F, torch.arange(64))
-    late, _ = load_switchable(trained / "final")
+    late, _ = load(trained / "final")
     for layer in layers_of(late):
         assert torch.equal(layer.ssd.neuron_ids_F.sort().values, torch.arange(64))
 

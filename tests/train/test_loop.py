@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from switchable import InputError
 from switchable.compute.cpu.llvm import this_machine
 from switchable.config import RunConfig, from_dict
-from switchable.train.loop import Counters, Trainer
+from switchable.train.counters import Counters
+from switchable.train.loop import Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.signals import TrainingStopped
 
