@@ -1,4 +1,4 @@
-"""The runs of a comparison: which there are, whether their folders fit, and how one is trained.
+"""The runs of a comparison: which there are, and whether their folders fit.
 
     DIR/<method>-s<seed>/     an ordinary run folder, as `switchable pretrain` makes it
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
-from switchable.config import RunConfig, changed, check, read_stored, to_dict
+from switchable.config import RunConfig, changed, check, read_stored
 from switchable.errors import InputError
 
 
@@ -113,36 +113,3 @@ def others_finished(config: RunConfig, out: Path, besides: Sequence[Run]) -> lis
         except InputError:
             continue  # not of this comparison: a method or settings that this version does not know
     return found
-
-
-def train(run: Run, cache: Path, jobs: int) -> None:
-    """Start a run or go on with it, unless it is finished.
-
-    Args:
-        run: which.
-        cache: folder for token files.
-        jobs: runs that share the machine at this time, to be noted.
-
-    Raises:
-        FolderInUse: another process is at it.
-        InputError: settings, data or a checkpoint are unusable.
-        TrainingStopped: stopped by a signal, after saving.
-    """
-    from switchable.compare.baselines import VARIANTS
-    from switchable.compare.cut import cut
-    from switchable.store.rundir import RunDir
-    from switchable.train.pretrain import pretrain, resume
-    from switchable.train.setup import SSD
-
-    if run.finished():
-        return
-    variant = VARIANTS.get(run.method.partition("@")[0], SSD)
-    if run.starts_from is not None:
-        cut(run, cache, jobs)
-    elif (run.path / "config.yaml").exists() and RunDir(run.path).steps():
-        train_settings = to_dict(run.config)["train"]
-        resume(
-            run.path, {name: train_settings[name] for name in UNCOMPARED}, cache, jobs=jobs, variant=variant
-        )
-    else:
-        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs, variant=variant)

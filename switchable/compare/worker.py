@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from switchable.compare.runs import Run, train
+from switchable.compare.runs import Run
 from switchable.config import from_dict, to_dict
 from switchable.errors import InputError
 
@@ -37,6 +37,7 @@ def main() -> int:
     told = json.loads(sys.argv[1])
     run = Run(told["method"], told["seed"], Path(told["path"]), from_dict(told["config"]))
     # Loads torch, after what is needed to understand the task.
+    from switchable.compare.training import train
     from switchable.store.rundir import FolderInUse
     from switchable.train.signals import TrainingStopped
 

@@ -31,7 +31,7 @@ from switchable.data.readers import (
     text_of,
     unreadable,
 )
-from switchable.errors import InputError
+from switchable.errors import InputError, nearest
 
 STRUCTURED_SUFFIXES = (".jsonl", ".zst", ".parquet")
 FILE_SUFFIXES = (*STRUCTURED_SUFFIXES, ".txt", ".md", ".json", ".csv", ".tsv", ".py", ".gz", ".text")
