@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from switchable import InputError, set_mode
 from switchable.compare import runs
+from switchable.compare.training import train
 from switchable.compare.methods import METHODS
 from switchable.compare.report import write_report
 from switchable.compare.runs import Run, differs, others_finished, plan
@@ -52,7 +53,7 @@ def trained(config: RunConfig, cache: Path, tmp_path_factory: pytest.TempPathFac
     """A finished run of every method."""
     planned = plan(config, tuple(METHODS), (0,), tmp_path_factory.mktemp("compare"))
     for run in planned:
-        runs.train(run, cache, jobs=1)
+        train(run, cache, jobs=1)
     return {run.method: run for run in planned}
 
 
@@ -161,14 +162,14 @@ def test_a_cut_of_a_damaged_dense_run_is_refused(
     (tmp_path / "dense-s0").symlink_to(
         trained["dense"].path
     )  # a finished run may be lent to another comparison
-    runs.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     first = run.summary()["val_loss_sparse"]
     assert first == trained["dense-then-moe"].summary()["val_loss_sparse"]
     (tmp_path / "dense-s0").unlink()
     dense.final.mkdir(parents=True)
     (run.path / "summary.json").unlink()
     with pytest.raises(InputError, match=r"final is damaged \(manifest.json is missing\)"):
-        runs.train(run, cache, jobs=1)
+        train(run, cache, jobs=1)
 
 
 def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:
@@ -192,15 +193,15 @@ def test_a_finished_run_is_left_alone_and_a_begun_one_goes_on(
     trained: dict[str, Run], config: RunConfig, cache: Path, tmp_path: Path
 ) -> None:
     run = plan(config, ("ssd",), (0,), tmp_path)[0]
-    runs.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert run.summary()["val_loss_sparse"] == trained["ssd"].summary()["val_loss_sparse"]
     written = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "checkpoints/step-000020/model.safetensors").write_bytes(b"not looked at")
-    runs.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert (run.path / "metrics.jsonl").read_bytes() == written
     for name in ("summary.json", "curves.png"):  # died before its summary
         (run.path / name).unlink()
-    runs.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert (run.path / "metrics.jsonl").read_bytes() == written
     (run.path / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary.json is damaged; remove it"):

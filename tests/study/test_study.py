@@ -36,10 +36,10 @@ SMALL: dict[str, Any] = {
     "data": {"vocab_size": 300},
     "train": {
         "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 10, "checkpoint_every": 10,
-        "eval_tokens": 512, "threads": 1, "snapshots": 3,
+        "eval_tokens": 512, "probe_tokens": 256, "threads": 1, "snapshots": 3,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256, "regroup_below": 1.0,
+        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
     },
 }  # fmt: skip
