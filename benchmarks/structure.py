@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from switchable.adapt.run import neuron_features
 from switchable.cli.flags import default_cache
-from switchable.config import from_dict, objective_of, read_yaml
+from switchable.config import objective_of, read_stored
 from switchable.data.batches import eval_batches
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
@@ -101,7 +101,7 @@ def main() -> int:
     tokens, steps = (8192, 150) if args.quick else (32_768, 600)
     try:
         model, _ = load_switchable(args.run)
-        config = from_dict(read_yaml(args.run / "config.yaml"))
+        config = read_stored(args.run / "config.yaml")
         data = prepare(config.data, default_cache(), objective=objective_of(config))
     except InputError as error:
         print(f"benchmarks.structure: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ import yaml
 
 from experiments.recipe import configure, expert_fraction
 from switchable.cli.flags import default_cache
-from switchable.config import from_dict, read_yaml, to_dict
+from switchable.config import read_stored, to_dict
 from switchable.errors import InputError
 from switchable.train.signals import TrainingStopped
 
@@ -85,7 +85,7 @@ def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
     if step not in source.steps():
         there = ", ".join(map(str, source.steps())) or "none"
         raise InputError(f"{run} holds no checkpoint of step {step}; it has: {there}")
-    config = from_dict(read_yaml(source.config), str(source.config))
+    config = read_stored(source.config)
     changed = to_dict(configure(config, settings, config.train.seed))
     half = RunDir(folder.with_name(TEMPORARY + folder.name))
     if half.path.exists():
@@ -107,7 +107,7 @@ def refitted(folder: Path, cache: Path) -> float | None:
     from switchable.train.setup import probe_inputs, set_up
 
     rundir = RunDir(folder)
-    job = set_up(from_dict(read_yaml(rundir.config), str(rundir.config)), cache, quiet=True)
+    job = set_up(read_stored(rundir.config), cache, quiet=True)
     state, _ = checkpoint.restore(rundir.checkpoint(rundir.steps()[-1]), job.model, job.optimizer)
     job.controller.load_state_dict(state)
     if not any(job.controller.state.takes_part):

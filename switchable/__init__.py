@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from switchable.settings import SwitchConfig
     from switchable.switching.controller import Controller
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Controller",
     "ConversionReport",

@@ -44,7 +44,9 @@ def test_the_commands_in_their_order(
         if arguments[0] in ("pretrain", "compare") and not resuming:
             arguments += shlex.split(SMALL)
         if arguments[0] == "convert":
-            arguments += shlex.split("--num-experts 8 --calibration-tokens 2000 --eval-tokens 256 --keep-activation")
+            arguments += shlex.split(
+                "--num-experts 8 --calibration-tokens 2000 --eval-tokens 256 --keep-activation"
+            )
         if "other-run/step*" in arguments:
             arguments[arguments.index("other-run/step*")] = "other-run/step-1"  # as the shell does
         code = main(arguments)

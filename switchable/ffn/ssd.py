@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
+from switchable.ffn.decoding import DecodeCache
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
-from switchable.ffn.serving import Kept
 from switchable.settings import SwitchConfig
 
 RESERVED = ("ssd", "router")
@@ -93,8 +93,8 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
-        self.kept_call = Kept()
-        """What decoding has looked up."""
+        self.decode_cache = DecodeCache()
+        """What decoding has prepared."""
 
     @property
     def num_experts(self) -> int:
@@ -131,7 +131,7 @@ class SSD:
         if not whole or not 1 <= experts_per_token <= self.num_experts:
             raise InputError(
                 f"experts_per_token={experts_per_token} is not possible with the {self.num_experts} experts of "
-                f"{self.name}; use a whole number from 1 to {self.num_experts}"
+                f"{self.name}; use 1 to {self.num_experts}"
             )
 
     def part(self, path: str) -> nn.Module:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from switchable.config import RunConfig, from_dict, read_yaml
+from switchable.config import RunConfig, read_stored
 from switchable.data.tokenizers import check_fits
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
@@ -139,7 +139,7 @@ def run_config(folder: Path) -> RunConfig | None:
     """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
     for place in (folder, folder.parent, folder.parent.parent):
         if RunDir(place).config.is_file():
-            return from_dict(read_yaml(RunDir(place).config), str(RunDir(place).config))
+            return read_stored(RunDir(place).config)
     return None
 
 

@@ -27,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import switchable
 from switchable import ranks
-from switchable.config import RunConfig, TrainConfig, to_dict
+from switchable.config import RunConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
+from switchable.sections import TrainConfig
 from switchable.train.meeting import meet
 
 Batch = Mapping[str, Tensor]

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 import switchable
 from switchable import ranks
 from switchable.compute.cpu.active.active import has_active
-from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.infer.generate import Sampling, generate_text
@@ -161,8 +161,7 @@ def _begin(rundir: RunDir, job: Job) -> None:
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
-    stored = read_yaml(rundir.config)
-    before = from_dict(stored, str(rundir.config))
+    before = read_stored(rundir.config)
     merged: dict[str, Any] = {section: dict(values) for section, values in to_dict(before).items()}
     for section, values in merged.items():
         values.update({key: value for key, value in flags.items() if key in values})
