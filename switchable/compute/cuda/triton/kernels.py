@@ -25,11 +25,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from switchable.compute.cuda.triton import INTERPRETED, tuning
+from switchable.compute.cuda.triton import tuning
 
 GROUP_M = tl.constexpr(8)
 # Triton's interpreter has no bfloat16 product: it multiplies the bit patterns. Widening is exact.
-WIDEN = tl.constexpr(INTERPRETED)
+WIDEN = tl.constexpr(tuning.INTERPRETED)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E neurons, K experts per t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def backward(
     launches = _Launches(x_TD, up_FD, rows)
     # The gradient before the activation; of the four, only the gradient of down does without.
     a_RI = launches.multiply("hidden_grad", grad_TD, down_FD, h_RI=h_RI, squared=squared)
-    gradients = (
+    gradients: tuple[Callable[[], Tensor], ...] = (
         lambda: launches.multiply_back(a_RI, up_FD),
         lambda: launches.weight_grad(a_RI, x_TD, up_FD),
         lambda: launches.weight_grad(h_RI, grad_TD, down_FD),
