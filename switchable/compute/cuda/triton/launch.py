@@ -13,7 +13,6 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E neurons, K experts per t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -143,9 +142,8 @@ class _Launches:
         def grid(block: dict[str, int]) -> tuple[int]:
             return (self.E * triton.cdiv(self.I, block["BLOCK_M"]) * triton.cdiv(self.D, block["BLOCK_N"]),)
 
-        sizes: dict[str, Any] = {"D": self.D, "I": self.I}
         kernels.weight_grad_kernel[grid](
-            p_RI, x_TD, x_TD.stride(0), out_FD, *out_FD.stride(), **self.common, **sizes
+            p_RI, x_TD, x_TD.stride(0), out_FD, *out_FD.stride(), **self.common, D=self.D, I=self.I
         )
         return out_FD
 
