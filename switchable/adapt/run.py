@@ -41,12 +41,7 @@ from switchable.store.checkpoint import save
 from switchable.store.export import check_output
 from switchable.store.load import is_sparse_export, load_config, load_pretrained
 from switchable.store.rundir import RunDir
-from switchable.structure.groups import (
-    cluster_layers,
-    coactivation_features,
-    mixed_features,
-    weight_features,
-)
+from switchable.structure.groups import cluster_layers, coactivation_features, mixed_features, weight_features
 from switchable.switching.monitor import Batch, watch
 from switchable.switching.switch import group_anew
 from switchable.train.setup import model_inputs, pick_device, probe_inputs

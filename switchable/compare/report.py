@@ -102,10 +102,7 @@ def tabulate(
         own = {seed: own_figures(summaries[method, seed]) for seed in seeds}
         paired = {
             seed: paired_figures(
-                own[seed],
-                curves[method, seed],
-                own_figures(summaries["dense", seed]),
-                curves["dense", seed],
+                own[seed], curves[method, seed], own_figures(summaries["dense", seed]), curves["dense", seed]
             )
             for seed in seeds
             if ("dense", seed) in summaries

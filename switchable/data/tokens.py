@@ -78,11 +78,7 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig,
-    cache_dir: str | os.PathLike[str],
-    *,
-    objective: str = "causal",
-    progress: bool = True,
+    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True
 ) -> PreparedData:
     """Make the token files of `config` under `cache_dir`, unless they are there; return what there is.
 
