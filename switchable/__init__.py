@@ -7,8 +7,10 @@
     ...                                                                             # your loop:
         controller.step(optimizer)                                                  # after optimizer.step()
 
-Names are imported when first used, so that `switchable --help` answers without loading torch. The one thing that
-happens on import: transformers learns to open the folders that `switchable export --to sparse` writes.
+    model, tokenizer = switchable.load("runs/demo")      # a run, a checkpoint or an export
+    switchable.register()                                # from_pretrained opens sparse exports from now on
+
+Nothing happens at import: names are imported when first used, so that `switchable --help` answers without torch.
 """
 
 from __future__ import annotations
@@ -16,44 +18,48 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from switchable.store.announce import announce
+from switchable.versions import __version__
 
 if TYPE_CHECKING:
     from switchable.errors import InputError
     from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
     from switchable.ffn.families import Family
     from switchable.settings import SwitchConfig
+    from switchable.store.load import load_switchable as load
+    from switchable.store.sparse_folder import register
     from switchable.switching.controller import Controller
 
-__version__ = "0.1.0"
 __all__ = [
     "Controller",
     "ConversionReport",
     "Family",
     "InputError",
     "SwitchConfig",
+    "__version__",
     "convert",
     "in_mode",
+    "load",
+    "register",
     "set_mode",
 ]
 
 _HOMES = {
-    "ConversionReport": "switchable.ffn.convert",
-    "Controller": "switchable.switching.controller",
-    "Family": "switchable.ffn.families",
-    "InputError": "switchable.errors",
-    "SwitchConfig": "switchable.settings",
-    "convert": "switchable.ffn.convert",
-    "in_mode": "switchable.ffn.convert",
-    "set_mode": "switchable.ffn.convert",
+    "ConversionReport": "ffn.convert.ConversionReport",
+    "Controller": "switching.controller.Controller",
+    "Family": "ffn.families.Family",
+    "InputError": "errors.InputError",
+    "SwitchConfig": "settings.SwitchConfig",
+    "convert": "ffn.convert.convert",
+    "in_mode": "ffn.convert.in_mode",
+    "load": "store.load.load_switchable",
+    "register": "store.sparse_folder.register",
+    "set_mode": "ffn.convert.set_mode",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home (PEP 562)."""
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, _, own = _HOMES[name].rpartition(".")
+        return getattr(importlib.import_module(f"switchable.{module}"), own)
     raise AttributeError(f"module 'switchable' has no attribute {name!r}")
-
-
-announce()

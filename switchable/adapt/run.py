@@ -39,7 +39,8 @@ from switchable.infer.loss import objective_of_model, validation_loss
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
-from switchable.store.load import is_sparse_export, load_config, load_pretrained
+from switchable.store.load import is_sparse_export
+from switchable.store.pretrained import load_config, load_pretrained
 from switchable.store.rundir import RunDir
 from switchable.structure.groups import cluster_layers, coactivation_features, mixed_features, weight_features
 from switchable.switching.monitor import Batch, watch

@@ -26,6 +26,7 @@ from switchable.cli import (
     study,
 )
 from switchable.errors import InputError
+from switchable.versions import __version__
 
 VERBS = {
     "prepare": prepare,
@@ -65,13 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
-    import switchable
-
     parser = argparse.ArgumentParser(
         prog="switchable",
         description="Switchable sparse-dense pre-training: one set of weights, two ways to multiply.",
     )
-    parser.add_argument("--version", action="version", version=f"switchable {switchable.__version__}")
+    parser.add_argument("--version", action="version", version=f"switchable {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
         module.add_arguments(verbs.add_parser(name, help=module.HELP))

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     scores = evaluate(request)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
-        from switchable.store.rundir import write_json
+        from switchable.files import write_json
 
         write_json(args.out, result)
     print(table(scores))

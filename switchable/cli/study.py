@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value} is out of range; use a whole number of at least 1")
-    from switchable.store.rundir import write_json
+    from switchable.files import write_json
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report

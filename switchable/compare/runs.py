@@ -8,15 +8,15 @@ folder's lock decides who trains it, so a comparison may be started several time
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
-from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, read_yaml
 from switchable.errors import InputError
+from switchable.files import read_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
         """
         file = self.path / "summary.json"
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_json(file)
         except ValueError:
             raise InputError(
                 f"{file} is damaged; remove it and start again: the run's last checkpoint is kept"
@@ -65,7 +65,7 @@ def folder(out: Path, method: str, seed: int) -> Path:
     return out / f"{method}-s{seed}"
 
 
-def plan(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
     """Return the runs of a comparison, seed by seed, each after the one it goes on from.
 
     Raises:
@@ -113,36 +113,3 @@ def others_finished(config: RunConfig, out: Path, besides: Sequence[Run]) -> lis
         except InputError:
             continue  # not of this comparison: a method or settings that this version does not know
     return found
-
-
-def train(run: Run, cache: Path, jobs: int) -> None:
-    """Start a run or go on with it, unless it is finished.
-
-    Args:
-        run: which.
-        cache: folder for token files.
-        jobs: runs that share the machine at this time, to be noted.
-
-    Raises:
-        FolderInUse: another process is at it.
-        InputError: settings, data or a checkpoint are unusable.
-        TrainingStopped: stopped by a signal, after saving.
-    """
-    from switchable.compare.baselines import VARIANTS
-    from switchable.compare.cut import cut
-    from switchable.store.rundir import RunDir
-    from switchable.train.pretrain import pretrain, resume
-    from switchable.train.setup import SSD
-
-    if run.finished():
-        return
-    variant = VARIANTS.get(run.method.partition("@")[0], SSD)
-    if run.starts_from is not None:
-        cut(run, cache, jobs)
-    elif (run.path / "config.yaml").exists() and RunDir(run.path).steps():
-        train_settings = to_dict(run.config)["train"]
-        resume(
-            run.path, {name: train_settings[name] for name in UNCOMPARED}, cache, jobs=jobs, variant=variant
-        )
-    else:
-        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs, variant=variant)

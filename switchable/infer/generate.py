@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,32 +13,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
 from switchable.infer.fill import fill_masks, fill_spans
 from switchable.infer.loss import objective_of_model
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    max_new_tokens: int = 100
-    """Tokens to write at most."""
-    temperature: float = 0.8
-    """0 = always the most probable token."""
-    top_k: int = 50
-    """Draw among so many most probable tokens; 0 = all."""
-    seed: int = 0
-    """Random seed of the draw."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens={self.max_new_tokens} is out of range; use a whole number of at least 1"
-            )
-        if not self.temperature >= 0:
-            raise InputError(
-                f"temperature={self.temperature} is out of range; use 0 (most probable token) or more"
-            )
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} is out of range; use 0 (all tokens) or more")
+from switchable.infer.sampling import Sampling
 
 
 def generate_text(
@@ -70,34 +44,19 @@ def generate_text(
     objective = objective_of_model(model)
     if objective == "masked":
         return fill_masks(model, tokenizer, prompt, sampling)
-    choice = (
-        {"do_sample": False}
-        if sampling.temperature == 0
-        else {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-    )
-    if objective == "span":
-        return fill_spans(model, tokenizer, prompt, choice, sampling.max_new_tokens)
-    return _continue(model, tokenizer, prompt, choice, sampling.max_new_tokens)
+    write = fill_spans if objective == "span" else _continue
+    return write(model, tokenizer, prompt, sampling)
 
 
-def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: dict[str, Any], max_new_tokens: int
-) -> str:
+def _continue(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    room = min(max_new_tokens, positions - len(ids))
+    room = min(sampling.max_new_tokens, positions - len(ids))
     if room < 1:
         raise InputError(
             f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
             f"use a prompt of at most {positions - 1} tokens"
         )
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-    written = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=room,
-        use_cache=True,
-        pad_token_id=tokenizer.eos_token_id,
-        **choice,
-    )
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+    written = sampling.generate(model, input_ids, room, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(written, skip_special_tokens=True))

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
-from switchable.store.rundir import RunDir, is_no_space, write_text
+from switchable.files import is_no_space, write_text
+from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
 

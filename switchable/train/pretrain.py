@@ -1,44 +1,42 @@
-"""One pre-training run from a configuration to its summary: start or resume, train, measure, draw, export.
+"""One pre-training run from a configuration to its summary: start or resume, train, export, measure.
 
 new run:   lock the folder -> set up -> count FLOPs -> train
 resume:    lock the folder -> same configuration? -> newest checkpoint whole? -> set up -> restore -> train
 
-Under torchrun every rank goes through all of it; rank 0 alone holds the lock, writes, draws and speaks.
+Under torchrun every rank goes through all of it. Rank 0 alone holds the lock, writes and speaks. The report of a
+finished run is drawn by whoever started it (`study.report.write_run_report`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
-import switchable
 from switchable import ranks
-from switchable.compute.cpu.active.active import has_active
 from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.infer.generate import Sampling, generate_text
-from switchable.store import checkpoint
+from switchable.files import read_json, write_json, write_text
+from switchable.infer.generate import generate_text
+from switchable.infer.sampling import Sampling
+from switchable.store import checkpoint, restore
 from switchable.store.probe import save_probe
-from switchable.store.rundir import RunDir, write_json, write_text
+from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
-from switchable.study.report import write_run_report
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
 from switchable.train.loop import Counters, Trainer
 from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
-from switchable.train.timing import step_seconds
+from switchable.train.summary import summarise
 
 MAY_CHANGE = (
     "log_every",
@@ -84,7 +82,7 @@ def pretrain(
         TrainingStopped: stopped by a signal, after saving.
     """
     check(config)
-    with _held(RunDir(out)) as rundir:
+    with _locked(RunDir(out)) as rundir:
         ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
@@ -117,27 +115,28 @@ def resume(
     """
     if not ranks.on_main((out / "config.yaml").exists):
         raise InputError(f"{out} holds no run to resume (no config.yaml); start one without --resume")
-    with _held(RunDir(out)) as rundir:
+    with _locked(RunDir(out)) as rundir:
         config = ranks.together(lambda: _same_config(rundir, flags))
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.together(lambda: _check_same_data(rundir, job, step))
         ranks.on_main(rundir.claim)
-        controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
+        folder = rundir.checkpoint(step)
+        controller_state, counters = restore.restore_training(folder, job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
 
 
 @contextmanager
-def _held(rundir: RunDir) -> Iterator[RunDir]:
-    """Hold a run's folder, which what a killed process left half done has been swept out of."""
+def _locked(rundir: RunDir) -> Iterator[RunDir]:
+    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block."""
 
-    def hold() -> None:
+    def lock() -> None:
         rundir.acquire()
         rundir.sweep()
 
     try:
-        ranks.on_main(hold)
+        ranks.on_main(lock)
         yield rundir
     finally:
         if ranks.is_main():
@@ -207,7 +206,7 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
 
 
 def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
-    values = json.loads((rundir.checkpoint(step) / "training.json").read_text(encoding="utf-8"))
+    values = read_json(rundir.checkpoint(step) / "training.json")
     if values["counters"]["data"] != job.data.train.sha256:
         raise InputError(
             f"the text or tokenizer has changed since {rundir.path} was started; put the old files back, "
@@ -227,7 +226,7 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
             f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
         )
         log.say(
-            f"{job.report}; {_parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
             + processes
         )
         flops = count_step(job)
@@ -252,15 +251,15 @@ def count_step(job: Job) -> StepFlops:
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Export, measure the speed of both modes, draw, and write the summary."""
+    """Export, measure the speed of both modes, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
-    figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
+    found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
+    figures = dataclasses.asdict(found)
     if ranks.is_main():
         write_json(rundir.summary, figures)
-        write_run_report(rundir.path)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
+    trainer.log.say(f"model: {rundir.final}   figures: {rundir.summary}")
     return figures
 
 
@@ -278,70 +277,3 @@ def _show_samples(trainer: Trainer) -> None:
         for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
             text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")
-
-
-def summarise(
-    counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]
-) -> dict[str, Any]:
-    """Return the run's closing figures; docs/method.md explains every key."""
-    takes_part = job.controller.state.takes_part
-    train = job.config.train
-    seconds = step_seconds(
-        job.model, split(job.batch(0), micro_rows(train))[0], train.gradient_accumulation_steps
-    )
-    # All-dense training has neither routers nor a monitor.
-    all_dense = flops.dense * counters.steps
-    head = flops.head * counters.steps
-    return {
-        **validation,
-        "objective": job.objective,
-        "loss_unit": job.batches.objective.unit,
-        "steps": counters.steps,
-        "tokens": counters.steps * flops.tokens,
-        "parameters": _parameters(job),
-        "flops": counters.flops,
-        "flops_nonembedding": counters.flops - head,
-        "flops_all_dense": all_dense,
-        "flops_ratio": counters.flops / all_dense,
-        "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
-        "sparse_fraction": counters.sparse_steps / counters.steps,
-        "sparse_layers": [int(part) for part in takes_part],
-        "experts_per_token": list(job.controller.state.experts_per_token),
-        "active_layers": _active_layers(job),
-        "switches": job.controller.switches,
-        "regroupings": job.controller.regroupings,
-        "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
-        "step_speedup_active": seconds["dense"] / seconds["active"],
-        "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
-        "wall_seconds": counters.train_seconds + counters.seconds_other,
-        "wall_seconds_train": counters.train_seconds,
-        "cpu_seconds_train": counters.cpu_seconds,
-        "wall_seconds_dense": counters.seconds_dense,
-        "wall_seconds_sparse": counters.seconds_sparse,
-        "wall_seconds_measure": counters.seconds_measure,
-        "processes": ranks.world_size(),
-        "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
-        "ran_with": counters.ran_with,
-        "versions": {
-            "switchable": switchable.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "experts": dataclasses.asdict(job.config.switch),
-    }
-
-
-def _active_layers(job: Job) -> list[int]:
-    """Return 1 for each layer whose dense steps multiply active neurons only."""
-    with job.replica.autocast():
-        return [
-            int(
-                layer.ssd.multiplies_active
-                and has_active(layer.ssd.weights.up_FD, layer.ssd.weights, layer.ssd.settings.activation)
-            )
-            for layer in job.controller.layers
-        ]
-
-
-def _parameters(job: Job) -> int:
-    return sum(p.numel() for p in job.model.parameters())

@@ -400,7 +400,7 @@ def test_killed_in_the_middle(source: Path, tmp_path: Path) -> None:
     assert process.stdout.readline() == "building\n"
     name = tokens._fingerprint(config_for(source), "causal")
     deadline = time.monotonic() + 30
-    while not (cache / f".{name}.partial" / "train.bin").exists():
+    while not (cache / f".tmp-{name}" / "train.bin").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

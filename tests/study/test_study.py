@@ -20,6 +20,7 @@ from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
+from switchable.files import write_json
 from switchable.store import checkpoint
 from switchable.store.load import load_switchable
 from switchable.store.probe import load_probe
@@ -217,8 +218,8 @@ def test_checkpoints_of_another_shape_and_broken_ones_are_left_out(
     study = study_checkpoints(given, settings(corpus, tokenizer=series))
     assert study.steps == [3, 20]
     assert "other7 has 3 FFNs, the first checkpoint 2" in study.problems[0]
-    assert "step500 cannot be read" in study.problems[1]
-    with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be read"):
+    assert "step500 cannot be loaded" in study.problems[1]
+    with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be loaded"):
         study_checkpoints([str(broken)], settings(corpus, tokenizer=series))
 
 
@@ -251,7 +252,7 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     state = load_file(folder / "switchable.safetensors")
     save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
     (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._seal(folder)
+    write_json(folder / checkpoint.MANIFEST, {"files": checkpoint._checksums(folder)})
     study = study_run(run, StudySettings())
     assert "step-000004 does not tell which neuron is which" in study.problems[0]
     assert "similarity_pattern" not in names(study)

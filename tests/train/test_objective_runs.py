@@ -14,7 +14,8 @@ from support import small_run
 
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
-from switchable.infer.generate import Sampling, generate_text
+from switchable.infer.generate import generate_text
+from switchable.infer.sampling import Sampling
 from switchable.infer.loss import validation_loss
 from switchable.store.load import load_switchable
 from switchable.train.loop import Trainer
