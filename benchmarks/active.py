@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.compute.weights import FFNWeights
-from switchable.train.timing import interleaved
+from switchable.timing import take_turns
 
 TOKENS, EXPERTS = 4096, 32
 TOLERANCE = 1e-5
@@ -66,11 +66,8 @@ def measure(d_model: int, shares: list[float], rounds: int) -> dict[str, float] 
         problem = Problem(d_model, share)
         if not has_active(problem.x_TD, problem.weights, "relu") or problem.error() > TOLERANCE:
             return None
-        seconds = interleaved(
-            {way: partial(problem.run, way) for way in ("dense", "active")},
-            rounds,
-            torch.device("cpu"),
-        )
+        ways = {way: partial(problem.run, way) for way in ("dense", "active")}
+        seconds = take_turns(ways, 0.0, turns=rounds).medians
         times.append(seconds["active"] / seconds["dense"])
         figures[f"active_speedup_d{d_model}_{share:g}"] = seconds["dense"] / seconds["active"]
     slope, start = np.polyfit(shares, times, 1)

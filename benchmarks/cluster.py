@@ -31,7 +31,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from switchable.structure.assignment import balanced_assignment, lower_bound
-from switchable.structure.groups import cluster_layers, similarity, weight_features
+from switchable.structure.features import weight_features
+from switchable.structure.groups import cluster_layers, similarity
 from switchable.structure.kmeans import BalancedKMeans
 
 NEURONS, WIDTH, EXPERTS, LAYERS = 3072, 768, 32, 12

@@ -7,8 +7,8 @@
 t is the time of `generate` per new token (KV cache on, greedy), f one FFN's forward for one token (router included),
 L the number of layers, all sparse here. Between two timings of an FFN the weights of all layers are read, as in
 decoding, so that they do not come from the cache. `bandwidth_share` is the weight bytes that one sparse FFN reads per
-second over the rate of a plain copy (bytes read and written). With `dense_fallback` a layer multiplies densely where
-this machine's table says that it is faster. The last line is one JSON document.
+second over the rate of a plain copy (bytes read and written). The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch import nn
 
 from benchmarks._models import decoding_parity_error, random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.train.timing import interleaved
+from switchable.ffn.ssd import DecodeCache
+from switchable.timing import take_turns
 
 VOCABULARY, POSITIONS, EXPERTS, K = 8192, 256, 32, 6
-CPU = torch.device("cpu")
 
 
 def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[str, float]:
     """Return tokens per second of `generate` in each mode, timed in turns."""
     prompt = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
 
-    def generate(mode: str, fallback: bool) -> None:
-        set_mode(model, mode, dense_fallback=fallback)
+    def generate(mode: str) -> None:
+        set_mode(model, mode)
         model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -47,12 +47,9 @@ def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[st
             pad_token_id=0,
         )
 
-    contenders = {
-        "dense": lambda: generate("dense", False),
-        "sparse": lambda: generate("sparse", False),
-        "dense_fallback": lambda: generate("sparse", True),
-    }
-    return {name: new_tokens / seconds for name, seconds in interleaved(contenders, rounds, CPU).items()}
+    contenders = {"dense": lambda: generate("dense"), "sparse": lambda: generate("sparse")}
+    medians = take_turns(contenders, 0.0, turns=rounds).medians
+    return {name: new_tokens / seconds for name, seconds in medians.items()}
 
 
 @torch.no_grad()
@@ -62,9 +59,11 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
     inputs = torch.randn(61, 1, tokens, layers[0].ssd.d_model, generator=torch.Generator().manual_seed(1))
     drawn = itertools.cycle(inputs.unbind(0))
 
-    def contender(mode: str, fallback: bool) -> Callable[[], None]:
-        set_mode(model, mode, dense_fallback=fallback)
-        own = [copy.copy(layer) for layer in layers]  # in this mode from now on, with the same weights
+    def contender(mode: str) -> Callable[[], None]:
+        own = [copy.copy(layer) for layer in layers]  # in a mode of their own, with the same weights
+        for layer in own:
+            layer.ssd = copy.copy(layer.ssd)
+            layer.ssd.mode, layer.ssd.decode_cache = mode, DecodeCache()
 
         def forward() -> None:
             for layer in own:  # another token each time: it chooses other experts, which are not in the cache
@@ -72,12 +71,9 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
 
         return forward
 
-    contenders = {
-        "dense": contender("dense", False),
-        "sparse": contender("sparse", False),
-        "dense_fallback": contender("sparse", True),
-    }
-    return {name: seconds / len(layers) for name, seconds in interleaved(contenders, rounds, CPU).items()}
+    contenders = {"dense": contender("dense"), "sparse": contender("sparse")}
+    medians = take_turns(contenders, 0.0, turns=rounds).medians
+    return {name: seconds / len(layers) for name, seconds in medians.items()}
 
 
 def copied_bytes_per_second(rounds: int) -> float:
@@ -88,7 +84,7 @@ def copied_bytes_per_second(rounds: int) -> float:
     def copied() -> None:
         target.copy_(source)
 
-    return 2 * 4 * source.numel() / interleaved({"copy": copied}, rounds, CPU)["copy"]
+    return 2 * 4 * source.numel() / take_turns({"copy": copied}, 0.0, turns=rounds).median("copy")
 
 
 def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | None:
@@ -106,11 +102,8 @@ def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | No
         "tokens_per_second_dense": rate["dense"],
         "tokens_per_second_sparse": rate["sparse"],
         "decode_ffn_speedup": one["dense"] / one["sparse"],
-        "decode_ffn_speedup_fallback": one["dense"] / one["dense_fallback"],
         "decode_ffn_speedup_16_tokens": sixteen["dense"] / sixteen["sparse"],
-        "decode_ffn_speedup_16_tokens_fallback": sixteen["dense"] / sixteen["dense_fallback"],
         "decode_speedup": speedup,
-        "decode_speedup_fallback": rate["dense_fallback"] / rate["dense"],
         "decode_share_of_amdahl": speedup * (1 - saved),
         "bandwidth_share": weight_bytes / one["sparse"] / copied_bytes_per_second(5),
     }

@@ -2,13 +2,14 @@
 
     python -m benchmarks.ffn [--quick]
 
-Parity comes first: outputs and gradients of every contender against `eager`; nothing is reported if one fails. Then
-all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians over
-the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron, as
-`convert` leaves them. Training is forward and backward with gradients of input, weights and bias, and gates of one
-without a gradient, as our layers train by default; decoding is the forward alone over as many layers as it takes to
-push the weights out of the cache. `batched_mm` copies the weights once per token, so it takes part in decoding only;
-`eager` stands for the loop over experts that transformers calls eager. `auto` is the name that it resolves to.
+Parity comes first: outputs and gradients of every contender against the reference; nothing is reported if one fails.
+Then all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians
+over the turns. Dense multiplies weights stored as `nn.Linear` stores them, the others weights stored neuron by neuron,
+as `convert` leaves them. Training is forward and backward with gradients of input, weights and bias; decoding is the
+forward alone over as many layers as it takes to push the weights out of the cache. `grouped_mm` and `batched_mm` are
+transformers' (`transformers_mm.py`); the latter copies the weights once per token, so it takes part in decoding only;
+`eager` is our reference, which stands for the loop over experts that transformers calls eager. `auto` is the backend
+that it chooses.
 
     share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
     share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's
@@ -32,14 +33,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks._timing import Times, peak_bytes, take_turns
-from switchable.compute import autotune
-from switchable.compute.choose import FFNWeights, expert_ffn
+from benchmarks._memory import peak_bytes
+from benchmarks.transformers_mm import batched_mm, grouped_mm
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import choose, expert_ffn
 from switchable.compute.cpu.experts.library import library
-from switchable.compute.shape import Shape as Question
-from switchable.ffn.router import Router, select
+from switchable.compute.cpu.topk import top_experts
+from switchable.ffn.router import Router
+from switchable.timing import Times, processor, take_turns
 
-TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
+TRANSFORMERS = {"grouped_mm": grouped_mm, "batched_mm": batched_mm}
+"""How transformers computes experts; its `eager` is a loop like our `reference`."""
+THEIRS = ("eager", *TRANSFORMERS)
 PARITY = 1e-5  # relative root mean square error in float32
 CACHE_BYTES = 64 * 2**20
 OURS = {"train": "fused", "decode": "decode"}
@@ -76,33 +81,25 @@ class Layer:
         self.up, self.down = torch.nn.Linear(shape.D, shape.F), torch.nn.Linear(shape.F, shape.D, bias=False)
         self.down_FD = self.down.weight.detach().t().contiguous().requires_grad_()
         self.ids_TK = torch.rand(shape.T, shape.E).topk(shape.K).indices
-        self.gates_TK = torch.ones(shape.T, shape.K, requires_grad=True)
         self.dy_TD = torch.randn(shape.T, shape.D)
         self.router = Router(shape.D, shape.E)
 
     def leaves(self) -> dict[str, Tensor]:
         up_bias = self.up.bias
         assert up_bias is not None
-        return {
-            "x": self.x_TD,
-            "up": self.up.weight,
-            "down": self.down_FD,
-            "bias": up_bias,
-            "gates": self.gates_TK,
-        }
+        return {"x": self.x_TD, "up": self.up.weight, "down": self.down_FD, "bias": up_bias}
 
-    def forward(self, name: str, gates_learn: bool = False) -> Tensor:
+    def call(self) -> ExpertCall:
+        """The sparse layer's call."""
+        weights = FFNWeights(self.up.weight, self.down_FD, self.up.bias)
+        return ExpertCall(self.x_TD, weights, self.ids_TK, self.shape.E, "relu")
+
+    def forward(self, name: str) -> Tensor:
         if name == "dense":
             return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
-        return expert_ffn(
-            self.x_TD,
-            FFNWeights(self.up.weight, self.down_FD, self.up.bias),
-            self.ids_TK,
-            self.gates_TK if gates_learn else self.gates_TK.detach(),
-            num_experts=self.shape.E,
-            unit_gates=True,
-            implementation=name,
-        )
+        if name in TRANSFORMERS:
+            return TRANSFORMERS[name](self.call())
+        return expert_ffn(self.call(), "reference" if name == "eager" else name)
 
     def forget(self) -> None:
         """Free all gradients, and the memory that compiled loops keep from call to call."""
@@ -118,7 +115,7 @@ class Layer:
         torch.autograd.backward(self.forward(name), self.dy_TD)
 
     def route(self) -> None:
-        select(self.router(self.x_TD.detach()).detach(), self.shape.K)
+        top_experts(self.router(self.x_TD.detach()).detach(), self.shape.K)
 
 
 def parity_errors() -> list[str]:
@@ -144,15 +141,9 @@ def _results(layer: Layer, name: str, backward: bool) -> dict[str, Tensor]:
     if not backward:
         with torch.no_grad():
             return {"y": layer.forward(name)}
-    y_TD = layer.forward(name, gates_learn=True)
+    y_TD = layer.forward(name)
     gradients = torch.autograd.grad(y_TD, list(layer.leaves().values()), layer.dy_TD)
     return {"y": y_TD.detach(), **dict(zip(layer.leaves(), gradients, strict=True))}
-
-
-def resolved(shape: Shape, training: bool) -> str:
-    """Return what `auto` runs."""
-    question = Question(shape.T, shape.D, shape.F, shape.E, shape.K, training=training)
-    return autotune.resolve(question)
 
 
 def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
@@ -166,7 +157,7 @@ def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
     times = take_turns({**calls, "router": layer.route, "product": product}, seconds)
     flops = 3 * shape.forward_flops
     rate = shape.forward_flops / 2 / times.median("product")
-    row = _row(shape, times, "train", names, resolved(shape, True))
+    row = _row(shape, times, "train", names, choose(layer.call()).name)
     row["share_of_ideal"] = row["speedup"][OURS["train"]] * shape.K / shape.E
     row["share_of_matmul"] = {
         name: flops * (1.0 if name == "dense" else shape.K / shape.E) / times.median(name) / rate
@@ -191,13 +182,14 @@ def decode_row(shape: Shape, seconds: float) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {name: partial(through, "forward", name) for name in names}
     with torch.no_grad():
         times = take_turns({**calls, "router": partial(through, "route")}, seconds)
+        auto = choose(layers[0].call()).name
     per_layer = Times({name: [value / count for value in values] for name, values in times.seconds.items()})
-    return _row(shape, per_layer, "decode", names, resolved(shape, False))
+    return _row(shape, per_layer, "decode", names, auto)
 
 
 def _row(shape: Shape, times: Times, job: str, names: tuple[str, ...], auto: str) -> dict[str, Any]:
     own = OURS[job]
-    best = min((name for name in names if name in TRANSFORMERS), key=times.median)
+    best = min((name for name in names if name in THEIRS), key=times.median)
     return {
         "job": job,
         "shape": str(shape),
@@ -236,9 +228,7 @@ def main() -> int:
     if errors:
         print("\n".join(errors), file=sys.stderr)
         return 1
-    print(
-        f"{autotune.machine()['processor']}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
-    )
+    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     rows = []
     for shape in TRAINING:
         rows.append(train_row(shape, seconds))
@@ -255,7 +245,7 @@ def main() -> int:
         "train_share_of_ideal": train["share_of_ideal"],
         "train_memory_share": train["peak_mib"][OURS["train"]] / train["peak_mib"]["dense"],
         "decode_ffn_speedup": decoding["speedup"][OURS["decode"]],
-        "machine": {**autotune.machine(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
         "shapes": rows,
     }
     print(json.dumps(document))

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from switchable.compute.call import FFNWeights
 from switchable.compute.choose import ExpertCall, ExpertCompute
 from switchable.compute.cuda.grouped_mm import torch_grouped_mm
 from switchable.compute.cuda.triton.path import triton_atomic, triton_ffn
 from switchable.compute.reference import eager
-from switchable.compute.weights import FFNWeights
 
 SPARSE = {"triton": triton_ffn, "triton_atomic": triton_atomic, "torch_grouped_mm": torch_grouped_mm}
 PARITY = 2e-2  # relative root mean square error; bfloat16 has 8 bits

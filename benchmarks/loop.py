@@ -28,13 +28,15 @@ from switchable.config import from_dict
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
+from switchable.timing import take_turns
+from switchable.train.counters import Counters
 from switchable.train.flops import count
 from switchable.train.log import RunLog
-from switchable.train.loop import Counters, Trainer
+from switchable.train.loop import Trainer
 from switchable.train.optim import clip_gradients
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
-from switchable.train.timing import interleaved, step_seconds
+from switchable.train.timing import step_seconds
 
 
 def make_job(folder: Path) -> Job:
@@ -82,7 +84,7 @@ def loop_overhead(job: Job, folder: Path, rounds: int) -> float:
         job.optimizer.zero_grad(set_to_none=True)
 
     batch = job.batch(0)
-    seconds = interleaved({"bare": bare, "ours": ours}, rounds, job.device)
+    seconds = take_turns({"bare": bare, "ours": ours}, 0.0, turns=rounds).medians
     log.close()
     return seconds["ours"] / seconds["bare"] - 1.0
 

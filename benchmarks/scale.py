@@ -30,7 +30,7 @@ from switchable.config import from_dict
 from switchable.ffn.convert import set_mode
 from switchable.store.contents import contents_of, training_state
 from switchable.store.saver import Saver
-from switchable.train.loop import Counters
+from switchable.train.counters import Counters
 from switchable.train.optim import clip_gradients
 from switchable.train.parallel import process_group
 from switchable.train.setup import Job, set_up

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from switchable.cli.flags import default_cache
-from switchable.config import from_dict, objective_of, read_yaml
+from switchable.config import objective_of, read_stored
 from switchable.data.batches import eval_batches
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import Router, expert_mass, router_loss
-from switchable.store.load import load_switchable
+from switchable.store.load import load
+from switchable.structure.features import features
 from switchable.structure.groups import cluster_layers, permutation_from_labels
-from switchable.switching.monitor import neuron_features
 
 WAYS = ("random", "weights", "coactivation", "mixed")
 
@@ -58,7 +58,7 @@ def labels_by(way: str, layer: SwitchableFFN, active_TF: Tensor) -> Tensor:
     if way == "random":
         order = torch.randperm(layer.ssd.d_ff, generator=torch.Generator().manual_seed(0))
         return torch.arange(layer.ssd.d_ff)[order] % layer.ssd.num_experts
-    rows = neuron_features(layer, active_TF, way)
+    rows = features(layer.ssd.reads_FD, active_TF, way)
     return cluster_layers([rows], layer.ssd.num_experts, random_state=0)[0]
 
 
@@ -100,8 +100,8 @@ def main() -> int:
     args = parser.parse_args()
     tokens, steps = (8192, 150) if args.quick else (32_768, 600)
     try:
-        model, _ = load_switchable(args.run)
-        config = from_dict(read_yaml(args.run / "config.yaml"))
+        model, _ = load(args.run)
+        config = read_stored(args.run / "config.yaml")
         data = prepare(config.data, default_cache(), objective=objective_of(config))
     except InputError as error:
         print(f"benchmarks.structure: {error}", file=sys.stderr)

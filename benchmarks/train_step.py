@@ -19,7 +19,7 @@ import torch
 
 from benchmarks._models import parity_error, random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.train.timing import interleaved
+from switchable.timing import take_turns
 
 VOCABULARY, SEQUENCE, EXPERTS, K = 8192, 256, 32, 6
 
@@ -48,16 +48,16 @@ def measure(d_model: int, num_layers: int, batch_size: int, rounds: int) -> dict
         layer.zero_grad()
         x_TD.grad = None
 
-    seconds = interleaved(
+    seconds = take_turns(
         {
             "dense": lambda: step("dense"),
             "sparse": lambda: step("sparse"),
             "ffn_dense": lambda: ffn("dense"),
             "ffn_sparse": lambda: ffn("sparse"),
         },
-        rounds,
-        torch.device("cpu"),
-    )
+        0.0,
+        turns=rounds,
+    ).medians
     saved = num_layers * (seconds["ffn_dense"] - seconds["ffn_sparse"])
     speedup = seconds["dense"] / seconds["sparse"]
     bound = seconds["dense"] / (seconds["dense"] - saved)

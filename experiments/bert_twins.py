@@ -2,13 +2,13 @@
 
     python -m experiments.bert_twins --data TEXT --glue FOLDER [--out DIR] [--seeds 0 1 2]
 
-Both twins are pre-trained on the same text in the same order from the same weights; one switches (`--schedule ssd`),
+Both twins are pre-trained on the same text in the same order from the same weights; one switches,
 one never does. Each is then fine-tuned on SST-2 in dense mode, with every seed of head and order, and scored on the
 dev set: the SSD twin in both modes. What is finished is not trained again, what was interrupted goes on.
 
 The standard error of a difference is that of paired examples being unknown, so the larger, unpaired one:
 sqrt(s1² + s2²), s being the standard error of the mean accuracy over seeds on the 872 examples (that of the examples;
-seeds share them and do not make it smaller). The last line is one JSON document. Findings: docs/LOG.md.
+seeds share them and do not make it smaller). The last line is one JSON document. Findings: docs/log/quality.md.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _twin(args: argparse.Namespace, twin: str) -> list[list[dict[str, Any]]]:
     from switchable.finetune.classify import finetune
     from switchable.finetune.config import FinetuneConfig
 
-    config = load(args.config, {"data": args.data, "schedule": twin})
+    config = load(args.config, {"data": args.data} | ({"recipe": "dense"} if twin == "dense" else {}))
     folder = args.out / twin
     if not (folder / "summary.json").exists():
         _pretrain(config, folder, args.cache)

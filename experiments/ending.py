@@ -14,7 +14,7 @@ tell what sparse mode lacks: routers that know their model, or a model that know
     sparse steps     of the whole run
 
 RUNs are run folders that still hold a checkpoint of that step. Branches are run folders too: what is finished is not
-trained again, what was interrupted goes on. The last line is one JSON document. Findings: docs/LOG.md.
+trained again, what was interrupted goes on. The last line is one JSON document. Findings: docs/log/quality.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import yaml
 
 from experiments.recipe import configure, expert_fraction
 from switchable.cli.flags import default_cache
-from switchable.config import from_dict, read_yaml, to_dict
+from switchable.config import read_stored, to_dict
 from switchable.errors import InputError
 from switchable.train.signals import TrainingStopped
 
@@ -43,14 +43,12 @@ VARIANTS: dict[str, Settings] = {
     "from 0.96": {"min_dense_fraction": 0.96},
     "from 0.92": {"min_dense_fraction": 0.92},
     "from 0.85": {"min_dense_fraction": 0.85},
-    "static from 0.92": {"min_dense_fraction": 0.92, "schedule": "static"},
     "from 0.92, 95 % of the mass": {"min_dense_fraction": 0.92, "mass_target": 0.95},
     "from 0.92, 7 to 1": {"min_dense_fraction": 0.92, "sparse_steps": 7},
     "from 0.92, 1 to 1": {"min_dense_fraction": 0.92, "sparse_steps": 1},
     "from 0.92, router from a quarter of the tokens": {
         "min_dense_fraction": 0.92,
         "router_token_fraction": 0.25,
-        "router_sparse_fraction": 0.125,
     },
 }
 """Variant -> settings that differ from the run's."""
@@ -88,7 +86,7 @@ def fork(run: Path, step: int, settings: Settings, folder: Path) -> None:
     if step not in source.steps():
         there = ", ".join(map(str, source.steps())) or "none"
         raise InputError(f"{run} holds no checkpoint of step {step}; it has: {there}")
-    config = from_dict(read_yaml(source.config), str(source.config))
+    config = read_stored(source.config)
     changed = to_dict(configure(config, settings, config.train.seed))
     half = RunDir(folder.with_name(TEMPORARY + folder.name))
     if half.path.exists():
@@ -110,7 +108,7 @@ def refitted(folder: Path, cache: Path) -> float | None:
     from switchable.train.setup import probe_inputs, set_up
 
     rundir = RunDir(folder)
-    job = set_up(from_dict(read_yaml(rundir.config), str(rundir.config)), cache, quiet=True)
+    job = set_up(read_stored(rundir.config), cache, quiet=True)
     state, _ = restore_training(rundir.checkpoint(rundir.steps()[-1]), job.model, job.optimizer)
     job.controller.load_state_dict(state)
     if not any(job.controller.state.takes_part):

@@ -78,9 +78,9 @@ def configuration(corpus: Path, steps: int) -> RunConfig:
                 "eval_tokens": 256, "checkpoint_every": INTERVAL, "keep": 2,
             },
             "switch": {
-                "num_experts": 8, "experts_per_token": 3, "monitor_every": 6, "probe_tokens": 128,
+                "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 6,
                 "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
-                "min_dense_fraction": 0.05, "final_dense_fraction": 0.1, "regroup_below": 1.0,
+                "min_dense_fraction": 0.05, "final_dense_fraction": 0.1,
             },
         }
     )  # fmt: skip

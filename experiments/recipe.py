@@ -5,7 +5,7 @@
 
 A question is a few variants of one small configuration (recipe.yaml), each a handful of changed settings. All are
 trained on the same text in the same order from the same weights, and compared with a dense run that differs in
-nothing but the schedule:
+nothing but the recipe:
 
     delta dense, delta sparse    validation loss in either mode minus that of the dense run (nats per token)
     FLOPs                        without embeddings and head, over the dense run's
@@ -13,7 +13,8 @@ nothing but the schedule:
     experts                      mean share of its experts that a layer computes in sparse mode, dense layers being 1
 
 Runs are ordinary run folders named after their settings. What is finished is not trained again, what was interrupted
-goes on, and questions share the runs they have in common. The last line is one JSON document. Findings: docs/LOG.md.
+goes on, and questions share the runs they have in common. The last line is one JSON document. Findings:
+docs/log/quality.md.
 """
 
 from __future__ import annotations
@@ -28,17 +29,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchable import recipes
 from switchable.cli.flags import default_cache
 from switchable.config import RunConfig, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
+from switchable.recipes import RECIPES
 
 Settings = Mapping[str, Any]
-MIXED: Settings = {"structure": "mixed", "stability_threshold": 0.05}
-CO: Settings = MIXED | {"structure": "coactivation"}
 LATE: Settings = {"min_dense_fraction": 0.8, "sparse_steps": 3, "final_dense_fraction": 0.0}
-RECIPE_LATE: Settings = recipes.settings("late", {}, d_ff=512, activation="relu2")
-MASS: Settings = {"mass_target": 0.95, "max_expert_fraction": 0.75}
+RECIPE_LATE: Settings = RECIPES["late"] | {"recipe": "late", "num_experts": 64, "experts_per_token": 10}
 
 LONGEST_NAME = 200
 """Characters; file systems take 255 bytes, and something may be put before a name for a while."""
@@ -49,28 +47,12 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "one in 4": {"sparse_steps": 3},
         "one in 8": {},
         "one in 16": {"sparse_steps": 15},
-        "phases of 175 and 25": {"sparse_steps": 175, "dense_steps": 25},
     },
-    "regroup": {
-        "never": {},
-        "when similarity falls below 0.5": {"regroup_below": 0.5},
-        "at every measurement": {"regroup_below": 1.0},
-        "at each return of long phases": {"sparse_steps": 175, "dense_steps": 25, "regroup": "switch"},
-    },
-    "structure": {"weights": {}, "co-activation": CO, "both": MIXED},
     "router": {
         "learned on half the tokens": {},
         "on all of them": {"router_token_fraction": 1.0},
         "slower": {"router_learning_rate": 1e-3},
         "faster": {"router_learning_rate": 3e-2},
-        "in dense steps alone": {"router_sparse_fraction": 0.0},
-        "from the gates in sparse steps": {"router_sparse_fraction": 0.0, "router_gate_gradient": True},
-        "from both": {"router_gate_gradient": True},
-        "half noise": {"router_noise": 0.5},
-        "drawn by the mass": {"router_noise": 1.0},
-        "towards the norm": {"router_objective": "norm"},
-        "towards the rank": {"router_objective": "ranking"},
-        "mean of the weights": {"router": "weight_mean"},
     },
     "experts": {
         "4 of 32": {},
@@ -82,9 +64,9 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
     },
     "mass": {
         "K = 4 in every layer": {},
-        "90 % of the mass": MASS | {"mass_target": 0.9},
-        "95 %": MASS,
-        "80 %, the first layer too": MASS | {"mass_target": 0.8},
+        "90 % of the mass": {"mass_target": 0.9},
+        "95 %": {"mass_target": 0.95},
+        "80 %, the first layer too": {"mass_target": 0.8},
     },
     "start": {
         "10 % dense, similarity 0.1": {},
@@ -98,7 +80,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "from 60 %, 1 to 1": {"min_dense_fraction": 0.6, "sparse_steps": 1},
         "from 60 %, 3 to 1": {"min_dense_fraction": 0.6, "sparse_steps": 3},
         "from 80 %, 3 to 1": LATE,
-        "the same, 89 % of the mass": LATE | {"mass_target": 0.89, "max_expert_fraction": 0.55},
+        "the same, 89 % of the mass": LATE | {"mass_target": 0.89},
         "the recipe late": RECIPE_LATE,
     },
     "depth": {
@@ -117,15 +99,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "1e-5": {"activation_l1": 1e-5},
         "3e-5": {"activation_l1": 3e-5},
         "1e-4": {"activation_l1": 1e-4},
-        "1e-4 where more than 12 % are active": {"activation_l1": 1e-4, "activation_target": 0.12},
         "1e-3": {"activation_l1": 1e-3},
-    },
-    "commitment": {
-        "none": {},
-        "0.016": {"commitment": 0.016},
-        "0.08": {"commitment": 0.08},
-        "0.08 and half the experts": {"commitment": 0.08, "experts_per_token": 2},
-        "0.4": {"commitment": 0.4},
     },
     "activation": {"ReLU^2": {}, "ReLU": {"activation": "relu"}},
     "learning rate": {
@@ -138,7 +112,7 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
 }
 """Question -> variant -> settings that differ from recipe.yaml. `steps` is a factor."""
 
-DENSE: Settings = {"schedule": "dense", "active_below": 0.0}
+DENSE: Settings = {"recipe": "dense", "min_dense_fraction": 1.0, "active_below": 0.0}
 WITH_THE_MODEL = ("activation", "learning_rate", "num_layers")
 """Settings that the dense run a variant is compared with has too."""
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
     from switchable.ffn.families import Family
     from switchable.settings import SwitchConfig
-    from switchable.store.load import load_switchable as load
+    from switchable.store.load import load
     from switchable.store.sparse_folder import register
     from switchable.switching.controller import Controller
 
@@ -44,22 +44,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConversionReport": "ffn.convert.ConversionReport",
-    "Controller": "switching.controller.Controller",
-    "Family": "ffn.families.Family",
-    "InputError": "errors.InputError",
-    "SwitchConfig": "settings.SwitchConfig",
-    "convert": "ffn.convert.convert",
-    "in_mode": "ffn.convert.in_mode",
-    "load": "store.load.load_switchable",
-    "register": "store.sparse_folder.register",
-    "set_mode": "ffn.convert.set_mode",
+    "ConversionReport": "switchable.ffn.convert",
+    "Controller": "switchable.switching.controller",
+    "Family": "switchable.ffn.families",
+    "InputError": "switchable.errors",
+    "SwitchConfig": "switchable.settings",
+    "convert": "switchable.ffn.convert",
+    "in_mode": "switchable.ffn.convert",
+    "load": "switchable.store.load",
+    "register": "switchable.store.sparse_folder",
+    "set_mode": "switchable.ffn.convert",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home (PEP 562)."""
     if name in _HOMES:
-        module, _, own = _HOMES[name].rpartition(".")
-        return getattr(importlib.import_module(f"switchable.{module}"), own)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'switchable' has no attribute {name!r}")

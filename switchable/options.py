@@ -30,6 +30,7 @@ def option(
     usual: str = "",
     metavar: str = "",
     advanced: bool = False,
+    flag: bool = True,
 ) -> Any:
     """Declare a field.
 
@@ -41,9 +42,10 @@ def option(
         usual: a value to suggest when one is refused.
         metavar: how help calls the value.
         advanced: whether help lists it apart from what most users need.
+        flag: whether it is a flag of its own; else it is a line of YAML, or `--set NAME=VALUE`.
     """
     facts = {"help": help_text, "choices": tuple(choices), "least": least, "above": above, "most": most}
-    facts |= {"below": below, "usual": usual, "metavar": metavar, "advanced": advanced}
+    facts |= {"below": below, "usual": usual, "metavar": metavar, "advanced": advanced, "flag": flag}
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -73,11 +75,11 @@ def check(config: Any, unset: object = None) -> None:
 
 
 def _unwrapped(hint: Any) -> tuple[bool, Any]:
-    """Return whether a type allows None, and the type without it."""
+    """Return whether a type allows None, and the type without it (of a generic type, its origin)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return True, kinds[0]
-    return False, hint
+        return True, typing.get_origin(kinds[0]) or kinds[0]
+    return False, typing.get_origin(hint) or hint
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:

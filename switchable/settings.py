@@ -98,7 +98,7 @@ class SwitchConfig:
         least=0,
         most=1,
         metavar="RATIO",
-        advanced=True,
+        flag=False,
     )
     max_activation_ratio: float = option(
         BY_RECIPE,
@@ -106,7 +106,7 @@ class SwitchConfig:
         least=0,
         most=1,
         metavar="RATIO",
-        advanced=True,
+        flag=False,
     )
     min_mass_caught: float = option(
         BY_RECIPE,
@@ -115,7 +115,7 @@ class SwitchConfig:
         least=0,
         most=1,
         metavar="SHARE",
-        advanced=True,
+        flag=False,
     )
     stability_threshold: float = option(
         BY_RECIPE,
@@ -135,7 +135,7 @@ class SwitchConfig:
         most=10,
         usual="1.1",
         metavar="FACTOR",
-        advanced=True,
+        flag=False,
     )
     router_token_fraction: float = option(
         BY_RECIPE,
@@ -143,7 +143,7 @@ class SwitchConfig:
         least=0,
         most=1,
         metavar="FRACTION",
-        advanced=True,
+        flag=False,
     )
     backend: str = option(
         "auto",

@@ -68,12 +68,12 @@ def small_run(corpus: Path, family: str = "gpt2", **train: Any) -> RunConfig:
             "data": {"data": [str(corpus)], "vocab_size": 400},
             "train": {
                 "steps": 20, "batch_size": 4, "sequence_length": 24, "log_every": 4, "eval_every": 10,
-                "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "threads": 1, **train,
+                "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "probe_tokens": 200, "threads": 1, **train,
             },
             "switch": {
-                "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 200,
+                "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
                 "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
-                "min_dense_fraction": 0.15, "final_dense_fraction": 0.2, "regroup_below": 1.0,
+                "min_dense_fraction": 0.15, "final_dense_fraction": 0.2,
             },
         }
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from switchable.config import load, to_dict
+
 SMALL = """
 model: {d_model: 16, num_layers: 2, num_heads: 2}
 data: {vocab_size: 300}
 train: {steps: 12, batch_size: 4, sequence_length: 16, log_every: 4, eval_every: 0, checkpoint_every: 4,
-        eval_tokens: 256, threads: 1}
-switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 3, probe_tokens: 128,
+        eval_tokens: 256, probe_tokens: 128, threads: 1}
+switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 3,
          stability_threshold: 0.0, max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
 """
 
@@ -109,13 +112,22 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["--data", "nowhere.txt"], ["nowhere.txt"]),
         (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64", "use one of"]),
         (["--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
-        (["--sequence-length", "64", "--max-positions", "32"], ["sequence_length=64", "max_positions=32"]),
+        (
+            ["--sequence-length", "64", "--set", "max_positions=32"],
+            ["sequence_length=64", "max_positions=32"],
+        ),
+        (["--set", "beta3=0.9"], ["no setting 'beta3'", "did you mean 'beta2'"]),
+        (["--set", "beta2"], ["give NAME=VALUE"]),
+        (["--set", "beta2=1.5"], ["beta2=1.5 is out of range"]),
+        (["--seed", "-1"], ["seed=-1 is out of range"]),
+        (["--step", "3"], ["'--step' is not known; did you mean '--steps'?"]),
+        (["--schedule", "dense"], ["'--schedule' is gone; use recipe dense"]),
         (["--steps", "many"], ["steps='many' must be a whole number"]),
         (["--optimizer", "adam"], ["optimizer='adam'", "adamw"]),
         (["--device", "tpu9"], ["device='tpu9'"]),
         (["--batch-size", "100000"], ["shorter than one batch"]),
         (["--out", "small.yaml"], ["small.yaml", "output folder"]),
-        (["--expert-compute", "egaer"], ["'egaer'", "did you mean 'eager'"]),
+        (["--backend", "fuesd"], ["'fuesd'", "did you mean 'fused'"]),
         (["--num-heads", "3"], ["num_heads=3 does not divide d_model=16"]),
     ],
 )
@@ -223,20 +235,52 @@ def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
     refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1.0")
 
 
-def test_help_lists_every_setting() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "switchable", "pretrain", "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
+def help_of(verb: str) -> str:
+    """The help of a verb, each flag's text in one line."""
+    text = subprocess.run(
+        [sys.executable, "-m", "switchable", verb, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    return re.sub(r"\n {20,}", " ", text)
+
+
+def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
+    config = {name: value for values in to_dict(load(None, {})).values() for name, value in values.items()}
+    flags = re.findall(r"(?m)^  --([a-z0-9-]+)(.*)$", help_of("pretrain"))
+    assert len(flags) <= 50
+    seen = set()
+    for flag, text in flags:
+        name = flag.replace("-", "_")
+        if name not in config:
+            continue  # of the verb, not of the run
+        seen.add(name)
+        said = re.search(r"\(default:? (?:the recipe's; here )?(.*)\)$", text.strip())
+        if name == "recipe":
+            assert said is not None
+            assert said[1] == "auto"
+        elif said is None:
+            assert config[name] in (None, [], ()), name
+        else:
+            assert said[1] == str(config[name]), name
+    (others,) = re.findall(r"(?m)^  --set .*YAML file: (.*)$", help_of("pretrain"))
+    assert seen | set(others.split(", ")) == set(config)
+
+
+@pytest.mark.parametrize("arguments", [["pretrain", "--bad"], ["pretrain", "--steps", "many"], ["--help"]])
+def test_typing_errors_are_answered_before_torch_is_loaded(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom switchable.cli import main\n"
+        f"try:\n    code = main({arguments!r})\nexcept SystemExit as error:\n    code = error.code\n"
+        "assert 'torch' not in sys.modules and 'llvmlite' not in sys.modules\nsys.exit(code)"
     )
-    assert done.returncode == 0
-    for flag in (
-        "--d-model",
-        "--num-experts",
-        "--learning-rate",
-        "--data",
-        "--resume",
-        "--stability-threshold",
-    ):
-        assert flag in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+
+
+def test_reading_settings_compiles_no_kernel() -> None:
+    code = (
+        "from llvmlite import binding\nfrom switchable.config import load\n"
+        "def fail(*_): raise AssertionError('compiled')\nbinding.create_mcjit_compiler = fail\n"
+        "print(load(None, {}).switch.recipe)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

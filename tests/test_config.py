@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import typing
 from pathlib import Path
 
 import pytest
 
-from switchable import InputError
-from switchable.config import RunConfig, changed, check, from_dict, load, to_dict
+from switchable import InputError, SwitchConfig
+from switchable.adapt.config import AdaptConfig
+from switchable.config import RunConfig, changed, from_dict, load, to_dict
+from switchable.data.config import DataConfig, ObjectiveConfig
+from switchable.finetune.config import FinetuneConfig
+from switchable.sections import ModelConfig, TrainConfig
 
 
 def test_flags_lie_over_yaml_over_defaults(tmp_path: Path) -> None:
@@ -21,11 +28,11 @@ def test_flags_lie_over_yaml_over_defaults(tmp_path: Path) -> None:
 
 
 def test_plain_form_round_trips() -> None:
-    config = load(None, {"d_model": 32, "data": ["x"], "recipe": "early"})
+    config = load(None, {"d_model": 32, "data": ["x"], "recipe": "early", "num_experts": 8})
     assert from_dict(to_dict(config)) == config
-    assert changed(config, load(None, {"d_model": 48, "data": ["x"], "recipe": "early"})) == [
-        "model.d_model: 32 -> 48"
-    ]
+    assert changed(
+        config, load(None, {"d_model": 48, "data": ["x"], "recipe": "early", "num_experts": 8})
+    ) == ["model.d_model: 32 -> 48"]
 
 
 def test_field_names_are_unique_over_all_sections() -> None:
@@ -41,6 +48,9 @@ def test_field_names_are_unique_over_all_sections() -> None:
         ("model: {d_model: wide}", r"d_model='wide' must be a whole number"),
         ("model: {d_model: 64.5}", r"d_model=64.5 must be a whole number"),
         ("model: {activation: gelu}", r"activation='gelu' is not known; use one of relu, relu2"),
+        ("model: {family: gpt3}", r"family='gpt3' is not known; use one of gpt2, .*did you mean 'gpt2'\\?"),
+        ("model: {num_heads: 3}", r"num_heads=3 does not divide d_model=256; use one of 1, 2, 4"),
+        ("train: {learning_rate: .nan}", r"learning_rate=nan is out of range; use a number above 0"),
         ("train: {steps: true}", r"steps=True must be a whole number"),
         ("model: 3", r"section 'model' must hold"),
         ("switch: 3", r"section 'switch' must hold"),
@@ -57,10 +67,35 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
         load(path, {"num_experts": "8"} if text == "switch: 3" else {})
 
 
-@pytest.mark.parametrize("sizes", [{"d_model": 0}, {"d_ff": 0}, {"d_ff": -8}])
-def test_sizes_that_no_recipe_fits_are_refused_as_ever(sizes: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"(d_model|d_ff)=\S+ is out of range"):
-        check(load(None, sizes))
+def wrong_values(cls: type) -> list[tuple[str, object]]:
+    """For every field of a configuration, values that it must refuse."""
+    found: list[tuple[str, object]] = []
+    for f in dataclasses.fields(cls):
+        kind = str(typing.get_type_hints(cls)[f.name])
+        found.append((f.name, object()))
+        if f.metadata["choices"]:
+            found.append((f.name, "no-such-choice"))
+        if "int" in kind or "float" in kind:
+            limits = [f.metadata[name] for name in ("least", "above")] + [
+                f.metadata["most"],
+                f.metadata["below"],
+            ]
+            assert any(limit is not None for limit in limits), f"{f.name} has no limits"
+            found += [(f.name, value) for value in ("1", True, math.nan, math.inf, -math.inf, -1)]
+            if "int" in kind:
+                found.append((f.name, 2.5))
+    return found
+
+
+CLASSES = (ModelConfig, TrainConfig, DataConfig, ObjectiveConfig, SwitchConfig, AdaptConfig, FinetuneConfig)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"), [(cls, name, value) for cls in CLASSES for name, value in wrong_values(cls)]
+)
+def test_every_class_refuses_wrong_values_in_its_constructor(cls: type, name: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{name}="):
+        cls(**{name: value})
 
 
 def test_a_missing_file() -> None:

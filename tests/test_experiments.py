@@ -120,4 +120,4 @@ def test_every_variant_has_a_folder_of_its_own_whose_name_any_file_system_takes(
     assert len(names) == 2 * len(different)
     assert max(map(len, names)) <= 200
     assert folder_name({}, 3) == "default_s3"
-    assert folder_name({"sparse_steps": 15, "dense_steps": 2}, 0) == "dense_steps=2_sparse_steps=15_s0"
+    assert folder_name({"sparse_steps": 15, "num_experts": 8}, 0) == "num_experts=8_sparse_steps=15_s0"

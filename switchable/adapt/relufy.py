@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from switchable.config import TrainConfig
 from switchable.errors import InputError
 from switchable.ffn.families import Family
+from switchable.sections import TrainConfig
 from switchable.switching.monitor import Batch
 from switchable.train.optim import build_optimizer, clip_gradients, set_learning_rate
 

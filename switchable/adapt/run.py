@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +34,6 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
-from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.loss import objective_of_model, validation_loss
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
@@ -42,7 +41,8 @@ from switchable.store.export import check_output
 from switchable.store.load import is_sparse_export
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.store.rundir import RunDir
-from switchable.structure.groups import cluster_layers, coactivation_features, mixed_features, weight_features
+from switchable.structure.features import features
+from switchable.structure.groups import cluster_layers
 from switchable.switching.monitor import Batch, watch
 from switchable.switching.switch import group_anew
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
@@ -182,26 +182,11 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     layers = layers_of(model)
     tallies = watch(model, text.probe(model, config.structure_tokens))
     rows = [
-        _neuron_features(layer, tally.active_TF, config.structure)
+        features(layer.ssd.reads_FD.detach(), tally.active_TF, config.structure)
         for layer, tally in zip(layers, tallies, strict=True)
     ]
     labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
     group_anew(layers, labels)
-
-
-def _neuron_features(layer: SwitchableFFN, active_TF: Tensor, structure: str) -> Tensor:
-    """Return what a layer's neurons are grouped by, one row each.
-
-    Args:
-        layer: a switchable FFN.
-        active_TF: which neurons fire on which tokens.
-        structure: `"weights"`, `"coactivation"` or `"mixed"`.
-    """
-    weight_FD = weight_features(layer.ssd.reads_FD.detach())
-    if structure == "weights":
-        return weight_FD
-    coactive_FR = coactivation_features(active_TF)
-    return coactive_FR if structure == "coactivation" else mixed_features(weight_FD, coactive_FR)
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
@@ -226,8 +211,8 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     raise InputError(
         f"the model's activations ({layers[0].ssd.settings.activation}) are not sparse: in each of its {len(layers)} "
         f"FFNs at least {100 * least:.0f} % of them are not zero (limit {100 * config.max_activation_ratio:.0f} %). "
-        f"Cut into experts as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. Train it on with "
-        "ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
+        f"Cut into experts as it is, its loss, dense {cost.dense:.4f} nats per token, would be: {sparse_losses(cost)}. "
+        "Train it on with ReLU first, e.g. --relufy 1000; or convert it all the same with --keep-activation"
     )
 
 

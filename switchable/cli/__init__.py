@@ -8,7 +8,6 @@ Wrong input ends in one or two lines on stderr and exit code 2; a run stopped by
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -23,13 +22,14 @@ from switchable.cli import (
     plan,
     prepare,
     pretrain,
+    recipes,
     study,
 )
+from switchable.cli.parser import Parser
 from switchable.errors import InputError
 from switchable.versions import __version__
 
 VERBS = {
-    "prepare": prepare,
     "pretrain": pretrain,
     "compare": compare,
     "convert": convert,
@@ -39,14 +39,18 @@ VERBS = {
     "finetune": finetune,
     "bench": bench,
     "study": study,
+    "recipes": recipes,
     "plan": plan,
+    "prepare": prepare,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    parser, verbs = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verbs[args.verb].refuse_unknown(unknown)
     try:
         return int(VERBS[args.verb].run(args))
     except InputError as error:
@@ -64,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command line, and those of the verbs by name."""
+    parser = Parser(
         prog="switchable",
         description="Switchable sparse-dense pre-training: one set of weights, two ways to multiply.",
     )
     parser.add_argument("--version", action="version", version=f"switchable {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    places = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    verbs = {name: places.add_parser(name, help=module.HELP) for name, module in VERBS.items()}
     for name, module in VERBS.items():
-        module.add_arguments(verbs.add_parser(name, help=module.HELP))
-    return parser
+        module.add_arguments(verbs[name])
+    return parser, verbs

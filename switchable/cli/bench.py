@@ -1,69 +1,46 @@
-"""`switchable bench`: where sparse multiplication pays on this machine, measured, and kept for `auto`."""
+"""`switchable bench`: how fast a model's own layers multiply here, dense and sparse."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from pathlib import Path
 
-HELP = "measure from what size on sparse FFNs are faster than dense ones on this machine"
+from switchable.errors import InputError
+
+HELP = "time a model's FFNs on this machine, dense against sparse with its own K"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    many: dict[str, Any] = {"type": _positive, "nargs": "+"}
-    verb.add_argument(
-        "--d-model", **many, default=[256, 512, 768], metavar="D", help="widths (default 256 512 768)"
-    )
-    verb.add_argument(
-        "--d-ff", type=_positive, metavar="F", help="neurons per FFN (default 4 times the width)"
-    )
-    verb.add_argument("--num-experts", **many, default=[32], metavar="E", help="experts per FFN (default 32)")
-    verb.add_argument(
-        "--experts-per-token",
-        type=_positive,
-        metavar="K",
-        help="experts per token (default 6/32 of the experts)",
-    )
+    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--tokens",
-        **many,
-        default=[1, 16, 256, 4096],
+        nargs="+",
+        type=int,
+        default=[1, 16, 512, 4096],
         metavar="T",
-        help="tokens at once (default 1 16 256 4096)",
+        help="tokens at once (default 1 16 512 4096)",
     )
-    verb.add_argument("--activation", default="relu", help="activation of the FFN (default %(default)s)")
     verb.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default %(default)s)"
+        "--experts-per-token", type=int, metavar="K", help="K in every layer (default: the model's own)"
     )
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    verb.add_argument("--inference-only", action="store_true", help="leave training out")
+    verb.add_argument("--training", action="store_true", help="forward and backward instead of forward alone")
     verb.add_argument(
-        "--check", action="store_true", help="measure what auto chose once more, and report the worst choice"
+        "--seconds", type=float, default=1.0, metavar="S", help="for each line (default %(default)g)"
     )
-    verb.add_argument("--again", action="store_true", help="measure anew what the table knows already")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, and one JSON document as the last line."""
-    from switchable.compute.break_even import Sweep, break_even
+    """Print the table, and the same as one JSON line."""
+    if min(args.tokens) < 1:
+        raise InputError(f"tokens={min(args.tokens)} is out of range; use whole numbers of at least 1")
+    if not 0 < args.seconds <= 3600:
+        raise InputError(f"seconds={args.seconds:g} is out of range; use a number above 0, at most 3600")
+    from switchable.evaluation.bench import measure
+    from switchable.store.load import load
 
-    sweep = Sweep(
-        d_model=tuple(args.d_model),
-        d_ff=args.d_ff,
-        num_experts=tuple(args.num_experts),
-        experts_per_token=args.experts_per_token,
-        tokens=tuple(args.tokens),
-        activation=args.activation,
-        dtype=args.dtype,
-        device=args.device,
-        training=not args.inference_only,
-    )
-    break_even(sweep, again=args.again, check=args.check)
+    model, _ = load(args.folder)
+    found = measure(model, args.tokens, args.experts_per_token, args.training, args.seconds, show=print)
+    print(json.dumps({"model": str(args.folder), **found}))
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not possible; give 1 or more")
-    return value

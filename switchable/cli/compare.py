@@ -18,6 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     from switchable.compare.methods import METHODS
 
+    verb.usage = "%(prog)s CONFIG [--methods METHOD ...] [--seeds SEED ...] [--out DIR] [FLAG ...]"
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.description = "methods:\n" + "\n".join(
         f"  {name:15} {method.summary}" for name, method in METHODS.items()
@@ -32,6 +33,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--out",
         type=Path,
+        metavar="DIR",
         default=Path("runs/compare"),
         help="folder of the comparison; what is finished there is not trained again, what was interrupted goes on "
         "(default %(default)s)",

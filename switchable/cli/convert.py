@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from switchable.cli.flags import add_dataclass_flags, default_cache, given_flags
+from switchable.cli.flags import add_cache, add_dataclass_flags, given_flags
 
 HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
 
@@ -19,12 +19,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", metavar="MODEL", type=Path, help="folder of the checkpoint, with its tokenizer"
     )
-    verb.add_argument("--out", type=Path, required=True, help="folder to write")
+    verb.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
-    verb.add_argument(
-        "--cache", type=Path, default=default_cache(), help="folder for token files (default %(default)s)"
-    )
-    verb.add_argument("--quiet", action="store_true", help="show no progress")
+    add_cache(verb)
     add_dataclass_flags(verb.add_argument_group("text"), DataConfig, skip=("vocab_size",))
     add_dataclass_flags(verb.add_argument_group("conversion"), AdaptConfig)
 

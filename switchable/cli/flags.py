@@ -10,12 +10,28 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from switchable.errors import InputError, nearest
+from switchable.gone import refuse_gone
+from switchable.settings import BY_RECIPE
+
+RESERVED = "config."
+"""Prefix of the names under which settings stand among the parsed arguments."""
+
 
 def add_common(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of every verb that reads a configuration."""
     verb.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file; flags override it")
+    add_cache(verb)
+
+
+def add_cache(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of every verb that prepares text."""
     verb.add_argument(
-        "--cache", type=Path, default=default_cache(), help="folder for token files (default %(default)s)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        default=default_cache(),
+        help="folder for token files (default %(default)s)",
     )
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -28,43 +44,88 @@ def default_cache() -> Path:
 def add_config_flags(
     verb: argparse.ArgumentParser, only: Container[str] | None = None, skip: Container[str] = ()
 ) -> None:
-    """Add one flag per config field, its help with unit and default; what is not given is not set."""
+    """Add flags for the settings of a run: the usual ones by section, rarer ones under "advanced", and `--set`."""
     from switchable.config import sections
 
-    for section, cls in sections().items():
-        if only is not None and section not in only:
-            continue
-        add_dataclass_flags(verb.add_argument_group(section), cls, skip)
+    wanted = {name: cls for name, cls in sections().items() if only is None or name in only}
+    for name, cls in wanted.items():
+        if any(f.metadata["flag"] for f in dataclasses.fields(cls)):
+            add_dataclass_flags(verb.add_argument_group(name), cls, skip, advanced=False)
+    rare = verb.add_argument_group("advanced")
+    for cls in wanted.values():
+        add_dataclass_flags(rare, cls, skip, advanced=True)
+    others = [f.name for cls in wanted.values() for f in dataclasses.fields(cls) if not f.metadata["flag"]]
+    rare.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"any other setting of the YAML file: {', '.join(others)}",
+    )
 
 
-def add_dataclass_flags(group: Any, cls: type, skip: Container[str] = ()) -> None:
-    """Add one flag per field of a config dataclass to a group of arguments."""
+def add_dataclass_flags(
+    group: Any, cls: type, skip: Container[str] = (), advanced: bool | None = None
+) -> None:
+    """Add a flag for each field of a config dataclass that has one.
+
+    Args:
+        group: of arguments.
+        cls: the dataclass.
+        skip: names of fields to leave out.
+        advanced: only the advanced ones, or only the others; None: all.
+    """
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        if f.name in skip:
+        if f.name in skip or not f.metadata["flag"] or advanced not in (None, f.metadata["advanced"]):
             continue
-        many = typing.get_origin(hints[f.name]) is tuple
+        many, switch = typing.get_origin(hints[f.name]) is tuple, hints[f.name] is bool
         group.add_argument(
             f"--{f.name.replace('_', '-')}",
-            dest=f"config.{f.name}",
+            dest=f"{RESERVED}{f.name}",
             default=argparse.SUPPRESS,
-            nargs="+" if many else "?" if hints[f.name] is bool else None,
-            const=True if hints[f.name] is bool else None,
-            metavar=f.name.split("_")[-1].upper(),
+            nargs="+" if many else "?" if switch else None,
+            const=True if switch else None,
+            metavar=f.metadata["metavar"] or ("BOOL" if switch else "VALUE"),
             help=_help(f),
         )
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the config fields that were given as flags, by name."""
-    return {
-        key.removeprefix("config."): value for key, value in vars(args).items() if key.startswith("config.")
+    """Return the config fields that were given, as flags or by `--set`, by name.
+
+    Raises:
+        InputError: `--set` without a value, or with a name that is not known.
+    """
+    found = {
+        name.removeprefix(RESERVED): value for name, value in vars(args).items() if name.startswith(RESERVED)
     }
+    for text in getattr(args, "set", []):
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise InputError(f"--set {text!r}: give NAME=VALUE, e.g. --set beta2=0.99")
+        known = _all_settings()
+        if name not in known:
+            refuse_gone(name, "--set")
+            raise InputError(f"--set {text!r}: there is no setting {name!r}{nearest(name, known)}")
+        found[name] = value
+    return found
+
+
+def _all_settings() -> list[str]:
+    from switchable.config import sections
+
+    return [f.name for cls in sections().values() for f in dataclasses.fields(cls)]
 
 
 def _help(f: dataclasses.Field[Any]) -> str:
     text = str(f.metadata["help"]).replace("%", "%%")
-    choices = f.metadata.get("choices")
-    named = f" [{', '.join(map(str, choices))}]" if choices else ""
+    choices = f.metadata["choices"]
+    named = f" [{', '.join(choices)}]" if choices else ""
+    if f.name == "recipe":
+        return f"{text}{named} (default auto)"
+    if f.default is BY_RECIPE:
+        return f"{text}{named} (default: the recipe's; here @recipe:{f.name}@)"
     shown = "" if f.default in (None, ()) else f" (default {f.default})"
     return f"{text}{named}{shown}"

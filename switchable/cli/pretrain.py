@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun (--max-restarts) has started the ranks again."""
 
-HELP = "pre-train a model with SSD; --schedule dense trains all dense"
+HELP = "pre-train a model with SSD; --recipe dense trains all dense"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    verb.usage = "%(prog)s [CONFIG] [--data PATH ...] [--out DIR] [FLAG ...]"
     verb.add_argument(
-        "--out", type=Path, default=Path("runs/pretrain"), help="folder of the run (default %(default)s)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/pretrain"),
+        help="folder of the run (default %(default)s)",
     )
     verb.add_argument("--resume", action="store_true", help="go on with the run in --out")
     verb.add_argument("--resume-from", metavar="STEP", help="checkpoint to go on from, e.g. step-000300")

@@ -24,15 +24,16 @@ from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
 from switchable.files import read_json, write_text
-from switchable.store import checkpoint
+from switchable.store import folders
 from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.switching.monitor import measure
 from switchable.switching.switch import current_structure, group_anew
+from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, router_learning
 from switchable.train.log import RunLog
-from switchable.train.loop import Counters, Trainer
+from switchable.train.loop import Trainer
 from switchable.train.pretrain import count_step, finish
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
@@ -180,7 +181,7 @@ def _load_weights(final: Path, model: nn.Module) -> None:
     Raises:
         InputError: the export is damaged, or of another model.
     """
-    damage = checkpoint.verify(final)
+    damage = folders.verify(final)
     if damage is not None:
         raise InputError(
             f"{final} is damaged ({damage}); remove {final.parent / 'summary.json'} and start again"

@@ -32,8 +32,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchable.config import RunConfig, TrainConfig, d_ff
+from switchable.config import RunConfig
 from switchable.errors import InputError, nearest
+from switchable.sections import TrainConfig, d_ff
 from switchable.settings import SwitchConfig, settled
 
 EXPERTS = ("num_experts", "experts_per_token", "backend")

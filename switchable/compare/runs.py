@@ -1,4 +1,4 @@
-"""The runs of a comparison: which there are, whether their folders fit, and how one is trained.
+"""The runs of a comparison: which there are, and whether their folders fit.
 
     DIR/<method>-s<seed>/     an ordinary run folder, as `switchable pretrain` makes it
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
-from switchable.config import RunConfig, changed, check, from_dict, read_yaml
+from switchable.config import RunConfig, changed, check, read_stored
 from switchable.errors import InputError
 from switchable.files import read_json
 
@@ -94,7 +94,7 @@ def differs(run: Run) -> list[str]:
     stored = run.path / "config.yaml"
     if not stored.exists():
         return []
-    lines = changed(from_dict(read_yaml(stored), str(stored)), run.config)
+    lines = changed(read_stored(stored), run.config)
     return [line for line in lines if line.split(":")[0] not in {f"train.{name}" for name in UNCOMPARED}]
 
 

@@ -1,20 +1,56 @@
-"""One call of expert compute: what every way of computing it is given.
+"""One call of expert compute, and what a backend is: the interface that every way of computing it implements.
+
+    y_t = Σ_k FFN_e(t,k)(x_t),      FFN_e being the FFN with the neurons of expert e alone
+
+An expert's output is never scaled. `choose.py` holds the table of backends; the layer builds a call and hands it over.
 
 Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchable.compute.weights import FFNWeights as FFNWeights
+RELU_TYPES = ("relu", "relu2")
+"""Activations that the fast backends compute themselves; relu2 is the square of ReLU."""
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """FFN(x) = act(x · upᵀ + up_bias) · down; gated: (act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)) · down.
+
+    Row i of every field belongs to neuron i, and expert e owns the rows e·I to (e+1)·I. The fields are *views* of the
+    model's own parameters, usually transposed ones (`nn.Linear` stores `down` as [D, F], transformers' `Conv1D` stores
+    `up` as [D, F]): nothing is copied, and gradients flow to the parameters.
+
+    The bias of the output projection is not here: it is added once, outside the experts, in both modes.
+    """
+
+    up_FD: Tensor
+    """What each neuron reads: row i of the input projection."""
+    down_FD: Tensor
+    """What each neuron writes: column i of the output projection."""
+    up_bias_F: Tensor | None = None
+    """Bias of the input projection."""
+    gate_FD: Tensor | None = None
+    """Gate projection of a gated FFN (Llama type), else None."""
+    gate_bias_F: Tensor | None = None
+    """Bias of the gate projection."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are there."""
+        own = (self.up_FD, self.down_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F)
+        return tuple(tensor for tensor in own if tensor is not None)
 
 
 class ExpertCall(NamedTuple):
-    """y_t = Σ_k gate_tk · FFN_e(t,k)(x_t), to be computed."""
+    """y_TD, to be computed, without the bias of the output projection."""
 
     x_TD: Tensor
     """The FFN's input, one row per token, any strides."""
@@ -26,10 +62,6 @@ class ExpertCall(NamedTuple):
     """E; divides F."""
     activation: str
     """A name in transformers' `ACT2FN`."""
-    gates_TK: Tensor | None = None
-    unit_gates: bool = False
-    """A promise that every gate *is* 1 (straight-through gates): the multiplication may be left out; the gates'
-    gradient is still computed."""
 
     @property
     def neurons(self) -> int:
@@ -37,22 +69,20 @@ class ExpertCall(NamedTuple):
         return len(self.weights.up_FD) // self.num_experts
 
     @property
-    def gates_that_count(self) -> Tensor | None:
-        """The gates, or None where they are 1 and nobody asks for their gradient."""
-        gates_TK = self.gates_TK
-        learns = gates_TK is not None and gates_TK.requires_grad and torch.is_grad_enabled()
-        return None if self.unit_gates and not learns else gates_TK
-
-    @property
     def learns(self) -> bool:
         """Whether anything asks for a gradient."""
-        weights = self.weights
-        tensors = (
-            self.x_TD,
-            weights.up_FD,
-            weights.down_FD,
-            weights.up_bias_F,
-            weights.gate_FD,
-            self.gates_TK,
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (self.x_TD, *self.weights.tensors)
         )
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing a call."""
+
+    name: str
+    supports: Callable[[ExpertCall], str | None]
+    """Returns None, or the reason why it cannot compute a call: half a sentence that follows the backend's name.
+    Compiles nothing and looks at no number of a tensor."""
+    run: Callable[[ExpertCall], Tensor]
+    """Returns y_TD; `supports` must have returned None."""

@@ -1,6 +1,6 @@
 """`masked`: all neurons computed, the activations of experts not chosen set to zero.
 
-    y_t = down · (m_t ⊙ act(up · x_t)),     m_ti = gate of the expert of neuron i, 0 if it was not chosen
+    y_t = down · (m_t ⊙ act(up · x_t)),     m_ti = 1 if the expert of neuron i was chosen, else 0
 
 The function of the selected experts at about the price of the dense layer. It is the fastest way where the tokens are
 so few, or their choices so wide, that two large products beat many small ones. Plain autograd, any device,
@@ -16,20 +16,23 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from switchable.compute.call import ExpertCall
+from switchable.compute.call import Backend, ExpertCall
 
 
 def masked(call: ExpertCall) -> Tensor:
     """Return y_TD."""
-    x_TD, weights, ids_TK, gates_TK = call.x_TD, call.weights, call.expert_ids_TK, call.gates_that_count
+    x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
     hidden_TF = linear(x_TD, weights.up_FD, weights.up_bias_F)
     if weights.gate_FD is None:
         hidden_TF = ACT2FN[call.activation](hidden_TF)
     else:
         hidden_TF = ACT2FN[call.activation](linear(x_TD, weights.gate_FD, weights.gate_bias_F)) * hidden_TF
-    chosen_TK = hidden_TF.new_ones(ids_TK.shape) if gates_TK is None else gates_TK.to(hidden_TF.dtype)
+    chosen_TK = hidden_TF.new_ones(ids_TK.shape)
     mask_TE1 = hidden_TF.new_zeros(len(x_TD), call.num_experts).scatter(1, ids_TK, chosen_TK).unsqueeze(2)
     hidden_TEI = hidden_TF.view(len(x_TD), call.num_experts, call.neurons)
-    learns = torch.is_grad_enabled() and (hidden_TEI.requires_grad or mask_TE1.requires_grad)
+    learns = torch.is_grad_enabled() and hidden_TEI.requires_grad
     hidden_TEI = hidden_TEI * mask_TE1 if learns else hidden_TEI.mul_(mask_TE1)
     return linear(hidden_TEI.view_as(hidden_TF), weights.down_FD.t()).to(x_TD.dtype)
+
+
+MASKED = Backend("masked", lambda _call: None, masked)

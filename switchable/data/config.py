@@ -2,89 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from switchable.data import tokenizers
 from switchable.errors import InputError
+from switchable.options import check, option
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What text is read, how it is split and with which tokens: everything that decides the token files."""
 
-    data: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "files, folders or Hugging Face datasets (owner/name[:config[:split]]); "
-            "none: the Python installation's own source files"
-        },
+    data: tuple[str, ...] = option(
+        (),
+        "files, folders or Hugging Face datasets (owner/name[:config[:split]]); none: the Python installation's own "
+        "source files",
+        metavar="PATH",
     )
-    text_field: str = field(
-        default="text", metadata={"help": "field of a JSONL record, or Parquet column, that holds the text"}
+    text_field: str = option(
+        "text", "field of a JSONL record, or Parquet column, that holds the text", metavar="NAME"
     )
-    document_separator: str | None = field(
-        default=None,
-        metadata={
-            "help": r"text between the documents of a text file, as '\n\n'; none: a file is a document"
-        },
+    document_separator: str | None = option(
+        None,
+        r"text between the documents of a text file, as '\n\n'; none: a file is a document",
+        metavar="TEXT",
     )
-    val_fraction: float = field(
-        default=0.05, metadata={"help": "share of the documents kept for validation (fraction, 0 to 1)"}
+    val_fraction: float = option(
+        0.05, "share of the documents kept for validation", above=0, below=1, usual="0.05", metavar="SHARE"
     )
-    max_text_mb: float | None = field(
-        default=None, metadata={"help": "stop reading after this much text (MB of UTF-8); none: read it all"}
+    max_text_mb: float | None = option(
+        None, "stop reading after this much text (MB of UTF-8); none: read it all", above=0, metavar="MB"
     )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of a tokenizer (Hugging Face form, or the files of GPT-2, BERT or T5); none: train a BPE"
-        },
+    tokenizer: str | None = option(
+        None,
+        "folder of a tokenizer (Hugging Face form, or the files of GPT-2, BERT or T5); none: train a BPE",
+        metavar="DIR",
     )
-    vocab_size: int = field(
-        default=4096, metadata={"help": "vocabulary of the BPE trained here (tokens, special ones included)"}
+    vocab_size: int = option(
+        4096, "vocabulary of the BPE trained here (tokens, special ones included)", least=1, metavar="N"
     )
 
     def __post_init__(self) -> None:
         given: object = self.data
-        if isinstance(given, str):
-            raise InputError(f"data={given!r} is one string; give a list of paths: [{given!r}]")
+        if not isinstance(given, list | tuple) or not all(isinstance(path, str) for path in given):
+            raise InputError(f"data={given!r} must be a list of paths, e.g. ['my-texts']")
         object.__setattr__(self, "data", tuple(self.data))
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} is not between 0 and 1; use 0.05, say")
+        check(self)
         if self.max_text_mb is not None:
             object.__setattr__(self, "max_text_mb", float(self.max_text_mb))
-            if not self.max_text_mb > 0:
-                raise InputError(
-                    f"max_text_mb={self.max_text_mb} is not above 0; leave it out to read it all"
-                )
         if self.tokenizer is None:
             tokenizers.check_vocab_size(self.vocab_size)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the model learns to predict."""
+    """Details of what the model learns to predict; what it is follows from its family."""
 
-    objective: str | None = field(
-        default=None,
-        metadata={
-            "help": "causal: the next token (GPT); masked: hidden tokens (BERT); span: spans cut out (T5); "
-            "default: that of the model's family",
-            "choices": ("causal", "masked", "span"),
-        },
+    mask_fraction: float = option(
+        0.15,
+        "share of the tokens that is masked, or cut out in spans",
+        above=0,
+        below=1,
+        usual="0.15",
+        flag=False,
     )
-    mask_fraction: float = field(
-        default=0.15, metadata={"help": "share of the tokens that is masked, or cut out in spans (0 to 1)"}
-    )
-    whole_words: bool = field(
-        default=False, metadata={"help": "masked: mask all tokens of a word or none of them"}
-    )
-    mean_span_length: float = field(
-        default=3.0, metadata={"help": "span: mean length of the spans cut out (tokens)"}
+    whole_words: bool = option(False, "masked: mask all tokens of a word or none of them", flag=False)
+    mean_span_length: float = option(
+        3.0, "span: mean length of the spans cut out (tokens)", least=1, flag=False
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_fraction < 1:
-            raise InputError(f"mask_fraction={self.mask_fraction} is not between 0 and 1; use 0.15, say")
-        if not self.mean_span_length >= 1:
-            raise InputError(f"mean_span_length={self.mean_span_length} is below 1 token; use 3, say")
+        check(self)

@@ -19,13 +19,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchable.compute.choose import ExpertCall, expert_ffn
+from switchable.compute.call import ExpertCall
+from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.topk import top_experts
 from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
+from switchable.ffn.decoding import decoded
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
-from switchable.ffn.serving import few_tokens_of
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
 
 SPARSE_TOKEN_FRACTION = 1 / 16
@@ -112,9 +113,9 @@ class SwitchableFFN(nn.Module):
         return attach_loss(y, self.ssd.loss_weight * loss)
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
-        few_BSD = few_tokens_of(self.ssd, self.training, x_BSD)
-        if few_BSD is not None:
-            return few_BSD
+        done_BSD = decoded(self.ssd, self.training, x_BSD)
+        if done_BSD is not None:
+            return done_BSD
         y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
         bias = self.ssd.down_projection.bias
         if bias is not None:

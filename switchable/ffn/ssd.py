@@ -11,8 +11,9 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -23,7 +24,6 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn.families import Family, activation_name, neurons_first
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
-from switchable.ffn.serving import Kept
 from switchable.settings import SwitchConfig
 
 RESERVED = ("ssd", "router")
@@ -57,6 +57,15 @@ class ActiveCount:
         share = self.entries / (self.tokens * d_ff) if self.tokens else None
         self.entries = self.tokens = 0
         return share
+
+
+class DecodeCache(threading.local):
+    """What `decoding.py` last prepared for a layer. Every Python thread has its own; copies of a layer start anew."""
+
+    prepared: Any = None
+
+    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
+        return DecodeCache, ()
 
 
 class SSD:
@@ -93,8 +102,8 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
-        self.kept_call = Kept()
-        """What decoding has looked up."""
+        self.decode_cache = DecodeCache()
+        """What decoding has prepared."""
 
     @property
     def num_experts(self) -> int:
@@ -131,7 +140,7 @@ class SSD:
         if not whole or not 1 <= experts_per_token <= self.num_experts:
             raise InputError(
                 f"experts_per_token={experts_per_token} is not possible with the {self.num_experts} experts of "
-                f"{self.name}; use a whole number from 1 to {self.num_experts}"
+                f"{self.name}; use 1 to {self.num_experts}"
             )
 
     def part(self, path: str) -> nn.Module:

@@ -8,33 +8,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from switchable.errors import InputError
+from switchable.options import check, option
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the next token is drawn.
 
-    max_new_tokens: int = 100
-    """Tokens to write at most."""
-    temperature: float = 0.8
-    """0 = always the most probable token."""
-    top_k: int = 50
-    """Draw among so many most probable tokens; 0 = all."""
-    seed: int = 0
-    """Random seed of the draw."""
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_new_tokens: int = option(100, "tokens to write at most", least=1)
+    temperature: float = option(0.8, "0 = always the most probable token", least=0)
+    top_k: int = option(50, "draw among so many most probable tokens; 0 = all", least=0)
+    seed: int = option(0, "random seed of the draw", least=0, most=2**63 - 1)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens={self.max_new_tokens} is out of range; use a whole number of at least 1"
-            )
-        if not self.temperature >= 0:
-            raise InputError(
-                f"temperature={self.temperature} is out of range; use 0 (most probable token) or more"
-            )
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} is out of range; use 0 (all tokens) or more")
+        check(self)
 
     def draw(self, logits_NV: Tensor) -> Tensor:
         """Return a token for each of N rows of logits."""

@@ -12,24 +12,22 @@ each reads its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
 from switchable.errors import InputError
-from switchable.files import finish_folder, is_no_space, read_json, remove, sha256, temporary_name, write_json
+from switchable.files import finish_folder, remove, temporary_name, write_json
 from switchable.store import tensorfile
 from switchable.store.contents import Contents, contents_of
+from switchable.store.folders import entry, full_disk_told, seal
 from switchable.store.pretrained import quiet_transformers
 
-MANIFEST = "manifest.json"
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
 REMEDY = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
@@ -81,19 +79,6 @@ def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = No
             remove(temporary)
 
 
-@contextmanager
-def full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
-    """Within the `with` block a full disk is the user's affair: an InputError with a remedy. Anything else is a bug."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
-        ) from None
-
-
 def _begin(temporary: Path, contents: Contents) -> None:
     """Make the folder with every file in its full size (rank 0)."""
     if not ranks.is_main():
@@ -121,35 +106,11 @@ def _write_rows(temporary: Path, contents: Contents) -> None:
 def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
     """Return the manifest's entries of this rank's share of the files."""
     paths = sorted(temporary.iterdir())[ranks.rank() :: ranks.world_size()]
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    return {path.name: entry(path) for path in paths}
 
 
 def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
     """Write the manifest, flush, and give the folder its name (rank 0)."""
     if ranks.is_main():
-        write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
+        seal(temporary, files)
         finish_folder(temporary, folder)
-
-
-def verify(folder: Path) -> str | None:
-    """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        files = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        }
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for name, (size, checksum) in files.items():
-        path = folder / name
-        if Path(name).name != name:
-            return f"{MANIFEST} names a file outside the folder"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != checksum:
-            return f"{name} does not have its checksum"
-    return None

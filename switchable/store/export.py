@@ -19,8 +19,8 @@ from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
 from switchable.ffn.description import describe
 from switchable.files import whole_folder
-from switchable.store.checkpoint import full_disk_told
-from switchable.store.load import load_switchable
+from switchable.store.folders import full_disk_told
+from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_pretrained
 from switchable.store.sparse_folder import METHOD
 
@@ -36,7 +36,7 @@ def export(
     """Export the model of a run, a checkpoint or a converted model.
 
     Args:
-        folder: as for `load_switchable`.
+        folder: as for `load`.
         to: `"dense"` or `"sparse"`.
         out: the folder to write, complete or not at all.
         experts_per_token: K that the sparse folder starts with, one for all layers or one for each; None keeps it.
@@ -54,7 +54,7 @@ def export(
     if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
         raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB")
     check_output(out, overwrite, sources=(folder,))
-    model, tokenizer = load_switchable(folder)
+    model, tokenizer = load(folder)
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"

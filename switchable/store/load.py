@@ -7,19 +7,19 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.config import RunConfig, from_dict, read_yaml
+from switchable.config import RunConfig, read_stored
 from switchable.data.tokenizers import check_fits, load_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.description import make_switchable
 from switchable.files import read_json
-from switchable.store.checkpoint import verify
+from switchable.store.folders import verify
 from switchable.store.pretrained import load_pretrained
 from switchable.store.restore import restore_routers
 from switchable.store.rundir import RunDir
 from switchable.store.sparse_folder import METHOD, register
 
 
-def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """Load a model with its routers, in dense mode, in evaluation mode, on the CPU.
 
     Args:
@@ -48,12 +48,12 @@ def load_switchable(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
 
 
 def load_with_tokenizer(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Return what `load_switchable` does, for jobs that cannot do without the tokenizer.
+    """Return what `load` does, for jobs that cannot do without the tokenizer.
 
     Raises:
-        InputError: there is none, or as `load_switchable`.
+        InputError: there is none, or as `load`.
     """
-    model, tokenizer = load_switchable(folder)
+    model, tokenizer = load(folder)
     if tokenizer is None:
         raise InputError(f"{folder} holds no tokenizer; give the folder of the run instead")
     return model, tokenizer
@@ -71,7 +71,7 @@ def run_config(folder: Path) -> RunConfig | None:
     """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
     for place in (folder, folder.parent, folder.parent.parent):
         if RunDir(place).config.is_file():
-            return from_dict(read_yaml(RunDir(place).config), str(RunDir(place).config))
+            return read_stored(RunDir(place).config)
     return None
 
 

@@ -23,15 +23,16 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
-from switchable.files import read_records
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
+from switchable.files import read_records
 from switchable.settings import SwitchConfig
-from switchable.store.load import load_switchable
+from switchable.store.contents import NEURON_IDS
+from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
-from switchable.store.contents import NEURON_IDS
-from switchable.structure.groups import cluster_layers, weight_features
+from switchable.structure.features import weight_features
+from switchable.structure.groups import cluster_layers
 from switchable.switching.switch import group_anew
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
@@ -128,7 +129,7 @@ class Loader:
         return model.eval().to(self.device)
 
     def _ours(self, source: Source) -> nn.Module:
-        model, _ = load_switchable(source.path)
+        model, _ = load(source.path)
         if self.experts_per_token is not None:
             for layer in layers_of(model):
                 layer.ssd.set_experts_per_token(self.experts_per_token)

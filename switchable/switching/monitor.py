@@ -28,7 +28,8 @@ from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
 from switchable.ranks import from_main, gathered
-from switchable.structure.groups import cluster_layers, groups_layer, similarity, weight_features
+from switchable.structure.features import weight_features
+from switchable.structure.groups import cluster_layers, groups_layer, similarity
 from switchable.switching.patterns import jaccard, pack, routes_changed
 from switchable.switching.switch import current_structure
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -26,47 +24,13 @@ from switchable.ranks import sum_over_ranks, world_size
 from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
+from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
 from switchable.train.log import NoLog
 from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
 from switchable.train.setup import Job
 from switchable.train.signals import StopRequest, TrainingStopped
-
-
-@dataclass
-class Counters:
-    """What a run adds up; saved with every checkpoint."""
-
-    data: str = ""
-    """Checksum of the training tokens."""
-    steps: int = 0
-    """Optimizer steps done; the data position too, since a step's batch is a function of its number."""
-    sparse_steps: int = 0
-    flops: float = 0.0
-    """FLOPs so far, measurements included."""
-    seconds_dense: float = 0.0
-    """Wall-clock of dense steps."""
-    seconds_sparse: float = 0.0
-    """Wall-clock of sparse steps."""
-    seconds_measure: float = 0.0
-    """Wall-clock of measuring, clustering and regrouping."""
-    seconds_other: float = 0.0
-    """Wall-clock of validation and saving."""
-    cpu_seconds: float = 0.0
-    """CPU time of all steps and measurements, all threads together: on a busy machine a fairer clock."""
-    window_loss: float = 0.0
-    """Sum of the losses (nats per token) since the last train line."""
-    window_steps: int = 0
-    window_sparse: int = 0
-    window_seconds: float = 0.0
-    ran_with: list[dict[str, Any]] = field(default_factory=list)
-    """What it was trained with: threads, jobs at a time on the machine, device; one entry unless that changed."""
-
-    @property
-    def train_seconds(self) -> float:
-        """Wall-clock of training so far: all steps and measurements, without validation and saving."""
-        return self.seconds_dense + self.seconds_sparse + self.seconds_measure
 
 
 class Trainer:

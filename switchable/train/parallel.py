@@ -25,11 +25,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from switchable import ranks
-from switchable.config import RunConfig, TrainConfig, to_dict
+from switchable.config import RunConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
+from switchable.sections import TrainConfig
 from switchable.train.meeting import meet
 from switchable.versions import versions
 

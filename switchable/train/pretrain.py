@@ -20,19 +20,20 @@ import yaml
 from torch.distributed.fsdp import FSDPModule
 
 from switchable import ranks
-from switchable.config import RunConfig, changed, check, from_dict, read_yaml, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.files import read_json, write_json, write_text
 from switchable.infer.generate import generate_text
 from switchable.infer.sampling import Sampling
-from switchable.store import checkpoint, restore
+from switchable.store import checkpoint, folders, restore
 from switchable.store.probe import save_probe
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
+from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
-from switchable.train.loop import Counters, Trainer
+from switchable.train.loop import Trainer
 from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
@@ -160,8 +161,7 @@ def _begin(rundir: RunDir, job: Job) -> None:
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
-    stored = read_yaml(rundir.config)
-    before = from_dict(stored, str(rundir.config))
+    before = read_stored(rundir.config)
     merged: dict[str, Any] = {section: dict(values) for section, values in to_dict(before).items()}
     for section, values in merged.items():
         values.update({key: value for key, value in flags.items() if key in values})
@@ -191,11 +191,11 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     if name is not None and name not in names:
         raise InputError(f"{rundir.path} has no checkpoint {name!r}; it has {', '.join(names)}")
     step = steps[-1] if name is None else names[name]
-    damage = checkpoint.verify(rundir.checkpoint(step))
+    damage = folders.verify(rundir.checkpoint(step))
     if damage is None:
         return step
     good = next(
-        (s for s in reversed(steps) if s != step and checkpoint.verify(rundir.checkpoint(s)) is None), None
+        (s for s in reversed(steps) if s != step and folders.verify(rundir.checkpoint(s)) is None), None
     )
     remedy = (
         f"go on from an earlier one with --resume --resume-from {rundir.checkpoint(good).name}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
-from switchable.config import ModelConfig, RunConfig, TrainConfig, check, d_ff, objective_of
+from switchable.config import RunConfig, check, objective_of
 from switchable.data.batches import Batches, validation_batches
 from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import load_tokenizer
@@ -26,6 +26,7 @@ from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.fill import check_prompt
+from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
 from switchable.train.memory import keep_freed_memory

@@ -12,8 +12,8 @@ from typing import Any
 
 from switchable import ranks
 from switchable.compute.cpu.active.active import has_active
+from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
-from switchable.train.loop import Counters
 from switchable.train.parallel import split
 from switchable.train.setup import Job, micro_rows
 from switchable.train.timing import step_seconds

@@ -10,30 +10,13 @@ pay. Forward, backward and optimizer step are timed; the weights stay as they ar
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from switchable.ffn.convert import kept_modes, set_mode
-
-
-def interleaved(
-    contenders: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds of each contender, all run once per round after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, run in contenders.items():
-            _wait(device)
-            begin = time.perf_counter()
-            run()
-            _wait(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+from switchable.timing import take_turns
 
 
 def step_seconds(
@@ -71,16 +54,14 @@ def step_seconds(
     with kept_modes(model) as layers:
         given = [(layer.ssd.router_learns, layer.ssd.multiplies_active) for layer in layers]
         model.train()
-        return interleaved(
-            {
-                "dense": lambda: step("dense", routers=False),
-                "dense_router": lambda: step("dense"),
-                "active": lambda: step("dense", active=True),
-                "sparse": lambda: step("sparse"),
-            },
-            rounds,
-            next(model.parameters()).device,
-        )
+        device = next(model.parameters()).device
+        contenders = {
+            "dense": lambda: step("dense", routers=False),
+            "dense_router": lambda: step("dense"),
+            "active": lambda: step("dense", active=True),
+            "sparse": lambda: step("sparse"),
+        }
+        return take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(device)).medians
 
 
 def _wait(device: torch.device) -> None:

@@ -20,7 +20,7 @@ model: {d_model: 16, num_layers: 2, num_heads: 2}
 data: {vocab_size: 300}
 train: {steps: 150, batch_size: 4, sequence_length: 16, log_every: 1, eval_every: 50, checkpoint_every: 1000,
         eval_tokens: 256}
-switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 10, probe_tokens: 128,
+switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 10,
          stability_threshold: 0.0, max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
 """
 
@@ -121,7 +121,7 @@ def test_a_run_that_fails_is_named_with_its_reason(
         (["--jobs", "0"], ["jobs='0' is not possible"]),
         (["--jobs", "999"], ["jobs='999' is not possible"]),
         (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64"]),
-        (["--monitor-every", "0"], ["monitor_every=0 with schedule=ssd"]),
+        (["--monitor-every", "0"], ["monitor_every=0 would never find"]),
         (["--out", "SMALL"], ["small.yaml cannot be used as output folder"]),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from switchable import InputError
+from switchable.compare.baselines import VARIANTS
 from switchable.compare.methods import METHODS, check_methods, check_seeds, in_order, method_config, named
 from switchable.config import RunConfig, check, from_dict
 from switchable.ffn.convert import is_router_parameter
@@ -21,7 +22,7 @@ GIVEN: dict[str, Any] = {
     "train": {"steps": 400, "batch_size": 4, "sequence_length": 16, "learning_rate": 2e-3, "threads": 1},
     "switch": {
         "num_experts": 8, "experts_per_token": 3, "monitor_every": 7, "stability_threshold": 0.4,
-        "structure": "coactivation", "sparse_steps": 5, "max_activation_ratio": 0.25, "activation_l1": 1e-4,
+        "recipe": "early", "sparse_steps": 5, "max_activation_ratio": 0.25, "activation_l1": 1e-4,
         "min_dense_fraction": 0.7,
     },
 }  # fmt: skip
@@ -61,34 +62,31 @@ def test_what_each_method_changes(given: RunConfig) -> None:
         )
         assert same == given.train, name
     assert found["ssd"].switch == given.switch
-    assert found["static"].switch == dataclasses.replace(given.switch, schedule="static")
-    assert (found["dense"].switch.monitor_every, found["dense"].switch.active_below) == (0, 0.0)
-    active = found["dense-active"].switch
-    assert (active.schedule, active.num_experts, active.active_below) == (
-        "dense",
+    assert found["static"].switch == given.switch  # its schedule is another one
+    dense, active = found["dense"].switch, found["dense-active"].switch
+    assert (dense.never_sparse, dense.num_experts, dense.monitor_every, dense.active_below) == (
+        True,
+        1,
+        0,
+        0.0,
+    )
+    assert (active.never_sparse, active.num_experts, active.active_below) == (
+        True,
         1,
         given.switch.active_below,
     )
     assert active.monitor_every == given.switch.monitor_every > 0
     assert active.activation_l1 == given.switch.activation_l1 > 0
-    assert found["dense-then-moe"].switch == dataclasses.replace(given.switch, schedule="dense")
-    paper, moe = found["ssd-paper"].switch, found["moe"].switch
-    assert (paper.router, paper.structure, paper.join, paper.regroup) == (
-        "weight_mean",
-        "weights",
-        "together",
-        "switch",
+    assert found["dense-then-moe"].switch == dataclasses.replace(
+        given.switch, recipe="dense", min_dense_fraction=1.0
     )
-    assert (paper.sparse_steps, paper.dense_steps, paper.max_activation_ratio) == (30, 10, 1.0)
+    paper, moe = found["ssd-paper"].switch, found["moe"].switch
+    assert (paper.sparse_steps, paper.max_activation_ratio, paper.min_mass_caught) == (30, 1.0, 0.0)
     assert (paper.num_experts, paper.experts_per_token, paper.stability_threshold) == (8, 3, 0.4)
     assert (paper.min_dense_fraction, paper.final_dense_fraction, paper.activation_l1) == (0.1, 0.05, 0.0)
-    assert (moe.schedule, moe.gate, moe.load_balance, moe.num_experts, moe.experts_per_token) == (
-        "sparse",
-        "softmax",
-        0.01,
-        8,
-        3,
-    )
+    assert (moe.num_experts, moe.experts_per_token) == (8, 3)
+    assert VARIANTS["ssd-paper"].schedule(paper, 400).dense_steps == 10
+    assert VARIANTS["moe"].schedule(moe, 400).initial(2).takes_part == (True, True)
     for name in ("moe", "ssd-paper"):
         assert found[name].train.router_learning_rate == given.train.learning_rate
 
@@ -97,7 +95,7 @@ def test_tuning_the_recipe_leaves_the_others_alone(given: RunConfig) -> None:
     tuned = dataclasses.replace(
         given,
         switch=dataclasses.replace(
-            given.switch, structure="mixed", sparse_steps=9, router_token_fraction=0.25, regroup_below=0.1
+            given.switch, sparse_steps=9, router_token_fraction=0.25, final_dense_fraction=0.1
         ),
         train=dataclasses.replace(given.train, router_learning_rate=0.3),
     )
@@ -112,7 +110,7 @@ def test_tuning_the_recipe_leaves_the_others_alone(given: RunConfig) -> None:
 def test_a_factor_scales_the_steps_and_what_is_a_fraction_of_them(given: RunConfig) -> None:
     longer = method_config(given, "ssd-paper@1.5", 3)
     assert longer.train.steps == 600  # of 400
-    assert (longer.switch.sparse_steps, longer.switch.dense_steps) == (45, 15)  # 7.5 and 2.5 %
+    assert longer.switch.sparse_steps == 45  # 7.5 %
     assert method_config(given, "dense@0.66", 0).train.steps == 264
     assert method_config(given, "dense@0.001", 0).train.steps == 1
     plain = method_config(given, "ssd", 3)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from switchable import InputError, set_mode
-from switchable.compare import runs
 from switchable.compare.methods import METHODS
 from switchable.compare.report import write_report
 from switchable.compare.runs import Run, differs, others_finished, runs_of
+from switchable.compare.training import train
 from switchable.config import RunConfig, from_dict
 from switchable.infer.loss import validation_loss
-from switchable.store.load import load_switchable
+from switchable.store.load import load
 from switchable.store.rundir import RunDir
 from switchable.train.flops import router_learning
 from switchable.train.setup import set_up
@@ -30,9 +30,8 @@ GIVEN: dict[str, Any] = {
         "checkpoint_every": 20, "eval_tokens": 512, "threads": 1,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256,
+        "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
-        "regroup_below": 1.0,
         "final_dense_fraction": 0.1,
     },
 }  # fmt: skip
@@ -53,7 +52,7 @@ def trained(config: RunConfig, cache: Path, tmp_path_factory: pytest.TempPathFac
     """A finished run of every method."""
     planned = runs_of(config, tuple(METHODS), (0,), tmp_path_factory.mktemp("compare"))
     for run in planned:
-        worker.train(run, cache, jobs=1)
+        train(run, cache, jobs=1)
     return {run.method: run for run in planned}
 
 
@@ -107,7 +106,7 @@ def test_a_mixture_of_experts_has_no_dense_mode_and_loads_again(trained: dict[st
     assert figures["val_loss_dense"] is None
     assert figures["bits_per_byte_dense"] is None
     assert figures["sparse_layers"] == [1, 1]
-    model, _ = load_switchable(run.path)
+    model, _ = load(run.path)
     set_mode(model, "sparse")
     job = set_up(run.config, cache, quiet=True)
     assert validation_loss(model, job.validation) == pytest.approx(figures["val_loss_sparse"], abs=1e-5)
@@ -162,14 +161,14 @@ def test_a_cut_of_a_damaged_dense_run_is_refused(
     (tmp_path / "dense-s0").symlink_to(
         trained["dense"].path
     )  # a finished run may be lent to another comparison
-    worker.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     first = run.summary()["val_loss_sparse"]
     assert first == trained["dense-then-moe"].summary()["val_loss_sparse"]
     (tmp_path / "dense-s0").unlink()
     dense.final.mkdir(parents=True)
     (run.path / "summary.json").unlink()
     with pytest.raises(InputError, match=r"final is damaged \(manifest.json is missing\)"):
-        worker.train(run, cache, jobs=1)
+        train(run, cache, jobs=1)
 
 
 def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:
@@ -193,15 +192,15 @@ def test_a_finished_run_is_left_alone_and_a_begun_one_goes_on(
     trained: dict[str, Run], config: RunConfig, cache: Path, tmp_path: Path
 ) -> None:
     run = runs_of(config, ("ssd",), (0,), tmp_path)[0]
-    worker.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert run.summary()["val_loss_sparse"] == trained["ssd"].summary()["val_loss_sparse"]
     written = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "checkpoints/step-000020/model.safetensors").write_bytes(b"not looked at")
-    worker.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert (run.path / "metrics.jsonl").read_bytes() == written
     for name in ("summary.json", "curves.png"):  # died before its summary
         (run.path / name).unlink()
-    worker.train(run, cache, jobs=1)
+    train(run, cache, jobs=1)
     assert (run.path / "metrics.jsonl").read_bytes() == written
     (run.path / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary.json is damaged; remove it"):
@@ -212,10 +211,10 @@ def test_other_settings_in_a_folder_are_refused(trained: dict[str, Run], config:
     out = trained["dense"].path.parent
     threads = dataclasses.replace(config.train, threads=2, keep=1, log_every=7)
     assert len(runs_of(dataclasses.replace(config, train=threads), ("dense", "ssd"), (0,), out)) == 2
-    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, dense_steps=3))
+    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
     assert len(runs_of(recipe, ("dense", "moe", "ssd-paper"), (0,), out)) == 3
     with pytest.raises(
-        InputError, match=r"ssd-s0 was trained with other settings \(switch.dense_steps: 1 -> 3\)"
+        InputError, match=r"ssd-s0 was trained with other settings \(switch.sparse_steps: 2 -> 3\)"
     ):
         runs_of(recipe, ("dense", "ssd"), (0,), out)
     often = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=5))
@@ -239,7 +238,7 @@ def test_the_table_takes_in_what_is_finished_beside(
     asked = runs_of(config, ("dense",), (0,), tmp_path)
     others = others_finished(config, tmp_path, asked)
     assert [run.name for run in others] == sorted(f"{name}-s0" for name in METHODS if name != "dense")
-    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, dense_steps=3))
+    recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
     names = {run.name for run in others_finished(recipe, tmp_path, asked)}
     assert names == {"dense-active-s0", "ssd-paper-s0", "moe-s0"}  # static and the cut inherit the recipe
 

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchable.compute.choose import FFNWeights, expert_ffn
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -24,7 +25,6 @@ class Case:
     chosen: int = 3  # K
     dtype: torch.dtype = torch.float32
     activation: str = "relu"
-    gates: str = "real"  # none, unit, real
     bias: bool = True
     gated: bool = False
     routing: str = "random"  # random, one (all tokens on the first K), late (none on the first two)
@@ -49,17 +49,12 @@ class Problem:
         down_FD = down_FD.t() if self.case.stored == "linear" else down_FD
         return FFNWeights(up_FD, down_FD, get("bias"), get("gate"), get("gate_bias"))
 
-    def run(self, implementation: str) -> Tensor:
-        return expert_ffn(
-            self.x,
-            self.weights,
-            self.ids,
-            self.leaves.get("gates"),
-            num_experts=self.case.experts,
-            activation=self.case.activation,
-            unit_gates=self.case.gates == "unit",
-            implementation=implementation,
-        )
+    @property
+    def call(self) -> ExpertCall:
+        return ExpertCall(self.x, self.weights, self.ids, self.case.experts, self.case.activation)
+
+    def run(self, backend: str) -> Tensor:
+        return expert_ffn(self.call, backend)
 
 
 def problem(case: Case, *, exact: bool = False) -> Problem:
@@ -88,15 +83,12 @@ def problem(case: Case, *, exact: bool = False) -> Problem:
         found.leaves["bias"] = leaf(neurons)
     if case.gated:
         found.leaves |= {"gate": leaf(neurons, case.width), "gate_bias": leaf(neurons)}
-    if case.gates != "none":
-        gates = torch.ones(ids_TK.shape) if case.gates == "unit" else rand(ids_TK.shape)
-        found.leaves["gates"] = gates.to(torch.float64 if exact else case.dtype).requires_grad_()
     return found
 
 
-def outcome(found: Problem, implementation: str) -> dict[str, Tensor]:
+def outcome(found: Problem, backend: str) -> dict[str, Tensor]:
     """Return the output and the gradients of all leaves, for a fixed gradient of the output."""
-    y_TD = found.run(implementation)
+    y_TD = found.run(backend)
     dy_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(2)).to(y_TD.dtype)
     grads = torch.autograd.grad(y_TD, list(found.leaves.values()), dy_TD)
     return {"y": y_TD.detach(), **dict(zip(found.leaves, grads, strict=True))}
@@ -108,10 +100,10 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true.detach()).norm() / true.detach().norm().clamp_min(1e-30))
 
 
-def assert_equals_eager(case: Case, implementation: str) -> None:
+def assert_equals_reference(case: Case, backend: str) -> None:
     """Compare the output and every gradient with the reference in float64."""
-    got = outcome(problem(case), implementation)
-    true = outcome(problem(case, exact=True), "eager")
+    got = outcome(problem(case), backend)
+    true = outcome(problem(case, exact=True), "reference")
     for name, wanted in true.items():
         assert got[name].shape == wanted.shape, name
         error = relative_error(got[name], wanted)

@@ -11,10 +11,10 @@ from compute.problems import TOLERANCE, relative_error
 from compute.test_fused import MACHINES
 from torch import Tensor
 
+from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.active import library as active_library
 from switchable.compute.cpu.active.active import active, has_active
 from switchable.compute.cpu.llvm import Machine, this_machine
-from switchable.compute.weights import FFNWeights
 from switchable.ffn.router import expert_mass
 
 pytestmark = pytest.mark.skipif(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,9 +18,9 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from switchable import SwitchConfig, convert, set_mode
-from switchable.compute.cpu import tasks
-from switchable.compute.cpu.decode import compiled as few
-from switchable.compute.cpu.decode.compiled import FewCall, few_tokens
+from switchable.compute.cpu import limits, tasks
+from switchable.compute.cpu.decode import compiled
+from switchable.compute.cpu.decode.compiled import DecodeCall, prepare_call
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
@@ -30,7 +29,7 @@ from switchable.ffn.layer import SwitchableFFN
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
-PLAIN = Case(width=64, neurons=7, experts=6, gates="none", tokens=3)
+PLAIN = Case(width=64, neurons=7, experts=6, tokens=3)
 CASES = {
     "three tokens": PLAIN,
     "one token": replace(PLAIN, tokens=1),
@@ -49,39 +48,34 @@ CASES = {
 @pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
     found: Machine = request.param
-    monkeypatch.setattr(few, "this_machine", lambda: found)
+    monkeypatch.setattr(compiled, "this_machine", lambda: found)
+    monkeypatch.setattr(limits, "this_machine", lambda: found)
     return found
 
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     before = torch.get_num_threads()
-    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
 
 
 def output(case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor | None = None) -> Tensor:
-    found = problem(case)
+    found, sizes = problem(case), (case.experts, case.chosen)
     with torch.no_grad():
-        y_TD = few_tokens(
-            found.x,
-            found.weights,
-            choice,
-            case.experts,
-            case.chosen,
-            activation=case.activation,
-            start_D=start_D,
+        call = prepare_call(
+            case.tokens, found.weights, choice, *sizes, activation=case.activation, start_D=start_D
         )
-    assert y_TD is not None
-    return y_TD
+    assert call is not None
+    return call(found.x.detach())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.usefixtures("machine", "threads")
 def test_given_ids(case: Case) -> None:
-    true_TD = problem(case, exact=True).run("eager")
+    true_TD = problem(case, exact=True).run("reference")
     assert relative_error(output(case, problem(case).ids), true_TD) < 1e-6
 
 
@@ -96,13 +90,13 @@ def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
     scores_TE = exact.x @ router_ED.double().t() + router_E
     exact.ids = scores_TE.topk(case.chosen).indices
     y_TD = output(case, (router_ED, router_E), start_D)
-    assert relative_error(y_TD, exact.run("eager") + start_D) < 1e-6
+    assert relative_error(y_TD, exact.run("reference") + start_D) < 1e-6
 
 
 @pytest.mark.parametrize("others", ["torch's threads", "Python's"])
 def test_stages_wait_for_each_other(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of threads, more than there are cores as well: every call gives the same bits."""
-    monkeypatch.setattr(few, "WORTH_THREADS", 0)
+    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
     if others == "Python's":
         monkeypatch.setattr(tasks, "_openmp", lambda: None)
     before = torch.get_num_threads()
@@ -117,12 +111,10 @@ def test_stages_wait_for_each_other(others: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_there_is_no_code_for() -> None:
-    def given(case: Case) -> Tensor | None:
-        found = problem(case)
+    def given(case: Case) -> DecodeCall | None:
+        found, sizes = problem(case), (case.experts, case.chosen)
         with torch.no_grad():
-            return few_tokens(
-                found.x, found.weights, found.ids, case.experts, case.chosen, activation=case.activation
-            )
+            return prepare_call(case.tokens, found.weights, found.ids, *sizes, activation=case.activation)
 
     assert given(PLAIN) is not None
     for change in (
@@ -132,7 +124,7 @@ def test_what_there_is_no_code_for() -> None:
         {"activation": "gelu"},
         {"dtype": torch.float64},
         {"stored": "linear"},
-        {"strided": True},
+        {"gated": True},
     ):
         assert given(replace(PLAIN, **change)) is None, change
 
@@ -162,7 +154,7 @@ def model_of_one_layer(kind: str = "gpt2") -> torch.nn.Module:
     convert(model, SwitchConfig(num_experts=16, experts_per_token=4))
     set_mode(model, "sparse")
     layer = layers_of(model)[0]
-    torch.nn.init.normal_(layer.down_projection.bias)
+    torch.nn.init.normal_(layer.ssd.down_projection.bias)
     return model
 
 
@@ -170,9 +162,10 @@ def assert_right(layer: SwitchableFFN, x_BSD: Tensor) -> None:
     """The layer's output is the reference's."""
     with torch.no_grad():
         ours = layer(x_BSD)
-        layer.expert_compute = "eager"
+        settings = layer.ssd.settings
+        layer.ssd.settings = replace(settings, config=replace(settings.config, backend="reference"))
         reference = layer(x_BSD)
-        layer.expert_compute = "auto"
+        layer.ssd.settings = settings
     torch.testing.assert_close(ours, reference)
 
 
@@ -180,14 +173,13 @@ def assert_right(layer: SwitchableFFN, x_BSD: Tensor) -> None:
 def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each attempt to prepare a call found code for it."""
     found: list[bool] = []
-    serving = sys.modules["switchable.ffn.serving"]
 
-    def watched(*args: Any, **kwargs: Any) -> FewCall | None:
-        call = few.prepared(*args, **kwargs)
+    def watched(*args: Any, **kwargs: Any) -> DecodeCall | None:
+        call = prepare_call(*args, **kwargs)
         found.append(call is not None)
         return call
 
-    monkeypatch.setattr(serving, "prepared", watched)
+    monkeypatch.setattr("switchable.ffn.decoding.prepare_call", watched)
     return found
 
 
@@ -212,23 +204,23 @@ def test_what_was_looked_up_serves_the_next_call(preparations: list[bool]) -> No
 
 
 CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
-    "other numbers in the same place": lambda layer: layer.up_projection.weight.data.mul_(-1),
+    "other numbers in the same place": lambda layer: layer.ssd.up_projection.weight.data.mul_(-1),
     "a weight elsewhere": lambda layer: setattr(
-        layer.up_projection.weight, "data", -layer.up_projection.weight.data
+        layer.ssd.up_projection.weight, "data", -layer.ssd.up_projection.weight.data
     ),
     "another parameter": lambda layer: setattr(
-        layer.down_projection, "bias", torch.nn.Parameter(torch.randn(64))
+        layer.ssd.down_projection, "bias", torch.nn.Parameter(torch.randn(64))
     ),
-    "no bias": lambda layer: setattr(layer.up_projection, "bias", None),
-    "another projection": lambda layer: setattr(layer, layer.family.up, Conv1D(256, 64)),
+    "no bias": lambda layer: setattr(layer.ssd.up_projection, "bias", None),
+    "another projection": lambda layer: setattr(layer, layer.ssd.settings.family.up, Conv1D(256, 64)),
     "another router": lambda layer: setattr(
         layer.router, "weight", torch.nn.Parameter(torch.randn_like(layer.router.weight))
     ),
-    "more experts": lambda layer: layer.set_experts_per_token(9),
+    "more experts": lambda layer: layer.ssd.set_experts_per_token(9),
     "another order in memory": lambda layer: setattr(
-        layer.up_projection.weight, "data", layer.up_projection.weight.data.contiguous()
+        layer.ssd.up_projection.weight, "data", layer.ssd.up_projection.weight.data.contiguous()
     ),
-    "a pruned projection": lambda layer: prune.l1_unstructured(layer.down_projection, "weight", 0.5),
+    "a pruned projection": lambda layer: prune.l1_unstructured(layer.ssd.down_projection, "weight", 0.5),
     "double precision": lambda layer: layer.double(),
 }
 
@@ -239,25 +231,25 @@ def test_a_change_between_two_calls_is_noticed(change: Callable[[SwitchableFFN],
     assert_right(layer, torch.randn(1, 3, 64))
     with torch.no_grad():
         change(layer)
-    assert_right(layer, torch.randn(1, 3, 64, dtype=layer.up_projection.weight.dtype))
+    assert_right(layer, torch.randn(1, 3, 64, dtype=layer.ssd.up_projection.weight.dtype))
 
 
 def test_a_projection_exchanged_within_its_own_module_is_noticed() -> None:
     """Where BERT's layer holds the projections, each two modules deep."""
     layer = layers_of(model_of_one_layer("bert"))[0]
     assert_right(layer, torch.randn(1, 3, 64))
-    assert layer.kept_call.known is not None
-    assert layer.kept_call.known.call is not None
-    path, _, name = layer.family.up.rpartition(".")
-    new = copy.deepcopy(layer.up_projection)
+    assert layer.ssd.decode_cache.prepared is not None
+    assert layer.ssd.decode_cache.prepared.call is not None
+    path, _, name = layer.ssd.settings.family.up.rpartition(".")
+    new = copy.deepcopy(layer.ssd.up_projection)
     torch.nn.init.normal_(new.weight)
-    setattr(layer.holders[-1].get_submodule(path), name, new)
+    setattr(layer.ssd.holders[-1].get_submodule(path), name, new)
     assert_right(layer, torch.randn(1, 3, 64))
 
 
 def test_dropout_behind_the_layer_is_left_to_those_who_train() -> None:
     layer = layers_of(model_of_one_layer())[0]
-    dropout = layer.get_submodule(layer.family.dropout or "")
+    dropout = layer.get_submodule(layer.ssd.settings.family.dropout or "")
     dropout.p = 0.5
     x_BSD = torch.randn(1, 3, 64)
     with torch.no_grad():
@@ -274,7 +266,7 @@ def test_copies_of_a_layer_look_up_their_own() -> None:
     buffer.seek(0)
     for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
         with torch.no_grad():
-            twin.up_projection.weight.mul_(2)
+            twin.ssd.up_projection.weight.mul_(2)
         assert_right(twin, torch.randn(1, 3, 64))
     assert_right(layer, torch.randn(1, 3, 64))
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from compute.problems import Case, assert_equals_eager, outcome, problem
+from compute.problems import Case, assert_equals_reference, outcome, problem
 from llvmlite import ir
 
-from switchable.compute.cpu import llvm, tasks
+from switchable.compute.cpu import limits, llvm, tasks
+from switchable.compute.cpu.experts import fused
 from switchable.compute.cpu.experts import library as fused_library
-from switchable.compute.cpu.experts.dot import _groups
+from switchable.compute.cpu.experts.dot import _split
 from switchable.compute.cpu.experts.library import Scratch, library
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.experts.reorder import write_reorder
@@ -24,9 +24,6 @@ from switchable.errors import InputError
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
-MODULE = sys.modules[
-    "switchable.compute.cpu.experts.fused"
-]  # the package's attribute of that name is the function
 HERE = this_machine()
 assert HERE is not None
 NARROWER = {
@@ -40,12 +37,9 @@ CASES = {
     "odd sizes": PLAIN,
     "one vector": replace(PLAIN, width=16),
     "three vectors": replace(PLAIN, width=48),
-    "unit gates": replace(PLAIN, gates="unit"),
-    "no gates, no bias": replace(PLAIN, gates="none", bias=False),
-    "no gates": replace(PLAIN, gates="none"),
+    "no bias": replace(PLAIN, bias=False),
     "relu2": replace(PLAIN, activation="relu2"),
-    "relu2, no gates": replace(PLAIN, activation="relu2", gates="none"),
-    "relu2, unit gates": replace(PLAIN, activation="relu2", gates="unit"),
+    "relu2, no bias": replace(PLAIN, activation="relu2", bias=False),
     "stored as nn.Linear": replace(PLAIN, stored="linear"),
     "stored as Conv1D": replace(PLAIN, stored="conv"),
     "strided input": replace(PLAIN, strided=True),
@@ -69,7 +63,8 @@ CASES = {
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with narrower vectors than this one has, which runs the same instructions."""
     found: Machine = request.param
-    monkeypatch.setattr(MODULE, "this_machine", lambda: found)
+    monkeypatch.setattr(fused, "this_machine", lambda: found)
+    monkeypatch.setattr(limits, "this_machine", lambda: found)
     return found
 
 
@@ -84,37 +79,8 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.usefixtures("machine")
-def test_equals_the_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_called(*_args: object, **_kwargs: object) -> None:
-        raise AssertionError("handed over to `sorted`")
-
-    monkeypatch.setattr(MODULE, "sorted_experts", not_called)
-    assert_equals_eager(replace(case, dtype=dtype), "fused")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        replace(PLAIN, width=13),
-        replace(PLAIN, activation="gelu"),
-        replace(PLAIN, gated=True),
-        replace(PLAIN, dtype=torch.bfloat16),
-    ],
-    ids=["no multiple of a vector", "gelu", "gated", "bfloat16"],
-)
-def test_what_it_has_no_loops_for_goes_another_way(case: Case) -> None:
-    assert_equals_eager(case, "fused")
-
-
-def test_autocast_goes_another_way() -> None:
-    found = problem(replace(PLAIN, width=16, neurons=8, gates="unit"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(found.run("fused"), found.run("sorted"))
-
-
-def test_a_processor_without_loops_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "this_machine", lambda: None)
-    assert_equals_eager(PLAIN, "fused")
+def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_equals_reference(replace(case, dtype=dtype), "fused")
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -130,14 +96,14 @@ def test_threads_and_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(torch.equal(got[name], true[name]) for name in true), (threads, chunk, openmp)
 
 
-@pytest.mark.parametrize("leaf", ["x", "up", "down", "bias", "gates"])
+@pytest.mark.parametrize("leaf", ["x", "up", "down", "bias"])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_the_gradient_of_one_tensor_alone(leaf: str, activation: str) -> None:
     found = problem(replace(PLAIN, activation=activation))
     for name, tensor in found.leaves.items():
         tensor.requires_grad_(name == leaf)
     ours, true = (
-        torch.autograd.grad(found.run(name).sum(), found.leaves[leaf])[0] for name in ("fused", "eager")
+        torch.autograd.grad(found.run(name).sum(), found.leaves[leaf])[0] for name in ("fused", "reference")
     )
     torch.testing.assert_close(ours, true)
 
@@ -151,7 +117,7 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
 
 def test_what_memory_held_before_is_in_no_gradient() -> None:
     found = problem(replace(PLAIN, routing="late", chosen=2))  # experts without a token among them
-    true = outcome(found, "eager")
+    true = outcome(found, "reference")
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -185,7 +151,6 @@ def test_an_id_outside_the_experts_is_refused(bad: int, named: str) -> None:
 def test_pairs_stand_by_chunk_and_then_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_library, "CHUNK_TOKENS", 2)
     loops = library(16, 4, torch.float32, HERE)
-    assert loops is not None
     pairs = loops.sort(torch.tensor([[2, 0], [0, 1], [1, 2]]), 3)
     assert pairs.chunks == 2
     # Tokens 0 and 1: expert 0 has both, expert 1 token 1, expert 2 token 0; token 2 has experts 1 and 2.
@@ -199,7 +164,7 @@ def test_how_experts_are_cut_into_vectors() -> None:
 
     def cut(neurons: int, width: int = 256) -> tuple[int, int]:
         packing = Packing(width, neurons, False, wide)
-        return packing.together, packing.vectors
+        return packing.inputs_per_vector, packing.vectors
 
     assert cut(96) == (1, 6)
     assert cut(8) == (2, 1)  # 16 lanes hold two numbers of a token for 8 neurons
@@ -207,7 +172,7 @@ def test_how_experts_are_cut_into_vectors() -> None:
     assert cut(12) == (4, 3)
     assert cut(17) == (4, 5)
     assert cut(24) == (2, 3)
-    assert [_groups(vectors, 3) for vectors in (1, 4, 7)] == [
+    assert [_split(vectors, 3) for vectors in (1, 4, 7)] == [
         [(0, 1)],
         [(0, 2), (2, 2)],
         [(0, 2), (2, 2), (4, 3)],
@@ -252,18 +217,17 @@ def test_memory_is_kept_and_grows_with_what_is_asked_for() -> None:
     assert scratch("a", (2,), torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize("gates", ["none", "real"])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_calls_do_not_write_over_each_others_results(activation: str, gates: str) -> None:
+def test_calls_do_not_write_over_each_others_results(activation: str) -> None:
     """Memory is kept from call to call: what a call returned, or saved for its backward pass, must not lie there."""
-    first = problem(replace(PLAIN, activation=activation, gates=gates))
-    other = problem(replace(PLAIN, activation=activation, gates=gates))
+    first = problem(replace(PLAIN, activation=activation))
+    other = problem(replace(PLAIN, activation=activation))
     with torch.no_grad():
         other.leaves["x"].mul_(-3)
     y_TD, other_TD = first.run("fused"), other.run("fused")
     grads = torch.autograd.grad(y_TD.sum(), list(first.leaves.values()))
     torch.autograd.grad(other_TD.sum(), list(other.leaves.values()))
-    true_TD = first.run("eager")
+    true_TD = first.run("reference")
     true = torch.autograd.grad(true_TD.sum(), list(first.leaves.values()))
     torch.testing.assert_close((y_TD, *grads), (true_TD, *true))
 

@@ -17,7 +17,6 @@ def lanes_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pairs_stand_in_the_order_of_experts_and_then_of_tokens() -> None:
     pairs = SortedPairs.sort(torch.tensor([[2, 0], [0, 3], [3, 2]]), 4)
     assert pairs.tokens_P.tolist() == [0, 1, 0, 2, 1, 2]
-    assert pairs.order_P.tolist() == [1, 2, 0, 5, 3, 4]  # expert 0: pairs 1 and 2; expert 2: 0 and 5; ...
     assert [(c.expert, c.rows.start, c.rows.stop, c.tokens, c.first) for c in pairs.chunks] == [
         (0, 0, 2, 2, True),
         (2, 2, 4, 2, True),
@@ -49,7 +48,7 @@ def test_a_long_list_is_cut_and_only_its_first_chunk_starts_a_gradient(
 
 def test_no_token_gives_no_pair() -> None:
     pairs = SortedPairs.sort(torch.zeros(0, 3, dtype=torch.long), 4)
-    assert (len(pairs.order_P), pairs.chunks, pairs.unused, pairs.most_rows) == (0, [], [0, 1, 2, 3], 0)
+    assert (len(pairs.tokens_P), pairs.chunks, pairs.unused, pairs.most_rows) == (0, [], [0, 1, 2, 3], 0)
 
 
 def test_lanes_are_as_many_as_threads_where_rows_suffice(monkeypatch: pytest.MonkeyPatch) -> None:

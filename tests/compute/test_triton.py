@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from switchable.compute import choose as experts
+from switchable.compute.call import FFNWeights
 from switchable.compute.choose import ExpertCall, ExpertCompute
 from switchable.compute.cuda.grouped_mm import torch_grouped_mm
 from switchable.compute.cuda.triton.path import triton_atomic, triton_ffn
 from switchable.compute.reference import eager
-from switchable.compute.weights import FFNWeights
 from switchable.errors import InputError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

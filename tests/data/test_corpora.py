@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from switchable.data import corpora
+from switchable.data import corpora, readers
 from switchable.data.corpora import HubDataset, documents, embedded_files, resolve, signature
 from switchable.errors import InputError
 
@@ -51,7 +51,7 @@ def test_text_file_is_one_document_unchanged(tmp_path: Path) -> None:
 def test_document_separator_across_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, separator: str
 ) -> None:
-    monkeypatch.setattr(corpora, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
     path = tmp_path / "a.txt"
     path.write_bytes(
         "öne\n\n\n\ntwo\nlines\r\n\r\nthree €".encode()
@@ -195,7 +195,7 @@ def test_not_every_name_is_a_dataset(name: str, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_not_utf8_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(corpora, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
     path = tmp_path / "latin1.txt"
     path.write_bytes("ab€cd".encode() + b"\xe9 rest")  # 1 + 1 + 3 + 1 + 1 bytes before it
     said = message([str(path)])

@@ -16,7 +16,7 @@ from switchable import InputError, set_mode
 from switchable.cli import main
 from switchable.evaluation.run import EvalRequest, evaluate
 from switchable.evaluation.tasks import task_config
-from switchable.store.load import load_switchable
+from switchable.store.load import load
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
 
@@ -49,7 +49,7 @@ def test_lambada_by_hand(trained: Runs, lambada: Path) -> None:
     folder, _ = trained("gpt2")
     request = EvalRequest(folder, tasks=(f"lambada={lambada}",), experts_per_token=(2,), threads=1)
     scores = {(str(s.way), s.metric): s for s in evaluate(request)}
-    model, tokenizer = load_switchable(folder)
+    model, tokenizer = load(folder)
     assert tokenizer is not None
     for way, mode in (("dense", "dense"), ("sparse K=2", "sparse")):
         set_mode(model, mode, 2)

@@ -25,7 +25,7 @@ from switchable.ffn.families import family_of
 from switchable.infer.generate import generate_text
 from switchable.store.checkpoint import save
 from switchable.store.export import export
-from switchable.store.load import load_pretrained, load_switchable
+from switchable.store.load import load, load_pretrained
 
 SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
 SMALL = [
@@ -103,7 +103,7 @@ def test_a_checkpoint_becomes_switchable(
     assert figures["ffns"] == len(figures["layers"]) == (4 if family == "t5" else 2)
     assert figures["experts_per_token"] == 2
     assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == figures
-    plain, (model, tokenizer) = load_pretrained(folder), load_switchable(tmp_path / "out")
+    plain, (model, tokenizer) = load_pretrained(folder), load(tmp_path / "out")
     batch = ids_for(plain)
     before, after = plain(**batch).logits, model(**batch).logits
     assert ((after - before).norm() / before.norm()).item() < 1e-5
@@ -211,11 +211,11 @@ def test_a_model_that_is_not_sparse(
     )
     assert not (tmp_path / "out").exists()
     assert converted(folder, corpus, tmp_path, "--keep-activation") == 0
-    assert load_switchable(tmp_path / "out")[0].config.activation_function == "gelu"
+    assert load(tmp_path / "out")[0].config.activation_function == "gelu"
     assert converted(folder, corpus, tmp_path, "--relufy", "6", "--overwrite") == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures["relufy"]) == {"steps", "loss_before", "loss_swapped", "loss_after"}
-    model, _ = load_switchable(tmp_path / "out")
+    model, _ = load(tmp_path / "out")
     assert model.config.activation_function == "relu"
     assert layers_of(model)[0].ssd.settings.activation == "relu"
 

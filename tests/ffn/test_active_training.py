@@ -10,23 +10,18 @@ from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
-from switchable.compute.cpu.active.active import active_library
 from switchable.compute.cpu.llvm import this_machine
-from switchable.ffn.active_training import LEAST_TOKENS, Seen, applies
+from switchable.ffn.active_training import LEAST_TOKENS
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.ssd import ActiveCount
 
-pytestmark = pytest.mark.skipif(
-    active_library(16, torch.float64, this_machine()) is None, reason="no loops for this processor"
-)
+pytestmark = pytest.mark.skipif(this_machine() is None, reason="no loops for this processor")
 BATCH = (24, 24)  # 576 tokens
 
 
-def model_of(objective: str = "mass", **settings: Any) -> nn.Module:
+def model_of(**settings: Any) -> nn.Module:
     model = tiny_gpt2(dtype=torch.float64)
-    config = SwitchConfig(
-        num_experts=8, experts_per_token=3, router_objective=objective, router_token_fraction=0.25, **settings
-    )
-    convert(model, config)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3, router_token_fraction=0.25, **settings))
     return model.train()
 
 
@@ -39,10 +34,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("objective", "l1"), [("mass", 0.0), ("ranking", 0.0), ("mass", 0.01)])
-def test_all_gradients_are_those_of_the_dense_step_the_routers_too(objective: str, l1: float) -> None:
-    plain = gradients(model_of(objective, activation_l1=l1))
-    model = model_of(objective, activation_l1=l1)
+@pytest.mark.parametrize("l1", [0.0, 0.01])
+def test_all_gradients_are_those_of_the_dense_step_the_routers_too(l1: float) -> None:
+    plain = gradients(model_of(activation_l1=l1))
+    model = model_of(activation_l1=l1)
     for layer in layers_of(model):
         layer.ssd.multiplies_active = True
     found = gradients(model)
@@ -65,26 +60,27 @@ def test_the_share_is_that_of_the_probe() -> None:
 
 
 def test_shares_add_up_until_they_are_taken() -> None:
-    seen = Seen(entries=6, tokens=4)
+    seen = ActiveCount(entries=6, tokens=4)
     seen.entries, seen.tokens = seen.entries + 10, seen.tokens + 4
     assert seen.take(d_ff=4) == 16 / (8 * 4)
 
 
-def test_commitment_needs_all_activations() -> None:
-    (layer, *_) = layers_of(model_of(commitment=0.1))
-    assert not applies(layer, torch.zeros(1, LEAST_TOKENS, 16, dtype=torch.float64))
-
-
-def test_applies_to_training_on_enough_tokens_only() -> None:
+def test_only_training_on_enough_tokens_looks_for_active_neurons() -> None:
     x_BSD = torch.zeros(1, LEAST_TOKENS, 16, dtype=torch.float64)
-    model = model_of()
-    (layer, *_) = layers_of(model)
-    assert applies(layer, x_BSD)
-    assert not applies(layer, x_BSD[:, 1:])
+    (layer, *_) = layers_of(model_of())
+    layer.ssd.multiplies_active = True
+
+    def counted(x: Tensor) -> int:
+        layer.ssd.active_count = ActiveCount()
+        layer(x)
+        return layer.ssd.active_count.tokens
+
+    assert counted(x_BSD) == LEAST_TOKENS
+    assert counted(x_BSD[:, 1:]) == 0
     with torch.no_grad():
-        assert not applies(layer, x_BSD)
-    assert not applies(layers_of(model_of("norm"))[0], x_BSD)
-    assert not applies(layer.eval(), x_BSD)
+        assert counted(x_BSD) == 0
+    layer.eval()
+    assert counted(x_BSD) == 0
 
 
 def test_sparse_mode_is_not_concerned() -> None:

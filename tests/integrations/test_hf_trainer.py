@@ -23,7 +23,7 @@ from switchable.store import checkpoint
 
 CONFIG = SwitchConfig(
     num_experts=8, experts_per_token=3, monitor_every=4, min_dense_fraction=0.2, stability_threshold=0.0,
-    max_activation_ratio=1.0, min_mass_caught=0.0, sparse_steps=2, final_dense_fraction=0.2, regroup_below=1.0,
+    max_activation_ratio=1.0, min_mass_caught=0.0, sparse_steps=2, final_dense_fraction=0.2,
 )  # fmt: skip
 IDS = torch.randint(0, 61, (48, 24), generator=torch.Generator().manual_seed(5))
 ROWS = [{"input_ids": ids, "labels": ids} for ids in IDS]

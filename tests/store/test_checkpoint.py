@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from switchable import InputError, set_mode
-from switchable.store import checkpoint, tensorfile
-from switchable.store.load import find_model, load_switchable
+from switchable.store import checkpoint, folders, tensorfile
+from switchable.store.load import find_model, load
 
 PLAIN = """
 import json, sys
@@ -66,7 +66,7 @@ def test_what_was_saved_loads_in_both_modes(
 ) -> None:
     switchable_gpt2.eval()
     checkpoint.save(tmp_path / "model", switchable_gpt2)
-    loaded, tokenizer = load_switchable(tmp_path / "model")
+    loaded, tokenizer = load(tmp_path / "model")
     assert tokenizer is None
     for mode in ("dense", "sparse"):
         set_mode(loaded, mode)
@@ -90,7 +90,7 @@ def flip_a_bit(path: Path) -> None:
 def test_damage_is_found(switchable_gpt2: nn.Module, tmp_path: Path, name: str, damage: str) -> None:
     folder = tmp_path / "model"
     checkpoint.save(folder, switchable_gpt2)
-    assert checkpoint.verify(folder) is None
+    assert folders.verify(folder) is None
     path = folder / name
     if damage == "flipped":
         flip_a_bit(path)
@@ -98,12 +98,12 @@ def test_damage_is_found(switchable_gpt2: nn.Module, tmp_path: Path, name: str, 
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.unlink()
-    found = checkpoint.verify(folder)
+    found = folders.verify(folder)
     assert found is not None
     if name != "manifest.json":
         assert name in found
     with pytest.raises(InputError, match=r"is damaged|does not exist|neither"):
-        load_switchable(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize("place", ["model", "tensors", "manifest"])
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(
     with pytest.raises(InputError, match=r"no space left on the device while saving .*--resume"):
         checkpoint.save(folder, switchable_gpt2)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert checkpoint.verify(folder) is None
+    assert folders.verify(folder) is None
     after = load_file(folder / "model.safetensors")
     assert all(torch.equal(after[n], t) for n, t in before.items())
 

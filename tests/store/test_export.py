@@ -18,7 +18,7 @@ from switchable import InputError, SwitchConfig, convert, in_mode, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.store.checkpoint import save
 from switchable.store.export import export
-from switchable.store.load import load_switchable
+from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
@@ -148,7 +148,7 @@ def test_checkpoints_and_sparse_exports_come_back_bit_by_bit(tmp_path: Path, cas
     expected = output(model, batch)
     export(tmp_path / "checkpoint", "sparse", tmp_path / "sparse")
     for folder in ("checkpoint", "sparse"):
-        again, tokenizer = load_switchable(tmp_path / folder)
+        again, tokenizer = load(tmp_path / folder)
         assert tokenizer is None
         set_mode(again, "sparse")
         assert torch.equal(output(again, batch), expected)
@@ -165,7 +165,7 @@ def test_shards(tmp_path: Path) -> None:
         assert figures["weight_files"] > 2
         assert (tmp_path / to / "model.safetensors.index.json").is_file()
     assert torch.equal(output(load_pretrained(tmp_path / "dense"), batch), output(model, batch))
-    again, _ = load_switchable(tmp_path / "sparse")
+    again, _ = load(tmp_path / "sparse")
     set_mode(again, "sparse")
     set_mode(model, "sparse")
     assert torch.equal(output(again, batch), output(model, batch))
@@ -179,7 +179,7 @@ def test_a_family_of_the_users_own_is_remembered(tmp_path: Path) -> None:
     assert isinstance(row, Family)
     convert(model, CONFIG, Family(**{**row.__dict__, "in_layer": False, "layers": "n_layer"}))
     save(tmp_path / "checkpoint", model)
-    again, _ = load_switchable(tmp_path / "checkpoint")
+    again, _ = load(tmp_path / "checkpoint")
     assert layers_of(again)[0].ssd.settings.family.layers == "n_layer"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from switchable.study.pictures import draw_curves
 from switchable.files import read_records
+from switchable.study.pictures import draw_curves
 from switchable.study.records import sparse_spans
 from switchable.study.result import Study
 

@@ -20,13 +20,12 @@ from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
-from switchable.files import write_json
-from switchable.store import checkpoint
-from switchable.store.load import load_switchable
+from switchable.store import folders
+from switchable.store.load import load
 from switchable.store.probe import load_probe
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
-from switchable.study.report import write_report
+from switchable.study.report import write_report, write_run_report
 from switchable.study.result import Study
 from switchable.study.study import StudySettings, study_checkpoints, study_run
 from switchable.train.loop import snapshot_steps
@@ -37,10 +36,10 @@ SMALL: dict[str, Any] = {
     "data": {"vocab_size": 300},
     "train": {
         "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 10, "checkpoint_every": 10,
-        "eval_tokens": 512, "threads": 1, "snapshots": 3,
+        "eval_tokens": 512, "threads": 1, "snapshots": 3, "probe_tokens": 256,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3, "probe_tokens": 256, "regroup_below": 1.0,
+        "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
     },
 }  # fmt: skip
@@ -51,6 +50,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("study")
     config = from_dict(SMALL | {"data": {"vocab_size": 300, "data": [str(corpus)]}})
     pretrain(config, base / "run", base / "cache", quiet=True)
+    write_run_report(base / "run")
     return base / "run"
 
 
@@ -87,7 +87,7 @@ def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
     needed = {"loss", "activation_ratio", "similarity_pattern", "mass", "load"}
     assert needed <= set(printed["pictures"])
     # The figures of the last checkpoint are those of the finished model, and the monitor's at that step or near it.
-    model, _ = load_switchable(trained / "final")
+    model, _ = load(trained / "final")
     direct = measure_model(model, load_probe(trained / "probe.safetensors"))
     for layer, (expected, _) in zip(found["results"][-1], direct, strict=True):
         assert layer["activation_ratio"] == pytest.approx(expected.activation_ratio)
@@ -251,8 +251,8 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     folder = run / "snapshots/step-000004"
     state = load_file(folder / "switchable.safetensors")
     save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
-    (folder / checkpoint.MANIFEST).unlink()
-    write_json(folder / checkpoint.MANIFEST, {"files": checkpoint._checksums(folder)})
+    (folder / folders.MANIFEST).unlink()
+    folders.seal(folder, {path.name: folders.entry(path) for path in folder.iterdir()})
     study = study_run(run, StudySettings())
     assert "step-000004 does not tell which neuron is which" in study.problems[0]
     assert "similarity_pattern" not in names(study)
@@ -269,10 +269,10 @@ def test_everything_shown_is_escaped(tmp_path: Path) -> None:
 
 
 def test_neuron_order_goes_with_the_checkpoint(trained: Path) -> None:
-    early, _ = load_switchable(trained / "snapshots/step-000001")
+    early, _ = load(trained / "snapshots/step-000001")
     for layer in layers_of(early):
         assert torch.equal(layer.ssd.neuron_ids_F, torch.arange(64))
-    late, _ = load_switchable(trained / "final")
+    late, _ = load(trained / "final")
     for layer in layers_of(late):
         assert torch.equal(layer.ssd.neuron_ids_F.sort().values, torch.arange(64))
 

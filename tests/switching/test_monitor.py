@@ -68,8 +68,8 @@ def test_measures_equal_brute_force(switchable_gpt2: nn.Module, tokens: Tensor) 
     assert [(m.pattern_similarity, m.routing_changed) for m in again] == [(1.0, 0.0)] * 2
     with torch.no_grad():  # every neuron that fired is silent now, and the others fire
         first = layers_of(switchable_gpt2)[0]
-        first.up_projection.weight.neg_()
-        first.up_projection.bias.neg_()
+        first.ssd.up_projection.weight.neg_()
+        first.ssd.up_projection.bias.neg_()
         first.router.weight.neg_()
         first.router.bias.neg_()
     turned, _ = measure(switchable_gpt2, probe, found, random_state=0)
@@ -108,7 +108,6 @@ CONFIG = SwitchConfig(
     max_activation_ratio=1.0,
     min_mass_caught=0.0,
     sparse_steps=2,
-    dense_steps=1,
 )
 
 

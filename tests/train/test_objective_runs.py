@@ -15,9 +15,9 @@ from support import small_run
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.infer.generate import generate_text
-from switchable.infer.sampling import Sampling
 from switchable.infer.loss import validation_loss
-from switchable.store.load import load_switchable
+from switchable.infer.sampling import Sampling
+from switchable.store.load import load
 from switchable.train.loop import Trainer
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import set_up
@@ -79,7 +79,7 @@ def test_the_export_is_a_plain_model(trained: Runs, family: str, auto: str, corp
         losses = [float(plain(**batch).loss) for batch in validation]
     by_hand = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
     assert figures["val_loss_dense"] == pytest.approx(by_hand, rel=1e-5)
-    model, _ = load_switchable(folder)
+    model, _ = load(folder)
     set_mode(model, "sparse")
     assert figures["val_loss_sparse"] == pytest.approx(validation_loss(model, validation), rel=1e-5)
 
@@ -111,7 +111,7 @@ def test_a_decoder_is_measured_on_its_own_inputs(corpus: Path, tmp_path: Path) -
 
 def test_models_that_fill_blanks(trained: Runs) -> None:
     greedy = Sampling(max_new_tokens=8, temperature=0)
-    bert, tokenizer = load_switchable(trained("bert")[0])
+    bert, tokenizer = load(trained("bert")[0])
     assert tokenizer is not None
     for mode in ("dense", "sparse"):
         text = generate_text(bert, tokenizer, "the <mask> sat", mode, sampling=greedy)
@@ -124,7 +124,7 @@ def test_models_that_fill_blanks(trained: Runs) -> None:
         generate_text(bert, tokenizer, "the cat")
     with pytest.raises(InputError, match="24 positions"):
         generate_text(bert, tokenizer, "<mask> cat" * 20)
-    t5, tokenizer = load_switchable(trained("t5")[0])
+    t5, tokenizer = load(trained("t5")[0])
     assert tokenizer is not None
     assert len(layers_of(t5)) == 4
     for mode in ("dense", "sparse"):

@@ -30,7 +30,7 @@ from switchable.train.pretrain import pretrain
 FIFTY: dict[str, Any] = {
     "train": {"steps": 50, "log_every": 1, "eval_every": 0, "checkpoint_every": 25},
     "switch": {
-        "monitor_every": 10, "sparse_steps": 10, "dense_steps": 5, "regroup_below": 1.0, "active_below": 1.0,
+        "monitor_every": 10, "sparse_steps": 10, "active_below": 1.0,
     },
 }  # fmt: skip
 

@@ -1,7 +1,11 @@
 """A small vocabulary for writing loops over vectors in LLVM's language, and the machine that they are compiled for.
 
-`fused_kernels.py` writes its loops with it. LLVM comes as a wheel (llvmlite) and compiles in memory, within a
+    Writer("dot", ...)  ->  LLVM IR  ->  compile_module  ->  machine code in memory, called through ctypes (tasks.py)
+
+All loops of the CPU's backends are written with it. LLVM comes as a wheel (llvmlite) and compiles in memory, within a
 fraction of a second: no compiler has to be installed, and nothing is kept on disk.
+
+Source: LLVM's language reference (getelementptr, shufflevector, llvm.fma, llvm.prefetch).
 """
 
 from __future__ import annotations
@@ -10,19 +14,22 @@ import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
+Index: TypeAlias = ir.Value | int
+"""An int64 in the code that is written: computed there, or known now."""
 CACHE_LINE = 64
 """Bytes."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how loops are cut: the width of a vector register and how many there are."""
+    """What decides how loops are tiled: the width of a vector register and how many there are."""
 
     cpu: str
     """LLVM's name of the processor."""
@@ -34,7 +41,7 @@ class Machine:
 
 @functools.cache
 def this_machine() -> Machine | None:
-    """Return the machine that we run on; None if it has no instructions for left · right + total on vectors."""
+    """Return the machine that we run on; None if it has no fused multiply-add on vectors."""
     features = llvm.get_host_cpu_features()
     if platform.machine().lower() in ("arm64", "aarch64"):
         vector_bytes, registers = 16, 32
@@ -70,7 +77,7 @@ def compile_module(module: ir.Module, machine: Machine) -> Code:
     )
     compiled = llvm.parse_assembly(str(module))
     compiled.verify()
-    # The loops are cut to the registers already; unrolled or vectorised once more they would spill.
+    # The loops are tiled for the registers already; unrolled or vectorised once more they would spill.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
     passes = llvm.create_pass_builder(target, options)
@@ -80,14 +87,9 @@ def compile_module(module: ir.Module, machine: Machine) -> Code:
     return Code(engine)
 
 
-def whole(value: int) -> ir.Constant:
-    """A whole number."""
-    return ir.Constant(I64, value)
-
-
-def smaller(writer: Writer, left: ir.Value, right: ir.Value) -> ir.Value:
-    """The smaller one of two whole numbers."""
-    return writer.b.select(writer.b.icmp_signed("<", left, right), left, right)
+def i64(value: Index) -> ir.Value:
+    """An int64 constant; what is a value already stays as it is."""
+    return ir.Constant(I64, value) if isinstance(value, int) else value
 
 
 class Writer:
@@ -108,10 +110,10 @@ class Writer:
         self.number = ir.DoubleType() if wide else ir.FloatType()
         self.itemsize, self.lanes = 8 if wide else 4, lanes
         self.vector = self.vector_of(lanes)
-        self.fma = _intrinsic(
+        self._fma = _intrinsic(
             module, f"llvm.fma.v{lanes}f{8 * self.itemsize}", self.vector, [self.vector] * 3
         )
-        self.fetch = _intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
+        self._prefetch = _intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
 
     def vector_of(self, lanes: int) -> ir.VectorType:
         """The type of a vector of another length."""
@@ -121,9 +123,37 @@ class Writer:
         """A vector of zeros."""
         return ir.Constant(self.vector if kind is None else kind, None)
 
-    def at(self, base: ir.Value, index: ir.Value, kind: ir.Type | None = None) -> ir.Value:
+    def add(self, left: Index, right: Index) -> ir.Value:
+        """left + right."""
+        return self.b.add(i64(left), i64(right))
+
+    def sub(self, left: Index, right: Index) -> ir.Value:
+        """left - right."""
+        return self.b.sub(i64(left), i64(right))
+
+    def mul(self, left: Index, right: Index) -> ir.Value:
+        """left · right."""
+        return self.b.mul(i64(left), i64(right))
+
+    def div(self, left: Index, right: Index) -> ir.Value:
+        """left / right, rounded towards 0."""
+        return self.b.sdiv(i64(left), i64(right))
+
+    def compare(self, left: Index, sign: str, right: Index) -> ir.Value:
+        """left < right, or another comparison."""
+        return self.b.icmp_signed(sign, i64(left), i64(right))
+
+    def minimum(self, left: Index, right: Index) -> ir.Value:
+        """The smaller one of two."""
+        return self.b.select(self.compare(left, "<", right), i64(left), i64(right))
+
+    def share(self, count: Index, number: Index, parts: Index) -> list[ir.Value]:
+        """Begin and end of part `number` if range(count) is cut into so many nearly equal parts."""
+        return [self.div(self.mul(count, end), parts) for end in (number, self.add(number, 1))]
+
+    def at(self, base: ir.Value, index: Index, kind: ir.Type | None = None) -> ir.Value:
         """The address of `base[index]`."""
-        return self.b.gep(base, [index], source_etype=self.number if kind is None else kind)
+        return self.b.gep(base, [i64(index)], source_etype=self.number if kind is None else kind)
 
     def load(self, address: ir.Value, kind: ir.Type | None = None) -> ir.Value:
         """Read a vector, aligned like its numbers."""
@@ -143,12 +173,12 @@ class Writer:
 
     def vectors(self, address: ir.Value, count: int) -> list[ir.Value]:
         """Read neighbouring vectors."""
-        return [self.load(self.at(address, whole(v * self.lanes))) for v in range(count)]
+        return [self.load(self.at(address, v * self.lanes)) for v in range(count)]
 
     def store_vectors(self, values: Values, address: ir.Value) -> None:
         """Write neighbouring vectors."""
         for v, value in enumerate(values):
-            self.store(value, self.at(address, whole(v * self.lanes)))
+            self.store(value, self.at(address, v * self.lanes))
 
     def prefetch(self, address: ir.Value, vectors: int, *, near: bool = True) -> None:
         """Ask for the memory there; an address of nothing does no harm.
@@ -159,50 +189,52 @@ class Writer:
             near: whether they will be needed soon, and should come to the first-level cache.
         """
         for first in range(0, vectors * self.lanes, CACHE_LINE // self.itemsize):
-            line = self.at(address, whole(first))
-            self.b.call(self.fetch, [line, *(I32(value) for value in (0, 3 if near else 2, 1))])
+            line = self.at(address, first)
+            self.b.call(self._prefetch, [line, *(I32(value) for value in (0, 3 if near else 2, 1))])
 
     def integer(self, address: ir.Value, kind: ir.Type = I32) -> ir.Value:
         """Read an integer that is not negative."""
         value = self.b.load(address, typ=kind)
         return value if kind is I64 else self.b.zext(value, I64)
 
-    def repeated(self, address: ir.Value, count: int = 1) -> ir.Value:
-        """Read `count` numbers and repeat them over a vector: a b a b ..."""
-        few = self.vector_of(count)
-        return self.shuffled(self.load(address, few), [lane % count for lane in range(self.lanes)])
+    def put32(self, value: ir.Value, address: ir.Value) -> None:
+        """Write an integer as an int32."""
+        self.b.store(self.b.trunc(value, I32), address)
 
-    def spread(self, value: ir.Value) -> ir.Value:
-        """A vector full of one number."""
-        first = self.b.insert_element(ir.Constant(self.vector, ir.Undefined), value, I32(0))
-        return self.shuffled(first, [0] * self.lanes)
+    def increment(self, address: ir.Value) -> ir.Value:
+        """Add 1 to an int32 in memory and return what it was."""
+        before = self.b.load(address, typ=I32)
+        self.b.store(self.b.add(before, I32(1)), address)
+        return before
 
-    def total(self, vector: ir.Value) -> ir.Value:
+    def load_broadcast(self, address: ir.Value, count: int = 1) -> ir.Value:
+        """Read `count` numbers and broadcast them over a vector: a b a b ..."""
+        numbers = self.load(address, self.vector_of(count))
+        return self.shuffle(numbers, [lane % count for lane in range(self.lanes)])
+
+    def reduce_add(self, vector: ir.Value) -> ir.Value:
         """The sum of a vector's numbers, halves added first."""
         lanes = self.lanes
         while lanes > 1:
             lanes //= 2
-            low, high = (self.shuffled(vector, range(first, first + lanes)) for first in (0, lanes))
+            low, high = (self.shuffle(vector, range(first, first + lanes)) for first in (0, lanes))
             vector = self.b.fadd(low, high)
         return self.b.extract_element(vector, I32(0))
 
-    def shuffled(self, value: ir.Value, lanes: Sequence[int]) -> ir.Value:
-        """The lanes of a vector in another order or number."""
-        return self.merged(value, ir.Constant(value.type, ir.Undefined), lanes)
+    def shuffle(self, first: ir.Value, lanes: Sequence[int], second: ir.Value | None = None) -> ir.Value:
+        """A vector of some lanes of one or two vectors; the second one's numbers count on."""
+        other = ir.Constant(first.type, ir.Undefined) if second is None else second
+        return self.b.shuffle_vector(first, other, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
-    def merged(self, first: ir.Value, second: ir.Value, lanes: Sequence[int]) -> ir.Value:
-        """Some lanes of two vectors; the second one's count on."""
-        return self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
-
-    def multiply_add(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
+    def fma(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
         """left · right + total, rounded once."""
-        return self.b.call(self.fma, [left, right, total])
+        return self.b.call(self._fma, [left, right, total])
 
     def loop(
         self,
-        start: ir.Value,
-        stop: ir.Value,
-        step: ir.Value,
+        start: Index,
+        stop: Index,
+        step: Index,
         carried: Values,
         body: Callable[[ir.Value, Values], Values],
     ) -> tuple[ir.Value, Values]:
@@ -212,41 +244,44 @@ class Writer:
         b.branch(head)
         b.position_at_end(head)
         index = b.phi(I64)
-        index.add_incoming(start, before)
+        index.add_incoming(i64(start), before)
         values = []
         for value in carried:
             phi = b.phi(value.type)
             phi.add_incoming(value, before)
             values.append(phi)
-        b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+        b.cbranch(b.icmp_signed("<", index, i64(stop)), inside, after)
         b.position_at_end(inside)
         new = body(index, values)
-        index.add_incoming(b.add(index, step, flags=["nsw"]), b.block)
+        index.add_incoming(b.add(index, i64(step), flags=["nsw"]), b.block)
         for phi, value in zip(values, new, strict=True):
             phi.add_incoming(value, b.block)
         b.branch(head)
         b.position_at_end(after)
         return index, values
 
-    def each(self, count: ir.Value, body: Callable[[ir.Value], object]) -> None:
+    def range(self, start: Index, stop: Index, step: Index, body: Callable[[ir.Value], object]) -> ir.Value:
+        """for i in range(start, stop, step): body(i). Return the first i not used."""
+
+        def carrying_nothing(index: ir.Value, _: Values) -> Values:
+            body(index)
+            return []
+
+        return self.loop(start, stop, step, [], carrying_nothing)[0]
+
+    def each(self, count: Index, body: Callable[[ir.Value], object]) -> None:
         """for i in range(count): body(i)."""
-        self.tiles(count, (1,), lambda index, _: body(index))
+        self.range(0, count, 1, body)
 
     def tiles(
-        self, count: ir.Value, sizes: Sequence[int], body: Callable[[ir.Value, int], object], start: int = 0
+        self, count: Index, sizes: Sequence[int], body: Callable[[ir.Value, int], object], start: int = 0
     ) -> None:
         """Cover range(start, count) by tiles of the first size, what is left by smaller ones; the last size is 1."""
-        first: ir.Value = whole(start)
+        first: Index = start
         for size in sizes:
-
-            def tile(index: ir.Value, _: Values, size: int = size) -> Values:
-                body(index, size)
-                return []
-
-            stop = self.b.sub(count, whole(size - 1))
-            first, _ = self.loop(first, stop, whole(size), [], tile)
+            stop = self.sub(count, size - 1)
+            first = self.range(first, stop, size, lambda index, size=size: body(index, size))  # type: ignore[misc]
 
 
 def _intrinsic(module: ir.Module, name: str, result: ir.Type, arguments: Values) -> ir.Function:
-    known = module.globals.get(name)
-    return known or ir.Function(module, ir.FunctionType(result, arguments), name)
+    return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)

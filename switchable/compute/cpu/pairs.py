@@ -1,10 +1,10 @@
 """The (token, expert) pairs of a batch in expert order, cut into chunks and lanes: what `sorted` walks through.
 
 An expert's tokens are cut into *lanes* of equal length, one per thread, for products that are batched over lanes.
-To make lanes equal, its list of tokens may end with repetitions of the last one. Whoever uses the pairs sets the
-activations of repetitions to zero; then all that they add is zero.
+To make lanes equal, its list of tokens is padded with repetitions of the last one. Whoever uses the pairs sets the
+activations of the padding to zero; then all that it adds is zero.
 
-Shapes: T tokens, E experts, K experts per token, P sorted pairs (the T·K pairs and the repetitions), L lanes, R rows
+Shapes: T tokens, E experts, K experts per token, P sorted pairs (the T·K pairs and the padding), L lanes, R rows
 of one chunk.
 """
 
@@ -17,17 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchable.errors import InputError
-
 CHUNK_ROWS = 2048
 """Most tokens of one expert that are multiplied at once: bounds the buffers when a router is badly balanced."""
 MAX_LANES = 8
 """With more threads than this, lanes get too short, and products run on all threads in one piece."""
 MIN_LANE_ROWS = 64
 """Shorter lanes cost more than they gain."""
-
-FEW_IDS = 64
-"""So many are looked through faster in Python than in operations of torch."""
 
 
 class Chunk(NamedTuple):
@@ -37,7 +32,7 @@ class Chunk(NamedTuple):
     rows: slice
     """Among the P sorted pairs; a multiple of the lanes."""
     tokens: int
-    """Rows without the repetitions at the end."""
+    """Rows without the padding at the end."""
     first: bool
     """Whether the expert's weight gradients are to be written (or else added to)."""
 
@@ -46,8 +41,6 @@ class Chunk(NamedTuple):
 class SortedPairs:
     """The T·K (token, expert) pairs in expert order, cut into chunks."""
 
-    order_P: Tensor
-    """Position of each sorted pair in the flattened [T, K]."""
     tokens_P: Tensor
     """Token of each sorted pair; ascending within an expert."""
     chunks: list[Chunk]
@@ -65,17 +58,14 @@ class SortedPairs:
         lanes = _lanes(len(flat) // num_experts)
         keys = flat.to(torch.int16 if num_experts < 2**15 else torch.int32)
         order = np.argsort(keys.numpy(), kind="stable")
-        repetitions = [-count % lanes for count in counts]
-        if any(repetitions):
-            ends = np.repeat(np.cumsum(counts), repetitions)
+        padding = [-count % lanes for count in counts]
+        if any(padding):
+            ends = np.repeat(np.cumsum(counts), padding)
             order = np.insert(order, ends, order[ends - 1])
+        tokens = order // max(expert_ids_TK.shape[1], 1)  # numpy divides by a scalar much faster than torch
         chunks = list(_cut(counts, lanes))
-        order_P = torch.from_numpy(order)
         return cls(
-            order_P,
-            torch.from_numpy(
-                order // max(expert_ids_TK.shape[1], 1)
-            ),  # numpy divides by a scalar much faster
+            torch.from_numpy(tokens),
             chunks,
             [expert for expert, count in enumerate(counts) if count == 0],
             lanes,
@@ -89,16 +79,6 @@ class SortedPairs:
     def by_lane(self, values_RX: Tensor) -> Tensor:
         """A chunk's values with a dimension for lanes."""
         return values_RX.view(self.lanes, -1, values_RX.shape[1])
-
-
-def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
-    """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
-    number = expert_ids_TK.numel()
-    if number:
-        few = expert_ids_TK.view(-1).tolist() if number <= FEW_IDS and expert_ids_TK.is_contiguous() else None
-        low, high = (min(few), max(few)) if few else map(int, expert_ids_TK.aminmax())
-        if low < 0 or high >= num_experts:
-            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {low} to {high}")
 
 
 def _lanes(mean_rows: int) -> int:

@@ -1,23 +1,24 @@
 """`sorted`: training and prefill on the CPU, one autograd function over tokens sorted by expert.
 
-    h = relu(x · upᵀ + b),  y_t = Σ_k gate_tk · (h · down)_e(t,k);   d gate = Σ_i (dy · downᵀ)_i h_i
+    h = act(x · upᵀ + b),      y_t = Σ_k (h · down)_e(t,k)
 
 The gain of sparsity is eaten by traffic, not by arithmetic, when every token is copied K times. So tokens are
 sorted by expert once, and each expert's rows are gathered into one small buffer that all experts reuse (it stays
 in the cache), multiplied with `out=`, and added to the result. The backward gathers again instead of saving
 copies: only h (T·K·I numbers, K/E of the dense layer's) and the sorted indices live between the two passes.
-The gates' gradient needs no forward output, since dy · (h · down) = (dy · downᵀ) · h. Weight gradients are
-written straight into slices of tensors that have the parameters' own memory layout.
+Weight gradients are written straight into slices of tensors that have the parameters' own memory layout.
 
 An expert's rows are cut into as many equal *lanes* as there are threads (`pairs.py`), and products are batched over
 the lanes: every core then multiplies the rows that it gathered itself, which lie in its own cache (on 2 cores:
 products 5 % faster, the gradient of `up` 25 %).
 
-ReLU and squared ReLU, with or without bias, on CPU tensors. For anything else (other activations, gated FFNs, other
-devices) `sorted` hands over to `eager`. Under `torch.compile` the function is one graph break.
+ReLU and squared ReLU, any precision; sums over experts are kept in float32 for half precision. Under `torch.compile`
+the function is one graph break.
+
+Source: the sort by expert and the grouped products of MegaBlocks (Gale et al., 2022), with one buffer in the cache.
 
 Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token, P sorted pairs
-(the T·K pairs and the repetitions), L lanes, R rows of one chunk, N = R/L rows of a lane.
+(the T·K pairs and the padding), L lanes, R rows of one chunk, N = R/L rows of a lane.
 """
 
 from __future__ import annotations
@@ -28,25 +29,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import ExpertCall
+from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.cpu.limits import why_not_relu_on_cpu
 from switchable.compute.cpu.pairs import Chunk, SortedPairs
-from switchable.compute.reference import eager
-
-FAST_ACTIVATIONS = ("relu", "relu2")
-"""Activations that the fast paths compute themselves; relu2 is the square of ReLU."""
-
-
-def sorted_experts(call: ExpertCall) -> Tensor:
-    """Return y_TD (see the module's text for what is fast)."""
-    weights, device = call.weights, call.x_TD.device.type
-    if call.activation not in FAST_ACTIVATIONS or weights.gate_FD is not None or device != "cpu":
-        return eager(call)
-    y_TD: Tensor = _sorted(call)
-    return y_TD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _sorted(call: ExpertCall) -> Tensor:
+def run(call: ExpertCall) -> Tensor:
+    """Return y_TD."""
     x, weights = call.x_TD, call.weights
     up_FD, down_FD, bias_F = weights.up_FD, weights.down_FD, weights.up_bias_F
     if torch.is_autocast_enabled("cpu"):
@@ -55,11 +45,12 @@ def _sorted(call: ExpertCall) -> Tensor:
         bias_F = None if bias_F is None else bias_F.to(dtype)
     with torch.autocast("cpu", enabled=False):
         pairs = SortedPairs.sort(call.expert_ids_TK, call.num_experts)
-        plan = _Plan(pairs, call.num_experts, call.activation == "relu2", call.unit_gates)
-        y_TD: Tensor = _SortedExperts.apply(  # type: ignore[no-untyped-call]
-            x, up_FD, down_FD, bias_F, call.gates_that_count, plan
-        )
+        plan = _Plan(pairs, call.num_experts, call.activation == "relu2")
+        y_TD: Tensor = _SortedExperts.apply(x, up_FD, down_FD, bias_F, plan)  # type: ignore[no-untyped-call]
     return y_TD.to(call.x_TD.dtype)
+
+
+SORTED = Backend("sorted", why_not_relu_on_cpu, run)
 
 
 class _Plan(NamedTuple):
@@ -68,7 +59,6 @@ class _Plan(NamedTuple):
     pairs: SortedPairs
     num_experts: int
     squared: bool
-    unit_gates: bool
 
     def slices(self, matrix: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Views [L, ·, ·] of a matrix's slices along `dim`, one per expert, the same for all lanes."""
@@ -81,21 +71,12 @@ class _Plan(NamedTuple):
 class _SortedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        up_FD: Tensor,
-        down_FD: Tensor,
-        bias_F: Tensor | None,
-        gates_TK: Tensor | None,
-        plan: _Plan,
+        ctx: Any, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, plan: _Plan
     ) -> Tensor:
-        x_TD, pairs = x_TD.contiguous(), plan.pairs
-        gates_P1 = None
-        if gates_TK is not None and not plan.unit_gates:
-            gates_P1 = gates_TK.detach().reshape(-1, 1)[pairs.order_P].to(x_TD.dtype)
-        act_PI = x_TD.new_empty(len(pairs.order_P), up_FD.shape[0] // plan.num_experts)
-        y_TD = _forward(x_TD, up_FD, down_FD, bias_F, gates_P1, act_PI, plan)
-        ctx.save_for_backward(x_TD, up_FD, down_FD, bias_F, gates_TK, gates_P1, act_PI)
+        x_TD = x_TD.contiguous()
+        act_PI = x_TD.new_empty(len(plan.pairs.tokens_P), up_FD.shape[0] // plan.num_experts)
+        y_TD = _forward(x_TD, up_FD, down_FD, bias_F, act_PI, plan)
+        ctx.save_for_backward(x_TD, up_FD, down_FD, bias_F, act_PI)
         ctx.plan = plan
         return y_TD
 
@@ -111,7 +92,6 @@ def _forward(
     up_FD: Tensor,
     down_FD: Tensor,
     bias_F: Tensor | None,
-    gates_P1: Tensor | None,
     act_PI: Tensor,
     plan: _Plan,
 ) -> Tensor:
@@ -133,28 +113,25 @@ def _forward(
             torch.baddbmm(bias_L1I[e], x_LND, up_LDI[e], out=act_LNI)
         act.relu_()
         if rows > chunk.tokens:
-            act[chunk.tokens :] = 0
+            act[chunk.tokens :] = 0  # the padding must add nothing
         hidden = torch.mul(act, act, out=hidden_buffer[:rows]) if plan.squared else act
-        if gates_P1 is not None:
-            hidden = torch.mul(hidden, gates_P1[chunk.rows], out=hidden_buffer[:rows])
         torch.bmm(pairs.by_lane(hidden), down_LID[e], out=x_LND)
         y_TD.index_add_(0, tokens, x if x.dtype == y_TD.dtype else x.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
 def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, up, down, bias and gates, those that are needed."""
-    x_TD, up_FD, down_FD, bias_F, gates_TK, gates_P1, act_PI = ctx.saved_tensors
+    """Return the gradients of x, up, down and bias, those that are needed."""
+    x_TD, up_FD, down_FD, bias_F, act_PI = ctx.saved_tensors
     plan: _Plan = ctx.plan
     pairs = plan.pairs
-    need_x, need_up, need_down, need_bias, need_gates = ctx.needs_input_grad[:5]
+    need_x, need_up, need_down, need_bias = ctx.needs_input_grad[:4]
     in_buffer, out_buffer = _buffer(pairs, x_TD), _buffer(pairs, x_TD)
     dact_buffer, hidden_buffer = _buffer(pairs, act_PI), _buffer(pairs, act_PI)
     dx_TD = _zeros_for_sums(x_TD) if need_x else None
     dup = _WeightGradient(up_FD, plan) if need_up else None
     ddown = _WeightGradient(down_FD, plan) if need_down else None
     dbias = _BiasGradient(bias_F, plan) if need_bias else None
-    dgates_P = x_TD.new_empty(len(act_PI)) if need_gates else None
     up_LID, down_LDI = plan.slices(up_FD, 0), plan.slices(down_FD.t(), 1)
     for chunk, tokens, act in zip(
         pairs.chunks, pairs.parts(pairs.tokens_P), pairs.parts(act_PI), strict=True
@@ -164,15 +141,8 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         dact = dact_buffer[:rows]
         dact_LNI = pairs.by_lane(dact)
         torch.bmm(pairs.by_lane(dy), down_LDI[e], out=dact_LNI)
-        hidden, free = act, hidden_buffer[:rows]
-        if plan.squared and (need_down or need_gates):
-            hidden = torch.mul(act, act, out=free)
-        if dgates_P is not None:
-            torch.sum(torch.mul(dact, hidden), 1, out=dgates_P[chunk.rows])
-        if gates_P1 is not None:
-            dact.mul_(gates_P1[chunk.rows])
-            hidden = torch.mul(hidden, gates_P1[chunk.rows], out=free)
         if ddown is not None:
+            hidden = torch.mul(act, act, out=hidden_buffer[:rows]) if plan.squared else act
             ddown.add(chunk, hidden, dy)
         if plan.squared:
             dact.mul_(act).mul_(2)
@@ -187,10 +157,9 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
             dx_TD.index_add_(0, tokens, dy if dy.dtype == dx_TD.dtype else dy.to(dx_TD.dtype))
     return (
         None if dx_TD is None else dx_TD.to(x_TD.dtype),
-        None if dup is None else dup.total,
-        None if ddown is None else ddown.total,
-        None if dbias is None else dbias.total,
-        None if dgates_P is None else _unsorted(dgates_P, pairs, gates_TK),
+        None if dup is None else dup.gradient,
+        None if ddown is None else ddown.gradient,
+        None if dbias is None else dbias.gradient,
     )
 
 
@@ -198,9 +167,9 @@ class _WeightGradient:
     """Gradient of a matrix that holds I rows for each expert, in the memory layout of that matrix."""
 
     def __init__(self, weight_FX: Tensor, plan: _Plan):
-        self.total = torch.empty_like(weight_FX)
+        self.gradient = torch.empty_like(weight_FX)
         self.pairs = plan.pairs
-        self.slices = self.total.view(plan.num_experts, -1, weight_FX.shape[1]).unbind(0)
+        self.slices = self.gradient.view(plan.num_experts, -1, weight_FX.shape[1]).unbind(0)
         for expert in plan.pairs.unused:
             self.slices[expert].zero_()
         # Sums of lanes are worth their addition where the result is stored row by row (`ffn/layout.py`); not where it
@@ -231,8 +200,8 @@ class _BiasGradient:
     """Gradient of a vector that holds I numbers for each expert."""
 
     def __init__(self, bias_F: Tensor, plan: _Plan):
-        self.total = torch.empty_like(bias_F)
-        self.slices = self.total.view(plan.num_experts, -1).unbind(0)
+        self.gradient = torch.empty_like(bias_F)
+        self.slices = self.gradient.view(plan.num_experts, -1).unbind(0)
         for expert in plan.pairs.unused:
             self.slices[expert].zero_()
 
@@ -253,9 +222,3 @@ def _zeros_for_sums(like_TD: Tensor) -> Tensor:
     """Sums over experts are kept in float32 for the half precisions."""
     half = like_TD.dtype in (torch.bfloat16, torch.float16)
     return torch.zeros_like(like_TD, dtype=torch.float32 if half else like_TD.dtype)
-
-
-def _unsorted(values_P: Tensor, pairs: SortedPairs, like_TK: Tensor) -> Tensor:
-    """Back to the order of tokens; repetitions hold zeros, so they may be added."""
-    flat = values_P.new_zeros(like_TK.numel()).index_add_(0, pairs.order_P, values_P)
-    return flat.view(like_TK.shape).to(like_TK.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,7 +18,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.cpu.llvm import I64, POINTER, Code, Writer, whole
+from switchable.compute.cpu.llvm import I64, POINTER, Code, Writer, i64
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """The type of a compiled function: takes the address of its record."""
@@ -33,9 +34,7 @@ class Record:
     """
 
     def __init__(self, writer: Writer, places: Mapping[str, int], addresses: Sequence[str]):
-        self.words = {
-            name: writer.at(writer.arguments[0], whole(place), I64) for name, place in places.items()
-        }
+        self.words = {name: writer.at(writer.arguments[0], i64(place), I64) for name, place in places.items()}
         self.values = {
             name: writer.b.load(word, typ=POINTER if name in addresses else I64)
             for name, word in self.words.items()
@@ -77,11 +76,11 @@ class Tasks:
         again, work, out = (b.function.append_basic_block(name) for name in ("again", "work", "out"))
         b.branch(again)
         b.position_at_end(again)
-        task = b.atomic_rmw("add", record.words[f"next{suffix}"], whole(1), "monotonic")
+        task = b.atomic_rmw("add", record.words[f"next{suffix}"], i64(1), "monotonic")
         b.cbranch(b.icmp_signed("<", task, record[f"tasks{suffix}"]), work, out)
         b.position_at_end(work)
         stage(record, task)
-        b.atomic_rmw("add", record.words[f"done{suffix}"], whole(1), "release")
+        b.atomic_rmw("add", record.words[f"done{suffix}"], i64(1), "release")
         b.branch(again)
         b.position_at_end(out)
 
@@ -132,7 +131,7 @@ class Run:
         self.clear = functools.partial(
             ctypes.memset, address, 0, 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
         )
-        self.work = _side_by_side(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
+        self.work = _in_threads(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
 
     def __setitem__(self, field: str, value: int) -> None:
         self.record[self.places[field]] = value
@@ -142,7 +141,22 @@ class Run:
         self.work()
 
 
-def _side_by_side(entry: int, record: int, threads: int) -> Callable[[], object]:
+class Scratch(threading.local):
+    """Memory that every thread keeps from one call to the next, for what nobody needs any longer than a call.
+
+    The operating system hands out new memory a page at a time and cleared, which costs more than a pass over it.
+    """
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the numbers kept under a name: what the last call has left in them."""
+        size = math.prod(shape)
+        cached: Tensor | None = self.__dict__.get(name)
+        if cached is None or cached.numel() < size or cached.dtype != dtype:
+            cached = self.__dict__[name] = torch.empty(size, dtype=dtype)
+        return cached[:size].view(*shape)
+
+
+def _in_threads(entry: int, record: int, threads: int) -> Callable[[], object]:
     """Return what calls entry(record) in several threads and waits for them."""
     call = functools.partial(ENTRY(entry), record)
     if threads <= 1:

@@ -26,9 +26,8 @@ from switchable.compute.cpu.llvm import (
     Values,
     Writer,
     compile_module,
-    smaller,
+    i64,
     this_machine,
-    whole,
 )
 from switchable.compute.cpu.tasks import Record, Tasks
 
@@ -70,15 +69,15 @@ def _code(experts: int, chosen: int) -> Code:
     w = Writer(module, "select", [POINTER], wide=False, lanes=machine.vector_bytes // 4)
 
     def rows(record: Record, number: ir.Value) -> None:
-        start = w.b.mul(number, whole(TASK_TOKENS))
-        stop = smaller(w, w.b.add(start, whole(TASK_TOKENS)), record["tokens"])
+        start = w.mul(number, TASK_TOKENS)
+        stop = w.minimum(w.add(start, TASK_TOKENS), record["tokens"])
 
         def row(t: ir.Value, _: Values) -> Values:
-            scores = w.at(record["scores"], w.b.mul(t, whole(experts)))
-            write_selection(w, scores, w.at(record["ids"], w.b.mul(t, whole(chosen)), I64), experts, chosen)
+            scores = w.at(record["scores"], w.mul(t, experts))
+            write_selection(w, scores, w.at(record["ids"], w.mul(t, chosen), I64), experts, chosen)
             return []
 
-        w.loop(start, stop, whole(1), [], row)
+        w.loop(start, stop, 1, [], row)
 
     TASKS.write(w, rows)
     return compile_module(module, machine)
@@ -88,16 +87,14 @@ def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, ch
     """Write the ids of the highest scores of one token."""
     b, lanes = w.b, min(experts & -experts, w.lanes)
     integers = ir.VectorType(I32, lanes)
-    vectors = [
-        _ordered(w, w.load(w.at(scores, whole(first)), integers)) for first in range(0, experts, lanes)
-    ]
+    vectors = [_ordered(w, w.load(w.at(scores, first), integers)) for first in range(0, experts, lanes)]
 
     def reaching(threshold: ir.Value) -> ir.Value:
         one = b.insert_element(ir.Constant(integers, ir.Undefined), threshold, I32(0))
-        repeated, total = w.shuffled(one, [0] * lanes), I32(0)
+        repeated, total = w.shuffle(one, [0] * lanes), I32(0)
         for keys in vectors:
-            bits = b.bitcast(b.icmp_signed(">=", keys, repeated), ir.IntType(lanes))
-            total = b.add(total, b.zext(b.ctpop(bits), I32))
+            bits = b.bitcast(w.compare(keys, ">=", repeated), ir.IntType(lanes))
+            total = w.add(total, b.zext(b.ctpop(bits), I32))
         return total
 
     # Bits from the top; `enough` is the number of scores that reach the threshold found so far.
@@ -106,9 +103,9 @@ def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, ch
     b.branch(head)
     b.position_at_end(head)
     threshold, step, enough = b.phi(I32), b.phi(I32), b.phi(I32)
-    trial = b.add(threshold, step)
+    trial = w.add(threshold, step)
     count = reaching(trial)
-    keep = b.icmp_signed(">=", count, I32(chosen))
+    keep = w.compare(count, ">=", I32(chosen))
     new_threshold, new_enough = b.select(keep, trial, threshold), b.select(keep, count, enough)
     new_step = b.lshr(step, I32(1))
     for phi, first, later in (
@@ -118,7 +115,7 @@ def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, ch
     ):
         phi.add_incoming(first, before)
         phi.add_incoming(later, head)
-    done = b.or_(b.icmp_signed("==", new_enough, I32(chosen)), b.icmp_signed("==", new_step, I32(0)))
+    done = b.or_(w.compare(new_enough, "==", I32(chosen)), w.compare(new_step, "==", I32(0)))
     b.cbranch(done, after, head)
     b.position_at_end(after)
     _write(w, scores, ids, new_threshold, new_enough, experts, chosen)
@@ -139,16 +136,16 @@ def _write(
     def expert(e: ir.Value, carried: Values) -> Values:
         position, surplus = carried
         key = _ordered(w, b.load(w.at(scores, e), typ=I32))
-        spare = b.and_(b.icmp_signed("==", key, threshold), b.icmp_signed(">", surplus, whole(0)))
-        taken = b.and_(b.icmp_signed(">=", key, threshold), b.not_(spare))
+        spare = b.and_(w.compare(key, "==", threshold), w.compare(surplus, ">", 0))
+        taken = b.and_(w.compare(key, ">=", threshold), b.not_(spare))
         b.store(
             e, w.at(found, position, I64)
         )  # in any case: no branch to guess; it counts if the position moves on
-        return [b.add(position, b.zext(taken, I64)), b.sub(surplus, b.zext(spare, I64))]
+        return [w.add(position, b.zext(taken, I64)), w.sub(surplus, b.zext(spare, I64))]
 
-    surplus = b.sub(b.sext(enough, I64), whole(chosen))
-    w.loop(whole(0), whole(experts), whole(1), [whole(0), surplus], expert)
-    w.each(whole(chosen), lambda k: b.store(b.load(w.at(found, k, I64), typ=I64), w.at(ids, k, I64)))
+    surplus = w.sub(b.sext(enough, I64), chosen)
+    w.loop(0, experts, 1, [i64(0), surplus], expert)
+    w.each(chosen, lambda k: b.store(b.load(w.at(found, k, I64), typ=I64), w.at(ids, k, I64)))
 
 
 def _ordered(w: Writer, bits: ir.Value) -> ir.Value:

@@ -1,13 +1,13 @@
-"""The sparse FFN by torch's grouped product: one library call per projection, with the K-fold copies.
+"""The sparse FFN by torch's grouped product, one library call per projection: the default on CUDA.
 
-    x_RD = x_TD[order // K];  h_RI = act(x_RD · up_eᵀ + bias_e);  z_RD = h_RI · down_e;  y_t = Σ_k γ_tk z_tk
+    x_RD = x_TD[order // K];    h_RI = act(x_RD · up_eᵀ + bias_e);    z_RD = h_RI · down_e;    y_t = Σ_k z_tk
 
-where `torch.nn.functional.grouped_mm` multiplies the rows of every expert by that expert's matrix, its
-borders taken from a tensor: no host sync. It reads and writes R = T·K rows of length D where the Triton
-path gathers, but its kernels are the vendor's: `benchmarks/ffn_cuda.py` says which is faster where.
+`torch.nn.functional.grouped_mm` multiplies the rows of every expert by that expert's matrix. Where an expert's rows
+end is read from a tensor, so the host waits for nothing. The K copies of every token, which the Triton backend
+gathers while it multiplies, are written to memory here; in return the kernels are the vendor's.
+`benchmarks/ffn_cuda.py` compares the two.
 
-Shapes: T tokens, D d_model, E experts, I neurons per expert, K experts per token, R = T·K rows in expert
-order.
+Shapes: T tokens, D d_model, E experts, I neurons per expert, K experts per token, R = T·K rows in expert order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,22 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
-from switchable.compute.call import ExpertCall
-from switchable.compute.reference import eager
+from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.cuda.dtypes import compute_dtype, why_not_dtype
+
+
+def _supports(call: ExpertCall) -> str | None:
+    # On CUDA, torch has a kernel for bfloat16 alone; for other dtypes it waits for the ends of the rows and loops.
+    cuda = call.x_TD.is_cuda
+    dtypes = (torch.bfloat16,) if cuda else (torch.bfloat16, torch.float16, torch.float32)
+    reason = why_not_dtype(call, dtypes)
+    if reason is not None:
+        return reason
+    multiple = 16 // compute_dtype(call).itemsize  # torch wants rows of whole 16 bytes
+    d_model, neurons = call.x_TD.shape[1], call.neurons
+    if d_model % multiple or neurons % multiple:
+        return f"needs multiples of {multiple}, and d_model is {d_model}, neurons per expert {neurons}"
+    return None if call.expert_ids_TK.numel() else "needs at least one token"
 
 
 class _Take(torch.autograd.Function):
@@ -33,30 +47,21 @@ class _Take(torch.autograd.Function):
         return x[index_R // per_row]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
         pairs = grads[0][inverse_R]
-        return (
-            (pairs if ctx.per_row == 1 else pairs.view(-1, ctx.per_row, pairs.shape[1]).sum(1)),
-            None,
-            None,
-            None,
-        )
+        return pairs.view(-1, ctx.per_row, pairs.shape[1]).sum(1), None, None, None
 
 
-def torch_grouped_mm(call: ExpertCall) -> Tensor:
-    """Return y_TD.
+def _take(x: Tensor, index_R: Tensor, inverse_R: Tensor, per_row: int) -> Tensor:
+    rows: Tensor = _Take.apply(x, index_R, inverse_R, per_row)  # type: ignore[no-untyped-call]
+    return rows
 
-    `grouped_mm` wants rows of multiples of 16 bytes, and on CUDA has a kernel for bfloat16 alone (for the
-    other dtypes it waits for the borders and loops): all else goes to `eager`.
-    """
-    x_TD, weights, ids_TK, gates_TK = call.x_TD, call.weights, call.expert_ids_TK, call.gates_TK
-    E, K, neurons = call.num_experts, ids_TK.shape[1], call.neurons
-    dtype = _dtype(x_TD)
-    aligned = all(size * dtype.itemsize % 16 == 0 for size in (x_TD.shape[1], neurons))
-    dtypes = (torch.bfloat16,) if x_TD.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    if not aligned or dtype not in dtypes or not ids_TK.numel():
-        return eager(call)
+
+def _run(call: ExpertCall) -> Tensor:
+    x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
+    E, K, neurons, dtype = call.num_experts, ids_TK.shape[1], call.neurons, compute_dtype(call)
+    # Not the Triton backend's sort: this backend must run without triton, and on the CPU.
     sorted_R, order_R = ids_TK.reshape(-1).sort(stable=True)
     position_R = torch.empty_like(order_R)
     position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
@@ -77,19 +82,8 @@ def torch_grouped_mm(call: ExpertCall) -> Tensor:
     else:
         hidden_RI = act(project(x_RD, weights.gate_FD, weights.gate_bias_F)) * hidden_RI
     z_RD = grouped_mm(hidden_RI, weights.down_FD.to(dtype).view(E, neurons, -1), offs=ends_E)
-    z_TKD = _take(z_RD, position_R, order_R, 1).view(-1, K, z_RD.shape[1])
-    if gates_TK is not None:
-        z_TKD = z_TKD * gates_TK.unsqueeze(-1)
-    return z_TKD.sum(1).to(x_TD.dtype)
+    return _take(z_RD, position_R, order_R, 1).view(-1, K, z_RD.shape[1]).sum(1).to(x_TD.dtype)
 
 
-def _take(x: Tensor, index_R: Tensor, inverse_R: Tensor, per_row: int) -> Tensor:
-    rows: Tensor = _Take.apply(x, index_R, inverse_R, per_row)  # type: ignore[no-untyped-call]
-    return rows
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a linear layer would compute in here."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+GROUPED_MM = Backend("grouped_mm", _supports, _run)
+"""Any activation, gated or not; on CUDA in bfloat16."""

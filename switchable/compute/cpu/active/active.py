@@ -18,16 +18,16 @@ Shapes: T tokens, D d_model, F d_ff, A active entries, E experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.cpu.active.library import ActiveLibrary, active_library, has_library
-from switchable.compute.cpu.llvm import this_machine
-from switchable.compute.cpu.sorted import FAST_ACTIVATIONS
-from switchable.compute.weights import FFNWeights
+from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.cpu.active.library import ActiveLibrary, active_library
+from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.llvm import Machine, this_machine
 
 
 class ActiveOutput(NamedTuple):
@@ -43,13 +43,12 @@ class ActiveOutput(NamedTuple):
 
 def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
     """Whether there are loops for an FFN and its input."""
-    tensors = (x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F)
     return (
-        activation in FAST_ACTIVATIONS
+        activation in RELU_TYPES
         and weights.gate_FD is None
         and not torch.is_autocast_enabled(x_TD.device.type)
-        and all(t is None or (t.device.type == "cpu" and t.dtype == x_TD.dtype) for t in tensors)
-        and has_library(x_TD.shape[-1], x_TD.dtype, this_machine())
+        and all(t.device.type == "cpu" and t.dtype == x_TD.dtype for t in (x_TD, *weights.tensors))
+        and why_no_loops(x_TD.shape[-1], x_TD.dtype) is None
     )
 
 
@@ -63,12 +62,7 @@ def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.
         dtype: of the multiplications.
         device: `"cpu"` or another type of device.
     """
-    return (
-        device == "cpu"
-        and not gated
-        and activation in FAST_ACTIVATIONS
-        and has_library(d_model, dtype, this_machine())
-    )
+    return device == "cpu" and not gated and activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -88,8 +82,7 @@ def active(
         num_experts: of how many groups of neighbouring neurons the mass is wanted, if it is.
         penalty: the derivative of a loss by every activation that is not zero, besides what comes from the output.
     """
-    loops = active_library(x_TD.shape[-1], x_TD.dtype, this_machine())
-    assert loops is not None
+    loops = active_library(x_TD.shape[-1], x_TD.dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, activation == "relu2", num_experts, penalty, [])
     y_TD, mass_TE = _Active.apply(  # type: ignore[no-untyped-call]
         x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from switchable.compute.cpu.llvm import I32, I64, Values, Writer, smaller, whole
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
@@ -34,51 +34,49 @@ def write_collect(w: Writer) -> None:
 
     def chunk(record: Record, number: ir.Value) -> None:
         per_chunk, width = record["per_chunk"], record["neuron_count"]
-        tokens = _tokens_of(w, record, b.add(number, record["first_chunk"]))
-        room = b.mul(b.mul(number, per_chunk), width)
+        tokens = _tokens_of(w, record, w.add(number, record["first_chunk"]))
+        room = w.mul(w.mul(number, per_chunk), width)
         neurons, values = w.at(record["neurons"], room, I32), w.at(record["values"], room)
         rows = w.at(record["rows"], room)
-        starts = _starts(w, record, b.add(number, record["first_chunk"]))
+        starts = _starts(w, record, w.add(number, record["first_chunk"]))
 
         def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
             value = b.load(w.at(row, j), typ=w.number)
             b.store(value, w.at(values, count))
             b.store(b.trunc(j, I32), w.at(neurons, count, I32))
             active = b.not_(b.fcmp_ordered("<=", value, ir.Constant(w.number, 0.0)))  # a NaN is kept
-            return b.add(count, b.zext(active, I64))
+            return w.add(count, b.zext(active, I64))
 
         def block(number: ir.Value, carried: Values) -> Values:
-            begin = b.mul(number, record["per_block"])
-            end = smaller(w, b.add(begin, record["per_block"]), width)
-            places = w.at(starts, b.mul(number, per_chunk), I32)
+            begin = w.mul(number, record["per_block"])
+            end = w.minimum(w.add(begin, record["per_block"]), width)
+            places = w.at(starts, w.mul(number, per_chunk), I32)
 
             def token(t: ir.Value, carried: Values) -> Values:
                 b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
-                row = w.at(rows, b.mul(t, width))
+                row = w.at(rows, w.mul(t, width))
 
                 def several(j: ir.Value, carried: Values) -> Values:
                     count = carried[0]
                     for further in range(8):
-                        count = neuron(row, b.add(j, whole(further)), count)
+                        count = neuron(row, w.add(j, further), count)
                     return [count]
 
-                j, carried = w.loop(begin, b.sub(end, whole(7)), whole(8), carried, several)
-                _, carried = w.loop(
-                    j, end, whole(1), carried, lambda j, carried: [neuron(row, j, carried[0])]
-                )
+                j, carried = w.loop(begin, w.sub(end, 7), 8, carried, several)
+                _, carried = w.loop(j, end, 1, carried, lambda j, carried: [neuron(row, j, carried[0])])
                 return carried
 
-            _, carried = w.loop(whole(0), tokens, whole(1), carried, token)
+            _, carried = w.loop(0, tokens, 1, carried, token)
 
             def nothing(t: ir.Value, _: Values) -> Values:
                 b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
                 return []
 
-            w.loop(tokens, per_chunk, whole(1), [], nothing)
+            w.loop(tokens, per_chunk, 1, [], nothing)
             return carried
 
-        _, (count,) = w.loop(whole(0), record["blocks"], whole(1), [whole(0)], block)
-        b.store(b.trunc(count, I32), w.at(starts, b.mul(record["blocks"], per_chunk), I32))
+        _, (count,) = w.loop(0, record["blocks"], 1, [i64(0)], block)
+        b.store(b.trunc(count, I32), w.at(starts, w.mul(record["blocks"], per_chunk), I32))
 
     COLLECT.write(w, chunk)
 
@@ -89,10 +87,10 @@ def write_transpose(w: Writer) -> None:
 
     def chunk(record: Record, number: ir.Value) -> None:
         width = record["neuron_count"]
-        firsts = w.at(record["firsts"], b.mul(number, b.add(width, whole(2))), I32)
+        firsts = w.at(record["firsts"], w.mul(number, w.add(width, 2)), I32)
         base = w.integer(w.at(record["base"], number, I64), I64)
         order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
-        w.each(b.add(width, whole(2)), lambda i: b.store(I32(0), w.at(firsts, i, I32)))
+        w.each(w.add(width, 2), lambda i: b.store(I32(0), w.at(firsts, i, I32)))
 
         def each_entry(body: Callable[[ir.Value, ir.Value, ir.Value], None]) -> None:
             def token(_: Record, place: Place) -> None:
@@ -100,27 +98,27 @@ def write_transpose(w: Writer) -> None:
                     body(place.token, e, w.integer(w.at(place.neurons, e, I32)))
                     return []
 
-                w.loop(place.begin, place.end, whole(1), [], entry)
+                w.loop(place.begin, place.end, 1, [], entry)
 
             each_token(w, record, number, token)
 
         # Counted two places on, so that after adding up the place before holds where the neuron goes on.
         def count(_token: ir.Value, _e: ir.Value, neuron: ir.Value) -> None:
-            _counted(w, w.at(firsts, b.add(neuron, whole(2)), I32))
+            _counted(w, w.at(firsts, w.add(neuron, 2), I32))
 
         def put(token: ir.Value, e: ir.Value, neuron: ir.Value) -> None:
-            place = b.zext(_counted(w, w.at(firsts, b.add(neuron, whole(1)), I32)), I64)
+            place = b.zext(_counted(w, w.at(firsts, w.add(neuron, 1), I32)), I64)
             b.store(b.trunc(e, I32), w.at(order, place, I32))
             b.store(b.trunc(token, I32), w.at(tokens, place, I32))
 
         def add_up(i: ir.Value, carried: Values) -> Values:
             place = w.at(firsts, i, I32)
-            total = b.add(carried[0], b.load(place, typ=I32))
+            total = w.add(carried[0], b.load(place, typ=I32))
             b.store(total, place)
             return [total]
 
         each_entry(count)
-        w.loop(whole(0), b.add(width, whole(2)), whole(1), [I32(0)], add_up)
+        w.loop(0, w.add(width, 2), 1, [I32(0)], add_up)
         each_entry(put)
 
     TRANSPOSE.write(w, chunk)
@@ -144,28 +142,28 @@ class Place:
 
 def _tokens_of(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
     """How many tokens a chunk has: S, the last one possibly fewer."""
-    begin = w.b.mul(chunk, record["per_chunk"])
-    return smaller(w, record["per_chunk"], w.b.sub(record["token_count"], begin))
+    begin = w.mul(chunk, record["per_chunk"])
+    return w.minimum(record["per_chunk"], w.sub(record["token_count"], begin))
 
 
 def _starts(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
     """The address of a chunk's part of `starts`."""
-    length = w.b.add(w.b.mul(record["blocks"], record["per_chunk"]), whole(1))
-    return w.at(record["starts"], w.b.mul(chunk, length), I32)
+    length = w.add(w.mul(record["blocks"], record["per_chunk"]), 1)
+    return w.at(record["starts"], w.mul(chunk, length), I32)
 
 
 def _counted(w: Writer, address: ir.Value) -> ir.Value:
     """Add 1 to a counter and return what it was."""
     before = w.b.load(address, typ=I32)
-    w.b.store(w.b.add(before, I32(1)), address)
+    w.b.store(w.add(before, I32(1)), address)
     return before
 
 
 def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The first place of a neuron in a chunk's other order, and the first after it."""
-    length = w.b.add(record["neuron_count"], whole(2))
-    own = w.at(record["firsts"], w.b.add(w.b.mul(chunk, length), i), I32)
-    begin, end = (w.integer(w.at(own, whole(further), I32)) for further in (0, 1))
+    length = w.add(record["neuron_count"], 2)
+    own = w.at(record["firsts"], w.add(w.mul(chunk, length), i), I32)
+    begin, end = (w.integer(w.at(own, further, I32)) for further in (0, 1))
     return begin, end
 
 
@@ -176,8 +174,8 @@ def each_neuron(
     body: Callable[[Record, ir.Value, ir.Value, ir.Value], None],
 ) -> None:
     """body(record, chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
-    b, width = w.b, record["neuron_count"]
-    bounds = [b.sdiv(b.mul(width, end), record["tasks"]) for end in (number, b.add(number, whole(1)))]
+    width = record["neuron_count"]
+    bounds = [w.div(w.mul(width, end), record["tasks"]) for end in (number, w.add(number, 1))]
 
     def chunk(c: ir.Value) -> None:
         base = w.integer(w.at(record["base"], c, I64), I64)
@@ -186,25 +184,25 @@ def each_neuron(
             body(record, c, base, i)
             return []
 
-        w.loop(bounds[0], bounds[1], whole(1), [], neuron)
+        w.loop(bounds[0], bounds[1], 1, [], neuron)
 
     w.each(record["chunks"], chunk)
 
 
 def each_token(w: Writer, record: Record, chunk: ir.Value, body: Callable[[Record, Place], None]) -> None:
     """body(record, place) for each block, and in it for each token of a chunk."""
-    b, tokens, starts = w.b, _tokens_of(w, record, chunk), _starts(w, record, chunk)
+    tokens, starts = _tokens_of(w, record, chunk), _starts(w, record, chunk)
     base = w.integer(w.at(record["base"], chunk, I64), I64)
     neurons = w.at(record["neurons"], base, I32)
     values = w.at(record["values"], base) if "values" in record.values else neurons
 
     def block(number: ir.Value) -> None:
-        own = w.at(starts, b.mul(number, record["per_chunk"]), I32)
+        own = w.at(starts, w.mul(number, record["per_chunk"]), I32)
 
         def token(t: ir.Value) -> None:
-            begin, end = (w.integer(w.at(own, at, I32)) for at in (t, b.add(t, whole(1))))
-            first = b.mul(chunk, record["per_chunk"])
-            body(record, Place(number, b.add(first, t), begin, end, neurons, values))
+            begin, end = (w.integer(w.at(own, at, I32)) for at in (t, w.add(t, 1)))
+            first = w.mul(chunk, record["per_chunk"])
+            body(record, Place(number, w.add(first, t), begin, end, neurons, values))
 
         w.each(tokens, token)
 

@@ -27,7 +27,7 @@ from switchable.compute.cpu.active.entries import (
     write_collect,
     write_transpose,
 )
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, whole
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SUM = Tasks(SIZES, (*ENTRIES, "values", "weights", "y"))
@@ -74,27 +74,27 @@ class ActiveKernels:
         b = w.b
 
         def token(record: Record, place: Place) -> None:
-            own = w.at(record["y"], b.mul(place.token, whole(self.D)))
+            own = w.at(record["y"], w.mul(place.token, self.D))
 
             def columns(d: ir.Value, _: Values) -> Values:
                 row = w.at(own, d)
-                first = b.icmp_signed("==", place.block, whole(0))
+                first = w.compare(place.block, "==", 0)
                 before = [b.select(first, w.zero(), vector) for vector in w.vectors(row, self.columns)]
 
                 def entry(e: ir.Value, carried: Values) -> Values:
                     weights = self._row(w, record["weights"], place.neurons, e, d)
-                    value = w.repeated(w.at(place.values, e))
+                    value = w.load_broadcast(w.at(place.values, e))
                     return [
-                        w.multiply_add(value, vector, total)
+                        w.fma(value, vector, total)
                         for vector, total in zip(w.vectors(weights, self.columns), carried, strict=True)
                     ]
 
-                _, sums = w.loop(place.begin, place.end, whole(1), before, entry)
+                _, sums = w.loop(place.begin, place.end, 1, before, entry)
                 for v, total in enumerate(sums):
-                    w.store(total, w.at(row, whole(v * self.L)))
+                    w.store(total, w.at(row, v * self.L))
                 return []
 
-            w.loop(whole(0), whole(self.D), whole(self.columns * self.L), [], columns)
+            w.loop(0, self.D, self.columns * self.L, [], columns)
 
         SUM.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
@@ -103,11 +103,11 @@ class ActiveKernels:
         b = w.b
 
         def token(record: Record, place: Place) -> None:
-            x = w.at(record["x"], b.mul(place.token, whole(self.D)))
+            x = w.at(record["x"], w.mul(place.token, self.D))
 
             def entries(first: ir.Value, count: int) -> None:
                 rows = [
-                    self._row(w, record["weights"], place.neurons, b.add(first, whole(r)), whole(0))
+                    self._row(w, record["weights"], place.neurons, w.add(first, r), i64(0))
                     for r in range(count)
                 ]
                 chains = 2 if self.columns % 2 == 0 else 1
@@ -118,28 +118,27 @@ class ActiveKernels:
                     for r, row in enumerate(rows):
                         for v, weight in enumerate(w.vectors(w.at(row, d), self.columns)):
                             which = r * chains + v % chains
-                            sums[which] = w.multiply_add(inputs[v], weight, sums[which])
+                            sums[which] = w.fma(inputs[v], weight, sums[which])
                     return sums
 
                 zeros = [w.zero()] * (count * chains)
-                _, sums = w.loop(whole(0), whole(self.D), whole(self.columns * self.L), zeros, columns)
+                _, sums = w.loop(0, self.D, self.columns * self.L, zeros, columns)
                 for r in range(count):
                     parts = sums[r * chains : (r + 1) * chains]
                     total = parts[0] if chains == 1 else b.fadd(*parts)
-                    b.store(w.total(total), w.at(place.values, b.add(first, whole(r))))
+                    b.store(w.reduce_add(total), w.at(place.values, w.add(first, r)))
 
-            count = b.sub(place.end, place.begin)
-            w.tiles(count, (4, 1), lambda i, size: entries(b.add(place.begin, i), size))
+            count = w.sub(place.end, place.begin)
+            w.tiles(count, (4, 1), lambda i, size: entries(w.add(place.begin, i), size))
 
         DOT.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
     def _write_weights(self) -> None:
         w = self._writer("weights")
-        b = w.b
 
         def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
             begin, end = places_of(w, record, chunk, i)
-            gradient = w.at(record["gradient"], b.mul(i, whole(self.D)))
+            gradient = w.at(record["gradient"], w.mul(i, self.D))
             order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
             values = w.at(record["values"], base)
 
@@ -147,19 +146,19 @@ class ActiveKernels:
                 row = w.at(gradient, d)
 
                 def entry(p: ir.Value, carried: Values) -> Values:
-                    value = w.repeated(w.at(values, w.integer(w.at(order, p, I32))))
+                    value = w.load_broadcast(w.at(values, w.integer(w.at(order, p, I32))))
                     inputs = self._row(w, record["x"], tokens, p, d)
                     return [
-                        w.multiply_add(value, vector, total)
+                        w.fma(value, vector, total)
                         for vector, total in zip(w.vectors(inputs, self.columns), carried, strict=True)
                     ]
 
-                _, sums = w.loop(begin, end, whole(1), w.vectors(row, self.columns), entry)
+                _, sums = w.loop(begin, end, 1, w.vectors(row, self.columns), entry)
                 for v, total in enumerate(sums):
-                    w.store(total, w.at(row, whole(v * self.L)))
+                    w.store(total, w.at(row, v * self.L))
                 return []
 
-            w.loop(whole(0), whole(self.D), whole(self.columns * self.L), [], columns)
+            w.loop(0, self.D, self.columns * self.L, [], columns)
 
         WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
 
@@ -177,7 +176,7 @@ class ActiveKernels:
                 value = b.load(w.at(values, w.integer(w.at(order, p, I32))), typ=w.number)
                 return [b.fadd(carried[0], value)]
 
-            _, (total,) = w.loop(begin, end, whole(1), [before], entry)
+            _, (total,) = w.loop(begin, end, 1, [before], entry)
             b.store(total, place)
 
         TOTALS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
@@ -188,9 +187,9 @@ class ActiveKernels:
 
         def token(record: Record, place: Place) -> None:
             groups = record["groups"]
-            own = w.at(record["mass"], b.mul(place.token, groups))
-            size = b.trunc(b.sdiv(record["neuron_count"], groups), I32)
-            with b.if_then(b.icmp_signed("==", place.block, whole(0))):
+            own = w.at(record["mass"], w.mul(place.token, groups))
+            size = b.trunc(w.div(record["neuron_count"], groups), I32)
+            with b.if_then(w.compare(place.block, "==", 0)):
                 w.each(groups, lambda g: b.store(ir.Constant(w.number, 0.0), w.at(own, g)))
 
             def entry(e: ir.Value, _: Values) -> Values:
@@ -201,11 +200,11 @@ class ActiveKernels:
                 b.store(b.fadd(b.load(group, typ=w.number), b.fmul(value, norm)), group)
                 return []
 
-            w.loop(place.begin, place.end, whole(1), [], entry)
+            w.loop(place.begin, place.end, 1, [], entry)
 
         MASS.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
     def _row(self, w: Writer, rows: ir.Value, numbers: ir.Value, place: ir.Value, d: ir.Value) -> ir.Value:
         """The address of column d of the row whose number stands in a place."""
         number = w.integer(w.at(numbers, place, I32))
-        return w.at(rows, w.b.add(w.b.mul(number, whole(self.D)), d))
+        return w.at(rows, w.add(w.mul(number, self.D), d))

@@ -215,20 +215,7 @@ class ActiveLibrary:
         return mass_TG
 
 
-def has_library(d_model: int, dtype: torch.dtype, machine: Machine | None) -> bool:
-    """Return whether there are loops for a width, without compiling them.
-
-    There are none for half precision, for a d_model that is no multiple of a vector's lanes, and on a processor
-    without multiply-add instructions.
-    """
-    if machine is None or dtype not in (torch.float32, torch.float64):
-        return False
-    return d_model % (machine.vector_bytes // dtype.itemsize) == 0
-
-
 @functools.cache
-def active_library(d_model: int, dtype: torch.dtype, machine: Machine | None) -> ActiveLibrary | None:
-    """Return the loops for a width, compiled when first asked for; None where there are none."""
-    if machine is None or not has_library(d_model, dtype, machine):
-        return None
+def active_library(d_model: int, dtype: torch.dtype, machine: Machine) -> ActiveLibrary:
+    """Return the loops for a width, compiled when first asked for; `limits.why_no_loops` must have returned None."""
     return ActiveLibrary(d_model, wide=dtype == torch.float64, machine=machine)

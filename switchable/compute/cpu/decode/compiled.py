@@ -1,15 +1,18 @@
 """A few tokens without gradients, in one call of compiled code: what `decode` does where it can.
 
-Reading weights is all that costs time then, and calls: a layer of a small model takes less time than ten operations
-of torch. So one function does it all, the router's scores, its choice, the chosen experts' `up`, and of `down` the rows
-of neurons that fire:
-
     s_t = R · x_t + r;  e_t1..K = the K highest;  h_t = relu(up_e · x_t + b);  y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i
+
+With few tokens only two things cost time: reading weights, and calls. A layer of a small model takes less time than
+ten operations of torch. So one function does it all: the router's scores, its choice, the chosen experts' `up`, and of
+`down` the rows of neurons that fire.
 
 Experts are the outer loop, so that one that several tokens chose is read once. With several threads, and enough to
 read, experts are tasks, then ranges of columns of `down`.
 
-ReLU and squared ReLU, float32, gates of 1, up to 63 tokens.
+Flow: a layer prepares a call and keeps it (`ffn/decoding.py`); `decode.py` prepares one each time. `kernels.py` is what
+the call runs.
+
+ReLU and squared ReLU, float32, up to 63 tokens.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -23,12 +26,12 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.cpu.decode.kernels import FEW, FewKernels, Sizes
+from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
+from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import Code, Machine, compile_module, this_machine
-from switchable.compute.cpu.sorted import FAST_ACTIVATIONS
 from switchable.compute.cpu.tasks import Run
 from switchable.compute.cpu.topk import MOST_EXPERTS
-from switchable.compute.weights import FFNWeights
 
 MOST_TOKENS = 63
 """A set of tokens is a word of 64 bits."""
@@ -36,55 +39,23 @@ WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 
 
-def serves(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
-    """Whether there is code for layers of these sizes."""
-    machine = this_machine()
+def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether there is code for layers of these sizes that are not gated; compiles nothing."""
     return (
-        machine is not None
-        and dtype == torch.float32
-        and activation in FAST_ACTIVATIONS
-        and d_model % (machine.vector_bytes // 4) == 0
+        dtype == torch.float32
+        and activation in RELU_TYPES
         and num_experts <= MOST_EXPERTS
+        and why_no_loops(d_model, dtype) is None
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def few_tokens(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    choice: Tensor | tuple[Tensor, Tensor],
-    num_experts: int,
-    experts_per_token: int,
-    *,
-    activation: str,
-    start_D: Tensor | None = None,
-) -> Tensor | None:
-    """Return y_TD without gradients, or None where there is no code for the case.
-
-    Args:
-        x_TD: one row per token.
-        weights: of an FFN that is not gated.
-        choice: ids_TK, int64, in [0, num_experts); or the weight [E, D] and bias [E] of a router that chooses.
-        num_experts: E.
-        experts_per_token: K.
-        activation: its name.
-        start_D: what is added to every row: the bias of the output projection.
-    """
-    if not takes(x_TD):
-        return None
-    call = prepared(
-        len(x_TD), weights, choice, num_experts, experts_per_token, activation=activation, start_D=start_D
-    )
-    return None if call is None else call(x_TD)
+def takes(tensor: Tensor) -> bool:
+    """Whether compiled code could read a tensor where it lies."""
+    return tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
-def takes(x: Tensor) -> bool:
-    """Whether a `FewCall` could be given x."""
-    return x.dtype is torch.float32 and x.is_contiguous()
-
-
-class FewCall:
-    """`few_tokens` with everything looked up but x; by one Python thread at a time."""
+class DecodeCall:
+    """A call with everything looked up but x; to be used by one Python thread at a time."""
 
     def __init__(self, run: Run, *memory: Tensor):
         self.run, self.memory = run, memory
@@ -98,7 +69,7 @@ class FewCall:
         return y
 
 
-def prepared(
+def prepare_call(
     tokens: int,
     weights: FFNWeights,
     choice: Tensor | tuple[Tensor, Tensor],
@@ -106,33 +77,43 @@ def prepared(
     experts_per_token: int,
     *,
     activation: str,
-    start_D: Tensor | None,
-) -> FewCall | None:
-    """Return what `few_tokens` does for a number of tokens, as long as the weights stay where they are."""
+    start_D: Tensor | None = None,
+) -> DecodeCall | None:
+    """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
+
+    Args:
+        tokens: T.
+        weights: of an FFN.
+        choice: ids_TK, int64, in [0, num_experts); or the weight [E, D] and bias [E] of a router that chooses.
+        num_experts: E.
+        experts_per_token: K.
+        activation: its name.
+        start_D: what is added to every row: the bias of the output projection.
+    """
     d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
-    tensors = (weights.up_FD, weights.down_FD, weights.up_bias_F, start_D, *router)
     if (
         not 0 < tokens <= MOST_TOKENS
-        or not serves(d_model, num_experts, weights.up_FD.dtype, activation)
-        or not all(t is None or takes(t) for t in tensors)
+        or weights.gate_FD is not None
+        or not has_code(d_model, num_experts, weights.up_FD.dtype, activation)
+        or not all(t is None or takes(t) for t in (*weights.tensors, start_D, *router))
     ):
         return None
-    code = _code(
+    sizes = Sizes(
         d_model,
         d_ff // num_experts,
         num_experts,
         experts_per_token,
-        activation == "relu2",
-        weights.up_bias_F is not None,
-        start_D is not None,
-        cast(Machine, this_machine()),
+        squared=activation == "relu2",
+        bias=weights.up_bias_F is not None,
+        start=start_D is not None,
     )
+    # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
     scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
     given_TK = scratch if router else cast(Tensor, choice).contiguous()
-    chosen = scratch.data_ptr()
-    ids = chosen + 8 * num_experts  # two of those numbers each
+    token_sets = scratch.data_ptr()
+    ids = token_sets + 8 * num_experts
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,
@@ -140,7 +121,7 @@ def prepared(
         "router_bias": router[1] if router else 0,
         "scores": floats,
         "ids": ids if router else given_TK,
-        "chosen": chosen,
+        "token_sets": token_sets,
         "up": weights.up_FD,
         "bias": weights.up_bias_F,
         "hidden": floats + 4 * scores,
@@ -148,25 +129,16 @@ def prepared(
         "start": start_D,
     }
     entry, threads = "routed" if router else "given", torch.get_num_threads()
-    visits = min(pairs, num_experts)
-    alone = threads == 1 or visits * (d_ff // num_experts) * d_model * 8 < WORTH_THREADS
-    run = Run(
-        FEW, code, f"{entry}_alone" if alone else entry, (1,) if alone else (1, num_experts, threads), fields
-    )
-    return FewCall(run, scratch, given_TK)
+    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * 8
+    stages = (1, num_experts, threads)
+    if threads == 1 or bytes_read < WORTH_THREADS:
+        entry, stages = f"{entry}_alone", (1,)  # type: ignore[assignment]
+    code = _code(sizes, cast(Machine, this_machine()))
+    return DecodeCall(Run(DECODE, code, entry, stages, fields), scratch, given_TK)
 
 
 @functools.cache
-def _code(
-    d_model: int,
-    neurons: int,
-    experts: int,
-    chosen: int,
-    squared: bool,
-    bias: bool,
-    start: bool,
-    machine: Machine,
-) -> Code:
-    module = ir.Module("few")
-    FewKernels(module, Sizes(d_model, neurons, experts, chosen, squared, bias, start), machine)
+def _code(sizes: Sizes, machine: Machine) -> Code:
+    module = ir.Module("decode")
+    DecodeKernels(module, sizes, machine)
     return compile_module(module, machine)

@@ -1,4 +1,4 @@
-"""The functions of `few.py`, compiled for one layer's sizes.
+"""The functions that `compiled.py` calls, compiled for one layer's sizes.
 
     choose   scores of the router, the K highest, and for each expert the set of tokens that chose it: one task
     read     h_t = relu(up_e · x_t + b)                  a task is an expert
@@ -18,7 +18,7 @@ from functools import partial
 
 from llvmlite import ir
 
-from switchable.compute.cpu.llvm import I64, POINTER, Machine, Values, Writer, whole
+from switchable.compute.cpu.llvm import I64, POINTER, Machine, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 from switchable.compute.cpu.topk import write_selection
 
@@ -26,13 +26,15 @@ AHEAD = 3
 """Rows of `down` between the one added and the one asked for from memory."""
 ROWS = (4, 2, 1)
 """Rows of weights that are multiplied with a token side by side."""
-FEW = Tasks(
+DECODE = Tasks(
     numbers=("tokens",),
-    addresses=("x", "router", "router_bias", "scores", "ids", "chosen", "up", "bias", "hidden", "down", "start", "y"),
+    addresses=(
+        "x", "router", "router_bias", "scores", "ids", "token_sets", "up", "bias", "hidden", "down", "start", "y",
+    ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `chosen` [E] (the set of tokens of each expert) and `hidden` [T, F] are scratch; so is `ids` [T, K]
-where the router chooses. `start` [D] is what y begins with."""
+"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so
+is `ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
 
 Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
@@ -55,7 +57,7 @@ class Sizes:
         return self.experts * self.neurons
 
 
-class FewKernels:
+class DecodeKernels:
     """Writes the functions: each entry is made of the parts below."""
 
     def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
@@ -76,7 +78,7 @@ class FewKernels:
             for part in parts:
                 part(w, record, task)
 
-        FEW.write(w, *(partial(stage, parts) for parts in stages))
+        DECODE.write(w, *(partial(stage, parts) for parts in stages))
 
     def _activation(self, w: Writer, total: ir.Value, bias: ir.Value) -> ir.Value:
         total = w.b.fadd(total, bias) if self.sizes.bias else total
@@ -93,29 +95,28 @@ class FewKernels:
         width = self.sizes.d_model
 
         def tile(r: ir.Value, rows: int) -> None:
-            first = w.at(matrix, w.b.mul(r, whole(width)))
+            first = w.at(matrix, w.mul(r, width))
 
             def step(d: ir.Value, sums: Values) -> Values:
                 inputs = w.load(w.at(x, d))
                 own = w.at(first, d)
                 for row in range(rows, 2 * rows):  # the next tile's, while this one is multiplied
-                    w.prefetch(w.at(own, whole(row * width)), 1)
+                    w.prefetch(w.at(own, row * width), 1)
                 return [
-                    w.multiply_add(w.load(w.at(own, whole(row * width))), inputs, total)
-                    for row, total in enumerate(sums)
+                    w.fma(w.load(w.at(own, row * width)), inputs, total) for row, total in enumerate(sums)
                 ]
 
-            _, sums = w.loop(whole(0), whole(width), whole(self.lanes), [w.zero()] * rows, step)
+            _, sums = w.loop(0, width, self.lanes, [w.zero()] * rows, step)
             for row, total in enumerate(sums):
-                place = w.b.add(r, whole(row))
+                place = w.add(r, row)
                 value = (
                     w.load(w.at(bias, place), w.number)
                     if name == "scores" or self.sizes.bias
                     else w.zero(w.number)
                 )
-                w.store(finish(w, w.total(total), value), w.at(out, place))
+                w.store(finish(w, w.reduce_add(total), value), w.at(out, place))
 
-        w.tiles(whole(count), ROWS, tile)
+        w.tiles(count, ROWS, tile)
         w.b.ret_void()
         return w.function
 
@@ -123,10 +124,10 @@ class FewKernels:
         experts, chosen = self.sizes.experts, self.sizes.chosen
 
         def token(t: ir.Value) -> None:
-            scores = w.at(record["scores"], w.b.mul(t, whole(experts)))
-            x = w.at(record["x"], w.b.mul(t, whole(self.sizes.d_model)))
+            scores = w.at(record["scores"], w.mul(t, experts))
+            x = w.at(record["x"], w.mul(t, self.sizes.d_model))
             w.b.call(self.scores, [record["router"], x, record["router_bias"], scores])
-            ids = w.at(record["ids"], w.b.mul(t, whole(chosen)), I64)
+            ids = w.at(record["ids"], w.mul(t, chosen), I64)
             write_selection(w, scores, ids, experts, chosen)
 
         w.each(record["tokens"], token)
@@ -134,75 +135,74 @@ class FewKernels:
     def _gather(self, w: Writer, record: Record, _: ir.Value) -> None:
         """Fill `chosen`."""
         b = w.b
-        w.each(whole(self.sizes.experts), lambda e: b.store(whole(0), w.at(record["chosen"], e, I64)))
+        w.each(self.sizes.experts, lambda e: b.store(i64(0), w.at(record["token_sets"], e, I64)))
 
         def token(t: ir.Value) -> None:
-            bit, first = b.shl(whole(1), t), b.mul(t, whole(self.sizes.chosen))
+            bit, first = b.shl(i64(1), t), w.mul(t, self.sizes.chosen)
 
             def pair(k: ir.Value) -> None:
-                expert = w.integer(w.at(record["ids"], b.add(first, k), I64), I64)
-                place = w.at(record["chosen"], expert, I64)
+                expert = w.integer(w.at(record["ids"], w.add(first, k), I64), I64)
+                place = w.at(record["token_sets"], expert, I64)
                 b.store(b.or_(w.integer(place, I64), bit), place)
 
-            w.each(whole(self.sizes.chosen), pair)
+            w.each(self.sizes.chosen, pair)
 
         w.each(record["tokens"], token)
 
     def _each_token(self, w: Writer, record: Record, e: ir.Value, body: Callable[[ir.Value], None]) -> None:
         """body(token) for those that chose an expert."""
         b, f = w.b, w.function
-        left = w.integer(w.at(record["chosen"], e, I64), I64)
+        left = w.integer(w.at(record["token_sets"], e, I64), I64)
         before = b.block
         head, work, after = (f.append_basic_block(name) for name in ("left", "token", "none"))
         b.branch(head)
         b.position_at_end(head)
         tokens = b.phi(I64)
         tokens.add_incoming(left, before)
-        b.cbranch(b.icmp_signed("==", tokens, whole(0)), after, work)
+        b.cbranch(w.compare(tokens, "==", 0), after, work)
         b.position_at_end(work)
         body(b.cttz(tokens, ir.Constant(ir.IntType(1), 1)))
-        tokens.add_incoming(b.and_(tokens, b.sub(tokens, whole(1))), b.block)
+        tokens.add_incoming(b.and_(tokens, w.sub(tokens, 1)), b.block)
         b.branch(head)
         b.position_at_end(after)
 
     def _read(self, w: Writer, record: Record, e: ir.Value) -> None:
         """Fill `hidden` for one expert."""
-        b, sizes = w.b, self.sizes
-        neuron = b.mul(e, whole(sizes.neurons))
-        up, bias = w.at(record["up"], b.mul(neuron, whole(sizes.d_model))), w.at(record["bias"], neuron)
+        sizes = self.sizes
+        neuron = w.mul(e, sizes.neurons)
+        up, bias = w.at(record["up"], w.mul(neuron, sizes.d_model)), w.at(record["bias"], neuron)
 
         def token(t: ir.Value) -> None:
-            x = w.at(record["x"], b.mul(t, whole(sizes.d_model)))
-            out = w.at(record["hidden"], b.add(b.mul(t, whole(sizes.d_ff)), neuron))
-            b.call(self.hidden, [up, x, bias, out])
+            x = w.at(record["x"], w.mul(t, sizes.d_model))
+            out = w.at(record["hidden"], w.add(w.mul(t, sizes.d_ff), neuron))
+            w.b.call(self.hidden, [up, x, bias, out])
 
         self._each_token(w, record, e, token)
 
     def _read_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        w.each(whole(self.sizes.experts), lambda e: self._read(w, record, e))
+        w.each(self.sizes.experts, lambda e: self._read(w, record, e))
 
     def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
-        b, blocks = w.b, whole(self.sizes.d_model // self.lanes)
+        blocks = i64(self.sizes.d_model // self.lanes)
         first, after = (
-            b.mul(b.sdiv(b.mul(blocks, end), record["tasks2"]), whole(self.lanes))
-            for end in (task, b.add(task, whole(1)))
+            w.mul(w.div(w.mul(blocks, end), record["tasks2"]), self.lanes) for end in (task, w.add(task, 1))
         )
-        self._columns(w, record, first, b.sdiv(b.sub(after, first), whole(self.lanes)))
+        self._columns(w, record, first, w.div(w.sub(after, first), self.lanes))
 
     def _write_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        self._columns(w, record, whole(0), whole(self.sizes.d_model // self.lanes))
+        self._columns(w, record, i64(0), i64(self.sizes.d_model // self.lanes))
 
     def _columns(self, w: Writer, record: Record, first: ir.Value, vectors: ir.Value) -> None:
         """Write some columns of y."""
-        b, sizes = w.b, self.sizes
+        sizes = self.sizes
 
         def row(field: str, number: ir.Value) -> ir.Value:
-            return w.at(record[field], b.add(b.mul(number, whole(sizes.d_model)), first))
+            return w.at(record[field], w.add(w.mul(number, sizes.d_model), first))
 
         def begin(t: ir.Value) -> None:
             def copy(v: ir.Value) -> None:
-                place = b.mul(v, whole(self.lanes))
-                value = w.load(w.at(row("start", whole(0)), place)) if sizes.start else w.zero()
+                place = w.mul(v, self.lanes)
+                value = w.load(w.at(row("start", i64(0)), place)) if sizes.start else w.zero()
                 w.store(value, w.at(row("y", t), place))
 
             w.each(vectors, copy)
@@ -215,41 +215,38 @@ class FewKernels:
             count = self._firing(w, record, e, t, numbers, values)
 
             def block(v: ir.Value, size: int) -> None:
-                place = b.mul(v, whole(self.lanes))
+                place = w.mul(v, self.lanes)
                 own = w.at(row("y", t), place)
 
                 def add(i: ir.Value, sums: Values) -> Values:
-                    value = w.repeated(w.at(values, i))
-                    ahead = w.integer(w.at(numbers, b.add(i, whole(AHEAD)), I64), I64)
+                    value = w.load_broadcast(w.at(values, i))
+                    ahead = w.integer(w.at(numbers, w.add(i, AHEAD), I64), I64)
                     w.prefetch(w.at(row("down", ahead), place), size)
                     columns = w.vectors(w.at(row("down", w.integer(w.at(numbers, i, I64), I64)), place), size)
-                    return [
-                        w.multiply_add(value, column, total)
-                        for column, total in zip(columns, sums, strict=True)
-                    ]
+                    return [w.fma(value, column, total) for column, total in zip(columns, sums, strict=True)]
 
-                _, sums = w.loop(whole(0), count, whole(1), w.vectors(own, size), add)
+                _, sums = w.loop(0, count, 1, w.vectors(own, size), add)
                 for k, total in enumerate(sums):
-                    w.store(total, w.at(own, whole(k * self.lanes)))
+                    w.store(total, w.at(own, k * self.lanes))
 
             w.tiles(vectors, self.blocks, block)
 
-        w.each(whole(sizes.experts), lambda e: self._each_token(w, record, e, lambda t: token(e, t)))
+        w.each(sizes.experts, lambda e: self._each_token(w, record, e, lambda t: token(e, t)))
 
     def _firing(
         self, w: Writer, record: Record, e: ir.Value, t: ir.Value, numbers: ir.Value, values: ir.Value
     ) -> ir.Value:
         """List an expert's neurons that are not zero for a token, and the first of them AHEAD times more."""
-        b, first = w.b, w.b.mul(e, whole(self.sizes.neurons))
-        hidden = w.at(record["hidden"], b.add(b.mul(t, whole(self.sizes.d_ff)), first))
+        b, first = w.b, w.mul(e, self.sizes.neurons)
+        hidden = w.at(record["hidden"], w.add(w.mul(t, self.sizes.d_ff), first))
 
         def neuron(j: ir.Value, count: Values) -> Values:
             value = w.load(w.at(hidden, j), w.number)
-            b.store(b.add(first, j), w.at(numbers, count[0], I64))
+            b.store(w.add(first, j), w.at(numbers, count[0], I64))
             w.store(value, w.at(values, count[0]))
-            return [b.add(count[0], b.zext(b.fcmp_unordered("!=", value, w.zero(w.number)), I64))]
+            return [w.add(count[0], b.zext(b.fcmp_unordered("!=", value, w.zero(w.number)), I64))]
 
-        _, (count,) = w.loop(whole(0), whole(self.sizes.neurons), whole(1), [whole(0)], neuron)
+        _, (count,) = w.loop(0, self.sizes.neurons, 1, [i64(0)], neuron)
         for k in range(AHEAD):
-            b.store(first, w.at(numbers, b.add(count, whole(k)), I64))
+            b.store(first, w.at(numbers, w.add(count, k), I64))
         return count

@@ -1,9 +1,10 @@
-"""`dot`: what each token's experts make of it, tile by tile.
+"""`dot`: the products of each token with its experts' neurons, z_p = epilogue(Wₑ · x_t), tile by tile.
 
-Before an expert's tokens are taken, its weights are put in the order in which they are read (`fused_reorder.py`).
-Meanwhile the next expert's weights are asked for, and with every tile the next one's rows and results.
+A first stage puts every expert's weights in the order in which they are read (`reorder.py`). In the second one a tile
+of tokens meets an expert's vectors of neurons, while the next expert's weights, and the next tile's rows and results,
+are prefetched.
 
-Shapes as in `fused_kernels.py`.
+Shapes as in `kernels.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import itertools
 
 from llvmlite import ir
 
-from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Share
+from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, whole
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
-EPILOGUES = ("", "_relu", "_bias_relu", "_mask", "_slope")
-"""What `dot` does to its results: nothing; rectify them; add a bias and rectify; set to zero where the activation is
-not positive (the derivative of ReLU); times twice the activation (of its square)."""
+EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
+"""What `dot` does to its results while they are in registers: ReLU; add a bias, then ReLU; set to zero where
+the activation is not positive (ReLU's derivative); times twice the activation (the derivative of its square)."""
 DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act"), stages=2)
 """Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` [P, I] is written, `bias` is
 [F], `act` [P, I]."""
@@ -39,27 +40,27 @@ def write_dot(loops: Loops) -> None:
 def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     packing = loops.packing
     product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 6])
-    for first, vectors in _groups(packing.vectors, MOST_VECTORS):
+    for first, vectors in _split(packing.vectors, MOST_VECTORS):
         _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
     w = loops.writer(f"dot{epilogue}", [POINTER])
     own = packing.vectors * packing.steps * loops.L
 
     def pack(record: Record, e: ir.Value) -> None:
-        weights = w.at(record["weights"], w.b.mul(e, whole(loops.I * loops.D)))
-        w.b.call(reorder, [weights, w.at(record["packed"], w.b.mul(e, whole(own)))])
+        weights = w.at(record["weights"], w.mul(e, loops.I * loops.D))
+        w.b.call(reorder, [weights, w.at(record["packed"], w.mul(e, own))])
 
     def chunk(record: Record, number: ir.Value) -> None:
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)
-            pair = w.b.mul(first, whole(loops.I))
+            pair = w.mul(first, loops.I)
             arguments = [
                 count,
                 w.at(record["tokens"], first, I32),
                 record["x"],
-                w.at(record["packed"], w.b.mul(e, whole(own))),
+                w.at(record["packed"], w.mul(e, own)),
                 w.at(record["z"], pair),
-                w.at(record["bias"], w.b.mul(e, whole(loops.I))),
+                w.at(record["bias"], w.mul(e, loops.I)),
                 w.at(record["act"], pair),
             ]
             w.b.call(product.function, arguments)
@@ -72,13 +73,15 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
 def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
     count, tokens, x, packed, z, bias, act = w.arguments
-    packing, p, lanes = loops.packing, loops.packing.together, loops.L
+    packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
     steps = packing.steps
-    # One vector per token leaves too few sums to keep the multipliers busy: take two steps at a time.
+    # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
+    # multipliers busy meanwhile: take two steps at a time, each with sums of its own.
     chains = 2 if vectors == 1 and steps % 2 == 0 else 1
-    ours = w.at(packed, whole(first * steps * lanes))
-    following = w.at(ours, whole(packing.vectors * steps * lanes))
-    share = Share(w, vectors * lanes, count)
+    ours = w.at(packed, first * steps * lanes)
+    following = w.at(ours, packing.vectors * steps * lanes)
+    # `count` tokens of `steps` steps each prefetch steps · vectors · lanes numbers: the next expert's.
+    pace = Pace(w, vectors * lanes, count)
 
     def tile(i: ir.Value, rows: int) -> None:
         addresses = [loops.row(w, x, tokens, i, r) for r in range(rows)]
@@ -88,46 +91,44 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
 
         def step(d: ir.Value, carried: Values) -> Values:
             sums = list(carried)
-            done = w.b.add(w.b.mul(i, whole(steps)), w.b.mul(d, whole(rows)))
-            w.prefetch(w.at(following, share(done)), 1, near=False)
+            done = w.add(w.mul(i, steps), w.mul(d, rows))
+            w.prefetch(w.at(following, pace(done)), 1, near=False)
             for chain in range(chains):
-                at = w.b.add(d, whole(chain))
-                place = w.b.mul(at, whole(lanes))
-                columns = [
-                    w.load(w.at(ours, w.b.add(place, whole(v * steps * lanes)))) for v in range(vectors)
-                ]
+                at = w.add(d, chain)
+                place = w.mul(at, lanes)
+                columns = [w.load(w.at(ours, w.add(place, v * steps * lanes))) for v in range(vectors)]
                 for r, address in enumerate(addresses):
-                    numbers = w.repeated(w.at(address, w.b.mul(at, whole(p))), p)
+                    numbers = w.load_broadcast(w.at(address, w.mul(at, p)), p)
                     for v, column in enumerate(columns):
                         which = (chain * rows + r) * vectors + v
-                        sums[which] = w.multiply_add(numbers, column, sums[which])
+                        sums[which] = w.fma(numbers, column, sums[which])
             return sums
 
         zeros = [w.zero()] * (chains * rows * vectors)
-        _, sums = w.loop(whole(0), whole(steps), whole(chains), zeros, step)
+        _, sums = w.loop(0, steps, chains, zeros, step)
         for r in range(rows):
             for v in range(vectors):
                 parts = sums[r * vectors + v :: rows * vectors]
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
                 neuron = (first + v) * packing.neurons_per_vector
-                total = _fold(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
-                total = _finish(w, total, epilogue, w.at(bias, whole(neuron)), result(i, r, first + v, act))
+                total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
+                total = _finish(w, total, epilogue, w.at(bias, neuron), result(i, r, first + v, act))
                 w.store(total, result(i, r, first + v))
 
     def result(i: ir.Value, r: int, vector: int, of: ir.Value = z) -> ir.Value:
-        pair = w.b.mul(w.b.add(i, whole(r)), whole(loops.I))
-        return w.at(of, w.b.add(pair, whole(vector * packing.neurons_per_vector)))
+        pair = w.mul(w.add(i, r), loops.I)
+        return w.at(of, w.add(pair, vector * packing.neurons_per_vector))
 
     w.tiles(count, packing.tile_rows, tile)
 
 
-def _fold(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir.Value:
+def _reduce_inputs(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir.Value:
     """Add up the p partial sums of each neuron, and drop the lanes after the last one."""
-    for lanes in range(loops.packing.together.bit_length() - 1):
+    for lanes in range(loops.packing.inputs_per_vector.bit_length() - 1):
         half = loops.L >> (lanes + 1)
-        even, odd = (w.shuffled(total, range(first, 2 * half, 2)) for first in (0, 1))
+        even, odd = (w.shuffle(total, range(first, 2 * half, 2)) for first in (0, 1))
         total = w.b.fadd(even, odd)
-    return total if neurons == total.type.count else w.shuffled(total, range(neurons))
+    return total if neurons == total.type.count else w.shuffle(total, range(neurons))
 
 
 def _finish(w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.Value) -> ir.Value:
@@ -144,8 +145,8 @@ def _finish(w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.V
     return total
 
 
-def _groups(vectors: int, most: int) -> list[tuple[int, int]]:
-    """Cut a number of vectors into groups of at most `most`, as equal as possible: (first, how many)."""
+def _split(vectors: int, most: int) -> list[tuple[int, int]]:
+    """Split a number of vectors into groups of at most `most`, as equal as possible: (first, how many)."""
     count = -(-vectors // most)
     bounds = [vectors * i // count for i in range(count + 1)]
     return [(first, after - first) for first, after in itertools.pairwise(bounds)]

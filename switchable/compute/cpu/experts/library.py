@@ -1,14 +1,13 @@
 """`fused`'s loops, compiled for one shape of expert, and called on tensors.
 
-Shapes as in `fused_kernels.py`; F = E·I neurons.
+Flow: `fused.py` (autograd) -> here -> `kernels.py` (what the loops do).
+
+Shapes as in `kernels.py`; F = E·I neurons.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
 from switchable.compute.cpu.experts.sort import SORT, write_sort
 from switchable.compute.cpu.llvm import Machine, compile_module
+from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
 """In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
@@ -30,10 +30,10 @@ SMALLEST_CHUNK = 64
 
 
 class Pairs(NamedTuple):
-    """The (token, expert) pairs of a batch in the order of `fused_sort.py`, int32."""
+    """The (token, expert) pairs of a batch in the order of `sort.py`, int32."""
 
     tokens_P: Tensor
-    """Token of each place; a few zeros follow."""
+    """Token of each place; `AHEAD` zeros follow, whose rows may be prefetched."""
     order_P: Tensor
     """Place in the flattened [T, K] of what stands in each place."""
     starts: Tensor
@@ -42,24 +42,14 @@ class Pairs(NamedTuple):
     per_chunk: int
     """Tokens."""
 
-
-class Scratch(threading.local):
-    """Memory that every thread keeps from one call to the next, for what nobody needs any longer than a call.
-
-    The operating system hands out new memory a page at a time and cleared, which costs more than a pass over it.
-    """
-
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the numbers kept under a name: what the last call has left in them."""
-        size = math.prod(shape)
-        kept: Tensor | None = self.__dict__.get(name)
-        if kept is None or kept.numel() < size or kept.dtype != dtype:
-            kept = self.__dict__[name] = torch.empty(size, dtype=dtype)
-        return kept[:size].view(*shape)
+    @property
+    def fields(self) -> dict[str, Tensor]:
+        """Those of every loop's record."""
+        return {"tokens": self.tokens_P, "starts": self.starts}
 
 
 class Library:
-    """The compiled loops for one packing."""
+    """The compiled loops for one packing. Matrices that are given to them may have any strides."""
 
     def __init__(self, packing: Packing):
         module = ir.Module("experts")
@@ -89,7 +79,7 @@ class Library:
             tokens=pairs.tokens_P,
             order=pairs.order_P,
             starts=pairs.starts,
-            filled=torch.empty_like(pairs.starts),
+            cursors=torch.empty_like(pairs.starts),
             per_chunk=per_chunk,
             experts=num_experts,
             chosen=chosen,
@@ -104,34 +94,33 @@ class Library:
         pairs: Pairs,
         *,
         bias_F: Tensor | None = None,
-        rectify: bool = False,
         act_PI: Tensor | None = None,
         squared: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Return the products of each pair's token and expert, [P, I].
+        """Return relu(Wₑ · x_t + bₑ) or Wₑ · x_t ⊙ act'(z) of each pair's token and expert, [P, I].
 
         Args:
             x_TD: contiguous.
             weight_FD: the weights.
             pairs: from `sort`.
-            bias_F: added; contiguous; with `rectify` only.
-            rectify: whether negative results become zero.
-            act_PI: ReLU's results, with whose derivative the products are multiplied; not with `rectify`.
+            bias_F: added before ReLU; contiguous.
+            act_PI: None for ReLU; else ReLU's results, with whose derivative the products are multiplied.
             squared: whether it is the derivative of ReLU's square.
             out: where the products go; None for new memory.
         """
         z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons) if out is None else out
-        name = "dot" + "_bias" * (bias_F is not None) + "_relu" * rectify
-        if act_PI is not None:
-            name += "_slope" if squared else "_mask"
+        if act_PI is None:
+            name = "dot_relu" if bias_F is None else "dot_bias_relu"
+        else:
+            name = "dot_slope" if squared else "dot_mask"
         own, experts = self.packing, len(weight_FD) // self.packing.neurons
         DOT.run(
             self.code,
             name,
             experts,
             pairs.chunks,
-            **_places(pairs),
+            **pairs.fields,
             experts=experts,
             x=x_TD,
             weights=weight_FD.contiguous(),
@@ -149,7 +138,7 @@ class Library:
             self.code,
             "scatter",
             pairs.chunks,
-            **_places(pairs),
+            **pairs.fields,
             experts=len(weight_FD) // self.packing.neurons,
             per_chunk=pairs.per_chunk,
             token_count=tokens,
@@ -171,7 +160,7 @@ class Library:
             self.code,
             "weights",
             tasks,
-            **_places(pairs),
+            **pairs.fields,
             experts=num_experts,
             chunks=pairs.chunks,
             x=x_TD,
@@ -187,7 +176,7 @@ class Library:
             self.code,
             "bias",
             num_experts,
-            **_places(pairs),
+            **pairs.fields,
             experts=num_experts,
             chunks=pairs.chunks,
             gradient=total_F,
@@ -196,18 +185,7 @@ class Library:
         return total_F
 
 
-def _places(pairs: Pairs) -> dict[str, Tensor]:
-    return {"tokens": pairs.tokens_P, "starts": pairs.starts}
-
-
 @functools.cache
-def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> Library | None:
-    """Return the loops for a shape, compiled when first asked for; None where there are none.
-
-    There are none for half precision, for a d_model that is no multiple of a vector's lanes, and on a processor
-    without multiply-add instructions.
-    """
-    if machine is None or dtype not in (torch.float32, torch.float64):
-        return None
-    packing = Packing(d_model, neurons, dtype == torch.float64, machine)
-    return None if d_model % packing.lanes else Library(packing)
+def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine) -> Library:
+    """Return the loops for a shape, compiled when first asked for; `llvm.why_no_loops` must have returned None."""
+    return Library(Packing(d_model, neurons, dtype == torch.float64, machine))

@@ -1,9 +1,11 @@
-"""How `fused`'s loops cut an expert into vectors and tiles.
+"""How `fused`'s loops tile an expert: by vectors, rows of tokens and blocks of columns.
 
-A tile of results stays in registers; its size is a compromise between reading each number for as many products as
-possible and the number of registers. An expert of fewer neurons than a vector has lanes would waste the others. So in
-`dot` a vector holds the products of p neighbouring numbers of a token with L/p neurons, which are added up at the end:
-p is 1, 2 or 4, whatever wastes least. `fused_reorder.py` puts the weights in that order.
+A tile of results stays in registers. Its size is a compromise between reading each number for as many products as
+possible and the number of registers.
+
+An expert of fewer neurons than a vector has lanes would waste the others. So in `dot` a vector holds the products of p
+neighbouring numbers of a token with L/p neurons, which are added up at the end. p is 1, 2 or 4, whatever wastes least;
+`reorder.py` puts the weights in that order.
 
 Shapes: D d_model, I neurons per expert, L lanes of a vector.
 """
@@ -15,15 +17,14 @@ from dataclasses import dataclass
 from switchable.compute.cpu.llvm import Machine
 
 MANY_NEURONS = 24
-"""From which a token's columns are read for several tiles of `weights`, so that wider blocks of them pay."""
-
-NEAR_BYTES = 32768
-"""That a first-level cache holds, at least."""
+"""From which several tiles read the same columns, so that copying them side by side pays."""
+FIRST_LEVEL_CACHE = 32768
+"""Bytes that it holds, at least."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the loops cut an expert of I neurons and D inputs for a machine."""
+    """The tiling of experts of I neurons and D inputs for a machine."""
 
     d_model: int
     neurons: int
@@ -36,14 +37,14 @@ class Packing:
         return self.machine.vector_bytes // (8 if self.wide else 4)
 
     @property
-    def together(self) -> int:
+    def inputs_per_vector(self) -> int:
         """p: numbers of a token that share a vector in `dot`."""
         fits = [p for p in (1, 2, 4) if self.d_model % p == 0 and p <= self.lanes]
         return min(fits, key=lambda p: (-(-self.neurons // (self.lanes // p)) * (self.lanes // p), p))
 
     @property
     def neurons_per_vector(self) -> int:
-        return self.lanes // self.together
+        return self.lanes // self.inputs_per_vector
 
     @property
     def vectors(self) -> int:
@@ -53,7 +54,7 @@ class Packing:
     @property
     def steps(self) -> int:
         """Of `dot` through a token's numbers."""
-        return self.d_model // self.together
+        return self.d_model // self.inputs_per_vector
 
     def columns(self, most: int) -> int:
         """Vectors in a block of columns."""
@@ -69,9 +70,9 @@ class Packing:
 
     @property
     def scatter_pieces(self) -> int:
-        """In how many pieces an expert's part of a block of columns is copied; 0: not at all."""
+        """In how many pieces `scatter` copies an expert's part of a block of columns; 0: not at all."""
         block = self.neurons * self.scatter_columns * self.machine.vector_bytes
-        return -(-block // NEAR_BYTES) if self.neurons >= MANY_NEURONS else 0
+        return -(-block // FIRST_LEVEL_CACHE) if self.neurons >= MANY_NEURONS else 0
 
     @property
     def gradient_columns(self) -> int:

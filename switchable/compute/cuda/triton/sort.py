@@ -7,8 +7,10 @@ outermost, then says where the pairs of each (expert, chunk) start; each program
 writes them. The result is stable, hence deterministic; all sizes depend on shapes alone, and the host reads
 nothing back.
 
-Needs triton: imported only through `triton_path`. Shapes: T tokens, K experts per token, E experts, R = T·K
-rows.
+Why not torch's sort, as in `grouped_mm.py`? Sort, inverse and ends are some six launches there. Decoding one token
+should take about as long as reading its experts' weights, which is the time of a few launches.
+
+Shapes: T tokens, K experts per token, E experts, R = T·K rows.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _place_kernel(
 
 def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> Rows:
     """Return the pairs of `expert_ids_TK` in expert order, stable, without a host sync."""
-    ids_R = expert_ids_TK.reshape(-1)
+    ids_R = expert_ids_TK.contiguous().view(-1)
     rows = ids_R.numel()
     block_e = max(16, triton.next_power_of_2(num_experts))
     # A program holds a table [CHUNK, BLOCK_E]: 8,192 entries are 64 registers per thread of 4 warps.

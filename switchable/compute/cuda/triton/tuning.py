@@ -1,20 +1,21 @@
 """Which block sizes the Triton kernels may choose from: measured once per shape, then remembered on disk.
 
-Tuning results are kept by D, I, the layout and the *bucket* of the mean rows per expert, so that a new
-batch size seldom means a new measurement. Measuring waits for the GPU: run each shape once before a clock
-starts or a CUDA graph is captured. Block sizes change the order of the sums, so another choice means other
-last bits.
+Results are kept by the sizes of the product, the layout and the *bucket* of the mean rows per expert, so that a new
+batch size seldom means a new measurement. Measuring waits for the GPU: run each shape once before a clock starts or a
+CUDA graph is captured. Block sizes change the order of the sums, so another choice means other last bits.
 
-The list suits an H100: 128 x 256 and 128 x 128 blocks keep the tensor cores busy in training, 16-row blocks
-with a deep K read weights fast in decoding. Needs triton: imported only through `triton_path`.
+The lists suit an H100: blocks of 128 x 256 and 128 x 128 keep the tensor cores busy in training, blocks of 16 rows
+with a deep K read weights fast in decoding.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Any
 
 import triton
+
+from switchable.compute.cuda.triton import INTERPRETED
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> Any:
@@ -23,8 +24,6 @@ def _config(m: int, n: int, k: int, warps: int, stages: int) -> Any:
 
 
 # Small first: the first one is used where none suits. Triton's interpreter has nothing to tune.
-SMALLEST_N = 16  # no config has narrower columns
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 ROWS = [_config(16, 32, 32, 4, 1)]
 WEIGHTS = [_config(16, 32, 32, 4, 1)]
 if not INTERPRETED:
@@ -51,12 +50,6 @@ if not INTERPRETED:
     ]
 
 
-def clear_sums(arguments: dict[str, Any], reset_only: bool = False) -> None:  # noqa: ARG001
-    """Empty what a tuning run of `down_kernel` with atomic sums has added to."""
-    if arguments["ATOMIC"]:
-        arguments["out_ptr"].zero_()
-
-
 def bucket_of(rows: int, num_experts: int) -> int:
     """Return the mean rows per expert as a power of four in [4, 4096], by which tuning results are kept."""
     bucket = 4
@@ -69,40 +62,37 @@ def _fits(block: int, size: int) -> bool:
     return block <= max(32, 1 << (size - 1).bit_length())  # the next power of two
 
 
-def _affordable(sizes: dict[str, int], constants: dict[str, Any]) -> bool:
-    """Exact float32 products use no tensor cores: larger blocks spill and are slow to compile."""
-    small = sizes["BLOCK_M"] * sizes["BLOCK_N"] <= 64 * 64 and sizes["BLOCK_K"] <= 64
-    return constants["PRECISION"] != "ieee" or small
+def _pick(configs: list[Any], suits: Callable[[dict[str, int]], bool], precision: str) -> list[Any]:
+    def affordable(sizes: dict[str, int]) -> bool:
+        # Exact float32 products use no tensor cores: larger blocks spill and are slow to compile.
+        small = sizes["BLOCK_M"] * sizes["BLOCK_N"] <= 64 * 64 and sizes["BLOCK_K"] <= 64
+        return precision != "ieee" or small
+
+    return [c for c in configs if suits(c.kwargs) and affordable(c.kwargs)] or configs[:1]
 
 
-def _suiting(configs: list[Any], bucket: int, n: int, k: int, constants: dict[str, Any]) -> list[Any]:
+def _suit_rows(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
     """Drop configs whose blocks are much larger than the matrices, or much smaller than an expert's rows."""
+    call = named | constants
+    bucket = call["bucket"]
 
     def suits(sizes: dict[str, int]) -> bool:
         rows_fit = sizes["BLOCK_M"] == 16 if bucket < 16 else sizes["BLOCK_M"] <= bucket
         wide = bucket >= 256 and sizes["BLOCK_M"] == 16
-        columns_fit = _fits(sizes["BLOCK_N"], n) and _fits(sizes["BLOCK_K"], k)
-        return rows_fit and not wide and columns_fit and _affordable(sizes, constants)
+        columns_fit = _fits(sizes["BLOCK_N"], call["N"]) and _fits(sizes["BLOCK_K"], call["DEPTH"])
+        return rows_fit and not wide and columns_fit
 
-    return [c for c in configs if suits(c.kwargs)] or configs[:1]
-
-
-def _prune_up(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
-    return _suiting(configs, named["bucket"], constants["I"], constants["D"], constants)
+    return _pick(configs, suits, call["PRECISION"])
 
 
-def _prune_down(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
-    return _suiting(configs, named["bucket"], constants["D"], constants["I"], constants)
+def _suit_weights(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
+    call = named | constants
 
-
-def _prune_weight(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:  # noqa: ARG001
     def suits(sizes: dict[str, int]) -> bool:
-        fits = _fits(sizes["BLOCK_M"], constants["I"]) and _fits(sizes["BLOCK_N"], constants["D"])
-        return fits and _affordable(sizes, constants)
+        return _fits(sizes["BLOCK_M"], call["I"]) and _fits(sizes["BLOCK_N"], call["D"])
 
-    return [c for c in configs if suits(c.kwargs)] or configs[:1]
+    return _pick(configs, suits, call["PRECISION"])
 
 
-UP = {"early_config_prune": _prune_up}
-DOWN = {"early_config_prune": _prune_down}
-WEIGHT_GRAD = {"early_config_prune": _prune_weight}
+PRUNE = {"early_config_prune": _suit_rows}
+PRUNE_WEIGHTS = {"early_config_prune": _suit_weights}

@@ -42,13 +42,13 @@ def grouped_mm(call: ExpertCall) -> Tensor:
         InputError: float64, or rows that are not a multiple of 16 bytes long.
     """
     _check_grouped(call)
-    y_TD: Tensor = grouped_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _gates(call))
+    y_TD: Tensor = grouped_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _ones(call))
     return y_TD
 
 
 def batched_mm(call: ExpertCall) -> Tensor:
     """Return y_TD by `batched_mm_experts_forward`."""
-    y_TD: Tensor = batched_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _gates(call))
+    y_TD: Tensor = batched_mm_experts_forward(_as_experts(call), call.x_TD, call.expert_ids_TK, _ones(call))
     return y_TD
 
 
@@ -58,14 +58,13 @@ def _check_grouped(call: ExpertCall) -> None:
     if up_FD.dtype == torch.float64 or neurons % unit or up_FD.shape[1] % unit:
         raise InputError(
             f"grouped_mm cannot multiply d_model={up_FD.shape[1]}, {neurons} neurons per expert in {up_FD.dtype}: "
-            f"it takes half and single precision, and multiples of 16 bytes (here {unit} numbers); use 'sorted' "
-            "or 'eager'"
+            f"it takes half and single precision, and multiples of 16 bytes (here {unit} numbers); use another"
         )
 
 
-def _gates(call: ExpertCall) -> Tensor:
-    """Theirs always multiply."""
-    return call.x_TD.new_ones(call.expert_ids_TK.shape) if call.gates_TK is None else call.gates_TK
+def _ones(call: ExpertCall) -> Tensor:
+    """Theirs scale every expert's output."""
+    return call.x_TD.new_ones(call.expert_ids_TK.shape)
 
 
 def _by_expert(values_FX: Tensor, num_experts: int) -> Tensor:

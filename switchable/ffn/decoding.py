@@ -1,26 +1,26 @@
-"""A few tokens without gradients: a sparse layer's whole output in one call of compiled code.
+"""A few tokens without gradients: a sparse layer's whole output in one call of compiled code, prepared once.
+
+Python takes as long as the multiplications here, all the more since weights push it out of the caches. So what was
+looked up for a call serves the next ones, as long as the weights stay where they are; `PreparedLayer.fits` finds that
+out and looks at as few objects as it can.
 
 Shapes: B batch, S sequence, D d_model.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, FewCall, prepared
-
-if TYPE_CHECKING:
-    from switchable.ffn.ssd import SSD
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, prepare_call
+from switchable.ffn.ssd import SSD
 
 Modules = dict[str, nn.Module | None]
 
 
-def few_tokens_of(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
+def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     """Return a sparse layer's output, bias included, from one call of compiled code; None where it does not apply.
 
     Then the layer computes it step by step: with gradients, many tokens, under `torch.compile` or autocast, and where a
@@ -36,23 +36,21 @@ def few_tokens_of(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
         or torch.compiler.is_compiling()
     ):
         return None
-    kept, known = ssd.kept_call, ssd.kept_call.known
-    if known is None or not known.holds(ssd, x_BSD):
-        known = kept.known = Known(ssd, x_BSD)
-    if known.call is None or x_BSD.dtype is not torch.float32:
+    cache = ssd.decode_cache
+    prepared: PreparedLayer | None = cache.prepared
+    if prepared is None or not prepared.fits(ssd, x_BSD):
+        prepared = cache.prepared = PreparedLayer(ssd, x_BSD)
+    if prepared.call is None or x_BSD.dtype is not torch.float32:
         return None
-    return known.call(x_BSD.contiguous())
+    return prepared.call(x_BSD.contiguous())
 
 
-class Known:
-    """What is looked up for a call of a layer, which serves the next ones as long as the weights stay where they are.
-
-    Python takes as long as the multiplications otherwise, all the more since weights push it out of the caches: so
-    `holds` looks at as few objects as it can.
+class PreparedLayer:
+    """A call of a layer with everything looked up but its input.
 
     Args:
         ssd: of a layer in sparse mode.
-        x_BSD: the call's input.
+        x_BSD: the first input.
     """
 
     __slots__ = ("call", "experts_per_token", "modules", "numbers", "parameters", "threads")
@@ -61,16 +59,27 @@ class Known:
         self.numbers, self.experts_per_token = x_BSD.numel(), ssd.experts_per_token
         self.threads = torch.get_num_threads()
         layer, home, family = ssd.holders[0], ssd.holders[-1], ssd.settings.family
-        self.modules = [*_steps(home, family.up), *_steps(home, family.down), *_steps(layer, "router")]
+        self.modules = [*_path(home, family.up), *_path(home, family.down), *_path(layer, "router")]
         owners = [module._parameters for module in (ssd.up_projection, ssd.down_projection, ssd.router)]
         self.parameters = [
             (owner, name, owner[name], *_whereabouts(owner[name])) for owner in owners for name in owner
         ]
-        plain = family.gate is None and all("weight" in owner and "bias" in owner for owner in owners)
-        self.call = _prepared(ssd, self.numbers // ssd.d_model) if plain else None
+        # A parametrised or wrapped projection keeps its weight elsewhere: what it computes is not known here.
+        plain = all("weight" in owner and "bias" in owner for owner in owners)
+        self.call = None
+        if plain:
+            self.call = prepare_call(
+                self.numbers // ssd.d_model,
+                ssd.weights,
+                (ssd.router.weight, ssd.router.bias),
+                ssd.num_experts,
+                ssd.experts_per_token,
+                activation=ssd.settings.activation,
+                start_D=ssd.down_projection.bias,
+            )
 
-    def holds(self, ssd: SSD, x_BSD: Tensor) -> bool:
-        """Whether all is as it was: x's size, K, the threads, and which modules hold which numbers where."""
+    def fits(self, ssd: SSD, x_BSD: Tensor) -> bool:
+        """Return whether all is as it was: x's size, K, the threads, and which modules hold which numbers where."""
         if (
             x_BSD.numel() != self.numbers
             or ssd.experts_per_token != self.experts_per_token
@@ -90,7 +99,7 @@ class Known:
         return True
 
 
-def _steps(home: nn.Module, path: str) -> Iterator[tuple[Modules, str, nn.Module]]:
+def _path(home: nn.Module, path: str) -> Iterator[tuple[Modules, str, nn.Module]]:
     """The modules on the way to one, each with its name and what holds it."""
     for name in path.split("."):
         child = home.get_submodule(name)
@@ -101,24 +110,3 @@ def _steps(home: nn.Module, path: str) -> Iterator[tuple[Modules, str, nn.Module
 def _whereabouts(tensor: Tensor | None) -> tuple[int, int, torch.dtype | None]:
     """Where the numbers lie, how far apart rows are, and what they are."""
     return (0, 0, None) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.dtype)
-
-
-def _prepared(ssd: SSD, tokens: int) -> FewCall | None:
-    return prepared(
-        tokens,
-        ssd.weights,
-        (ssd.router.weight, ssd.router.bias),
-        ssd.num_experts,
-        ssd.experts_per_token,
-        activation=ssd.settings.activation,
-        start_D=ssd.down_projection.bias,
-    )
-
-
-class Kept(threading.local):
-    """What a layer last looked up. Every Python thread keeps its own; copies of a layer do not."""
-
-    known: Known | None = None
-
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()

@@ -1,0 +1,47 @@
+"""`switchable recipes`: the tables of settings that runs start from, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+HELP = "show the recipes: all settings of switching, and which recipe this machine takes"
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    verb.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables."""
+    from switchable.config import auto_recipe
+    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
+    from switchable.sections import ModelConfig, TrainConfig
+    from switchable.settings import SwitchConfig
+
+    here = auto_recipe(ModelConfig(), TrainConfig())
+    if args.json:
+        print(json.dumps({"auto": here, "recipes": RECIPES}))
+        return 0
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(SwitchConfig)}
+    print(f"{'setting':24}" + "".join(f"{name:>9}" for name in RECIPES) + "   what it is")
+    for name in RECIPES["early"]:
+        cells = "".join(f"{_cell(table[name]):>9}" for table in RECIPES.values())
+        print(f"{name:24}{cells}   {helps[name]}")
+    print(
+        f"\nnum_experts is the most: experts get at least {LEAST_NEURONS} neurons. experts_per_token keeps its share.\n"
+        f"activation_l1 is for {', '.join(PENALISED)}; other activations get 0.\n"
+        f"auto is {here} here for the default model: "
+        + (
+            "dense steps can leave out idle neurons on this processor in float32."
+            if here == "late"
+            else "dense steps cannot leave out idle neurons on this device."
+        )
+    )
+    return 0
+
+
+def _cell(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+"""For which calls the CPU's backends have code: the reasons why not that several of them share.
+
+Nothing is compiled here.
+
+Shapes: D d_model, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from switchable.compute.call import RELU_TYPES, ExpertCall
+from switchable.compute.cpu.llvm import this_machine
+from switchable.errors import InputError
+
+ITEMSIZES = {torch.float32: 4, torch.float64: 8}
+"""Bytes of the numbers that loops are written for."""
+PYTHON_IDS = 64
+"""Up to so many are looked through faster in Python than in operations of torch."""
+
+
+def why_not_relu_on_cpu(call: ExpertCall) -> str | None:
+    """Return None, or why a call is none of an FFN that our own CPU code computes."""
+    if call.x_TD.device.type != "cpu":
+        return f"computes on the CPU, and x is on {call.x_TD.device}"
+    if call.weights.gate_FD is not None:
+        return "does not compute gated FFNs"
+    if call.activation not in RELU_TYPES:
+        return f"computes the activations {' and '.join(RELU_TYPES)}, not {call.activation}"
+    return None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
+    """Return None if loops can be compiled here for rows of `d_model` numbers, or the reason why not."""
+    machine = this_machine()
+    if machine is None:
+        return "needs a processor with fused multiply-add on vectors (AVX2, AVX-512 or ARM64)"
+    if dtype not in ITEMSIZES:
+        return f"multiplies float32 and float64, not {str(dtype).removeprefix('torch.')}"
+    lanes = machine.vector_bytes // ITEMSIZES[dtype]
+    return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
+
+
+def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
+    """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
+    number = expert_ids_TK.numel()
+    if number:
+        in_python = number <= PYTHON_IDS and expert_ids_TK.is_contiguous()
+        ids = expert_ids_TK.view(-1).tolist() if in_python else [int(end) for end in expert_ids_TK.aminmax()]
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= num_experts:
+            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {low} to {high}")

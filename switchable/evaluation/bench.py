@@ -1,0 +1,100 @@
+"""How fast a model's own FFNs multiply on this machine: dense against sparse, in turns, router included.
+
+    speedup = median over turns of (seconds of a dense layer / seconds of the sparse one)
+
+Each layer is timed alone, on random tokens, in the precision of its weights. With few tokens the weights of other
+layers are not read in between, so they may come from the cache; `python -m benchmarks.decode` times whole models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
+from switchable.timing import processor, take_turns
+
+
+def measure(
+    model: nn.Module,
+    tokens: Sequence[int],
+    experts_per_token: int | None,
+    training: bool,
+    seconds: float,
+    show: Callable[[str], object] = lambda _line: None,
+) -> dict[str, Any]:
+    """Time every layer that takes part in sparse mode.
+
+    Args:
+        model: a converted model on the CPU; its modes are kept.
+        tokens: numbers of tokens at once.
+        experts_per_token: K in every layer; None: each layer's own.
+        training: forward and backward; else the forward alone, without gradients.
+        seconds: to spend on each layer and number of tokens.
+        show: is given each line of the table.
+
+    Raises:
+        InputError: no layer takes part in sparse mode, or K is impossible.
+    """
+    layers = [layer for layer in layers_of(model) if layer.ssd.takes_part]
+    if not layers:
+        raise InputError(
+            "no layer of this model takes part in sparse mode (it was trained all dense): nothing to compare"
+        )
+    show(
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {_precision(layers[0])}"
+    )
+    show(f"{'layer':40} {'K':>5} {'tokens':>7} {'dense':>11} {'sparse':>11} {'speed-up':>9}")
+    rows = []
+    with kept_modes(model):
+        set_mode(model, "dense", experts_per_token)
+        model.train(training)
+        for layer in layers:
+            for number in tokens:
+                rows.append(_row(layer, number, training, seconds))
+                show(line(rows[-1]))
+    machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"machine": machine, "precision": _precision(layers[0]), "training": training, "layers": rows}
+
+
+def _row(layer: SwitchableFFN, tokens: int, training: bool, seconds: float) -> dict[str, Any]:
+    weight = layer.ssd.up_projection.weight
+    x_BSD = torch.randn(1, tokens, layer.ssd.d_model, generator=torch.Generator().manual_seed(0))
+    x_BSD = x_BSD.to(weight.dtype).requires_grad_(training)
+
+    def multiply(mode: str) -> None:
+        layer.ssd.mode = mode
+        with torch.set_grad_enabled(training):
+            y_BSD = layer(x_BSD)
+        if training:
+            torch.autograd.backward(y_BSD, torch.ones_like(y_BSD))
+
+    times = take_turns({mode: lambda mode=mode: multiply(mode) for mode in ("dense", "sparse")}, seconds)  # type: ignore[misc]
+    layer.zero_grad(set_to_none=True)
+    return {
+        "layer": layer.ssd.name,
+        "experts_per_token": layer.ssd.experts_per_token,
+        "num_experts": layer.ssd.num_experts,
+        "tokens": tokens,
+        "seconds_dense": times.median("dense"),
+        "seconds_sparse": times.median("sparse"),
+        "speedup": times.ratio("dense", "sparse"),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    dense, sparse = (f"{1e3 * row[f'seconds_{mode}']:8.3f} ms" for mode in ("dense", "sparse"))
+    return (
+        f"{row['layer'][-40:]:40} {row['experts_per_token']:>5} {row['tokens']:>7} {dense:>11} {sparse:>11} "
+        f"{row['speedup']:8.2f}x"
+    )
+
+
+def _precision(layer: SwitchableFFN) -> str:
+    return str(layer.ssd.up_projection.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,67 @@
+"""Folders with a manifest: whole and unchanged, or found not to be.
+
+    manifest.json     size and SHA-256 of each other file
+
+A folder is filled under a temporary name, flushed to disk and renamed, so that it stands whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from switchable.errors import InputError
+from switchable.files import is_no_space, read_json, sha256, write_json
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
+    """Within the `with` block a full disk is told as the user's affair; anything else stays the bug it is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_no_space(error):
+            raise
+        raise InputError(
+            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
+        ) from None
+
+
+def seal(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write a folder's manifest with these entries."""
+    write_json(folder / MANIFEST, {"format": 1, "files": dict(sorted(files.items()))})
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def verify(folder: Path) -> str | None:
+    """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = {
+            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            return f"{MANIFEST} names a file outside the folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != checksum:
+            return f"{name} does not have its checksum"
+    return None

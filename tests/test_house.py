@@ -1,0 +1,100 @@
+"""How the package is built: imports run downwards, in no circle, and no room is too large."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "switchable"
+
+FLOORS = (
+    ("errors", "coercion", "options", "gone", "files", "timing", "ranks"),
+    ("recipes",),
+    ("settings",),
+    ("data", "structure"),
+    ("compute",),
+    ("sections",),
+    ("config",),
+    ("ffn",),
+    ("switching",),
+    ("infer",),
+    ("store",),
+    ("study",),
+    ("train",),
+    ("evaluation", "compare", "adapt", "finetune", "integrations"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""From the ground up. What stands on one floor may import what is on it or below."""
+
+UPWARDS: dict[tuple[str, str], str] = {}
+"""Arrows upwards that are meant, with their reason; at most two."""
+
+LONGEST_FILE = 300
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without `switchable.`."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inside if name.removeprefix("switchable.") in known} or {node.module}
+    ours = {name.removeprefix("switchable.") for name in found if name.startswith("switchable.")}
+    return ours | ({"__init__"} if "switchable" in found else set())
+
+
+def test_imports_run_downwards() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    known = modules()
+    wrong = []
+    for name, path in known.items():
+        for other in imports(path, known):
+            if other == "__init__" and not name.startswith("__"):
+                continue  # the version alone: nothing is imported there
+            here, there = name.split(".")[0], other.split(".")[0]
+            if floor[there] > floor[here] and (name, other) not in UPWARDS:
+                wrong.append(f"{name} -> {other}")
+    assert not wrong, "arrows upwards: " + ", ".join(sorted(wrong))
+    assert len(UPWARDS) <= 2
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    graph = {name: imports(path, known) - {name, "__init__"} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, "circle: " + " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_rooms_are_of_a_size_to_live_in() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    long = {name: count for name, count in lines.items() if count > LONGEST_FILE}
+    assert not long, f"files over {LONGEST_FILE} lines: {long}"
+    rooms: Counter[str] = Counter()
+    for name, count in lines.items():
+        rooms[name.split(".")[0]] += count
+    (largest, most), *_ = rooms.most_common(1)
+    assert most <= sum(lines.values()) / 4, f"{largest} is more than a quarter of the package"
+    assert sum(lines.values()) <= 18_500

@@ -1,0 +1,70 @@
+"""What the README shows works: its commands, on a small model, in its order, and its training loop."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_gpt2
+
+from switchable.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"(?m)^(switchable [^#\n]+?) *(?:#.*)?$", README)
+
+SMALL = (
+    "--d-model 16 --num-layers 2 --num-heads 2 --vocab-size 300 --steps 8 --batch-size 4 --sequence-length 16 "
+    "--eval-tokens 256 --threads 1 --quiet"
+)
+"""Given besides what the README says, so that it takes seconds."""
+
+
+def test_the_commands_in_their_order(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-texts", "wiki"):
+        shutil.copytree(corpus, name)
+    for name in ("my.txt", "held-out.txt"):
+        shutil.copy(next(corpus.iterdir()), name)
+    shutil.copytree(ROOT / "configs", "configs")
+    assert len(COMMANDS) >= 12
+    for command in COMMANDS:
+        if "configs/parity.yaml" in command:
+            continue  # six runs; the next one is the same with two
+        _bring("runs/dense/final", "path/to/checkpoint")
+        _bring("runs/mine/final", "other-run/step-1")
+        arguments = shlex.split(command)[1:]
+        resuming = "--resume" in arguments
+        if arguments[0] in ("pretrain", "compare") and not resuming:
+            arguments += shlex.split(SMALL)
+        if arguments[0] == "convert":
+            arguments += shlex.split(
+                "--num-experts 8 --calibration-tokens 2000 --eval-tokens 256 --keep-activation"
+            )
+        if "other-run/step*" in arguments:
+            arguments[arguments.index("other-run/step*")] = "other-run/step-1"  # as the shell does
+        code = main(arguments)
+        assert code == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def _bring(source: str, place: str) -> None:
+    """Put a model where the README says that the reader has one, as soon as there is one."""
+    if Path(source).is_dir() and not Path(place).exists():
+        shutil.copytree(source, place)
+
+
+def test_the_training_loop() -> None:
+    (block,) = re.findall(r"(?s)```python\n(.*?)```", README)
+    model = tiny_gpt2()
+    ids = torch.randint(0, 61, (4, 24), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": ids, "labels": ids}] * 3
+    names = {"model": model, "torch": torch, "probe_token_ids": ids, "batches": batches}
+    exec(block, names)  # the README's own code
+    assert str(names["report"]).startswith("2 of 2 FFNs are switchable")
+    assert names["controller"].steps_done == 3  # type: ignore[attr-defined]
