@@ -302,15 +302,12 @@ def test_the_objective_is_the_familys(family: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"objective": {"objective": "span"}}, "objective=span does not fit family=gpt2.* (t5"),
-        ({"model": {"family": "bert"}, "objective": {"objective": "causal"}}, "learns objective=masked"),
-        ({"objective": {"objective": "mased"}}, "'mased' is not known; use one of causal, masked, span"),
         ({"objective": {"mask_fraction": 1.5}}, "mask_fraction=1.5"),
         ({"objective": {"mean_span_length": 0}}, "mean_span_length=0"),
-        ({"objective": {"whole_words": True}}, "whole_words is for objective=masked"),
+        ({"objective": {"whole_words": True}}, "whole_words is for masked models"),
         ({"model": {"family": "t5"}, "data": {"vocab_size": 300}}, "need 358"),
     ],
 )
 def test_wrong_settings(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words.replace("(t5", r"\(t5")):
+    with pytest.raises(InputError, match=words):
         check(from_dict(given))

@@ -182,16 +182,16 @@ def test_a_part_whose_name_we_need() -> None:
     class Mlp(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weights, self.up, self.down = nn.ReLU(), nn.Linear(6, 24), nn.Linear(24, 6)
+            self.router, self.up, self.down = nn.ReLU(), nn.Linear(6, 24), nn.Linear(24, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.weights(self.up(x)))
+            return self.down(self.router(self.up(x)))
 
     model, x = nn.Sequential(Mlp()), torch.randn(3, 6)
     before, config = model(x), SwitchConfig(num_experts=4, experts_per_token=2)
-    with pytest.raises(InputError, match=r"a part called 'weights', a name that we need.*in_layer=True"):
-        convert(model, config, Family("Mlp", "up", "down", "weights"))
-    convert(model, config, Family("Mlp", "up", "down", "weights", in_layer=True))
+    with pytest.raises(InputError, match=r"a part called 'router', a name that we need.*in_layer=True"):
+        convert(model, config, Family("Mlp", "up", "down", "router"))
+    convert(model, config, Family("Mlp", "up", "down", "router", in_layer=True))
     torch.testing.assert_close(model(x), before)
 
 
