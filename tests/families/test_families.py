@@ -200,7 +200,20 @@ def test_names_that_are_ours_are_known_as_such_and_natural_ones_are_free() -> No
     convert(model, CONFIG)
     own = set(vars(layers_of(model)[0])) - set(vars(nn.Module()))
     assert own <= set(RESERVED)
-    free = {"activation", "act", "up", "down", "gate", "fc1", "w1", "dropout", "norm", "proj", "lin1", "dense"}
+    free = {
+        "activation",
+        "act",
+        "up",
+        "down",
+        "gate",
+        "fc1",
+        "w1",
+        "dropout",
+        "norm",
+        "proj",
+        "lin1",
+        "dense",
+    }
     assert not free & (set(RESERVED) | set(dir(type(layers_of(model)[0]))))
 
 
