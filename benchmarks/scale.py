@@ -28,7 +28,7 @@ import torch
 
 from switchable.config import from_dict
 from switchable.ffn.convert import set_mode
-from switchable.store import snapshot
+from switchable.store.contents import contents_of, training_state
 from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.optim import clip_gradients
@@ -111,8 +111,8 @@ def save_seconds(job: Job, folder: Path) -> float:
             saver.wait()
             begin = time.perf_counter()
             counters = dataclasses.asdict(Counters())
-            state = snapshot.training_state(job.model, job.optimizer, job.controller.state_dict(), counters)
-            saver.start(folder / f"step-{index}", snapshot.take(job.model, state), then=lambda: None)
+            state = training_state(job.model, job.optimizer, job.controller.state_dict(), counters)
+            saver.start(folder / f"step-{index}", contents_of(job.model, state), then=lambda: None)
             seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 

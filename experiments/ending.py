@@ -103,13 +103,13 @@ def refitted(folder: Path, cache: Path) -> float | None:
     """Teach the routers of a finished run some more, and return its loss in sparse mode; None if it has none."""
     from switchable.adapt.calibrate import calibrate
     from switchable.infer.loss import loss_in_mode
+    from switchable.store.restore import restore_training
     from switchable.store.rundir import RunDir
-    from switchable.train import checkpoint
     from switchable.train.setup import probe_inputs, set_up
 
     rundir = RunDir(folder)
     job = set_up(read_stored(rundir.config), cache, quiet=True)
-    state, _ = checkpoint.restore(rundir.checkpoint(rundir.steps()[-1]), job.model, job.optimizer)
+    state, _ = restore_training(rundir.checkpoint(rundir.steps()[-1]), job.model, job.optimizer)
     job.controller.load_state_dict(state)
     if not any(job.controller.state.takes_part):
         return None

@@ -24,7 +24,7 @@ import torch
 
 from switchable.config import RunConfig
 from switchable.errors import InputError
-from switchable.store import checkpoint, tensorfile
+from switchable.store import checkpoint, restore, tensorfile
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Controller
 from switchable.train.loop import Trainer
@@ -36,7 +36,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "step": (Trainer, "_step"),
     "switch": (Controller, "_measure"),
     "save": (checkpoint, "write"),
-    "resume": (checkpoint, "restore"),
+    "resume": (restore, "restore_training"),
 }
 """What can be hit: (object, name of its function)."""
 

@@ -7,15 +7,18 @@
     ...                                                                             # your loop:
         controller.step(optimizer)                                                  # after optimizer.step()
 
-Names are imported when first used, so that `switchable --help` answers without loading torch; nothing else happens.
-`load(folder)` opens a run, a checkpoint or an export. `register()` tells transformers to open the folders that
-`switchable export --to sparse` writes.
+    model, tokenizer = switchable.load("runs/demo")      # a run, a checkpoint or an export
+    switchable.register()                                # from_pretrained opens sparse exports from now on
+
+Nothing happens at import: names are imported when first used, so that `switchable --help` answers without torch.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from switchable.versions import __version__
 
 if TYPE_CHECKING:
     from switchable.errors import InputError
@@ -26,13 +29,13 @@ if TYPE_CHECKING:
     from switchable.store.sparse_folder import register
     from switchable.switching.controller import Controller
 
-__version__ = "0.2.0"
 __all__ = [
     "Controller",
     "ConversionReport",
     "Family",
     "InputError",
     "SwitchConfig",
+    "__version__",
     "convert",
     "in_mode",
     "load",

@@ -1,16 +1,71 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, flushed, renamed."""
+"""Files and folders that are whole or not there: written under a temporary name, flushed to disk, renamed.
+
+A reader never sees half of one, and what a killed process leaves has a name that begins with `TEMPORARY`.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"
 """Prefix of names that are not complete yet."""
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name under which a file or folder is made."""
+    return path.with_name(TEMPORARY + path.name)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the `with` block the name of a file to write, which takes the place of `path` at its end, or is removed."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give the `with` block a new folder to fill, which takes the place of `path` at its end, or is removed."""
+    temporary = temporary_name(path)
+    remove(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        finish_folder(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Flush a folder and all below it to disk, and give it its name; an older one of that name is removed."""
+    for below in temporary.rglob("*"):
+        flush(below)
+    flush(temporary)
+    remove(path)
+    temporary.rename(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Put a file's bytes, or the names in a folder, on the disk: they survive a power cut from then on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -26,26 +81,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk: a new name in it survives a power cut from then on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,8 +92,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the values of a file with one JSON value a line; a line that is not whole is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_no_space(error: BaseException) -> bool:
-    """Return whether an error says that the disk is full (safetensors reports it as text)."""
+    """Return whether an error says that the disk is full (libraries written in Rust say it as text)."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return (
         getattr(error, "errno", None) in codes or "os error 28" in str(error) or "No space left" in str(error)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.router import expert_mass, router_loss
-from switchable.switching.monitor import Batch, observed
+from switchable.ffn.router import expert_mass, mass_share, router_loss
+from switchable.switching.measures import Batch, observed
 
 MEMORY_BYTES = 2**30
 """For what is kept of one piece of the text, all layers together."""
@@ -89,9 +89,8 @@ class _Seen:
         """Keep the tokens of one call."""
         x_TD = x.reshape(-1, layer.ssd.d_model)
         mass_TE = expert_mass(layer.ssd.activations(x_TD), layer.ssd.weights.down_FD, layer.ssd.num_experts)
-        share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
         self._x.append(x_TD.to(torch.bfloat16))
-        self._share.append(share_TE.half())
+        self._share.append(mass_share(mass_TE).half())
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the inputs x_TD and the experts' shares of the mass, share_TE."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from switchable.errors import InputError
 from switchable.ffn.families import Family
 from switchable.sections import TrainConfig
-from switchable.switching.monitor import Batch
+from switchable.switching.measures import Batch
 from switchable.train.optim import build_optimizer, clip_gradients, set_learning_rate
 
 WARMUP, DECAY = 0.1, 0.9

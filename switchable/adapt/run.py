@@ -38,11 +38,13 @@ from switchable.infer.loss import objective_of_model, validation_loss
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
-from switchable.store.load import is_sparse_export, load_config, load_pretrained
+from switchable.store.load import is_sparse_export
+from switchable.store.pretrained import load_config, load_pretrained
 from switchable.store.rundir import RunDir
 from switchable.structure.features import features
 from switchable.structure.groups import cluster_layers
-from switchable.switching.monitor import Batch, watch
+from switchable.switching.measures import Batch
+from switchable.switching.monitor import watch
 from switchable.switching.switch import group_anew
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
 
@@ -179,10 +181,10 @@ def _relufy(
 def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     """Put the neurons of every FFN in the order of the structure that the text shows."""
     layers = layers_of(model)
-    tallies = watch(model, text.probe(model, config.structure_tokens))
+    watches = watch(model, text.probe(model, config.structure_tokens))
     rows = [
-        features(layer.ssd.reads_FD.detach(), tally.active_TF, config.structure)
-        for layer, tally in zip(layers, tallies, strict=True)
+        features(layer.ssd.reads_FD.detach(), seen.active_TF, config.structure)
+        for layer, seen in zip(layers, watches, strict=True)
     ]
     labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
     group_anew(layers, labels)

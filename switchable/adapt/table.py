@@ -9,7 +9,7 @@ from torch import nn
 
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.infer.loss import loss_in_mode, validation_loss
-from switchable.switching.monitor import Batch, watch
+from switchable.switching.measures import Batch, LayerSums, show
 
 FRACTIONS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5}
 """K/E at which the loss is measured."""
@@ -42,28 +42,17 @@ class Losses:
 def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
     """Measure every FFN at its own K on model inputs without labels."""
     layers = layers_of(model)
-    sums = [[0.0] * 5 for _ in layers]
-    for batch in probe:  # one by one: a tally keeps every token's activity
-        for total, layer, tally in zip(sums, layers, watch(model, [batch]), strict=True):
-            assert tally.caught_E is not None, "the text never reached the layer"
-            caught = float(tally.caught_E[layer.ssd.experts_per_token - 1])
-            figures = (
-                tally.tokens * layer.ssd.d_ff,
-                float(tally.active),
-                caught,
-                float(tally.best),
-                float(tally.mass),
-            )
-            total[:] = [a + b for a, b in zip(total, figures, strict=True)]
+    every = [LayerSums(layer) for layer in layers]
+    show(model, probe, every)
     return [
         LayerRow(
             layer.ssd.name,
-            active / pairs,
-            caught / max(mass, 1e-300),
-            best / max(mass, 1e-300),
+            sums.activation_ratio,
+            sums.mass_router[sums.chosen - 1],
+            sums.mass_best[sums.chosen - 1],
             layer.ssd.takes_part,
         )
-        for layer, (pairs, active, caught, best, mass) in zip(layers, sums, strict=True)
+        for layer, sums in zip(layers, every, strict=True)
     ]
 
 

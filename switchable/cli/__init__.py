@@ -27,6 +27,7 @@ from switchable.cli import (
 )
 from switchable.cli.parser import Parser
 from switchable.errors import InputError
+from switchable.versions import __version__
 
 VERBS = {
     "pretrain": pretrain,
@@ -69,13 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the command line, and those of the verbs by name."""
-    import switchable
-
     parser = Parser(
         prog="switchable",
         description="Switchable sparse-dense pre-training: one set of weights, two ways to multiply.",
     )
-    parser.add_argument("--version", action="version", version=f"switchable {switchable.__version__}")
+    parser.add_argument("--version", action="version", version=f"switchable {__version__}")
     places = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     verbs = {name: places.add_parser(name, help=module.HELP) for name, module in VERBS.items()}
     for name, module in VERBS.items():

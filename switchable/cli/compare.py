@@ -51,7 +51,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, write the table, and print its figures as one JSON line."""
     from switchable.compare.methods import check_methods, check_seeds
-    from switchable.compare.runs import others_finished, plan
+    from switchable.compare.runs import others_finished, runs_of
     from switchable.config import load, objective_of
 
     if args.config is None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args.jobs)
     flags = {"threads": max(1, cores() // jobs)} | given_flags(args)
     config = load(args.config, flags)
-    runs = plan(config, methods, seeds, args.out)
+    runs = runs_of(config, methods, seeds, args.out)
     make_folder(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.compare.report import last_line, markdown, write_report

@@ -18,7 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--to",
         choices=("dense", "sparse"),
         required=True,
-        help="dense: any tool opens it; sparse: AutoModelFor...from_pretrained does after `import switchable`",
+        help="dense: any tool opens it; sparse: AutoModelFor...from_pretrained does after switchable.register()",
     )
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
     verb.add_argument(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.errors import InputError
-
 HELP = "write text with a trained model, dense or sparse"
 
 
@@ -36,11 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
     from switchable.infer.generate import generate_text
     from switchable.infer.sampling import Sampling
-    from switchable.store.load import load
+    from switchable.store.load import load_with_tokenizer
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
-    model, tokenizer = load(args.folder)
-    if tokenizer is None:
-        raise InputError(f"{args.folder} holds no tokenizer; give the folder of the run instead")
+    model, tokenizer = load_with_tokenizer(args.folder)
     print(generate_text(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling))
     return 0

@@ -116,5 +116,10 @@ def _train(args: argparse.Namespace, given: dict[str, Any], config: RunConfig) -
     except TrainingStopped as stopped:
         return 128 + int(stopped.args[0])
     if ranks.is_main():
+        from switchable.study.report import write_run_report  # matplotlib takes a second to import
+
+        report = write_run_report(args.out)
+        if not args.quiet:
+            print(f"report: {report}", file=sys.stderr)
         print(json.dumps(figures))
     return 0

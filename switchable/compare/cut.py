@@ -10,7 +10,6 @@ decided by their activation ratio, as in `ssd`. All of it is charged to the run'
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from switchable.compare.runs import Run
 from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
-from switchable.files import write_text
-from switchable.store import checkpoint, folders
+from switchable.files import read_json, write_text
+from switchable.store import folders
+from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.switching.monitor import measure
@@ -64,7 +64,7 @@ def cut(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
         rundir.clear()
         write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
-        before = json.loads(dense.summary.read_text(encoding="utf-8"))
+        before = read_json(dense.summary)
         return _cut(job, rundir, before, jobs)
     finally:
         rundir.release()
@@ -186,4 +186,4 @@ def _load_weights(final: Path, model: nn.Module) -> None:
         raise InputError(
             f"{final} is damaged ({damage}); remove {final.parent / 'summary.json'} and start again"
         )
-    checkpoint.restore_model(final, model, routers=False)
+    restore_model(final, model, routers=False)

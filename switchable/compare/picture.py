@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from switchable.compare.figures import Validation
 from switchable.compare.methods import in_order, steps_factor
+from switchable.files import whole_file
 
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("#000000", "o", "-"),
@@ -64,12 +65,8 @@ def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], pict
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    temporary = picture.with_name(".tmp-" + picture.name)
-    try:
+    with whole_file(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        temporary.replace(picture)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def loss_limits(curves: Sequence[Sequence[Validation]]) -> tuple[float, float]:

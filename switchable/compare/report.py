@@ -23,26 +23,26 @@ from switchable.compare.figures import (
 from switchable.compare.methods import in_order, named
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
-from switchable.files import write_json, write_text
-from switchable.study.records import read_metrics
+from switchable.files import read_records, write_json, write_text
+from switchable.train.summary import label
 
 GAIN = "gain_of_ssd_at_equal_flops"
 
 ROWS: dict[str, tuple[str, str]] = {
-    "val_loss_dense": ("validation loss, dense mode (nats per token)", ".4f"),
-    "val_loss_sparse": ("validation loss, sparse mode", ".4f"),
-    "bits_per_byte_dense": ("bits per byte, dense mode", ".4f"),
-    "bits_per_byte_sparse": ("bits per byte, sparse mode", ".4f"),
+    "val_loss_dense": (label("val_loss_dense"), ".4f"),
+    "val_loss_sparse": (label("val_loss_sparse"), ".4f"),
+    "bits_per_byte_dense": (label("bits_per_byte_dense"), ".4f"),
+    "bits_per_byte_sparse": (label("bits_per_byte_sparse"), ".4f"),
     "delta_dense": ("dense mode - dense's loss (nats)", "+.4f"),
     "delta_sparse": ("sparse mode - dense's loss (nats)", "+.4f"),
-    "sparse_fraction": ("share of sparse steps", ".3f"),
+    "sparse_fraction": (label("sparse_fraction"), ".3f"),
     "expert_fraction": ("K/E in sparse mode, mean over layers (dense ones: 1)", ".3f"),
-    "flops": ("FLOPs in all", ".3g"),
+    "flops": (label("flops"), ".3g"),
     "flops_ratio": ("FLOPs / dense's", ".3f"),
     "flops_ratio_nonembedding": ("FLOPs without embeddings and head / dense's", ".3f"),
-    "wall_seconds": ("wall-clock of training (s)", ".0f"),
+    "wall_seconds": (label("wall_seconds_train"), ".0f"),
     "wall_ratio": ("wall-clock / dense's", ".3f"),
-    "cpu_seconds": ("CPU time of training (s, all threads)", ".0f"),
+    "cpu_seconds": (label("cpu_seconds_train"), ".0f"),
     "cpu_ratio": ("CPU time / dense's", ".3f"),
     "time_to_dense_loss_ratio": ("time to dense's final loss / dense's", ".3f"),
     "cpu_to_dense_loss_ratio": ("CPU time to dense's final loss / dense's", ".3f"),
@@ -78,7 +78,7 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         InputError: a summary is damaged.
     """
     summaries = {(run.method, run.seed): run.summary() for run in runs}
-    curves = {(run.method, run.seed): curve(read_metrics(run.path / "metrics.jsonl")) for run in runs}
+    curves = {(run.method, run.seed): curve(read_records(run.path / "metrics.jsonl")) for run in runs}
     table = tabulate(summaries, curves)
     write_json(out / "compare.json", table)
     write_text(out / "compare.md", markdown(table))
@@ -102,10 +102,7 @@ def tabulate(
         own = {seed: own_figures(summaries[method, seed]) for seed in seeds}
         paired = {
             seed: paired_figures(
-                own[seed],
-                curves[method, seed],
-                own_figures(summaries["dense", seed]),
-                curves["dense", seed],
+                own[seed], curves[method, seed], own_figures(summaries["dense", seed]), curves["dense", seed]
             )
             for seed in seeds
             if ("dense", seed) in summaries
@@ -153,9 +150,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     methods = table["methods"]
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_seeds(found["seeds"]) for found in methods.values()) + " |")
-    for figure, (label, form) in ROWS.items():
+    for figure, (name, form) in ROWS.items():
         cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = ["Mean over seeds ± standard deviation; — where there is no value."]
     early = [name for name, found in methods.items() if any(found["ended_before_dense"].values())]
     if early:

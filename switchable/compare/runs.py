@@ -8,7 +8,6 @@ folder's lock decides who trains it, so a comparison may be started several time
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from switchable.compare.methods import UNCOMPARED, method_config, named
 from switchable.config import RunConfig, changed, check, read_stored
 from switchable.errors import InputError
+from switchable.files import read_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
         """
         file = self.path / "summary.json"
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_json(file)
         except ValueError:
             raise InputError(
                 f"{file} is damaged; remove it and start again: the run's last checkpoint is kept"
@@ -65,7 +65,7 @@ def folder(out: Path, method: str, seed: int) -> Path:
     return out / f"{method}-s{seed}"
 
 
-def plan(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
+def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
     """Return the runs of a comparison, seed by seed, each after the one it goes on from.
 
     Raises:

@@ -10,6 +10,7 @@ from switchable.compare.methods import UNCOMPARED
 from switchable.compare.runs import Run
 from switchable.config import to_dict
 from switchable.store.rundir import RunDir
+from switchable.study.report import write_run_report
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import SSD
 
@@ -39,3 +40,4 @@ def train(run: Run, cache: Path, jobs: int) -> None:
         )
     else:
         pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs, variant=variant)
+    write_run_report(run.path)

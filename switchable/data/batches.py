@@ -16,7 +16,6 @@ number of each row in that endless row of windows.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from switchable.data.objectives import Objective
 from switchable.errors import InputError
+from switchable.files import read_json
 
 VALIDATION_SEED = 0  # of what is masked in validation batches
 
@@ -234,7 +234,7 @@ def token_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
         return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast
     path = Path(tokens)
     try:
-        dtype = json.loads(path.with_name("meta.json").read_text(encoding="utf-8"))["dtype"]
+        dtype = read_json(path.with_name("meta.json"))["dtype"]
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

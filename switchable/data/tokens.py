@@ -5,18 +5,16 @@ Second room of TEXT -> TOKENS -> BATCHES. Two streaming passes over the corpus, 
 1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer (`split.py`);
 2. tokenize: write each document's tokens and one end of text to `train.bin` or `val.bin`.
 
-The result lies in `cache_dir/<fingerprint>/`, made under a hidden name and renamed when whole, all under a
+The result lies in `cache_dir/<fingerprint>/`. It is made under a temporary name and renamed when whole, all under a
 lock: a folder of that name is complete, however many processes started at once or died on the way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,9 +30,9 @@ from switchable.data import corpora, tokenizers
 from switchable.data.config import DataConfig
 from switchable.data.split import Scan, hashed_documents, progress_bar, scan_corpus
 from switchable.errors import InputError
+from switchable.files import is_no_space, read_json, whole_folder, write_json
 
 FORMAT = 1  # of the folder's contents; with a higher number, older folders are not used any more
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,7 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig,
-    cache_dir: str | os.PathLike[str],
-    *,
-    objective: str = "causal",
-    progress: bool = True,
+    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True
 ) -> PreparedData:
     """Make the token files of `config` under `cache_dir`, unless they are there; return what there is.
 
@@ -116,7 +110,7 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
     path = Path(folder)
     remedy = f"delete the folder {str(path)!r} and start again"
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(path / "meta.json")
         train, val = (Split(path / f"{side}.bin", **meta["splits"][side]) for side in ("train", "val"))
         end = tokenizers.EndOfText(**meta["end_of_text"])
         data = PreparedData(
@@ -162,31 +156,20 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
 
 
 def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
-    partial.mkdir()
+    written = 0
     try:
-        _build(config, partial, folder.name, objective, progress)
-        _fsync(partial)
-        os.replace(partial, folder)
-    except BaseException as error:
-        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        shutil.rmtree(partial, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno in FULL_DISK
-        if full or "os error 28" in str(error):  # the latter is how `tokenizers` says it
-            raise InputError(
-                f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
-                "removed again; free some space, give another folder, or read less (--max-text-mb)"
-            ) from error
-        raise
-
-
-def _fsync(folder: Path) -> None:
-    """Put the files of a folder on the disk, so that the rename after it cannot overtake them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        with whole_folder(folder) as partial:
+            try:
+                _build(config, partial, folder.name, objective, progress)
+            finally:
+                written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    except Exception as error:
+        if not is_no_space(error):
+            raise
+        raise InputError(
+            f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
+            "removed again; free some space, give another folder, or read less (--max-text-mb)"
+        ) from error
 
 
 def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:
@@ -217,7 +200,7 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
         "dtype": dtype,
         "end_of_text": end._asdict(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "meta.json", meta)
 
 
 # --- second pass: tokens ---

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.tasks import NAMES, task_config
-from switchable.evaluation.ways import Way, going
+from switchable.evaluation.ways import Way, multiplying
 
 RESAMPLES = 1000
 """Bootstrap resamples of lm-eval, for metrics whose standard error has no formula."""
@@ -96,7 +96,7 @@ def task_scores(
         manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
         live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         for way in found_ways:
-            with going(model, way):
+            with multiplying(model, way):
                 try:
                     found = lm_eval.simple_evaluate(
                         model=live,

@@ -21,7 +21,7 @@ from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
 from switchable.infer.loss import objective_of_model
-from switchable.store.load import load, run_config
+from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
 
@@ -63,9 +63,7 @@ def evaluate(request: EvalRequest) -> list[Score]:
     if request.threads:
         torch.set_num_threads(request.threads)
     device = pick_device(request.device)
-    model, tokenizer = load(request.folder)
-    if tokenizer is None:
-        raise InputError(f"{request.folder} holds no tokenizer; give the folder of the run instead")
+    model, tokenizer = load_with_tokenizer(request.folder)
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise InputError(
             f"{request.folder} holds a {type(model).__name__}, which predicts no text; give a language model. "

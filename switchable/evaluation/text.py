@@ -28,7 +28,7 @@ from switchable.data.objectives import Objective
 from switchable.data.tokenizers import encode_batch, end_of_text
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
-from switchable.evaluation.ways import Way, going
+from switchable.evaluation.ways import Way, multiplying
 from switchable.infer.loss import shifts_labels
 
 Batch = dict[str, Tensor]
@@ -85,7 +85,7 @@ def text_scores(
         batches = validation_batches(text.ids[1:], objective, batch_size, len(text.ids))
     scores = []
     for way in found_ways:
-        with going(model, way):
+        with multiplying(model, way):
             nats, tokens = _per_window(model, batches)
         loss = float(nats.sum() / tokens.sum())
         stderr = _ratio_stderr(nats, tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from switchable.errors import InputError
-from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.convert import in_mode, layers_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequenc
 
 
 @contextmanager
-def going(model: nn.Module, way: Way) -> Iterator[None]:
+def multiplying(model: nn.Module, way: Way) -> Iterator[None]:
     """Within the block the model is in evaluation mode and multiplies this way; afterwards as before."""
-    with kept_modes(model):
-        set_mode(model, way.mode, way.experts_per_token)
+    with in_mode(model, way.mode, way.experts_per_token):
         model.eval()
         yield

@@ -34,6 +34,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Convert a plain model to what `describe` returned for another; the routers' weights are still to be loaded.
 
+    The same layers may stand under another head: `h.0.mlp` of one model may be `transformer.h.0.mlp` of the other.
+
     Raises:
         InputError: the description does not fit the model, or is that of a mixture of experts with scaled outputs.
     """
@@ -47,11 +49,16 @@ def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
         classes = family["ffn"]
         family = Family(**{**family, "ffn": classes if isinstance(classes, str) else tuple(classes)})
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1), family)
-    for layer in layers_of(model):
-        if layer.ssd.name not in described["layers"]:
+    layers = layers_of(model)
+    if len(layers) != len(described["layers"]):
+        raise InputError(
+            f"the description of the experts is of {len(described['layers'])} FFNs, and the model has {len(layers)}"
+        )
+    for layer, (name, stored) in zip(layers, described["layers"].items(), strict=True):
+        ours, theirs = f".{layer.ssd.name}", f".{name}"
+        if not (ours.endswith(theirs) or theirs.endswith(ours)):
             raise InputError(
                 f"the description of the experts has none for {layer.ssd.name}; it is another model's"
             )
-        stored = described["layers"][layer.ssd.name]
         layer.ssd.set_experts_per_token(stored["experts_per_token"])
         layer.ssd.takes_part = stored["takes_part"]

@@ -66,13 +66,17 @@ def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     return torch.einsum("tei,ei->te", hidden_TEI, norms_EI)
 
 
+def mass_share(mass_TE: Tensor) -> Tensor:
+    """Return each expert's share of a token's activation mass; zeros where no neuron of the token is active."""
+    return mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
+
+
 def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
     """Return the mean cross-entropy (nats per token) of the router against each expert's share of the mass.
 
     A token none of whose neurons is active has no share to learn and counts as zero.
     """
-    share_TE = mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)
-    return -(share_TE * scores_TE.log_softmax(dim=-1)).sum(dim=-1).mean()
+    return -(mass_share(mass_TE) * scores_TE.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def stride(fraction: float) -> int:

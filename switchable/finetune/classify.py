@@ -22,8 +22,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -34,16 +33,18 @@ from transformers import (
 from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
-from switchable.evaluation.ways import Way, going, ways
-from switchable.ffn.convert import convert, layers_of, set_mode
-from switchable.ffn.layer import SwitchableFFN
+from switchable.evaluation.ways import Way, multiplying, ways
+from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
-from switchable.settings import SwitchConfig
 from switchable.store import checkpoint
-from switchable.store.load import find_model, is_sparse_export, load
+from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
+from switchable.store.pretrained import load_config, load_pretrained
 from switchable.train.memory import keep_freed_memory
 from switchable.train.setup import pick_device
 
+NEW_HEAD = r"score|classif|pooler|pre_classifier"
+"""Weights that a classification model has and a language model has not: they are drawn anew."""
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
@@ -112,40 +113,25 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     Raises:
         InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
-    body, tokenizer = load(run)
+    body, tokenizer = load_with_tokenizer(run)
     chosen = find_model(run)
-    if tokenizer is None:
-        raise InputError(f"{run} holds no tokenizer; give the folder of the run instead")
     if is_sparse_export(chosen):
         raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = AutoConfig.from_pretrained(
-        chosen, local_files_only=True, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id
-    )
-    try:
-        with checkpoint.quiet_transformers():
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                chosen, config=settings, local_files_only=True
-            )
-    except ValueError as error:
-        raise InputError(
-            f"transformers has no classification head for {settings.model_type}: {error}"
-        ) from None
-    _switch_on(model, layers_of(body))
-    return model, tokenizer
-
-
-def _switch_on(model: nn.Module, before: Sequence[SwitchableFFN]) -> None:
-    """Make a classifier switchable as the body it has was before: the same experts, K and routers, layer by layer."""
-    first = before[0].ssd
-    # The routers of a model that was trained all dense have nothing to learn.
-    recipe = "early" if any(layer.ssd.takes_part for layer in before) else "dense"
-    convert(model, SwitchConfig(recipe, first.num_experts, experts_per_token=1), first.settings.family)
+    settings = load_config(chosen, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
+    if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(f"transformers has no classification head for {settings.model_type}")
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
+    model = load_pretrained(chosen, settings, kind, new=NEW_HEAD)
+    before = layers_of(body)
+    make_switchable(model, describe(body))
     for old, new in zip(before, layers_of(model), strict=True):
         new.router.load_state_dict(old.router.state_dict())
-        new.ssd.set_experts_per_token(old.ssd.experts_per_token)
-        new.ssd.takes_part, new.ssd.neuron_ids_F = old.ssd.takes_part, old.ssd.neuron_ids_F
+        new.ssd.neuron_ids_F = old.ssd.neuron_ids_F
+        # The routers of a model that was trained all dense have nothing to learn.
+        new.ssd.router_learns = any(layer.ssd.takes_part for layer in before)
+    return model, tokenizer
 
 
 def _training_way(model: nn.Module, config: FinetuneConfig) -> Way:
@@ -212,7 +198,7 @@ def _scores(trainer: Trainer, dev: list[dict[str, Any]], config: FinetuneConfig)
     can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(model))
     k = () if config.experts_per_token is None or not can_be_sparse else (config.experts_per_token,)
     for way in ways(model, (), k):
-        with going(model, way):
+        with multiplying(model, way):
             logits = trainer.predict(dev).predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
         for name in sorted(METRICS, key=lambda metric: metric != first):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.data.objectives.spans import sentinel_ids
@@ -50,30 +50,18 @@ def fill_masks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str
     masked = ids == tokenizer.mask_token_id
     logits_NV = model(input_ids=ids).logits[masked].float()
     logits_NV[:, tokenizer.all_special_ids] = -torch.inf
-    ids[masked] = _draw(logits_NV, sampling)
+    ids[masked] = sampling.draw(logits_NV)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def _draw(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    if sampling.temperature == 0:
-        return logits_NV.argmax(-1)
-    if sampling.top_k:
-        least_N1 = logits_NV.topk(min(sampling.top_k, logits_NV.shape[1])).values[:, -1:]
-        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
-    return torch.multinomial((logits_NV / sampling.temperature).softmax(-1), 1)[:, 0]
-
-
-def fill_spans(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: dict[str, Any], max_new_tokens: int
-) -> str:
+def fill_spans(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
     """Return the prompt with a span of text in place of each sentinel.
 
     Args:
         model: an encoder-decoder model.
         tokenizer: its tokenizer, with sentinels.
         prompt: text, with or without sentinels.
-        choice: how `generate` draws tokens.
-        max_new_tokens: tokens that the decoder writes at most, sentinels included.
+        sampling: how tokens are drawn, and how many at most, sentinels included.
 
     Raises:
         InputError: the tokenizer has no sentinels.
@@ -87,13 +75,7 @@ def fill_spans(
     if not set(ids) & set(sentinels):
         ids = [*ids, sentinels[0]]
     input_ids = torch.tensor([[*ids, tokenizer.eos_token_id]], device=next(model.parameters()).device)
-    written = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        **choice,
-    )[0].tolist()
+    written = sampling.generate(model, input_ids, sampling.max_new_tokens).tolist()
     spans = dict(_spans(written[1:], sentinels, {tokenizer.eos_token_id, tokenizer.pad_token_id}))
     filled = [token for i in ids for token in (spans.get(i, []) if i in sentinels else [i])]
     return str(tokenizer.decode(filled, skip_special_tokens=True))

@@ -44,34 +44,19 @@ def generate_text(
     objective = objective_of_model(model)
     if objective == "masked":
         return fill_masks(model, tokenizer, prompt, sampling)
-    choice = (
-        {"do_sample": False}
-        if sampling.temperature == 0
-        else {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-    )
-    if objective == "span":
-        return fill_spans(model, tokenizer, prompt, choice, sampling.max_new_tokens)
-    return _continue(model, tokenizer, prompt, choice, sampling.max_new_tokens)
+    write = fill_spans if objective == "span" else _continue
+    return write(model, tokenizer, prompt, sampling)
 
 
-def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: dict[str, Any], max_new_tokens: int
-) -> str:
+def _continue(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    room = min(max_new_tokens, positions - len(ids))
+    room = min(sampling.max_new_tokens, positions - len(ids))
     if room < 1:
         raise InputError(
             f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
             f"use a prompt of at most {positions - 1} tokens"
         )
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-    written = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=room,
-        use_cache=True,
-        pad_token_id=tokenizer.eos_token_id,
-        **choice,
-    )
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+    written = sampling.generate(model, input_ids, room, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(written, skip_special_tokens=True))

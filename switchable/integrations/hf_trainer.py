@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.settings import SwitchConfig
-from switchable.store.snapshot import PER_LAYER
+from switchable.store.contents import PER_LAYER
 from switchable.switching.controller import Controller, Measurement
 
 Batch = Mapping[str, Tensor]

@@ -2,7 +2,7 @@
 
 dense    config.json, *.safetensors, tokenizer: nothing of ours is in it, any tool opens it
 sparse   the same with the routers among the weights; `AutoModelFor...from_pretrained` opens it as a switchable
-         model after `import switchable` (see `sparse_folder.py`), and without it as the dense model
+         model after `switchable.register()` (see `sparse_folder.py`), and without it as the dense model
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
 from switchable.ffn.description import describe
-from switchable.store.checkpoint import SHARD_SIZE, save_dense
-from switchable.store.folders import whole_folder
+from switchable.files import whole_folder
+from switchable.store.folders import full_disk_told
 from switchable.store.load import load
+from switchable.store.pretrained import SHARD_SIZE, save_pretrained
 from switchable.store.sparse_folder import METHOD
 
 
@@ -56,7 +57,8 @@ def export(
     model, tokenizer = load(folder)
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
-    with whole_folder(out, "what was there before stands. Free some space and start again") as temporary:
+    remedy = "what was there before stands. Free some space and start again"
+    with full_disk_told(out, remedy), whole_folder(out) as temporary:
         write(model, tokenizer, to, temporary, max_shard_size)
     weights = sorted(out.glob("*.safetensors"))
     return {
@@ -83,7 +85,7 @@ def write(
             config.quantization_config = {"quant_method": METHOD, **describe(model)}
         elif before is not None:
             del config.quantization_config
-        save_dense(folder, model, routers=to == "sparse", max_shard_size=max_shard_size)
+        save_pretrained(folder, model, routers=to == "sparse", max_shard_size=max_shard_size)
     finally:
         if before is not None:
             config.quantization_config = before

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.data.batches import TokenSource, token_array
 from switchable.data.corpora import documents
 from switchable.errors import InputError
-from switchable.files import TEMPORARY
+from switchable.files import whole_file
 
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64
@@ -70,9 +70,8 @@ def save_probe(path: Path, batches: Sequence[Batch], training_tokens: TokenSourc
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
-    temporary = path.with_name(TEMPORARY + path.name)
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_probe(path: Path, tokens: int | None = None) -> Probe:
@@ -99,10 +98,10 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
         number, _, key = name.partition(".")
         batches.setdefault(int(number), {})[key] = tensor
     ordered: list[Batch] = [batches[i] for i in sorted(batches)]
-    return _checked(Probe(cut(ordered, tokens), counts_V, "the run's validation text"), tokens)
+    return _checked(Probe(first_tokens(ordered, tokens), counts_V, "the run's validation text"), tokens)
 
 
-def cut(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
+def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
     """Return whole sequences of at most `tokens` tokens together (all if None), at least one."""
     kept: list[Batch] = []
     left = tokens

@@ -3,8 +3,7 @@
     config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-000100/ ...   final/   summary.json
     curves.png   report.html   probe.safetensors   snapshots/step-000012/ ...
 
-One process writes at a time (a lock that the operating system releases when the process dies, however it dies).
-Files are written under a temporary name and renamed, so a reader never sees half a file.
+One process writes at a time: it holds a lock that the operating system releases when the process dies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saving beside training: the snapshot is copied while training waits, and written while it goes on.
+"""Saving beside training: the contents are copied while training waits, and written while it goes on.
 
 One checkpoint is under way at a time. What went wrong with it is raised, on all ranks, by the next `start` or `wait`.
 """
@@ -12,7 +12,7 @@ from types import TracebackType
 
 from switchable import ranks
 from switchable.store import checkpoint
-from switchable.store.snapshot import Snapshot
+from switchable.store.contents import Contents
 
 
 class Saver:
@@ -24,17 +24,17 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
 
-    def start(self, folder: Path, snapshot: Snapshot, then: Callable[[], None]) -> None:
-        """Write `snapshot` as the checkpoint `folder`, and do `then` on rank 0 when it stands.
+    def start(self, folder: Path, contents: Contents, then: Callable[[], None]) -> None:
+        """Write `contents` as the checkpoint `folder`, and do `then` on rank 0 when it stands.
 
         Raises:
             InputError: the checkpoint before this one could not be written.
         """
         self.wait()
-        self._pending = self._thread.submit(self._write, folder, snapshot, then)
+        self._pending = self._thread.submit(self._write, folder, contents, then)
 
-    def _write(self, folder: Path, snapshot: Snapshot, then: Callable[[], None]) -> None:
-        checkpoint.write(folder, snapshot, self._group)
+    def _write(self, folder: Path, contents: Contents, then: Callable[[], None]) -> None:
+        checkpoint.write(folder, contents, self._group)
         if ranks.is_main():
             then()
 
@@ -55,9 +55,9 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # After an error of training that is what is raised; the checkpoint is whole or absent either way.
+            # An error of training is raised as it is: the checkpoint is whole or absent either way.
             if kind is None:
                 self.wait()
         finally:
-            # With several ranks, one of them may be what has gone wrong: the thread would wait for its word.
+            # After an error another rank may be gone, and the thread would wait for its answer for ever.
             self._thread.shutdown(wait=kind is None or self._group is None)

@@ -1,4 +1,4 @@
-"""A folder that `AutoModelFor...from_pretrained` opens as a switchable model, once `switchable` is imported.
+"""A folder that `AutoModelFor...from_pretrained` opens as a switchable model, once `switchable.register()` was called.
 
     config.json          the model's own config, and beside it
                          "quantization_config": {"quant_method": "switchable", "num_experts": ..., "layers": ...}
@@ -10,8 +10,6 @@ nothing. So the class stays what it was (`GPT2LMHeadModel`), every head and ever
 from the folder (no `trust_remote_code`). Without our package transformers warns of an unknown method and opens the
 same folder as the plain dense model. The other way, a model type of our own for every family, would need a config
 and a model class for each head of each family, and could be opened by nothing else.
-
-Imports nothing of torch or of our own at the top: `register` is called while transformers is being imported.
 """
 
 from __future__ import annotations
@@ -25,6 +23,10 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from switchable.ffn.convert import layers_of
+from switchable.ffn.description import make_switchable
+from switchable.ffn.layout import store_by_neuron
 
 METHOD = "switchable"
 """The name in `config.json`."""
@@ -44,14 +46,9 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        from switchable.ffn.description import make_switchable
-
         make_switchable(model, self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        from switchable.ffn.convert import layers_of
-        from switchable.ffn.layout import store_by_neuron
-
         for layer in layers_of(model):
             store_by_neuron(layer)
         # Nothing is quantised: training, .half() and saving are as for any model. The config keeps the description.
@@ -73,7 +70,7 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Tell transformers about us; a second call does nothing."""
+    """Let transformers open sparse exports as switchable models in this process; a second call does nothing."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(SwitchableFFNsConfig)
         register_quantizer(METHOD)(SwitchableFFNsLoader)

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from switchable.files import TEMPORARY
+from switchable.files import whole_file
 
 MARKERS = "osD^vPX*<>"
 DENSE, SPARSE, TRAIN = "#00334e", "#d55e00", "#9aa5ad"
@@ -73,9 +73,8 @@ def save(picture: Picture, folder: Path, name: str) -> None:
 
 def write_picture(picture: Picture, path: Path) -> None:
     """Write a picture, as what the name ends in says, completely or not at all."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_bytes(_rendered(picture, path.suffix[1:]))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(_rendered(picture, path.suffix[1:]))
 
 
 def embedded(picture: Picture) -> dict[str, Any]:

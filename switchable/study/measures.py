@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.convert import in_mode, layers_of
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.router import expert_mass
 from switchable.store.probe import Batch, Probe
-from switchable.switching.monitor import observed
+from switchable.switching.measures import LayerSums, observed
 from switchable.switching.patterns import pack
 from switchable.switching.switch import current_structure
 
@@ -99,10 +98,9 @@ def measure_model(
     """
     layers = layers_of(model)
     band_V = frequency_bands(probe.counts_V)
-    meters = [_Meter(band_V, probe.tokens, pattern_tokens) for _ in layers]
+    meters = [_Meter(layer, band_V, probe.tokens, pattern_tokens) for layer in layers]
     device = next(model.parameters()).device
-    with torch.no_grad(), kept_modes(model), observed(model, meters):
-        set_mode(model, "dense")
+    with torch.no_grad(), in_mode(model, "dense"), observed(model, meters):
         model.eval()
         for batch in probe.batches:
             for meter, layer in zip(meters, layers, strict=True):
@@ -161,19 +159,18 @@ def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHA
 class _Meter:
     """Takes in one layer's inputs, a batch at a time."""
 
-    def __init__(self, band_V: Tensor, tokens: int, pattern_tokens: int | None) -> None:
+    def __init__(self, layer: SwitchableFFN, band_V: Tensor, tokens: int, pattern_tokens: int | None) -> None:
+        self.sums = LayerSums(layer)
         self.band_V = band_V
         self.ids_BS = torch.zeros(0)
         self.pattern_every = 1 if pattern_tokens is None else max(1, -(-tokens // pattern_tokens))
         self.sample_every = max(1, tokens // SAMPLED_TOKENS)
-        self.seen = 0
         self.ratios: list[Tensor] = []
         self.needed: list[Tensor] = []
         self.positions: list[Tensor] = []
         self.bands: list[Tensor] = []
         self.patterns: list[Tensor] = []
         self.routes: list[Tensor] = []
-        self.sums: dict[str, Tensor] = {}
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
         x_TD = x.reshape(-1, layer.ssd.d_model)
@@ -196,43 +193,29 @@ class _Meter:
         self.ratios.append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
         self.patterns.append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self._sum("fired", active_TF.sum(dim=0))
-        self._add_mass(layer, x_TD, expert_mass(hidden_TF, down_FD, layer.ssd.num_experts))
-        self.seen += len(x_TD)
-
-    def _add_mass(self, layer: SwitchableFFN, x_TD: Tensor, mass_TE: Tensor) -> None:
-        order_TE = layer.router(x_TD).argsort(dim=1, descending=True)
-        route_TK = order_TE[:, : layer.ssd.experts_per_token]
-        self.routes.append(route_TK.cpu())
-        self._sum("load", torch.bincount(route_TK.reshape(-1), minlength=layer.ssd.num_experts))
-        self._sum("best", mass_TE.sort(dim=1, descending=True).values.sum(dim=0, dtype=torch.float64))
-        self._sum("router", mass_TE.gather(1, order_TE).sum(dim=0, dtype=torch.float64))
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        self.sums[name] = value.cpu() + self.sums.get(name, 0)
+        self.routes.append(self.sums.add_activity(layer, x_TD, hidden_TF, active_TF).cpu())
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""
-        return slice(-self.seen % every, count, every)
+        return slice(-self.sums.tokens % every, count, every)
 
     def result(self, layer: SwitchableFFN) -> tuple[LayerStudy, Fingerprint]:
-        assert self.seen, "the probe never reached the layer"
+        sums, load_E = self.sums, self.sums.load_E.double()
+        assert sums.tokens, "the probe never reached the layer"
         ratio_T = torch.cat(self.ratios)
-        load_E, fired_F = self.sums["load"].double(), self.sums["fired"]
-        total = max(float(self.sums["best"].sum()), torch.finfo(torch.float64).tiny)
         quantiles = torch.quantile(ratio_T, torch.tensor(QUANTILES, dtype=torch.float64))
         study = LayerStudy(
             activation_ratio=float(ratio_T.mean()),
             ratio_quantiles=quantiles.tolist(),
             by_position=_by_band(ratio_T, self.positions, position_band, position_name),
             by_frequency=_by_band(ratio_T, self.bands, lambda band: band, frequency_name),
-            dead=float((fired_F == 0).double().mean()),
-            always_on=float((fired_F == self.seen).double().mean()),
+            dead=sums.dead,
+            always_on=sums.always_on,
             needed=float(torch.cat(self.needed).double().mean()) / layer.ssd.d_ff,
-            mass_best=(self.sums["best"].cumsum(0) / total).tolist(),
-            mass_router=(self.sums["router"].cumsum(0) / total).tolist(),
+            mass_best=sums.mass_best,
+            mass_router=sums.mass_router,
             load=(load_E / load_E.sum()).tolist(),
-            load_imbalance=float(load_E.max() / load_E.mean()),
+            load_imbalance=sums.load_imbalance,
         )
         structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
         structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)

@@ -1,22 +1,9 @@
-"""What a run has recorded: its `metrics.jsonl`, read back, and where in it the steps were sparse."""
+"""Where in a run's records (`metrics.jsonl`) the steps were sparse."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line that is still being written is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:

@@ -23,6 +23,7 @@ from switchable.study.findings import findings
 from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
 from switchable.study.result import Study, mean
 from switchable.study.study import records_of_run
+from switchable.train.summary import FIGURES
 
 
 def write_report(study: Study, path: Path) -> None:
@@ -119,7 +120,14 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
         ("Versions", study.versions),
     ):
         if values:
-            rows = [[key, _text(value)] for key, value in values.items() if not isinstance(value, dict)]
+            units = {
+                key: FIGURES[key]["unit"] for key in values if values is study.summary and key in FIGURES
+            }
+            rows = [
+                [key, f"{_text(value)} {units.get(key, '')}".rstrip()]
+                for key, value in values.items()
+                if not isinstance(value, dict)
+            ]
             yield {"title": title, "head": ["", ""], "rows": rows, "caption": ""}
 
 

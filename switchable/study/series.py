@@ -10,7 +10,6 @@ What cannot be read is left out and told (`Skipped`), so that the rest can be sh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +17,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
+from switchable.files import read_records
 from switchable.settings import SwitchConfig
-from switchable.store.checkpoint import quiet_transformers
+from switchable.store.contents import NEURON_IDS
 from switchable.store.load import load
+from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
-from switchable.store.snapshot import NEURON_IDS
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers
 from switchable.switching.switch import group_anew
@@ -119,8 +118,7 @@ class Loader:
             Skipped: it cannot be read, or does not have the shape of the first one.
         """
         try:
-            with quiet_transformers():
-                model = self._ours(source) if source.is_ours else self._other(source)
+            model = self._ours(source) if source.is_ours else self._other(source)
         except InputError as error:
             raise Skipped(str(error)) from None
         except UNREADABLE as error:
@@ -138,7 +136,7 @@ class Loader:
         return model
 
     def _other(self, source: Source) -> nn.Module:
-        model = load_plain(source.path)
+        model = load_pretrained(source.path).float()
         d_ff = _d_ff(model)
         experts = self.num_experts or max(divisors_near(d_ff, 32), key=lambda d: (-abs(d - 32), d))
         per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
@@ -180,25 +178,6 @@ def _d_ff(model: nn.Module) -> int:
     return int(neurons_first(projection, output=False).shape[0])
 
 
-def load_plain(folder: Path) -> nn.Module:
-    """Load a Hugging Face model with the class its configuration names, offline and without code of its own.
-
-    Raises:
-        InputError: not a model that transformers can load. Other errors come from transformers and safetensors.
-    """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    named: Any = getattr(
-        transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM
-    )
-    loader = named if hasattr(named, "from_pretrained") else AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    missing = [name for name in info["missing_keys"] if "weight" in name or "bias" in name]
-    if missing:
-        raise InputError(f"{folder} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
-    plain: nn.Module = model.float()
-    return plain
-
-
 def order_is_known(source: Source) -> bool:
     """Whether the checkpoint tells which neuron is which (others than ours never move them)."""
     if not source.is_ours:
@@ -229,11 +208,6 @@ def unfinished(run: RunDir) -> str | None:
     """Return None if a run has ended, else how far it has come, in a few words."""
     if run.summary.is_file():
         return None
-    last = 0
-    if run.metrics.is_file():
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                last = max(last, int(json.loads(line)["step"]))
-            except (ValueError, KeyError, TypeError):
-                continue
+    records = read_records(run.metrics) if run.metrics.is_file() else []
+    last = max((int(record["step"]) for record in records), default=0)
     return f"{run.path} is not finished (it has written figures up to step {last})"

@@ -59,9 +59,7 @@ def compare_checkpoints(
     return found
 
 
-def routing_changes(
-    fingerprints: Sequence[Sequence[Fingerprint]],
-) -> list[list[tuple[float, float]]]:
+def routing_changes(fingerprints: Sequence[Sequence[Fingerprint]]) -> list[list[tuple[float, float]]]:
     """Compare each checkpoint's choice of experts with the one before.
 
     Returns:

@@ -7,27 +7,23 @@ records_of_run(folder)    only what a run wrote itself: what `pretrain` reports 
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import switchable
 from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
+from switchable.files import read_json, read_records
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
-from switchable.study.records import read_metrics
 from switchable.study.result import LayerShape, Study
 from switchable.study.series import (
     Loader,
@@ -41,6 +37,7 @@ from switchable.study.series import (
     unfinished,
 )
 from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
+from switchable.versions import versions
 
 DEFAULT_TOKENS = 2048
 
@@ -89,7 +86,7 @@ def study_checkpoints(patterns: Sequence[str], settings: StudySettings) -> Study
         InputError: no checkpoint, none that can be read, or an unusable probe.
     """
     sources = listed_sources(patterns)
-    study = Study(title=", ".join(patterns), versions=versions())
+    study = Study(title=", ".join(patterns), versions=versions() | {"python": platform.python_version()})
     return _fill(study, sources, settings, None)
 
 
@@ -105,26 +102,13 @@ def records_of_run(folder: Path) -> Study:
             f"{folder} is not the folder of a run (no config.yaml); give one, or folders of models with --checkpoints"
         )
     sections = read_yaml(run.config)
-    summary: dict[str, Any] = {}
-    if run.summary.is_file():
-        summary = json.loads(run.summary.read_text(encoding="utf-8"))
     return Study(
         title=str(folder),
-        metrics=read_metrics(run.metrics) if run.metrics.is_file() else [],
-        summary=summary,
+        metrics=read_records(run.metrics) if run.metrics.is_file() else [],
+        summary=read_json(run.summary) if run.summary.is_file() else {},
         config={f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()},
-        versions=versions(),
+        versions=versions() | {"python": platform.python_version()},
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that made this study."""
-    return {
-        "switchable": switchable.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run: RunDir | None) -> Study:

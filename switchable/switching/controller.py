@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.settings import SwitchConfig, settled
-from switchable.switching.monitor import Batch, Found, LayerMeasures, measure
+from switchable.switching.measures import Batch
+from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 

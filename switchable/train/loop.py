@@ -21,7 +21,7 @@ from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
 from switchable.infer.loss import loss_in_mode
 from switchable.ranks import sum_over_ranks, world_size
-from switchable.store import snapshot
+from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.train.counters import Counters
@@ -240,7 +240,7 @@ class Trainer:
         """Keep the weights as they are now, for `switchable study`."""
         begin = time.perf_counter()
         self.saver.start(
-            self.rundir.snapshot(self.counters.steps), snapshot.take(self.job.model), then=lambda: None
+            self.rundir.snapshot(self.counters.steps), contents_of(self.job.model), then=lambda: None
         )
         self.counters.seconds_other += time.perf_counter() - begin
 
@@ -250,12 +250,12 @@ class Trainer:
         job, counters = self.job, self.counters
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_finite(counters.window_loss)
-        state = snapshot.training_state(
+        state = training_state(
             job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
         )
         self.saver.start(
             self.rundir.checkpoint(counters.steps),
-            snapshot.take(job.model, state),
+            contents_of(job.model, state),
             then=lambda: self.rundir.drop_old(job.config.train.keep),
         )
         counters.seconds_other += time.perf_counter() - begin

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import switchable
 from switchable import ranks
 from switchable.config import RunConfig, to_dict
 from switchable.errors import InputError
@@ -34,6 +32,7 @@ from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
 from switchable.sections import TrainConfig
 from switchable.train.meeting import meet
+from switchable.versions import versions
 
 Batch = Mapping[str, Tensor]
 
@@ -92,8 +91,7 @@ def run_facts(config: RunConfig) -> dict[str, Any]:
         for section, values in to_dict(config).items()
         for key, value in values.items()
     }
-    modules = (switchable, torch, transformers)
-    return facts | {f"{module.__name__}.__version__": str(module.__version__) for module in modules}
+    return facts | {f"version of {package}": version for package, version in versions().items()}
 
 
 def check_division(config: TrainConfig, world_size: int) -> None:
@@ -111,11 +109,11 @@ def check_division(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def prepare(model: nn.Module, config: TrainConfig) -> None:
+def distribute(model: nn.Module, config: TrainConfig) -> None:
     """Apply what is to be inside the wrapper: activation checkpointing, compilation, sharding. In place.
 
     Args:
-        model: a converted model on its device; its optimizer is built afterwards.
+        model: a converted model on its device; build its optimizer afterwards.
         config: which of them.
     """
     blocks = blocks_of(model)

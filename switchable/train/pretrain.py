@@ -1,14 +1,15 @@
-"""One pre-training run from a configuration to its summary: start or resume, train, measure, draw, export.
+"""One pre-training run from a configuration to its summary: start or resume, train, export, measure.
 
 new run:   lock the folder -> set up -> count FLOPs -> train
 resume:    lock the folder -> same configuration? -> newest checkpoint whole? -> set up -> restore -> train
 
-Under torchrun every rank goes through all of it; rank 0 alone holds the lock, writes, draws and speaks.
+Under torchrun every rank goes through all of it. Rank 0 alone holds the lock, writes and speaks. The report of a
+finished run is drawn by whoever started it (`study.report.write_run_report`).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +23,13 @@ from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.files import write_json, write_text
+from switchable.files import read_json, write_json, write_text
 from switchable.infer.generate import generate_text
 from switchable.infer.sampling import Sampling
-from switchable.store import checkpoint, folders
+from switchable.store import checkpoint, folders, restore
 from switchable.store.probe import save_probe
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
-from switchable.study.report import write_run_report
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
@@ -37,7 +37,7 @@ from switchable.train.loop import Trainer
 from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
-from switchable.train.summary import parameters, summarise
+from switchable.train.summary import summarise
 
 MAY_CHANGE = (
     "log_every",
@@ -83,7 +83,7 @@ def pretrain(
         TrainingStopped: stopped by a signal, after saving.
     """
     check(config)
-    with _held(RunDir(out)) as rundir:
+    with _locked(RunDir(out)) as rundir:
         ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
@@ -116,27 +116,28 @@ def resume(
     """
     if not ranks.on_main((out / "config.yaml").exists):
         raise InputError(f"{out} holds no run to resume (no config.yaml); start one without --resume")
-    with _held(RunDir(out)) as rundir:
+    with _locked(RunDir(out)) as rundir:
         config = ranks.together(lambda: _same_config(rundir, flags))
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.together(lambda: _check_same_data(rundir, job, step))
         ranks.on_main(rundir.claim)
-        controller_state, counters = checkpoint.restore(rundir.checkpoint(step), job.model, job.optimizer)
+        folder = rundir.checkpoint(step)
+        controller_state, counters = restore.restore_training(folder, job.model, job.optimizer)
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
 
 
 @contextmanager
-def _held(rundir: RunDir) -> Iterator[RunDir]:
-    """Lock the run's folder and remove what a killed process left."""
+def _locked(rundir: RunDir) -> Iterator[RunDir]:
+    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block."""
 
-    def hold() -> None:
+    def lock() -> None:
         rundir.acquire()
         rundir.sweep()
 
     try:
-        ranks.on_main(hold)
+        ranks.on_main(lock)
         yield rundir
     finally:
         if ranks.is_main():
@@ -205,7 +206,7 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
 
 
 def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
-    values = json.loads((rundir.checkpoint(step) / "training.json").read_text(encoding="utf-8"))
+    values = read_json(rundir.checkpoint(step) / "training.json")
     if values["counters"]["data"] != job.data.train.sha256:
         raise InputError(
             f"the text or tokenizer has changed since {rundir.path} was started; put the old files back, "
@@ -225,7 +226,7 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
             f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
         )
         log.say(
-            f"{job.report}; {parameters(job):,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
+            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
             + processes
         )
         flops = count_step(job)
@@ -250,15 +251,15 @@ def count_step(job: Job) -> StepFlops:
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Export, measure the speed of both modes, draw, and write the summary."""
+    """Export, measure the speed of both modes, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
-    figures = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
+    found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
+    figures = dataclasses.asdict(found)
     if ranks.is_main():
         write_json(rundir.summary, figures)
-        write_run_report(rundir.path)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   report: {rundir.report}   figures: {rundir.summary}")
+    trainer.log.say(f"model: {rundir.final}   figures: {rundir.summary}")
     return figures
 
 

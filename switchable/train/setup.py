@@ -31,8 +31,7 @@ from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
 from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import build_optimizer
-from switchable.train.parallel import Replica, check_division, split
-from switchable.train.parallel import prepare as prepare_model
+from switchable.train.parallel import Replica, check_division, distribute, split
 
 Batch = Mapping[str, Tensor]
 
@@ -71,6 +70,11 @@ class Job:
         return model_inputs(self.batches.batch(step), self.device)
 
     @property
+    def parameters(self) -> int:
+        """Parameters of the model, routers included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
     def objective(self) -> str:
         """What the model learns: `"causal"`, `"masked"` or `"span"`."""
         return self.batches.objective.name
@@ -94,7 +98,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
     parts = ranks.together(lambda: _build(config, cache, quiet, variant))
     model, train = parts.model, config.train
-    prepare_model(model, train)
+    distribute(model, train)
     return Job(
         config=config,
         model=model,

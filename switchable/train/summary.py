@@ -1,14 +1,15 @@
-"""The closing figures of a run (`summary.json`); docs/method.md explains every key."""
+"""The figures of a finished run: what each is called, its unit, and what it says.
+
+`summary.json`, the table in docs/method.md, the comparison's table and the report take names and units from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import transformers
-
-import switchable
 from switchable import ranks
 from switchable.compute.cpu.active.active import has_active
 from switchable.train.counters import Counters
@@ -16,71 +17,147 @@ from switchable.train.flops import StepFlops
 from switchable.train.parallel import split
 from switchable.train.setup import Job, micro_rows
 from switchable.train.timing import step_seconds
+from switchable.versions import versions
+
+NATS, BITS, FLOPS, SECONDS = "nats per predicted token", "bits per byte of text", "FLOPs", "seconds"
 
 
-def summarise(
-    counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]
-) -> dict[str, Any]:
-    """Return the run's closing figures; docs/method.md explains every key."""
-    takes_part = job.controller.state.takes_part
-    train = job.config.train
-    seconds = step_seconds(
-        job.model, split(job.batch(0), micro_rows(train))[0], train.gradient_accumulation_steps
+def figure(name: str, unit: str = "", more: str = "") -> Any:
+    """Declare a field: what it is called in tables, its unit, and what else there is to know of it."""
+    return dataclasses.field(metadata={"name": name, "unit": unit, "more": more})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a run."""
+
+    val_loss_dense: float | None = figure(
+        "validation loss, dense mode", NATS, "null for a mixture of experts, which has no dense mode"
     )
+    val_loss_sparse: float | None = figure(
+        "validation loss, sparse mode", NATS, "on the same tokens; null if no layer takes part"
+    )
+    bits_per_byte_dense: float | None = figure(
+        "bits per byte, dense mode",
+        BITS,
+        "the loss, independent of the tokenizer; null for masked and span models",
+    )
+    bits_per_byte_sparse: float | None = figure("bits per byte, sparse mode", BITS)
+    objective: str = figure(
+        "what is predicted", more="`causal`, `masked` or `span` ([objectives.md](objectives.md))"
+    )
+    loss_unit: str = figure("what the loss is a mean over")
+    steps: int = figure("training", "optimizer steps")
+    tokens: int = figure("training", "tokens")
+    parameters: int = figure("size of the model", "parameters", "routers included")
+    flops: float = figure("FLOPs in all", FLOPS, "routers and measuring included")
+    flops_nonembedding: float = figure("FLOPs without the output head", FLOPS)
+    flops_all_dense: float = figure("FLOPs of the same steps without SSD", FLOPS)
+    flops_ratio: float = figure("FLOPs / those of the same steps without SSD")
+    flops_ratio_nonembedding: float = figure("the same ratio without the output head")
+    sparse_fraction: float = figure("share of sparse steps")
+    sparse_layers: Sequence[int] = figure("1 for each layer that takes part in sparse mode at the end")
+    experts_per_token: Sequence[int] = figure("K of each layer in sparse mode at the end", "experts")
+    active_layers: Sequence[int] = figure(
+        "1 for each layer whose dense steps multiply active neurons only at the end"
+    )
+    switches: int = figure("changes of mode")
+    regroupings: int = figure("structures given to layers")
+    step_speedup_sparse: float = figure(
+        "time of a plain dense step / of a sparse step",
+        more="without routers / with them: forward, backward and optimizer, in turns on one batch after training",
+    )
+    step_speedup_active: float = figure(
+        "time of a plain dense step / of a dense step as the run makes it at the end",
+        more="routers learn, and the layers in `active_layers` multiply active neurons only",
+    )
+    router_overhead: float = figure(
+        "extra time of a dense step in which routers learn", "fraction", "every neuron is multiplied in both"
+    )
+    wall_seconds: float = figure("wall-clock in all", SECONDS)
+    wall_seconds_train: float = figure(
+        "wall-clock of training",
+        SECONDS,
+        "all steps and measurements; also at every validation in `metrics.jsonl`",
+    )
+    cpu_seconds_train: float = figure("CPU time of training", SECONDS, "the same, of all threads together")
+    wall_seconds_dense: float = figure("wall-clock of dense steps", SECONDS)
+    wall_seconds_sparse: float = figure("wall-clock of sparse steps", SECONDS)
+    wall_seconds_measure: float = figure("wall-clock of measuring and regrouping", SECONDS)
+    processes: int = figure("training", "processes")
+    wall_ratio: float = figure("wall-clock of training / that of as many plain dense steps")
+    ran_with: Sequence[dict[str, Any]] = figure(
+        "threads, runs at a time, device", more="more than one entry if that changed on the way"
+    )
+    versions: Mapping[str, str] = figure("versions of what computed")
+    experts: Mapping[str, Any] = figure("the settings of switching")
+
+
+FIGURES = {f.name: f.metadata for f in dataclasses.fields(Summary)}
+"""By the key in `summary.json`: `name`, `unit` and `more` of each figure."""
+
+
+def label(key: str) -> str:
+    """Return what a figure is called in a table, with its unit."""
+    name, unit = FIGURES[key]["name"], FIGURES[key]["unit"]
+    return f"{name} ({unit})" if unit else str(name)
+
+
+def markdown() -> str:
+    """Return the table of all figures for docs/method.md."""
+    rows = [
+        f"| `{key}` | {m['unit']} | {'; '.join(part for part in (m['name'], m['more']) if part)} |"
+        for key, m in FIGURES.items()
+    ]
+    return "\n".join(["| key | unit | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]) -> Summary:
+    """Return the closing figures of a run; the speed of both modes is measured for it."""
+    train, state = job.config.train, job.controller.state
+    batch = split(job.batch(0), micro_rows(train))[0]
+    seconds = step_seconds(job.model, batch, train.gradient_accumulation_steps)
     # All-dense training has neither routers nor a monitor.
-    all_dense = flops.dense * counters.steps
-    head = flops.head * counters.steps
-    return {
+    all_dense, head = flops.dense * counters.steps, flops.head * counters.steps
+    return Summary(
         **validation,
-        "objective": job.objective,
-        "loss_unit": job.batches.objective.unit,
-        "steps": counters.steps,
-        "tokens": counters.steps * flops.tokens,
-        "parameters": parameters(job),
-        "flops": counters.flops,
-        "flops_nonembedding": counters.flops - head,
-        "flops_all_dense": all_dense,
-        "flops_ratio": counters.flops / all_dense,
-        "flops_ratio_nonembedding": (counters.flops - head) / (all_dense - head),
-        "sparse_fraction": counters.sparse_steps / counters.steps,
-        "sparse_layers": [int(part) for part in takes_part],
-        "experts_per_token": list(job.controller.state.experts_per_token),
-        "active_layers": _active_layers(job),
-        "switches": job.controller.switches,
-        "regroupings": job.controller.regroupings,
-        "step_speedup_sparse": seconds["dense"] / seconds["sparse"],
-        "step_speedup_active": seconds["dense"] / seconds["active"],
-        "router_overhead": seconds["dense_router"] / seconds["dense"] - 1.0,
-        "wall_seconds": counters.train_seconds + counters.seconds_other,
-        "wall_seconds_train": counters.train_seconds,
-        "cpu_seconds_train": counters.cpu_seconds,
-        "wall_seconds_dense": counters.seconds_dense,
-        "wall_seconds_sparse": counters.seconds_sparse,
-        "wall_seconds_measure": counters.seconds_measure,
-        "processes": ranks.world_size(),
-        "wall_ratio": counters.train_seconds / (seconds["dense"] * counters.steps),
-        "ran_with": counters.ran_with,
-        "versions": {
-            "switchable": switchable.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "experts": dataclasses.asdict(job.config.switch),
-    }
+        objective=job.objective,
+        loss_unit=job.batches.objective.unit,
+        steps=counters.steps,
+        tokens=counters.steps * flops.tokens,
+        parameters=job.parameters,
+        flops=counters.flops,
+        flops_nonembedding=counters.flops - head,
+        flops_all_dense=all_dense,
+        flops_ratio=counters.flops / all_dense,
+        flops_ratio_nonembedding=(counters.flops - head) / (all_dense - head),
+        sparse_fraction=counters.sparse_steps / counters.steps,
+        sparse_layers=[int(part) for part in state.takes_part],
+        experts_per_token=list(state.experts_per_token),
+        active_layers=_active_layers(job),
+        switches=job.controller.switches,
+        regroupings=job.controller.regroupings,
+        step_speedup_sparse=seconds["dense"] / seconds["sparse"],
+        step_speedup_active=seconds["dense"] / seconds["active"],
+        router_overhead=seconds["dense_router"] / seconds["dense"] - 1.0,
+        wall_seconds=counters.train_seconds + counters.seconds_other,
+        wall_seconds_train=counters.train_seconds,
+        cpu_seconds_train=counters.cpu_seconds,
+        wall_seconds_dense=counters.seconds_dense,
+        wall_seconds_sparse=counters.seconds_sparse,
+        wall_seconds_measure=counters.seconds_measure,
+        processes=ranks.world_size(),
+        wall_ratio=counters.train_seconds / (seconds["dense"] * counters.steps),
+        ran_with=counters.ran_with,
+        versions=versions(),
+        experts=dataclasses.asdict(job.config.switch),
+    )
 
 
 def _active_layers(job: Job) -> list[int]:
-    """Return 1 for each layer whose dense steps multiply active neurons only."""
+    def is_active(ssd: Any) -> int:
+        weights = ssd.weights
+        return int(ssd.multiplies_active and has_active(weights.up_FD, weights, ssd.settings.activation))
+
     with job.replica.autocast():
-        return [
-            int(
-                layer.ssd.multiplies_active
-                and has_active(layer.ssd.weights.up_FD, layer.ssd.weights, layer.ssd.settings.activation)
-            )
-            for layer in job.controller.layers
-        ]
-
-
-def parameters(job: Job) -> int:
-    """Return how many parameters the model has, routers included."""
-    return sum(p.numel() for p in job.model.parameters())
+        return [is_active(layer.ssd) for layer in job.controller.layers]

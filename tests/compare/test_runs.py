@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from switchable import InputError, set_mode
-from switchable.compare import runs
-from switchable.compare.training import train
 from switchable.compare.methods import METHODS
 from switchable.compare.report import write_report
-from switchable.compare.runs import Run, differs, others_finished, plan
+from switchable.compare.runs import Run, differs, others_finished, runs_of
+from switchable.compare.training import train
 from switchable.config import RunConfig, from_dict
 from switchable.infer.loss import validation_loss
 from switchable.store.load import load
@@ -51,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(config: RunConfig, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """A finished run of every method."""
-    planned = plan(config, tuple(METHODS), (0,), tmp_path_factory.mktemp("compare"))
+    planned = runs_of(config, tuple(METHODS), (0,), tmp_path_factory.mktemp("compare"))
     for run in planned:
         train(run, cache, jobs=1)
     return {run.method: run for run in planned}
@@ -157,7 +156,7 @@ def test_the_cut_is_charged_for(trained: dict[str, Run], cache: Path) -> None:
 def test_a_cut_of_a_damaged_dense_run_is_refused(
     trained: dict[str, Run], cache: Path, config: RunConfig, tmp_path: Path
 ) -> None:
-    run = plan(config, ("dense-then-moe",), (0,), tmp_path)[1]
+    run = runs_of(config, ("dense-then-moe",), (0,), tmp_path)[1]
     dense = RunDir(tmp_path / "dense-s0")
     (tmp_path / "dense-s0").symlink_to(
         trained["dense"].path
@@ -192,7 +191,7 @@ def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:
 def test_a_finished_run_is_left_alone_and_a_begun_one_goes_on(
     trained: dict[str, Run], config: RunConfig, cache: Path, tmp_path: Path
 ) -> None:
-    run = plan(config, ("ssd",), (0,), tmp_path)[0]
+    run = runs_of(config, ("ssd",), (0,), tmp_path)[0]
     train(run, cache, jobs=1)
     assert run.summary()["val_loss_sparse"] == trained["ssd"].summary()["val_loss_sparse"]
     written = (run.path / "metrics.jsonl").read_bytes()
@@ -211,21 +210,21 @@ def test_a_finished_run_is_left_alone_and_a_begun_one_goes_on(
 def test_other_settings_in_a_folder_are_refused(trained: dict[str, Run], config: RunConfig) -> None:
     out = trained["dense"].path.parent
     threads = dataclasses.replace(config.train, threads=2, keep=1, log_every=7)
-    assert len(plan(dataclasses.replace(config, train=threads), ("dense", "ssd"), (0,), out)) == 2
+    assert len(runs_of(dataclasses.replace(config, train=threads), ("dense", "ssd"), (0,), out)) == 2
     recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
-    assert len(plan(recipe, ("dense", "moe", "ssd-paper"), (0,), out)) == 3
+    assert len(runs_of(recipe, ("dense", "moe", "ssd-paper"), (0,), out)) == 3
     with pytest.raises(
         InputError, match=r"ssd-s0 was trained with other settings \(switch.sparse_steps: 2 -> 3\)"
     ):
-        plan(recipe, ("dense", "ssd"), (0,), out)
+        runs_of(recipe, ("dense", "ssd"), (0,), out)
     often = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=5))
     with pytest.raises(
         InputError, match=r"dense-s0 was trained with other settings \(train.eval_every: 10 -> 5\)"
     ):
-        plan(often, ("dense",), (0,), out)
+        runs_of(often, ("dense",), (0,), out)
     wrong = dataclasses.replace(config, switch=dataclasses.replace(config.switch, num_experts=7))
     with pytest.raises(InputError, match="num_experts=7 does not divide d_ff=64"):
-        plan(wrong, ("ssd",), (1,), out)
+        runs_of(wrong, ("ssd",), (1,), out)
 
 
 def test_the_table_takes_in_what_is_finished_beside(
@@ -236,7 +235,7 @@ def test_the_table_takes_in_what_is_finished_beside(
     (tmp_path / "ssd-s9").mkdir()  # begun, not finished
     (tmp_path / "elsewhere-s0").mkdir()
     (tmp_path / "elsewhere-s0/summary.json").touch()
-    asked = plan(config, ("dense",), (0,), tmp_path)
+    asked = runs_of(config, ("dense",), (0,), tmp_path)
     others = others_finished(config, tmp_path, asked)
     assert [run.name for run in others] == sorted(f"{name}-s0" for name in METHODS if name != "dense")
     recipe = dataclasses.replace(config, switch=dataclasses.replace(config.switch, sparse_steps=3))
@@ -245,6 +244,6 @@ def test_the_table_takes_in_what_is_finished_beside(
 
 
 def test_a_run_that_is_not_there_yet_differs_in_nothing(config: RunConfig, tmp_path: Path) -> None:
-    (run,) = plan(config, ("dense",), (4,), tmp_path)
+    (run,) = runs_of(config, ("dense",), (4,), tmp_path)
     assert differs(run) == []
     assert not run.finished()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from switchable.data import corpora, readers
+from switchable.data import readers
 from switchable.data.corpora import HubDataset, documents, embedded_files, resolve, signature
 from switchable.errors import InputError
 

@@ -302,7 +302,6 @@ def test_the_objective_is_the_familys(family: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"objective": {"objective": "span"}}, "objective is gone; it follows from the family"),
         ({"objective": {"mask_fraction": 1.5}}, "mask_fraction=1.5"),
         ({"objective": {"mean_span_length": 0}}, "mean_span_length=0"),
         ({"objective": {"whole_words": True}}, "whole_words is for masked models"),

@@ -400,7 +400,7 @@ def test_killed_in_the_middle(source: Path, tmp_path: Path) -> None:
     assert process.stdout.readline() == "building\n"
     name = tokens._fingerprint(config_for(source), "causal")
     deadline = time.monotonic() + 30
-    while not (cache / f".{name}.partial" / "train.bin").exists():
+    while not (cache / f".tmp-{name}" / "train.bin").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -420,9 +420,9 @@ def test_config_fields_have_help_and_are_checked() -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(DataConfig))
     assert DataConfig(data=["a", "b"]).data == ("a", "b")  # type: ignore[arg-type]
     for settings, says in (
-        ({"data": "a.txt"}, "one string; give a list"),
-        ({"val_fraction": 0.0}, "not between 0 and 1"),
-        ({"max_text_mb": 0}, "not above 0"),
+        ({"data": "a.txt"}, "must be a list of paths"),
+        ({"val_fraction": 0.0}, "val_fraction=0 is out of range"),
+        ({"max_text_mb": 0}, "max_text_mb=0 is out of range"),
         ({"vocab_size": 256}, "need 257"),
     ):
         with pytest.raises(InputError, match=says):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import FAMILIES, family_of
-from switchable.ffn.layer import OWN_ATTRIBUTES
+from switchable.ffn.ssd import RESERVED
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
 
@@ -182,24 +182,24 @@ def test_a_part_whose_name_we_need() -> None:
     class Mlp(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weights, self.up, self.down = nn.ReLU(), nn.Linear(6, 24), nn.Linear(24, 6)
+            self.router, self.up, self.down = nn.ReLU(), nn.Linear(6, 24), nn.Linear(24, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.weights(self.up(x)))
+            return self.down(self.router(self.up(x)))
 
     model, x = nn.Sequential(Mlp()), torch.randn(3, 6)
     before, config = model(x), SwitchConfig(num_experts=4, experts_per_token=2)
-    with pytest.raises(InputError, match=r"a part called 'weights', a name that we need.*in_layer=True"):
-        convert(model, config, Family("Mlp", "up", "down", "weights"))
-    convert(model, config, Family("Mlp", "up", "down", "weights", in_layer=True))
+    with pytest.raises(InputError, match=r"a part called 'router', a name that we need.*in_layer=True"):
+        convert(model, config, Family("Mlp", "up", "down", "router"))
+    convert(model, config, Family("Mlp", "up", "down", "router", in_layer=True))
     torch.testing.assert_close(model(x), before)
 
 
 def test_names_that_are_ours_are_known_as_such_and_natural_ones_are_free() -> None:
     model = make("gpt2")
     convert(model, CONFIG)
-    own = {name for name in vars(layers_of(model)[0]) if not name.startswith("_")}
-    assert own <= OWN_ATTRIBUTES
+    own = set(vars(layers_of(model)[0])) - set(vars(nn.Module()))
+    assert own <= set(RESERVED)
     free = {
         "activation",
         "act",
@@ -214,7 +214,7 @@ def test_names_that_are_ours_are_known_as_such_and_natural_ones_are_free() -> No
         "lin1",
         "dense",
     }
-    assert not free & (OWN_ATTRIBUTES | set(dir(type(layers_of(model)[0]))))
+    assert not free & (set(RESERVED) | set(dir(type(layers_of(model)[0]))))
 
 
 def test_a_gated_ffn_inside_a_layer() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layout import laid_out_like, store_by_neuron, store_by_row
-from switchable.store.checkpoint import restore, save
-from switchable.store.snapshot import training_state
+from switchable.store.checkpoint import save
+from switchable.store.contents import training_state
+from switchable.store.restore import restore_training
 from switchable.switching.switch import regroup
 
 Make = Callable[..., nn.Module]
@@ -111,7 +112,7 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
     again = make_gpt2()
     convert(again, CONFIG)
     other = torch.optim.AdamW(again.parameters())
-    restore(tmp_path / "saved", again, other)
+    restore_training(tmp_path / "saved", again, other)
     for theirs, mine in zip(again.parameters(), model.parameters(), strict=True):
         assert theirs.stride() == mine.stride()
         if mine in optimizer.state:

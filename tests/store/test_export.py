@@ -1,4 +1,4 @@
-"""Exports as others see them: dense in plain transformers, sparse after `import switchable`, nothing pickled."""
+"""Exports as others see them: dense in plain transformers, sparse after `switchable.register()`, nothing pickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from switchable import InputError, SwitchConfig, convert, in_mode, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.store.checkpoint import save
 from switchable.store.export import export
-from switchable.store.load import load, load_pretrained
+from switchable.store.load import load
+from switchable.store.pretrained import load_pretrained
 
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
 
@@ -89,7 +90,7 @@ def test_dense_exports_of_all_families_in_plain_transformers(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("first", ["switchable", "transformers"])
-def test_a_sparse_export_opens_after_import_switchable(tmp_path: Path, first: str) -> None:
+def test_a_sparse_export_opens_after_register(tmp_path: Path, first: str) -> None:
     model, batch = saved("opt", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", "sparse", tmp_path / "sparse", experts_per_token=[2, 5])
     with torch.no_grad():
@@ -107,7 +108,8 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from switchable import in_mode, set_mode
+from switchable import in_mode, register, set_mode
+register()
 folder = Path(sys.argv[1])
 e = load_file(folder / "expected.safetensors")
 batch = {{k: e[k] for k in ("input_ids", "attention_mask")}}

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from switchable.errors import InputError
+from switchable.structure import features
 from switchable.structure import groups as structure
 from switchable.structure.kmeans import BalancedKMeans
 
@@ -38,10 +39,10 @@ def firing(groups: int = 6, size: int = 8, tokens: int = 3000) -> tuple[Tensor, 
 def test_weight_features_are_unit_rows_and_zero_rows_stay() -> None:
     up_FD = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-30, -4e-30], [3e30, 4e30]], requires_grad=True)
     wanted = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.6, -0.8], [0.6, 0.8]])
-    rows = structure.weight_features(up_FD)
+    rows = features.weight_features(up_FD)
     torch.testing.assert_close(rows, wanted)
     assert not rows.requires_grad
-    assert structure.weight_features(up_FD.bfloat16()).dtype == torch.float32
+    assert features.weight_features(up_FD.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["bool", "values"])
@@ -49,7 +50,7 @@ def test_coactivation_inner_products_are_correlations(kind: str) -> None:
     # 2,500 tokens are several pieces; as many dimensions as neurons leave nothing out.
     active_TF = torch.rand(2500, 10, generator=generator()) @ torch.rand(10, 10, generator=generator(1))
     active_TF = active_TF > active_TF.mean() if kind == "bool" else (active_TF - active_TF.mean()).relu()
-    rows = structure.coactivation_features(active_TF, width=10)
+    rows = features.coactivation_features(active_TF, width=10)
     torch.testing.assert_close(rows @ rows.T, torch.corrcoef(active_TF.T.float()), atol=1e-4, rtol=1e-4)
 
 
@@ -58,14 +59,14 @@ def test_coactivation_keeps_the_leading_dimensions() -> None:
     correlation = torch.corrcoef(active_TF.T.float())
     values, vectors = torch.linalg.eigh(correlation)
     best = (vectors[:, -5:] * values[-5:]) @ vectors[:, -5:].T
-    rows = structure.coactivation_features(active_TF, width=5)
+    rows = features.coactivation_features(active_TF, width=5)
     assert rows.shape == (48, 5)
     torch.testing.assert_close(rows @ rows.T, best, atol=2e-3, rtol=0)
 
 
 def test_coactivation_finds_the_neurons_that_fire_together() -> None:
     active_TF, group_F = firing()
-    rows = structure.coactivation_features(active_TF, width=6)
+    rows = features.coactivation_features(active_TF, width=6)
     (labels_F,) = structure.cluster_layers([rows], 6)
     assert structure.similarity(labels_F, group_F) == 1.0
 
@@ -74,17 +75,17 @@ def test_coactivation_of_constant_neurons_is_zero() -> None:
     active_TF = torch.rand(200, 6, generator=generator()) < 0.3
     active_TF[:, 1] = False
     active_TF[:, 4] = True
-    rows = structure.coactivation_features(active_TF, width=3)
+    rows = features.coactivation_features(active_TF, width=3)
     assert (rows[[1, 4]] == 0).all()
     assert (rows[[0, 2, 3, 5]].norm(dim=1) > 0.1).all()
     values_TF = torch.full((200, 3), 0.1)  # not exact in binary: rounding must not pass for activity
-    assert (structure.coactivation_features(values_TF, width=3) == 0).all()
+    assert (features.coactivation_features(values_TF, width=3) == 0).all()
 
 
 def test_coactivation_is_deterministic_and_leaves_the_global_state() -> None:
     active_TF, _ = firing()
     before = torch.random.get_rng_state()
-    first, again = (structure.coactivation_features(active_TF, width=4, random_state=5) for _ in range(2))
+    first, again = (features.coactivation_features(active_TF, width=4, random_state=5) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -92,7 +93,7 @@ def test_coactivation_is_deterministic_and_leaves_the_global_state() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_mixed_cosines_add_up(share: float) -> None:
     weight, coactive = torch.randn(20, 7, generator=generator()), torch.randn(20, 3, generator=generator(1))
-    mixed = structure.mixed_features(weight, coactive, share=share)
+    mixed = features.mixed_features(weight, coactive, share=share)
     cosines = [torch.nn.functional.normalize(x, dim=1) for x in (weight, coactive, mixed)]
     weight_FF, coactive_FF, mixed_FF = (x @ x.T for x in cosines)
     torch.testing.assert_close(mixed_FF, (1 - share) * weight_FF + share * coactive_FF, atol=1e-5, rtol=1e-5)
@@ -231,13 +232,13 @@ LABELS = torch.arange(6) // 2
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: structure.weight_features(torch.ones(3)), r"up_FD is \(3,\)"),
-        (lambda: structure.weight_features([[1.0]]), "up_FD is list"),  # type: ignore[arg-type]
-        (lambda: structure.weight_features(ROWS * float("nan")), "NaN"),
-        (lambda: structure.coactivation_features(torch.ones(0, 4)), r"active_TF is \(0, 4\)"),
-        (lambda: structure.coactivation_features(ROWS, width=0), "width=0; give the number"),
-        (lambda: structure.mixed_features(ROWS, ROWS[:3]), "6 rows of weights, 3 of co-activation"),
-        (lambda: structure.mixed_features(ROWS, ROWS, share=1.5), "share=1.5; give"),
+        (lambda: features.weight_features(torch.ones(3)), r"up_FD is \(3,\)"),
+        (lambda: features.weight_features([[1.0]]), "up_FD is list"),  # type: ignore[arg-type]
+        (lambda: features.weight_features(ROWS * float("nan")), "NaN"),
+        (lambda: features.coactivation_features(torch.ones(0, 4)), r"active_TF is \(0, 4\)"),
+        (lambda: features.coactivation_features(ROWS, width=0), "width=0; give the number"),
+        (lambda: features.mixed_features(ROWS, ROWS[:3]), "6 rows of weights, 3 of co-activation"),
+        (lambda: features.mixed_features(ROWS, ROWS, share=1.5), "share=1.5; give"),
         (
             lambda: structure.cluster_layers([ROWS], 4),
             "layer 0 of 1: n_clusters=4 does not divide the 6 rows",

@@ -8,8 +8,9 @@ from typing import Any
 
 from matplotlib.image import imread
 
+from switchable.files import read_records
 from switchable.study.pictures import draw_curves
-from switchable.study.records import read_metrics, sparse_spans
+from switchable.study.records import sparse_spans
 from switchable.study.result import Study
 
 
@@ -34,8 +35,8 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     records += [{"kind": "eval", "step": 100, "val_loss_dense": 1.9, "val_loss_sparse": 1.95}]
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("\n".join(json.dumps(r) for r in records) + '\n{"kind": "tra')
-    assert len(read_metrics(metrics)) == len(records)
-    draw_curves(Study("a run", metrics=read_metrics(metrics)), tmp_path / "curves.png")
+    assert len(read_records(metrics)) == len(records)
+    draw_curves(Study("a run", metrics=read_records(metrics)), tmp_path / "curves.png")
     pixels = imread(tmp_path / "curves.png")
     assert pixels.shape[:2] == (1485, 660)
     assert pixels.std() > 0.05

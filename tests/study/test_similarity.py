@@ -108,11 +108,11 @@ def test_neurons_are_followed_by_their_weights() -> None:
     model = at_step(1)
     moved = shuffle(model, 8, times=4)
     for before, after in zip(layers_of(model), layers_of(moved), strict=True):
-        assert not torch.equal(after.neuron_ids_F, torch.arange(64))
-        assert torch.equal(after.weights.up_FD, before.weights.up_FD[after.neuron_ids_F])
-        assert torch.equal(after.weights.down_FD, before.weights.down_FD[after.neuron_ids_F])
+        assert not torch.equal(after.ssd.neuron_ids_F, torch.arange(64))
+        assert torch.equal(after.ssd.weights.up_FD, before.ssd.weights.up_FD[after.ssd.neuron_ids_F])
+        assert torch.equal(after.ssd.weights.down_FD, before.ssd.weights.down_FD[after.ssd.neuron_ids_F])
         structure_F = torch.empty(64, dtype=torch.long)
-        structure_F[after.neuron_ids_F] = current_structure(after)
+        structure_F[after.ssd.neuron_ids_F] = current_structure(after)
         assert torch.bincount(structure_F).tolist() == [8] * 8
 
 

@@ -20,12 +20,12 @@ from switchable.config import from_dict
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
-from switchable.store import checkpoint, folders
+from switchable.store import folders
 from switchable.store.load import load
 from switchable.store.probe import load_probe
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
-from switchable.study.report import write_report
+from switchable.study.report import write_report, write_run_report
 from switchable.study.result import Study
 from switchable.study.study import StudySettings, study_checkpoints, study_run
 from switchable.train.loop import snapshot_steps
@@ -36,10 +36,10 @@ SMALL: dict[str, Any] = {
     "data": {"vocab_size": 300},
     "train": {
         "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 10, "checkpoint_every": 10,
-        "eval_tokens": 512, "probe_tokens": 256, "threads": 1, "snapshots": 3,
+        "eval_tokens": 512, "threads": 1, "snapshots": 3, "probe_tokens": 256,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
+        "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
     },
 }  # fmt: skip
@@ -50,6 +50,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("study")
     config = from_dict(SMALL | {"data": {"vocab_size": 300, "data": [str(corpus)]}})
     pretrain(config, base / "run", base / "cache", quiet=True)
+    write_run_report(base / "run")
     return base / "run"
 
 
@@ -217,8 +218,8 @@ def test_checkpoints_of_another_shape_and_broken_ones_are_left_out(
     study = study_checkpoints(given, settings(corpus, tokenizer=series))
     assert study.steps == [3, 20]
     assert "other7 has 3 FFNs, the first checkpoint 2" in study.problems[0]
-    assert "step500 cannot be read" in study.problems[1]
-    with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be read"):
+    assert "step500 cannot be loaded" in study.problems[1]
+    with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be loaded"):
         study_checkpoints([str(broken)], settings(corpus, tokenizer=series))
 
 
@@ -251,7 +252,7 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     state = load_file(folder / "switchable.safetensors")
     save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
     (folder / folders.MANIFEST).unlink()
-    checkpoint._seal(folder)
+    folders.seal(folder, {path.name: folders.entry(path) for path in folder.iterdir()})
     study = study_run(run, StudySettings())
     assert "step-000004 does not tell which neuron is which" in study.problems[0]
     assert "similarity_pattern" not in names(study)

@@ -26,10 +26,10 @@ SMALL: dict[str, Any] = {
     "data": {"vocab_size": 300},
     "train": {
         "steps": 20, "batch_size": 4, "sequence_length": 16, "log_every": 4, "eval_every": 5,
-        "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "probe_tokens": 256, "threads": 1,
+        "checkpoint_every": 5, "keep": 0, "eval_tokens": 512, "threads": 1, "probe_tokens": 256,
     },
     "switch": {
-        "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
+        "recipe": "early", "num_experts": 8, "experts_per_token": 3, "monitor_every": 3,
         "stability_threshold": 0.0, "max_activation_ratio": 1.0, "min_mass_caught": 0.0, "sparse_steps": 2,
         "min_dense_fraction": 0.15, "final_dense_fraction": 0.2,
     },
@@ -182,8 +182,8 @@ def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
     )
 
 
-def test_the_recipe_dense_never_goes_sparse(corpus: Path, tmp_path: Path) -> None:
-    config = small(corpus, switch={"recipe": "dense", "min_dense_fraction": 1.0, "router_token_fraction": 0.0})
+def test_a_dense_schedule_never_goes_sparse(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, switch={"schedule": "dense"})
     figures = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
     assert (figures["sparse_fraction"], figures["switches"], figures["regroupings"]) == (0, 0, 0)
     assert figures["val_loss_sparse"] is None

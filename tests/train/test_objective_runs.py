@@ -14,8 +14,9 @@ from support import small_run
 
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
-from switchable.infer.generate import Sampling, generate_text
+from switchable.infer.generate import generate_text
 from switchable.infer.loss import validation_loss
+from switchable.infer.sampling import Sampling
 from switchable.store.load import load
 from switchable.train.loop import Trainer
 from switchable.train.pretrain import pretrain, resume

@@ -17,7 +17,8 @@ from train.test_loop import small
 from switchable.cli import main
 from switchable.config import RunConfig, from_dict
 from switchable.ffn.convert import set_mode
-from switchable.store import checkpoint, snapshot
+from switchable.store import checkpoint
+from switchable.store.contents import training_state
 from switchable.train.parallel import process_group
 from switchable.train.plan import plan, sparse_share
 from switchable.train.setup import set_up
@@ -53,7 +54,7 @@ def weigh(config: RunConfig, folder: Path) -> None:
         for parameter in job.model.parameters():
             held += _local(parameter).nbytes
             held += sum(_local(t).nbytes for t in job.optimizer.state[parameter].values() if t.ndim)
-        state = snapshot.training_state(job.model, job.optimizer, job.controller.state_dict(), {})
+        state = training_state(job.model, job.optimizer, job.controller.state_dict(), {})
         checkpoint.save(folder / "saved", job.model, state)
         if dist.get_rank() == 0:
             found = {

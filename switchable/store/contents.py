@@ -1,7 +1,7 @@
 """What a checkpoint will hold, copied out of the training objects: the part of saving that training waits for.
 
-A snapshot does not change any more, so it can be written while training goes on (`saver.py`). Each rank copies what
-it will write: its own rows of sharded tensors; of everything else, rank 0 all.
+The copy does not change any more, so it can be written while training goes on (`saver.py`). Each rank copies what it
+will write: its own rows of sharded tensors. Rank 0 copies everything else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEURON_IDS = ".neuron_ids"
 
 
 @dataclass
-class Snapshot:
+class Contents:
     """The contents of a checkpoint, by file."""
 
     tensors: dict[str, dict[str, Piece]]
@@ -38,12 +38,12 @@ class Snapshot:
     """Objects with `save_pretrained(folder)`: the model's config, its generation config, the tokenizer."""
 
 
-def take(
+def contents_of(
     model: nn.Module,
     training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Snapshot:
+) -> Contents:
     """Copy what a checkpoint of `model` holds.
 
     Args:
@@ -64,7 +64,7 @@ def take(
         tensors["training.safetensors"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
         documents["training.json"] = training[1]
     extras = [getattr(model, "generation_config", None), tokenizer]
-    return Snapshot(tensors, documents, [_config(model), *(extra for extra in extras if extra is not None)])
+    return Contents(tensors, documents, [_config(model), *(extra for extra in extras if extra is not None)])
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:

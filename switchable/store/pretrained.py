@@ -1,0 +1,133 @@
+"""Folders in plain Hugging Face form: opened as any job needs them, and written.
+
+Nothing is downloaded, no code of a folder is run, and pickled weights are never read: they can run code too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from switchable.errors import InputError
+from switchable.ffn.builders import class_of, name_the_loss
+from switchable.ffn.convert import is_router_parameter
+
+SHARD_SIZE = "5GB"
+"""Largest file of weights that an export writes."""
+
+
+def load_pretrained(
+    folder: Path, config: PreTrainedConfig | None = None, kind: Any = None, new: str = ""
+) -> nn.Module:
+    """Load a plain Hugging Face checkpoint on the CPU, in its own dtype, in evaluation mode.
+
+    Args:
+        folder: with `config.json` and `*.safetensors`.
+        config: use this configuration instead of the folder's.
+        kind: class of transformers to load; None: the one that the config names.
+        new: pattern of the weights that may be missing, because the class adds them: a new head's.
+
+    Raises:
+        InputError: no such folder, no weights, or weights that do not fit the config.
+    """
+    if config is None:
+        config = load_config(folder)
+    _check_weights(folder)
+    kind = class_of(config) if kind is None else kind
+    try:
+        with quiet_transformers():
+            model, found = kind.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    _check_complete(folder, found, new)
+    name_the_loss(model)
+    return cast(nn.Module, model.eval())
+
+
+def _check_weights(folder: Path) -> None:
+    if list(folder.glob("*.safetensors")):
+        return
+    pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+    why = "; give the folder of a whole checkpoint"
+    if pickled:
+        why = (
+            f", only pickled ones ({', '.join(pickled)}), which we never open: they can run code. Load the model "
+            "where you trust it and save it again with save_pretrained"
+        )
+    raise InputError(f"{folder} holds no weights (*.safetensors){why}")
+
+
+def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:
+    """Refuse weights that are missing, of another shape, or belong to layers that the config does not have."""
+    wrong = {
+        "missing": sorted(key for key in found["missing_keys"] if not (new and re.search(new, key))),
+        "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
+        "of layers that the config does not have": sorted(
+            key for key in found["unexpected_keys"] if re.search(r"\.\d+\.", key)
+        ),
+    }
+    problems = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in wrong.items() if names]
+    if problems:
+        raise InputError(f"the tensors of {folder} do not fit its config.json: {'; '.join(problems)}")
+
+
+def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint, with some of its settings changed.
+
+    Raises:
+        InputError: no such folder, or no readable `config.json` of a model that transformers knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+def save_pretrained(
+    folder: Path, model: nn.Module, routers: bool = False, max_shard_size: str = SHARD_SIZE
+) -> None:
+    """Write a converted model in Hugging Face form, under the plain model's names.
+
+    Args:
+        folder: where; must exist.
+        model: a converted transformers model.
+        routers: write the routers too, among the weights.
+        max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
+    """
+    state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and logging warnings; its settings are put back afterwards."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""From a checkpoint back into a model and its optimizer, however either is sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.files import read_json
+from switchable.store.contents import NEURON_IDS, PER_LAYER, untied_state
+from switchable.store.tensorfile import TensorFile
+
+
+def restore_training(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load a verified checkpoint into a converted model and its optimizer, however either is sharded.
+
+    Returns:
+        The controller's state and the loop's counters.
+    """
+    restore_model(folder, model)
+    file = TensorFile(folder / "training.safetensors")
+    values = read_json(folder / "training.json")
+    torch.set_rng_state(file.tensor("random.cpu"))
+    if "random.cuda" in file.names and torch.cuda.is_available():
+        torch.cuda.set_rng_state(file.tensor("random.cuda"))
+    parameters = dict(model.named_parameters())
+    for name in sorted(file.names):
+        if name.startswith("optimizer:"):
+            _, parameter_name, key = name.split(":")
+            parameter = parameters[parameter_name]
+            if file.shape(name) == ():
+                value = file.tensor(name)  # AdamW keeps its step count on the CPU
+            else:
+                value = torch.zeros_like(parameter)  # moments lie in memory as their parameter does
+                file.read_into(name, value)
+            optimizer.state[parameter][key] = value
+    for full, value in values["optimizer"].items():
+        parameter_name, key = full.split(":")
+        optimizer.state[parameters[parameter_name]][key] = value
+    controller_state = values["controller"]
+    for key, name in PER_LAYER.items():
+        names = [f"{name}:{i}" for i in range(len(layers_of(model)))]
+        controller_state[key] = [file.tensor(each) if each in file.names else None for each in names]
+    return controller_state, values["counters"]
+
+
+def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
+    """Load weights and routers of a checkpoint into a converted model of the same shape.
+
+    Args:
+        folder: the checkpoint.
+        model: the model to load into.
+        routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
+
+    Raises:
+        InputError: names or shapes do not fit; the model is unchanged then.
+    """
+    state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
+    paths = [*folder.glob("model*.safetensors"), *([folder / "switchable.safetensors"] if routers else [])]
+    stored = {name: file for file in map(TensorFile, paths) for name in file.names}
+    _take_neuron_ids(stored, model)
+    strange = sorted(state.keys() ^ stored.keys())
+    if strange:
+        missing = len(state.keys() - stored.keys())
+        raise InputError(
+            f"{folder} does not fit the model: {missing} tensors missing, {len(strange) - missing} unexpected, "
+            f"e.g. {strange[0]}"
+        )
+    for name, tensor in state.items():
+        if stored[name].shape(name) != tuple(tensor.shape):
+            raise InputError(
+                f"{folder} does not fit the model: {name} has shape {stored[name].shape(name)} there, "
+                f"{tuple(tensor.shape)} in the model"
+            )
+    for name, tensor in state.items():
+        stored[name].read_into(name, tensor)
+
+
+def restore_routers(folder: Path, model: nn.Module) -> None:
+    """Load the routers of a checkpoint, and which neuron is which, into a converted model.
+
+    Raises:
+        InputError: names or shapes do not fit.
+    """
+    path = folder / "switchable.safetensors"
+    state = load_file(path)
+    names = dict.fromkeys(state, TensorFile(path))
+    _take_neuron_ids(names, model)
+    state = {name: state[name] for name in names}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"the routers of {folder} do not fit: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [*unexpected, *(name for name in missing if is_router_parameter(name))]
+    if wrong:
+        raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
+
+
+def _take_neuron_ids(stored: dict[str, TensorFile], model: nn.Module) -> None:
+    """Move the names of the neurons from files to the layers."""
+    for layer in layers_of(model):
+        # Models of other origin have none: their neurons stand in their first order.
+        file = stored.pop(layer.ssd.name + NEURON_IDS, None)
+        layer.ssd.neuron_ids_F = (
+            torch.arange(layer.ssd.d_ff) if file is None else file.tensor(layer.ssd.name + NEURON_IDS)
+        )

@@ -1,0 +1,137 @@
+"""What a switchable FFN does on tokens, each measure defined once: for the monitor, the study and `convert`.
+
+    activation ratio    share of (token, neuron) pairs with a_i(t) ≠ 0
+    dead, always on     share of neurons that fire on no token, and on every token
+    mass by k           Σ mass of k experts / Σ mass of all,   mass_e = Σ_{i in e} |a_i| ‖down_i‖,
+                        the k that the router puts first, or the best k of each token; k = 1, 2, ..., E
+    load imbalance      busiest expert's share of the choices x E (1 = all alike)
+
+Sums are kept in float64. What grows with the tokens is not kept here.
+
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from switchable.ffn.convert import in_mode, layers_of
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.router import expert_mass
+
+Batch = Mapping[str, Tensor]
+
+
+class Observer(Protocol):
+    """Sees the input of one layer, a batch of the probe at a time."""
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Take in the layer's input `x`, [B, S, D] or [T, D]."""
+
+
+class LayerSums:
+    """What one layer does, summed over tokens.
+
+    Args:
+        layer: the layer; its K counts.
+    """
+
+    def __init__(self, layer: SwitchableFFN) -> None:
+        ssd = layer.ssd
+        self.chosen, self.tokens, self.pairs = ssd.experts_per_token, 0, 0
+        device = ssd.up_projection.weight.device  # no host sync before somebody asks
+        self.fired_F = torch.zeros(ssd.d_ff, dtype=torch.int64, device=device)
+        self.load_E = torch.zeros(ssd.num_experts, dtype=torch.int64, device=device)
+        self._router_E = torch.zeros(ssd.num_experts, dtype=torch.float64, device=device)
+        self._best_E = torch.zeros_like(self._router_E)
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Take in the layer's input, as an `Observer` does."""
+        x_TD = x.reshape(-1, layer.ssd.d_model)
+        hidden_TF = layer.ssd.activations(x_TD)
+        self.add_activity(layer, x_TD, hidden_TF, hidden_TF != 0)
+
+    def add_activity(
+        self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor
+    ) -> Tensor:
+        """Take in tokens, their activations and which of these count as active; return the experts chosen, route_TK."""
+        ssd = layer.ssd
+        mass_TE = expert_mass(hidden_TF, ssd.weights.down_FD, ssd.num_experts)
+        order_TE = layer.router(x_TD).argsort(dim=-1, descending=True)
+        route_TK: Tensor = order_TE[:, : self.chosen]
+        self._router_E += mass_TE.gather(1, order_TE).sum(dim=0, dtype=torch.float64)
+        self._best_E += mass_TE.sort(dim=1, descending=True).values.sum(dim=0, dtype=torch.float64)
+        self.load_E += torch.bincount(route_TK.reshape(-1), minlength=ssd.num_experts)
+        self.fired_F += active_TF.sum(dim=0)
+        self.tokens += len(x_TD)
+        self.pairs += active_TF.numel()
+        return route_TK
+
+    @property
+    def activation_ratio(self) -> float:
+        """Share of (token, neuron) pairs that are active."""
+        assert self.tokens, "the probe never reached the layer"
+        return float(self.fired_F.sum()) / self.pairs
+
+    @property
+    def dead(self) -> float:
+        """Share of neurons that fired on no token."""
+        return float((self.fired_F == 0).double().mean())
+
+    @property
+    def always_on(self) -> float:
+        """Share of neurons that fired on every token."""
+        return float((self.fired_F == self.tokens).double().mean())
+
+    @property
+    def mass_router(self) -> list[float]:
+        """Share of the activation mass in the router's first 1, 2, ..., E experts."""
+        return self._shares(self._router_E)
+
+    @property
+    def mass_best(self) -> list[float]:
+        """Share of the activation mass in the best 1, 2, ..., E experts of each token."""
+        return self._shares(self._best_E)
+
+    def _shares(self, mass_E: Tensor) -> list[float]:
+        total = max(float(self._best_E.sum()), torch.finfo(torch.float64).tiny)
+        shares: list[float] = (mass_E.cumsum(0) / total).tolist()
+        return shares
+
+    @property
+    def load_imbalance(self) -> float:
+        """Load of the busiest expert over the mean load."""
+        return float(self.load_E.max() / self.load_E.double().mean())
+
+
+@contextmanager
+def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
+    """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
+    layers = layers_of(model)
+
+    def hook_for(observer: Observer, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
+        return lambda _module, args: observer.add(layer, args[0])
+
+    hooks = [
+        layer.register_forward_pre_hook(hook_for(observer, layer))
+        for observer, layer in zip(observers, layers, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def show(model: nn.Module, probe: Sequence[Batch], observers: Sequence[Observer]) -> None:
+    """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
+    with in_mode(model, "dense"), observed(model, observers):
+        model.eval()
+        for batch in probe:
+            model(**batch)
