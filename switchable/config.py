@@ -135,7 +135,7 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
-    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the recipe is `auto` if none is given.
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the default recipe is `auto`.
 
     Raises:
         InputError: file missing or not YAML, unknown key, a value that is refused.

@@ -18,7 +18,9 @@ from switchable.train.flops import count
 T, S, D, F, V, L, E, K = 4 * 24, 24, 16, 64, 61, 2, 8, 3
 
 
-TAUGHT = SPARSE_TOKEN_FRACTION * (2 * D * F + 4 * D * E + 2 * F)  # what teaches a router in a sparse step, per token
+TAUGHT = SPARSE_TOKEN_FRACTION * (
+    2 * D * F + 4 * D * E + 2 * F
+)  # what teaches a router in a sparse step, per token
 
 
 def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
