@@ -1,25 +1,23 @@
-"""The sparse FFN on a GPU in bfloat16: dense, our Triton path, torch's grouped product.
+"""The sparse FFN on a GPU in bfloat16: dense, our Triton kernels, torch's grouped product.
 
     python -m benchmarks.ffn_cuda [--quick] [--kernels]
 
-Parity comes first: outputs and gradients against `eager` in float32 on the same numbers, and nothing is
-reported if one contender fails. Then all contenders take turns; a figure is a median over the turns.
-Training means forward and backward with gradients of input, weights, bias and gates (unit gates, as in
-training), launched from Python; decoding means forward only, replayed from a CUDA graph. The router is not
-included.
+Parity comes first: outputs and gradients against the reference in float32 on the same numbers; nothing is reported if
+a contender fails. Then all contenders take turns, and a figure is a median over the turns. Training is forward and
+backward with gradients of input, weights and bias, launched from Python. Decoding is the forward alone, replayed from
+a CUDA graph. The router is not included.
 
     share_of_ideal = speedup / (E/K)        share_of_matmul = FLOP/s / FLOP/s of an 8192³ bfloat16 product
 
-The last line is one JSON document; `choice` in it is the table from which `auto` can choose.
+The last line is one JSON document; `choice` in it is what a rule for `auto` can be made of.
 
-Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token, I = F/E neurons per expert.
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,13 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from switchable.compute.call import FFNWeights
-from switchable.compute.choose import ExpertCall, ExpertCompute
-from switchable.compute.cuda.grouped_mm import torch_grouped_mm
-from switchable.compute.cuda.triton.path import triton_atomic, triton_ffn
-from switchable.compute.reference import eager
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
+from switchable.timing import Times, take_turns
 
-SPARSE = {"triton": triton_ffn, "triton_atomic": triton_atomic, "torch_grouped_mm": torch_grouped_mm}
+SPARSE = ("triton", "grouped_mm")
 PARITY = 2e-2  # relative root mean square error; bfloat16 has 8 bits
 
 
@@ -78,50 +74,41 @@ class Problem:
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return torch.randn(size, generator=generator, device=device) * scale
 
-        def leaf(t: Tensor) -> Tensor:
-            return t.bfloat16().requires_grad_()
-
         self.shape = shape
-        self.x, self.grad = leaf(normal(shape.T, shape.D)), normal(shape.T, shape.D).bfloat16()
-        self.up = leaf(normal(shape.F, shape.D, scale=shape.D**-0.5))
-        self.down = leaf(normal(shape.D, shape.F, scale=shape.F**-0.5))
-        self.bias = leaf(normal(shape.F, scale=0.1))
+        self.grad = normal(shape.T, shape.D).bfloat16()
+        numbers = (
+            normal(shape.T, shape.D),
+            normal(shape.F, shape.D, scale=shape.D**-0.5),
+            normal(shape.D, shape.F, scale=shape.F**-0.5),
+            normal(shape.F, scale=0.1),
+        )
+        self.leaves = [tensor.bfloat16().requires_grad_() for tensor in numbers]  # x, up, down, bias
         scores = normal(shape.T, shape.E) + 0.5 * normal(1, shape.E)
         self.ids = scores.topk(shape.K).indices
-        self.gates = torch.ones(self.ids.shape, device=device, requires_grad=True)
 
-    def leaves(self, *, dense: bool = False) -> list[Tensor]:
-        return [self.x, self.up, self.down, self.bias] + ([] if dense else [self.gates])
-
-    def dense(self) -> Tensor:
-        return linear(linear(self.x, self.up, self.bias).relu(), self.down)
-
-    def sparse(self, compute: ExpertCompute, *, exact: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Return the output and the tensors to differentiate by; `exact` computes in float32."""
-        leaves = self.leaves()
-        if exact:
-            leaves = [t.detach().float().requires_grad_() for t in leaves]
-        x, up, down, bias, gates = leaves
-        weights = FFNWeights(up, down.t(), bias)
-        return compute(ExpertCall(x, weights, self.ids, gates, self.shape.E, "relu", unit_gates=True)), leaves
-
-    def train(self, name: str) -> list[Tensor]:
-        """One forward and backward; return output and gradients."""
+    def output(self, name: str, leaves: list[Tensor]) -> Tensor:
+        """Return y_TD as a contender computes it."""
+        x, up, down, bias = leaves
         if name == "dense":
-            y, leaves = self.dense(), self.leaves(dense=True)
-        else:
-            y, leaves = self.sparse(SPARSE[name])
-        return [y, *torch.autograd.grad(y, leaves, self.grad)]
+            return linear(linear(x, up, bias).relu(), down)
+        call = ExpertCall(x, FFNWeights(up, down.t(), bias), self.ids, self.shape.E, "relu")
+        return expert_ffn(call, name)
 
+    def train(self, name: str, *, exact: bool = False) -> list[Tensor]:
+        """One forward and backward; return output and gradients. `exact` computes in float32."""
+        leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves] if exact else self.leaves
+        y_TD = self.output(name, leaves)
+        return [y_TD, *torch.autograd.grad(y_TD, leaves, self.grad.to(y_TD.dtype))]
+
+    @torch.no_grad()
     def forward(self, name: str) -> Tensor:
-        with torch.no_grad():
-            return self.dense() if name == "dense" else self.sparse(SPARSE[name])[0]
+        """Return y_TD, to be differentiated by nothing."""
+        return self.output(name, self.leaves)
 
 
 def parity(problem: Problem) -> dict[str, float]:
     """Return the worst relative error of each sparse contender, over its output and gradients."""
-    y, leaves = problem.sparse(eager, exact=True)
-    exact = [y.detach(), *torch.autograd.grad(y, leaves, problem.grad.float())]
+    exact = problem.train("reference", exact=True)
     worst = {}
     for name in SPARSE:
         pairs = zip(problem.train(name), exact, strict=True)
@@ -129,33 +116,14 @@ def parity(problem: Problem) -> dict[str, float]:
     return worst
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Time some calls in a row, so that launches hide behind the work before them."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / repeats
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, float]:
-    """Return each call's median time in ms over rounds in which every call takes its turn."""
-    for call in calls.values():
-        call()  # compile and tune
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, repeats))
-    return {name: statistics.median(t) for name, t in times.items()}
+def timed(calls: dict[str, Callable[[], object]], rounds: int, repeat: int) -> Times:
+    """Time calls in turns; so many in a row that launches hide behind the work before them."""
+    return take_turns(calls, 0.0, repeat, rounds, wait=torch.cuda.synchronize)
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """Return the replay of a CUDA graph of the call."""
-    for _ in range(3):
+    for _ in range(3):  # compile and tune, which a graph cannot hold
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -166,7 +134,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
 def matmul_rate(rounds: int, size: int = 8192) -> float:
     """Return the FLOP/s of a large bfloat16 product: what 'the rate of this GPU' means here."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2.0 * size**3 / (interleaved({"mm": lambda: a @ b}, rounds, 5)["mm"] / 1e3)
+    return 2.0 * size**3 / timed({"mm": lambda: a @ b}, rounds, 5).median("mm")
 
 
 def peak_mib(problem: Problem, name: str) -> float:
@@ -188,61 +156,52 @@ def measure(shape: Shape, mode: str, rate: float, rounds: int) -> dict[str, Any]
         )
     names = ["dense", *SPARSE]
     if mode == "train":
-        calls: dict[str, Callable[[], object]] = {name: partial(problem.train, name) for name in names}
-        flops, repeats = 3 * shape.flops, 3
+        times = timed({name: partial(problem.train, name) for name in names}, rounds, 3)
+        flops = 3 * shape.flops
     else:
-        calls = {name: graphed(partial(problem.forward, name)) for name in names}
-        flops, repeats = shape.flops, 20
-    times = interleaved(calls, rounds, repeats)
-    ideal = shape.E / shape.K
-    speedup = {name: times["dense"] / times[name] for name in SPARSE}
-    share = {name: s / ideal for name, s in speedup.items()}
+        times = timed({name: graphed(partial(problem.forward, name)) for name in names}, rounds, 100)
+        flops = shape.flops
+    speedup = {name: times.ratio("dense", name) for name in SPARSE}
     return {
         "mode": mode,
         **asdict(shape),
-        "ms": times,
+        "ms": {name: 1e3 * seconds for name, seconds in times.medians.items()},
         "speedup": speedup,
-        "share_of_ideal": share,
-        "share_of_matmul": {name: flops / (times[name] / 1e3) / rate for name in SPARSE},
+        "share_of_ideal": {name: ratio * shape.K / shape.E for name, ratio in speedup.items()},
+        "share_of_matmul": {name: flops / times.median(name) / rate for name in SPARSE},
         "peak_mib": {name: peak_mib(problem, name) for name in names} if mode == "train" else {},
         "parity": errors,
-        "best": min(times, key=lambda name: times[name]),
+        "best": min(names, key=times.median),
     }
 
 
 def print_row(row: dict[str, Any]) -> None:
     """Print one shape's contenders."""
-    print(
-        f"\n{row['mode']}  T={row['T']} D={row['D']} F={row['F']} E={row['E']} K={row['K']}   best: {row['best']}"
-    )
-    print(f"  {'':18}{'ms':>9}{'speedup':>9}{'of ideal':>10}{'of matmul':>11}{'peak MiB':>10}{'error':>9}")
+    shape = Shape(*(row[size] for size in "TDFEK"))
+    print(f"\n{row['mode']}  {shape}   best: {row['best']}")
+    print(f"  {'':12}{'ms':>9}{'speedup':>9}{'of ideal':>10}{'of matmul':>11}{'peak MiB':>10}{'error':>9}")
     for name, ms in row["ms"].items():
-        line = f"  {name:18}{ms:9.3f}"
-        if name in SPARSE:
-            shares = f"{row['share_of_ideal'][name]:10.0%}{row['share_of_matmul'][name]:11.0%}"
-            line += f"{row['speedup'][name]:9.2f}{shares}"
-        else:
-            line += f"{1:9.2f}{'':21}"
-        line += f"{row['peak_mib'][name]:10.0f}" if row["peak_mib"] else f"{'':10}"
+        line = f"  {name:12}{ms:9.3f}{row['speedup'].get(name, 1):9.2f}"
+        for key, form in (("share_of_ideal", "10.0%"), ("share_of_matmul", "11.0%"), ("peak_mib", "10.0f")):
+            line += format(row[key][name], form) if name in row[key] else " " * int(form.split(".")[0])
         print(line + (f"{row['parity'][name]:9.0e}" if name in SPARSE else ""))
 
 
 def print_kernels(shape: Shape) -> None:
-    """Print where the time of one training call of the Triton path goes, and the block sizes that were chosen."""
-    from switchable.compute.cuda.triton import kernels as triton_kernels
+    """Print where the time of training with the Triton kernels goes, and the block sizes that were chosen."""
+    from switchable.compute.cuda.triton import kernels
 
     problem = Problem(shape, "cuda")
     problem.train("triton")
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(10):
             problem.train("triton")
         torch.cuda.synchronize()
-    print(f"\nkernels of the Triton path, {shape}, ten calls")
+    print(f"\nkernels of triton, {shape}, ten calls")
     print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=60))
-    for name in ("up_kernel", "hidden_grad_kernel", "down_kernel", "weight_grad_kernel"):
-        for key, config in getattr(triton_kernels, name).cache.items():
-            print(f"{name} {key}: {config}")
+    for kernel in (kernels.expert_kernel, kernels.weight_grad_kernel):
+        for key, config in kernel.cache.items():
+            print(f"{kernel.base_fn.__name__} {key}: {config}")
 
 
 def main() -> None:
@@ -277,7 +236,7 @@ def main() -> None:
         "dtype": "bfloat16",
         "matmul_tflops": rate / 1e12,
         "train_speedup": first["speedup"]["triton"],
-        "train_vs_torch_grouped_mm": first["ms"]["torch_grouped_mm"] / first["ms"]["triton"],
+        "train_vs_torch_grouped_mm": first["ms"]["grouped_mm"] / first["ms"]["triton"],
         "train_share_of_ideal": first["share_of_ideal"]["triton"],
         "train_share_of_matmul": first["share_of_matmul"]["triton"],
         "choice": [{k: row[k] for k in ("mode", "T", "D", "F", "E", "K", "best")} for row in rows],

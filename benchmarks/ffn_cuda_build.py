@@ -90,32 +90,24 @@ class Case:
     stored: str = "FD DF"
     """Memory layout of up and of down: nn.Linear's is FD DF, Conv1D's DF FD."""
     squared: bool = True
-    gated: bool = False
-    gate_grad: bool = False
-    atomic: bool = False
     backward: bool = True
 
     def __str__(self) -> str:
-        marks = [
-            name for name in ("squared", "gated", "gate_grad", "atomic", "backward") if getattr(self, name)
-        ]
+        marks = "".join(f" {name}" for name in ("squared", "backward") if getattr(self, name))
         dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"T={self.T} D={self.D} F={self.F} E={self.E} K={self.K} {dtype} {self.stored} {' '.join(marks)}"
-        )
+        return f"T={self.T} D={self.D} F={self.F} E={self.E} K={self.K} {dtype} {self.stored}{marks}"
 
 
-MAIN = Case(gate_grad=True)
+MAIN = Case()
 CASES = (
     MAIN,
-    Case(),
-    Case(stored="DF FD", gated=True, gate_grad=True),
-    Case(atomic=True),
+    Case(squared=False),
+    Case(stored="DF FD"),
     Case(T=1, backward=False),
     Case(T=16, backward=False),
     Case(D=768, F=3072, K=6),
     Case(D=4096, F=16384),
-    Case(D=37, F=84, E=4, K=2, T=19, gated=True, gate_grad=True),
+    Case(D=37, F=84, E=4, K=2, T=19),
     Case(dtype=torch.float16),
     Case(D=768, F=3072, K=6, dtype=torch.float32),
 )
@@ -167,13 +159,11 @@ class StandIn(DriverBase):  # type: ignore[misc]
         """Return the device of the tensors, which have no memory."""
         return torch.device("meta")
 
-    def get_current_device(self) -> int:
-        """Return the only one."""
-        return 0
-
     def get_current_stream(self, *_device: int) -> int:
         """Return the only one."""
         return 0
+
+    get_current_device = get_current_stream
 
     def get_device_properties(self, *_device: int) -> dict[str, int]:
         """Return the most shared memory of a block, by which Triton refuses a kernel."""
@@ -192,10 +182,9 @@ class StandIn(DriverBase):  # type: ignore[misc]
         """Note a kernel that has been compiled; return what launches it: nothing."""
         constants = {src.fn.arg_names[path[0]]: value for path, value in src.constants.items()}
         sizes = {name: constants[name] for name in BLOCKS if name in constants}
-        kernel = Built(
-            src.fn.__name__, self.case, sizes, metadata.num_warps, metadata.num_stages, metadata.shared
+        self.built.append(
+            Built(metadata.name, self.case, sizes, metadata.num_warps, metadata.num_stages, metadata.shared)
         )
-        self.built.append(kernel)
         return lambda *_: None
 
     def load_binary(self, *loaded: Any) -> tuple[int, int, int, int, int]:
@@ -208,26 +197,18 @@ class StandIn(DriverBase):  # type: ignore[misc]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(loaded[1])
             file.flush()
-            usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-            code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
-        last.registers = int(_found(r"REG:(\d+)", usage))
-        last.spilled = int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
+            tools = triton.knobs.nvidia
+            usage, code = (
+                subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout
+                for tool in ((tools.cuobjdump.path, "-res-usage"), (tools.nvdisasm.path, "-c"))
+            )
+        used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        last.registers, last.spilled = used["REG"], used["STACK"] + used["LOCAL"]
         last.per_multiprocessor = GPUS[self.capability].blocks(last.registers, last.shared, last.warps)
         product = PRODUCTS.search(code)
         last.tensor_cores = product.group(1) if product else None
         last.instructions = code.count(";")
         return 0, 0, last.registers, last.spilled, KIB
-
-
-def _tool(path: str, *arguments: str) -> str:
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"cuobjdump said nothing like {pattern}:\n{text}")
-    return match.group(1)
 
 
 @contextmanager
@@ -249,25 +230,13 @@ def build(case: Case) -> None:
     def empty(*size: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    def weight(stored: str) -> Tensor:
-        return empty(case.F, case.D) if stored == "FD" else empty(case.D, case.F).t()
-
     x, grad, ids = empty(case.T, case.D), empty(case.T, case.D), empty(case.T, case.K, dtype=torch.int64)
-    up, down = map(weight, case.stored.split())
-    gates = empty(case.T, case.K, dtype=torch.float32) if case.gated else None
-    call = launch.Call(x, up, ids, case.E, atomic=case.atomic)
-    rows = launch.sort_by_expert(ids, case.E)
-    h_RI = call.up(x, up, empty(case.F), rows, squared=case.squared)
-    call.down(h_RI, down, gates, rows)
-    if not case.backward:
-        return
-    a_RI, scaled_RI, _ = call.hidden_grad(
-        grad, down, h_RI, gates, rows, squared=case.squared, gate_grad=case.gate_grad
+    up, down = (
+        empty(case.F, case.D) if order == "FD" else empty(case.D, case.F).t() for order in case.stored.split()
     )
-    call.down(a_RI, up, None, rows)
-    call.weight_grad(a_RI, x, up, rows)
-    call.weight_grad(scaled_RI, grad, down, rows)
-    call.bias_grad(a_RI, rows)
+    y_h_rows = launch.forward(x, up, down, empty(case.F), ids, case.E, case.squared)
+    if case.backward:
+        launch.backward(grad, x, up, down, *y_h_rows[1:], case.squared, wanted=[True] * 4)
 
 
 def faults(case: Case, built: Sequence[Built]) -> list[str]:

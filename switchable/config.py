@@ -97,13 +97,12 @@ def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunConfig:
-    """Build a configuration from nested dicts; missing keys keep their defaults, or are the recipe's (`auto`).
+    """Build a configuration from nested dicts; missing keys keep their defaults, or are the recipe's.
 
     Raises:
         InputError: an unknown section or key (the nearest known one is named), or a value that is refused.
     """
     _check_sections(given, where)
-    given = given | {"switch": {"recipe": AUTO} | given.get("switch", {})}
     known = sections()
     return RunConfig(
         **{
@@ -136,7 +135,7 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
-    """Read a YAML file (or none) and lay the flags (field name -> value) over it.
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the default recipe is `auto`.
 
     Raises:
         InputError: file missing or not YAML, unknown key, a value that is refused.
@@ -148,9 +147,10 @@ def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
         for f in dataclasses.fields(cls):
             if f.name in flags:
                 given.setdefault(section, {})[f.name] = flags[f.name]
-    if given.get("switch", {}).get("recipe", AUTO) == AUTO:
+    switch = given.setdefault("switch", {})
+    if switch.setdefault("recipe", AUTO) == AUTO:
         # What is wrong is refused before torch is loaded to see what the machine can do.
-        check(from_dict(given | {"switch": given.get("switch", {}) | {"recipe": "late"}}, where))
+        check(from_dict(given | {"switch": switch | {"recipe": "late"}}, where))
     return from_dict(given, where)
 
 

@@ -49,8 +49,8 @@ def converted_to_double(convert: Any) -> Any:
     def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    def wrapped(model: Any, *args: Any) -> Any:
-        report = convert(model, *args)
+    def wrapped(model: Any, *args: Any, **keywords: Any) -> Any:
+        report = convert(model, *args, **keywords)
         model.double()
         model.loss_function = loss
         return report
@@ -104,7 +104,7 @@ def test_the_losses_are_those_of_one_process(
     whole, other = (json.loads((run / "summary.json").read_text()) for run in (one, out))
     assert (whole["switches"], other["processes"]) == (other["switches"], world_size)
     assert other["switches"] >= 4
-    assert other["regroupings"] == whole["regroupings"] >= 3
+    assert other["regroupings"] == whole["regroupings"] >= 2
     # The checkpoint is the same folder, whoever wrote it: file by file, name by name.
     for file in ("model", "switchable", "training"):
         a, b = (load_file(run / f"checkpoints/step-000050/{file}.safetensors") for run in (one, out))
@@ -116,11 +116,10 @@ def test_the_losses_are_those_of_one_process(
                 torch.testing.assert_close(b[name], tensor, rtol=0, atol=close, msg=name)
 
 
-def test_ddp_does_not_wait_for_routers_that_rest_in_sparse_steps(corpus: Path, tmp_path: Path) -> None:
-    changes = {"train": {"steps": 20}, "switch": {"router_sparse_fraction": 0.0}}
+def test_ddp_does_not_wait_for_routers_that_do_not_learn(corpus: Path, tmp_path: Path) -> None:
+    changes = {"train": {"steps": 20}, "switch": {"recipe": "dense", "min_dense_fraction": 1.0}}
     ended = run_ranks(2, train_small, tmp_path / "run", corpus, False, changes, log=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
-    assert any(line["sparse_fraction"] for line in lines(tmp_path / "run", "train"))
 
 
 def ask_for_a_missing_word(folder: Path) -> None:

@@ -25,11 +25,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from switchable.compute.cuda.triton import INTERPRETED, tuning
+from switchable.compute.cuda.triton import tuning
 
 GROUP_M = tl.constexpr(8)
 # Triton's interpreter has no bfloat16 product: it multiplies the bit patterns. Widening is exact.
-WIDEN = tl.constexpr(INTERPRETED)
+WIDEN = tl.constexpr(tuning.INTERPRETED)
 
 
 @triton.jit
@@ -98,8 +98,10 @@ def _product(
 
 
 @triton.jit
-def _store_hidden_grad(s, offsets, inside, h_ptr, out_ptr, SQUARED: tl.constexpr):
-    """Store s ⊙ act', the derivative being read off the hidden rows after the activation."""
+def _store_hidden_grad(s, m, n, live, h_ptr, out_ptr, N: tl.constexpr, SQUARED: tl.constexpr):
+    """Store s ⊙ act' in columns n, the derivative being read off the hidden rows after the activation."""
+    offsets = m[:, None] * N + n[None, :]
+    inside = live[:, None] & (n < N)[None, :]
     h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if SQUARED:  # h = a², so act'(a) = 2a = 2√h
         s = s * (2.0 * tl.sqrt(h))
@@ -159,11 +161,8 @@ def expert_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         n = pid_n * BLOCK_N + tl.arange(0, HALF)
-        inside = live[:, None] & (n < N)[None, :]
-        _store_hidden_grad(left, m[:, None] * N + n[None, :], inside, h_ptr, out_ptr, SQUARED)
-        n += HALF
-        inside = live[:, None] & (n < N)[None, :]
-        _store_hidden_grad(right, m[:, None] * N + n[None, :], inside, h_ptr, out_ptr, SQUARED)
+        _store_hidden_grad(left, m, n, live, h_ptr, out_ptr, N, SQUARED)
+        _store_hidden_grad(right, m, n + HALF, live, h_ptr, out_ptr, N, SQUARED)
     else:
         if STEP == "up":
             if bias_ptr is not None:
@@ -187,7 +186,7 @@ def combine_kernel(z_ptr, y_ptr, position_ptr, D: tl.constexpr, K: tl.constexpr,
     tl.store(y_ptr + t.to(tl.int64) * D + d, acc.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.autotune(tuning.WEIGHTS, ["bucket", "D", "I", "w_stride_d"], tuning.PRUNE_WEIGHTS, cache_results=True)
+@triton.autotune(tuning.WEIGHTS, ["bucket", "D", "I", "w_stride_d"], tuning.PRUNE, cache_results=True)
 @triton.jit(do_not_specialize=["bucket"])
 def weight_grad_kernel(
     p_ptr,  # [R, I]

@@ -12,7 +12,7 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E neurons, K experts per t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -52,7 +52,7 @@ def backward(
     launches = _Launches(x_TD, up_FD, rows)
     # The gradient before the activation; of the four, only the gradient of down does without.
     a_RI = launches.multiply("hidden_grad", grad_TD, down_FD, h_RI=h_RI, squared=squared)
-    gradients = (
+    gradients: tuple[Callable[[], Tensor], ...] = (
         lambda: launches.multiply_back(a_RI, up_FD),
         lambda: launches.weight_grad(a_RI, x_TD, up_FD),
         lambda: launches.weight_grad(h_RI, grad_TD, down_FD),
@@ -142,9 +142,8 @@ class _Launches:
         def grid(block: dict[str, int]) -> tuple[int]:
             return (self.E * triton.cdiv(self.I, block["BLOCK_M"]) * triton.cdiv(self.D, block["BLOCK_N"]),)
 
-        sizes: dict[str, Any] = {"D": self.D, "I": self.I}
         kernels.weight_grad_kernel[grid](
-            p_RI, x_TD, x_TD.stride(0), out_FD, *out_FD.stride(), **self.common, **sizes
+            p_RI, x_TD, x_TD.stride(0), out_FD, *out_FD.stride(), **self.common, D=self.D, I=self.I
         )
         return out_FD
 

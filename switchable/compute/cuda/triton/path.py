@@ -14,6 +14,7 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E neurons, K experts per t
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
 from switchable.compute.cuda.dtypes import compute_dtype, why_not_dtype
-from switchable.compute.cuda.triton import INTERPRETED
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+"""Whether Triton's interpreter runs the kernels, on the CPU. Triton reads the variable when it is imported."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """torch's CUDA builds bring it, its CPU builds do not. Looked for once: torch.compile cannot trace the search."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,10 +91,10 @@ def _backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of those of x, up, down and bias that are wanted, in this order."""
-    from switchable.compute.cuda.triton import launch
+    from switchable.compute.cuda.triton import launch, sort
 
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return launch.backward(grad, x, up, down, h, launch.Rows(*rows), squared, wanted)
+        return launch.backward(grad, x, up, down, h, sort.Rows(*rows), squared, wanted)
 
 
 @_backward.register_fake

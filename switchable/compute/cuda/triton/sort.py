@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Sort (token, slot) pairs by expert on the device: a counting sort in three launches, one for small batches.
 
-Pair j = t·K + k wants row place_j = #{pairs of smaller experts} + #{earlier pairs of the same expert}. Each
-program counts its chunk of pairs per expert; one cumulative sum over the table [E, chunks], experts
-outermost, then says where the pairs of each (expert, chunk) start; each program ranks its own pairs and
-writes them. The result is stable, hence deterministic; all sizes depend on shapes alone, and the host reads
-nothing back.
+    row of pair j = t·K + k  =  #{pairs of smaller experts} + #{earlier pairs of the same expert}
+
+Each program counts its chunk of pairs per expert. One cumulative sum over the table [E, chunks], experts outermost,
+then says where the pairs of each (expert, chunk) start. Each program ranks its own pairs and writes them. The result is
+stable, hence deterministic. All sizes depend on shapes alone, so the host waits for nothing.
 
 Why not torch's sort, as in `grouped_mm.py`? Sort, inverse and ends are some six launches there. Decoding one token
 should take about as long as reading its experts' weights, which is the time of a few launches.

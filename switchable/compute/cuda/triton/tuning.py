@@ -10,12 +10,11 @@ with a deep K read weights fast in decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import triton
 
-from switchable.compute.cuda.triton import INTERPRETED
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> Any:
@@ -62,37 +61,22 @@ def _fits(block: int, size: int) -> bool:
     return block <= max(32, 1 << (size - 1).bit_length())  # the next power of two
 
 
-def _pick(configs: list[Any], suits: Callable[[dict[str, int]], bool], precision: str) -> list[Any]:
-    def affordable(sizes: dict[str, int]) -> bool:
-        # Exact float32 products use no tensor cores: larger blocks spill and are slow to compile.
-        small = sizes["BLOCK_M"] * sizes["BLOCK_N"] <= 64 * 64 and sizes["BLOCK_K"] <= 64
-        return precision != "ieee" or small
-
-    return [c for c in configs if suits(c.kwargs) and affordable(c.kwargs)] or configs[:1]
-
-
-def _suit_rows(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
+def _prune(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
     """Drop configs whose blocks are much larger than the matrices, or much smaller than an expert's rows."""
     call = named | constants
-    bucket = call["bucket"]
+    bucket, exact = call["bucket"], call["PRECISION"] == "ieee"
 
     def suits(sizes: dict[str, int]) -> bool:
-        rows_fit = sizes["BLOCK_M"] == 16 if bucket < 16 else sizes["BLOCK_M"] <= bucket
-        wide = bucket >= 256 and sizes["BLOCK_M"] == 16
-        columns_fit = _fits(sizes["BLOCK_N"], call["N"]) and _fits(sizes["BLOCK_K"], call["DEPTH"])
-        return rows_fit and not wide and columns_fit
+        m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
+        if exact and (m * n > 64 * 64 or k > 64):
+            return False  # exact float32 products use no tensor cores: larger blocks spill and compile slowly
+        if "DEPTH" not in call:  # gradients of weights: rows are what is summed, and there are always enough
+            return _fits(m, call["I"]) and _fits(n, call["D"])
+        rows_fit = m == 16 if bucket < 16 else m <= bucket
+        wide = bucket >= 256 and m == 16
+        return rows_fit and not wide and _fits(n, call["N"]) and _fits(k, call["DEPTH"])
 
-    return _pick(configs, suits, call["PRECISION"])
-
-
-def _suit_weights(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
-    call = named | constants
-
-    def suits(sizes: dict[str, int]) -> bool:
-        return _fits(sizes["BLOCK_M"], call["I"]) and _fits(sizes["BLOCK_N"], call["D"])
-
-    return _pick(configs, suits, call["PRECISION"])
+    return [config for config in configs if suits(config.kwargs)] or configs[:1]
 
 
-PRUNE = {"early_config_prune": _suit_rows}
-PRUNE_WEIGHTS = {"early_config_prune": _suit_weights}
+PRUNE = {"early_config_prune": _prune}
