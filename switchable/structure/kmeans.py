@@ -104,10 +104,6 @@ class BalancedKMeans:
             self.labels_, self.cluster_centers_ = labels_N.numpy(), centers_ED.numpy()
         return self
 
-    def fit_predict(self, rows: Rows, y: None = None) -> Any:
-        """Cluster the rows; return `labels_`."""
-        return self.fit(rows, y).labels_
-
     def _check_parameters(self) -> None:
         _check_whole("n_clusters", self.n_clusters, 1)
         _check_whole("max_iter", self.max_iter, 1)

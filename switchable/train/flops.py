@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,19 +50,10 @@ class StepFlops:
     def times(self, number: int) -> StepFlops:
         """Return the FLOPs of a step of so many batches like the one counted."""
 
-        def each(layers: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(flops * number for flops in layers)
+        def more(value: Any) -> Any:
+            return tuple(flops * number for flops in value) if isinstance(value, tuple) else value * number
 
-        return StepFlops(
-            tokens=self.tokens * number,
-            dense=self.dense * number,
-            head=self.head * number,
-            ffn_dense=each(self.ffn_dense),
-            expert=each(self.expert),
-            router=each(self.router),
-            router_learning=each(self.router_learning),
-            ffn_input=each(self.ffn_input),
-        )
+        return StepFlops(**{name: more(value) for name, value in vars(self).items()})
 
     def step(
         self, experts_per_token: Sequence[int | None], active: Sequence[float | None] | None = None

@@ -26,7 +26,7 @@ from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
-from switchable.train.log import NoLog
+from switchable.train.log import RunLog
 from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
 from switchable.train.setup import Job
@@ -50,7 +50,7 @@ class Trainer:
         self,
         job: Job,
         rundir: RunDir,
-        log: NoLog,
+        log: RunLog,
         flops: StepFlops,
         counters: Counters,
         stop: StopRequest,

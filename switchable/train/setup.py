@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -99,38 +100,18 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     parts = ranks.together(lambda: _build(config, cache, quiet, variant))
     model, train = parts.model, config.train
     distribute(model, train)
+    probe = vars(parts).pop("probe")
     return Job(
+        **vars(parts),
         config=config,
-        model=model,
         replica=Replica(model, train, parts.device),
-        report=parts.report,
-        tokenizer=parts.tokenizer,
-        data=parts.data,
-        batches=parts.batches,
-        validation=parts.validation,
         optimizer=build_optimizer(model, train),
-        controller=variant.controller(
-            model, parts.probe, train.steps, config.switch, train.seed, variant.schedule
-        ),
-        device=parts.device,
+        controller=variant.controller(model, probe, train.steps, config.switch, train.seed, variant.schedule),
     )
 
 
-@dataclass
-class _Parts:
-    """What a run is built from, before the model is shared out."""
-
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    batches: Batches
-    validation: list[Batch]
-    probe: list[Batch]
-    model: nn.Module
-    report: ConversionReport
-
-
-def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> _Parts:
+def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> SimpleNamespace:
+    """Return the parts of a job that are made before the model is shared out, and the probe."""
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
@@ -156,7 +137,7 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> _Pa
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)
-    return _Parts(
+    return SimpleNamespace(
         device=device,
         tokenizer=tokenizer,
         data=data,
