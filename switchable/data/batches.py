@@ -86,10 +86,6 @@ class Windows:
         length = self.sequence_length
         return np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
 
-    def epoch(self, index: int) -> float:
-        """Return how many times the text has been seen before batch `index` (epochs, with a fraction)."""
-        return index * self.batch_size / self.windows_per_epoch
-
     def _start(self, epoch: int, position: int) -> int:
         if epoch not in self._epochs:
             # A batch reaches into two epochs at most, so no more need be kept.

@@ -66,14 +66,6 @@ class PreparedData:
     """For `AutoTokenizer.from_pretrained`."""
     end_of_text: tokenizers.EndOfText
 
-    def train_tokens(self) -> npt.NDArray[np.integer[Any]]:
-        """Memory-mapped training tokens, read-only: [train.tokens]."""
-        return np.memmap(self.train.path, dtype=self.dtype, mode="r")
-
-    def val_tokens(self) -> npt.NDArray[np.integer[Any]]:
-        """Memory-mapped validation tokens, read-only: [val.tokens]."""
-        return np.memmap(self.val.path, dtype=self.dtype, mode="r")
-
 
 def prepare(
     config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True

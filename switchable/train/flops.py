@@ -35,7 +35,7 @@ class StepFlops:
     dense: float
     """The plain dense model, without any router."""
     head: float
-    """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
+    """The part of `dense` spent in the output head."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
     expert: tuple[float, ...]
@@ -62,8 +62,8 @@ class StepFlops:
 
         Args:
             experts_per_token: of each layer; None where it is dense.
-            active: of each layer that multiplied only active neurons, which share of the activations was not zero;
-                None for the others. Left out, there are no such layers.
+            active: of each layer that multiplied only active neurons, the share of the activations that was
+                not zero; None for the others. Left out, there are no such layers.
         """
         total = self.dense
         shares = active or [None] * len(experts_per_token)
