@@ -67,15 +67,8 @@ class StepFlops:
         """
         total = self.dense
         shares = active or [None] * len(experts_per_token)
-        for k, share, dense, expert, router, learning in zip(
-            experts_per_token,
-            shares,
-            self.ffn_dense,
-            self.expert,
-            self.router,
-            self.router_learning,
-            strict=True,
-        ):
+        costs = zip(self.ffn_dense, self.expert, self.router, self.router_learning, strict=True)
+        for k, share, (dense, expert, router, learning) in zip(experts_per_token, shares, costs, strict=True):
             if k is not None:
                 total += k * expert + router - dense
             else:

@@ -131,11 +131,11 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """What the ranks that do not write have in place of a log."""
+    """The log of the ranks that do not write: every method does nothing."""
 
     def __init__(self, *_: object) -> None:
         pass
 
     def __getattribute__(self, name: str) -> Any:
-        """Give a function that does nothing, whatever is to be logged."""
+        """Return a function that does nothing, for every method."""
         return lambda *_, **__: None

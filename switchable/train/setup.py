@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs: data, model, optimizer, controller.
 
 Settings are checked first (`config.check`), before any work is done. Every rank builds the same model from the same
-seed; then it is shared out (`parallel.py`), and only then does it get its optimizer.
+seed. Then the model is divided among the ranks (`parallel.py`), and last it gets its optimizer.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     check(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
+    # What a user can get wrong is refused in here, before ranks wait for one another.
     parts = ranks.together(lambda: _build(config, cache, quiet, variant))
     model, train = parts.model, config.train
     distribute(model, train)
@@ -111,7 +111,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
 
 
 def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> SimpleNamespace:
-    """Return the parts of a job that are made before the model is shared out, and the probe."""
+    """Return the parts of a job that are made before the model is divided among the ranks, and the probe."""
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
@@ -201,7 +201,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def model_inputs(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device, with the request to keep no cache of keys and values: training has no use for it."""
+    """Return a batch on a device, without a cache of keys and values, for which training has no use."""
     inputs: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return inputs | {"use_cache": False}
 
