@@ -1,6 +1,6 @@
 """Files and folders that are whole or not there: written under a temporary name, flushed to disk, renamed.
 
-A reader never sees half of one, and what a killed process leaves has a name that begins with `TEMPORARY`.
+A reader never sees half of one. What a killed process leaves has a name that begins with `TEMPORARY`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give the `with` block the name of a file to write, which takes the place of `path` at its end, or is removed."""
+    """Within the `with` block, write to the file given: it replaces `path` at the end, or is removed after an error."""
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -38,7 +38,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give the `with` block a new folder to fill, which takes the place of `path` at its end, or is removed."""
+    """Within the `with` block, fill the folder given: it replaces `path` at the end, or is removed after an error."""
     temporary = temporary_name(path)
     remove(temporary)
     try:
@@ -50,7 +50,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
-    """Flush a folder and all below it to disk, and give it its name; an older one of that name is removed."""
+    """Flush a folder with all its files to disk and rename it to `path`; an older folder there is removed."""
     for below in temporary.rglob("*"):
         flush(below)
     flush(temporary)
@@ -60,7 +60,7 @@ def finish_folder(temporary: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file's bytes, or the names in a folder, on the disk: they survive a power cut from then on."""
+    """Put a file's bytes, or the names in a folder, on the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,7 +69,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; a folder loses its name first, so that no half of it ever stands under it."""
+    """Remove a file or a folder. A folder is renamed first: nobody sees half of it under its own name."""
     if path.is_dir() and not path.name.startswith(TEMPORARY):
         doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)

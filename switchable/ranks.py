@@ -34,9 +34,9 @@ def watched() -> Iterator[None]:
     except RuntimeError as error:
         signs = (
             "Connection closed by peer",
-            "Timed out",
             "Connection reset",
             "Broken pipe",
+            "Timed out",
             "timed out",
             "gloo",
         )
@@ -90,46 +90,46 @@ def on_main(work: Callable[[], T]) -> T:
     Raises:
         InputError: on every rank, if `work` raised it.
     """
-    return cast(T, _shared(work if is_main() else None)[0])
+    return cast(T, gather(lambda: work() if is_main() else None)[0])
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def together(work: Callable[[], T]) -> T:
     """Do `work` on every rank and return each rank's own result.
 
     Raises:
         InputError: on every rank, if `work` raised it on any of them.
     """
-    return cast(T, _shared(work, group)[rank()])
+    return gather(work)[rank()]
 
 
 def gather(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Do `work` on every rank and return all results, by rank, on every rank; errors as in `together`."""
-    return cast("list[T]", _shared(work, group))
+    """Do `work` on every rank and return the results of all, by rank, on every rank.
 
+    Numbers, text and containers of them are sent; of anything else a rank gets its own, and None of the others.
 
-def _shared(work: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Results by rank, or the first InputError on all ranks; values that only their own rank needs are not sent."""
+    Args:
+        work: what to do.
+        group: the ranks to ask; default: all.
+
+    Raises:
+        InputError: on every rank, if `work` raised it on any of them.
+    """
     if not running():
-        assert work is not None
         return [work()]
     value, problem = None, None
     try:
-        value = work() if work is not None else None
+        value = work()
     except InputError as error:
         problem = str(error)
+    sent = value if isinstance(value, (int, float, str, bytes, list, tuple, dict)) else None
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, (_plain(value), problem), group=group)
+    dist.all_gather_object(found, (sent, problem), group=group)
     problem = next((theirs for _, theirs in found if theirs is not None), None)
     if problem is not None:
         raise InputError(problem)
     results = [theirs for theirs, _ in found]
     results[rank()] = value
     return results
-
-
-def _plain(value: Any) -> Any:
-    """What another rank can use of a value: numbers, text and containers of them; objects stay at home."""
-    return value if isinstance(value, (int, float, str, bytes, list, tuple, dict)) else None
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

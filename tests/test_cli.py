@@ -232,7 +232,7 @@ def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
     refused(run(trained, "generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
     refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
     refused(run(trained, "generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
-    refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1 is out of range")
+    refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1")
 
 
 def help_of(verb: str) -> str:

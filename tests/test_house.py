@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -98,3 +100,11 @@ def test_rooms_are_of_a_size_to_live_in() -> None:
     (largest, most), *_ = rooms.most_common(1)
     assert most <= sum(lines.values()) / 4, f"{largest} is more than a quarter of the package"
     assert sum(lines.values()) <= 18_500
+
+
+def test_nothing_happens_at_import() -> None:
+    script = (
+        "import sys; before = list(sys.meta_path); import switchable; assert sys.meta_path == before; "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

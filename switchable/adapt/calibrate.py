@@ -4,8 +4,8 @@
         one dense pass:  every FFN's input x and every expert's share of its activation mass are kept
         a few epochs:    cross-entropy of softmax(router(x)) against the share (`router.router_loss`), AdamW
 
-What costs time is the dense pass, so what it shows is used several times; a piece is as long as fits in a bounded
-memory, half precision. The learning rate falls to zero over the whole.
+The dense pass costs most of the time, so what it shows is used several times. It is kept in half precision, and a
+piece of the text is as long as fits into a bounded memory. The learning rate falls to zero over the whole text.
 
 Shapes: T tokens, D d_model, E experts.
 """

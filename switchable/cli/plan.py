@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
@@ -34,7 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the figures as a table and as one JSON line."""
     from switchable.config import load
-    from switchable.train.plan import as_json, device_named, estimates, plan
+    from switchable.train.plan import device_named, estimates, plan
 
     if args.world_size < 1:
         raise InputError(f"--world-size={args.world_size} is out of range; use a whole number of at least 1")
@@ -48,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     if args.link is not None:
         device = replace(device, link=args.link * 1e9)
     found = plan(config, config.data.vocab_size, args.world_size)
-    more = estimates(found, config, args.world_size, device, args.utilization)
+    figures = vars(found) | estimates(found, config, args.world_size, device, args.utilization)
     if not args.quiet:
-        for name, value in {**vars(found), **more}.items():
+        for name, value in figures.items():
             print(f"{name:28} {_shown(name, value)}")
-    print(as_json(found, more))
+    print(json.dumps(figures))
     return 0
 
 

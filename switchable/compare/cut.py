@@ -79,8 +79,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
         cpu_seconds=before["cpu_seconds_train"],
         ran_with=before["ran_with"],
     )
-    here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
-    counters.ran_with += [here] if here not in counters.ran_with else []
+    counters.note_machine(jobs, job.device)
     log = RunLog(rundir, counters.steps, counters.steps)
     try:
         flops = count_step(job)

@@ -1,7 +1,7 @@
 """Token file -> the batch of a given index: `Batches(tokens, objective, ...).batch(index)`.
 
 Last room of TEXT -> TOKENS -> BATCHES. A batch is a pure function of (seed, index): a run resumes from the
-one integer it has reached, and there is no reader with a state. How an index becomes windows of the file:
+one integer it has reached, and nothing else has to be saved. How an index becomes windows of the file:
 
     epoch e, window w:  tokens[offset_e + S · w : offset_e + S · (w + 1)],   w = order_e[position]
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from switchable.data.arrays import Ints
 from switchable.data.objectives import Objective
 from switchable.errors import InputError
 from switchable.files import read_json
@@ -74,9 +75,9 @@ class Windows:
         # One window is given up so that any offset below S fits, unless the batch needs all there are.
         self.windows_per_epoch = max(batch_size, (len(self.tokens) + 1) // sequence_length - 1)
         """Windows in an epoch (W), the same for every epoch."""
-        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
+        self._epochs: dict[int, Ints] = {}
 
-    def take(self, index: int) -> npt.NDArray[np.int64]:
+    def take(self, index: int) -> Ints:
         """Return this rank's part of batch `index` (0, 1, 2, ...): [B / world_size, S]."""
         if index < 0:
             raise ValueError(f"batch index {index} is below 0")
@@ -86,10 +87,6 @@ class Windows:
         length = self.sequence_length
         return np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
 
-    def epoch(self, index: int) -> float:
-        """Return how many times the text has been seen before batch `index` (epochs, with a fraction)."""
-        return index * self.batch_size / self.windows_per_epoch
-
     def _start(self, epoch: int, position: int) -> int:
         if epoch not in self._epochs:
             # A batch reaches into two epochs at most, so no more need be kept.
@@ -97,7 +94,7 @@ class Windows:
             self._epochs[epoch] = self._starts(epoch)
         return int(self._epochs[epoch][position])
 
-    def _starts(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _starts(self, epoch: int) -> Ints:
         """Where the windows of an epoch start, in the epoch's order: [W]."""
         length, count = self.sequence_length, self.windows_per_epoch
         raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(count + 1)
@@ -156,7 +153,7 @@ def validation_batches(
     return batches
 
 
-def _tensors(arrays: dict[str, npt.NDArray[np.int64]]) -> dict[str, Tensor]:
+def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -2,7 +2,7 @@
 
 The split is by content: with h the first 64 bits of blake2b of a document's UTF-8 text, it is a validation
 document when h < val_fraction · 2^64. Equal documents thus share a side, and adding documents moves none. The
-tokenizer's sample are the documents with the largest h: training documents, spread evenly over the corpus.
+tokenizer's sample is the documents with the largest h: training documents, spread evenly over the corpus.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from switchable.data.split import Scan, hashed_documents, progress_bar, scan_cor
 from switchable.errors import InputError
 from switchable.files import is_no_space, read_json, whole_folder, write_json
 
-FORMAT = 1  # of the folder's contents; with a higher number, older folders are not used any more
+FORMAT = 1  # of the folder's contents; raise it and older folders are not used any more
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PreparedData:
 
     folder: Path
     fingerprint: str
-    """Of every setting and the source files' names, sizes and times: which work this is the result of."""
+    """Of every setting, and of the source files' names, sizes and times."""
     train: Split
     val: Split
     vocab_size: int
@@ -66,19 +66,11 @@ class PreparedData:
     """For `AutoTokenizer.from_pretrained`."""
     end_of_text: tokenizers.EndOfText
 
-    def train_tokens(self) -> npt.NDArray[np.integer[Any]]:
-        """Memory-mapped training tokens, read-only: [train.tokens]."""
-        return np.memmap(self.train.path, dtype=self.dtype, mode="r")
-
-    def val_tokens(self) -> npt.NDArray[np.integer[Any]]:
-        """Memory-mapped validation tokens, read-only: [val.tokens]."""
-        return np.memmap(self.val.path, dtype=self.dtype, mode="r")
-
 
 def prepare(
     config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True
 ) -> PreparedData:
-    """Make the token files of `config` under `cache_dir`, unless they are there; return what there is.
+    """Make the token files of `config` under `cache_dir`, unless they are there; return where they are.
 
     Any number of processes may call this at once: one works, the others wait and use its result.
 

@@ -49,16 +49,19 @@ def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
         classes = family["ffn"]
         family = Family(**{**family, "ffn": classes if isinstance(classes, str) else tuple(classes)})
     convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1), family)
-    layers = layers_of(model)
-    if len(layers) != len(described["layers"]):
-        raise InputError(
-            f"the description of the experts is of {len(described['layers'])} FFNs, and the model has {len(layers)}"
-        )
-    for layer, (name, stored) in zip(layers, described["layers"].items(), strict=True):
-        ours, theirs = f".{layer.ssd.name}", f".{name}"
-        if not (ours.endswith(theirs) or theirs.endswith(ours)):
-            raise InputError(
-                f"the description of the experts has none for {layer.ssd.name}; it is another model's"
-            )
+    for layer in layers_of(model):
+        stored = _entry(layer.ssd.name, described["layers"])
         layer.ssd.set_experts_per_token(stored["experts_per_token"])
         layer.ssd.takes_part = stored["takes_part"]
+
+
+def _entry(name: str, stored: Mapping[str, Any]) -> Any:
+    """Return what is stored for a layer, under its own name or one that begins otherwise.
+
+    Raises:
+        InputError: there is nothing.
+    """
+    for other in (name, *stored):
+        if other in stored and (f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")):
+            return stored[other]
+    raise InputError(f"the description of the experts has none for {name}; it is another model's")

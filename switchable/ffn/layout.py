@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from switchable.ffn.families import neurons_first
@@ -37,18 +36,6 @@ def store_by_row(layer: SwitchableFFN) -> None:
     """Lay out a layer's weights as `torch.empty` would, in place: every parameter contiguous."""
     for parameter, _ in _matrices(layer):
         parameter.data = parameter.data.contiguous()
-
-
-@torch.no_grad()
-def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor's values in a parameter's memory layout (as they are if the shapes differ).
-
-    An optimizer's moments read from a file must lie in memory as they did before: the rounding of element-wise
-    operations may depend on it.
-    """
-    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
-        return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from switchable.store.tensorfile import Piece, copy_piece
 PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
 """Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
 NEURON_IDS = ".neuron_ids"
-"""Ending of the names under which `SwitchableFFN.neuron_ids_F` is stored."""
+"""Ending of the names under which `layer.ssd.neuron_ids_F` is stored."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ def contents_of(
 
     Args:
         model: a converted transformers model.
-        training: tensors and plain values that a resumed run needs (`training_state`), or None for a model only.
+        training: tensors and plain values that a resumed run needs (`training_state`); None: the model alone.
         tokenizer: the model's tokenizer, to make the folder complete by itself.
         notes: plain values to keep beside it, by file name.
     """
@@ -68,7 +68,7 @@ def contents_of(
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; of those that are one tensor under several names, the first name."""
+    """Return parameters and buffers by name; a tensor with several names is there once, under the first."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

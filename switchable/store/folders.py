@@ -1,4 +1,4 @@
-"""Folders with a manifest: whole and unchanged, or found not to be.
+"""Folders with a manifest, by which damage is found.
 
     manifest.json     size and SHA-256 of each other file
 
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
-    """Within the `with` block a full disk is told as the user's affair; anything else stays the bug it is."""
+    """Within the `with` block a full disk becomes an InputError; other errors stay what they are."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -27,7 +27,7 @@ class RunDir:
     """Paths of a run's folder, and its lock.
 
     Args:
-        path: the folder; made by `create`.
+        path: the folder; made by `acquire`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class RunDir:
         self._lock.release()
 
     def claim(self) -> None:
-        """Note which launcher (torchrun, a shell) runs this folder now: what it restarts may go on here."""
+        """Note which launcher (torchrun, a shell) runs this folder, so that a process it restarts may go on here."""
         write_text(self._launcher, _launcher())
 
     def is_ours(self) -> bool:

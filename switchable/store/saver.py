@@ -16,10 +16,10 @@ from switchable.store.contents import Contents
 
 
 class Saver:
-    """Writes checkpoints in a thread of its own; within a `with` block, whose end waits for the last one."""
+    """Writes checkpoints in a thread of its own. Use it in a `with` block: the end waits for the last checkpoint."""
 
     def __init__(self) -> None:
-        # The thread talks to the other ranks' threads; a group of its own keeps it out of training's conversations.
+        # The thread talks to the other ranks' threads. A group of its own keeps its messages apart from training's.
         self._group = ranks.side_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None

@@ -4,12 +4,12 @@
                          "quantization_config": {"quant_method": "switchable", "num_experts": ..., "layers": ...}
     *.safetensors        the dense weights under their Hugging Face names, and the routers
 
-transformers lets a package change a model between building it and loading its weights: that is what its quantizers
-do, and `register_quantizer` is the door for those of others. Ours exchanges the FFNs (`convert`) and quantises
-nothing. So the class stays what it was (`GPT2LMHeadModel`), every head and every Auto class works, and no code comes
-from the folder (no `trust_remote_code`). Without our package transformers warns of an unknown method and opens the
-same folder as the plain dense model. The other way, a model type of our own for every family, would need a config
-and a model class for each head of each family, and could be opened by nothing else.
+transformers' quantizers change a model between building it and loading its weights, and `register_quantizer` adds
+those of other packages. Ours exchanges the FFNs (`convert`) and quantises nothing. So the class stays what it was
+(`GPT2LMHeadModel`), every head and every Auto class works, and no code comes from the folder (no
+`trust_remote_code`). Without our package transformers warns of an unknown method and opens the same folder as the
+plain dense model. The alternative is a model type of our own for every family: it needs a config, and a model class
+for each head, and nothing else can open it.
 """
 
 from __future__ import annotations

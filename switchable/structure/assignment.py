@@ -19,8 +19,8 @@ the solver:
 
     sum_n min_e (cost[n, e] + price[e]) - I * sum_e price[e]  <=  optimum  <=  cost of the assignment.
 
-Called by `cluster.py` once per k-means iteration, where the last iteration's prices make the next one
-cheap. It runs on the host in NumPy (N x E numbers; the D-wide work stays on the device).
+Called by `kmeans.py` once per iteration, where the last iteration's prices make the next one cheap. It
+runs on the host in NumPy (N x E numbers; the D-wide work stays on the device).
 Shapes: N rows, E clusters, I = N/E rows per cluster, M rows of one cluster.
 """
 

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from tqdm import tqdm
 
+from switchable import ranks
 from switchable.errors import InputError
 from switchable.structure.kmeans import BalancedKMeans
 
@@ -59,8 +58,6 @@ def cluster_layers(
     if not 0 <= margin < 1:
         raise InputError(f"margin={margin}; give a fraction of the inertia, 0 up to 1")
     starts = list(warm) if warm is not None else [None] * len(rows_per_layer)
-    spread = dist.is_available() and dist.is_initialized()
-    ranks = dist.get_world_size() if spread else 1
 
     def one(layer: int) -> Tensor:
         rows_FD, start_F, seed = rows_per_layer[layer], starts[layer], random_state + layer
@@ -71,32 +68,19 @@ def cluster_layers(
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
     mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
-    if not spread:
-        return _in_threads(one, mine, workers, show=True)
-    found: list[npt.NDArray[np.int64]] = []
-    problem: InputError | None = None
-    try:
-        found = [
-            labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=dist.get_rank() == 0)
-        ]
-    except InputError as error:
-        problem = error  # told to the other ranks before it is raised: they are waiting
-    shared: list[Any] = [None] * ranks
-    dist.all_gather_object(shared, (found, problem))
-    problem = next((theirs for _, theirs in shared if theirs is not None), None)
-    if problem is not None:
-        raise problem
+    parts = ranks.gather(
+        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=ranks.is_main())]
+    )
+    world = len(parts)
     return [
-        torch.from_numpy(shared[layer % ranks][0][layer // ranks]).to("cpu" if rows is None else rows.device)
+        torch.from_numpy(parts[layer % world][layer // world]).to("cpu" if rows is None else rows.device)
         for layer, rows in enumerate(rows_per_layer)
     ]
 
 
 def groups_layer(layer: int) -> bool:
     """Return whether this rank is the one that groups a layer's neurons (always, in a single process)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return True
-    return layer % dist.get_world_size() == dist.get_rank()
+    return layer % ranks.world_size() == ranks.rank()
 
 
 def _cluster_layer(

@@ -12,8 +12,8 @@ with Lloyd's iterations at full width (`local_search.py`). A fit from labels goe
 iterations. Each iteration hands its prices to the next assignment, which then has little left to do.
 
 Zhang et al. (MoEfication, 2022) group an FFN's neurons by balanced k-means on the rows of its input
-projection; their assignment is an auction. `structure.py` says what the rows are and does all layers of a
-model.
+projection; their assignment is an auction. `features.py` says what the rows are, `groups.py`
+does all layers of a model.
 Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
 """
 
@@ -103,10 +103,6 @@ class BalancedKMeans:
         else:
             self.labels_, self.cluster_centers_ = labels_N.numpy(), centers_ED.numpy()
         return self
-
-    def fit_predict(self, rows: Rows, y: None = None) -> Any:
-        """Cluster the rows; return `labels_`."""
-        return self.fit(rows, y).labels_
 
     def _check_parameters(self) -> None:
         _check_whole("n_clusters", self.n_clusters, 1)

@@ -19,7 +19,7 @@ assignment problem. A round treats E/2 disjoint pairs in one batch, the closest 
 tried since either of their clusters changed. (Lloyd alone ends within 1 % of the best of many starts;
 figures are in docs/clustering.md.)
 
-Called by `cluster.py`.
+Called by `kmeans.py`.
 Shapes: N rows, R sketch width, E clusters, I = N/E rows per cluster, P pairs, J = 2 I.
 """
 

@@ -108,11 +108,9 @@ def changes(study: Study, part: int, picture: Picture, axes: Axes) -> None:
 
 
 def _layer_lines(series: Series, label: str, picture: Picture, axes: Axes) -> None:
-    count = len(series)
     all_steps: list[float] = []
-    named = {0, count - 1} if count > LEGEND_LAYERS else set(range(count))
     for i, (steps, values) in enumerate(series):
-        axes.plot(steps, values, label=f"layer {i}" if i in named else None, **layer_style(i, count))
+        axes.plot(steps, values, **_line(i, len(series)))
         all_steps += steps
         for step, value in zip(steps, values, strict=True):
             picture.hover(axes, step, value, f"layer {i}, step {step:,.0f}: {value:.4g}")
@@ -120,6 +118,12 @@ def _layer_lines(series: Series, label: str, picture: Picture, axes: Axes) -> No
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     _finish(axes, sorted(set(all_steps)))
     legend_above(axes)
+
+
+def _line(i: int, count: int) -> dict[str, Any]:
+    """Return a layer's style and its name in the legend, which of many layers has the first and the last."""
+    named = count <= LEGEND_LAYERS or i in (0, count - 1)
+    return {"label": f"layer {i}" if named else None, **layer_style(i, count)}
 
 
 def _finish(axes: Axes, steps: list[float]) -> None:
@@ -135,12 +139,7 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
         matrix, vmin=min(0.0, float(np.nanmin(matrix))), vmax=1.0, cmap="cividis", origin="lower"
     )
     count = len(study.steps)
-    every = max(1, -(-count // 12))
-    ticks = list(range(0, count, every))
-    names = [f"{study.steps[i]:,}" for i in ticks]
-    axes.set_xticks(ticks, names, rotation=60, fontsize=8)
-    axes.set_yticks(ticks, names, fontsize=8)
-    axes.set_xlabel("optimizer step")
+    axes.set_yticks(*_step_ticks(study, axes, 12, 60), fontsize=8)
     axes.set_ylabel("optimizer step")
     axes.set_title(where)
     picture.figure.colorbar(image, ax=axes, label=SIMILARITY_LABELS[kind], shrink=0.9)
@@ -151,6 +150,15 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
             if count <= 8 and np.isfinite(matrix[i, j]):
                 ink = "white" if matrix[i, j] < 0.6 else "black"
                 axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color=ink)
+
+
+def _step_ticks(study: Study, axes: Axes, most: int, rotation: int) -> tuple[list[int], list[str]]:
+    """Name the checkpoints on the x axis, `most` of them at most; return the places and names."""
+    ticks = list(range(0, len(study.steps), max(1, -(-len(study.steps) // most))))
+    names = [f"{study.steps[i]:,}" for i in ticks]
+    axes.set_xticks(ticks, names, rotation=rotation, fontsize=8)
+    axes.set_xlabel("optimizer step")
+    return ticks, names
 
 
 def mass(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
@@ -183,10 +191,7 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     image = axes.imshow(
         relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(relative.max()))
     )
-    count = len(study.steps)
-    ticks = list(range(0, count, max(1, -(-count // 10))))
-    axes.set_xticks(ticks, [f"{study.steps[i]:,}" for i in ticks], rotation=45, fontsize=8)
-    axes.set_xlabel("optimizer step")
+    _step_ticks(study, axes, 10, 45)
     axes.set_ylabel("expert, busiest first")
     axes.set_title(f"layer {layer}")
     picture.figure.colorbar(image, ax=axes, label="load (1 = equal share)", shrink=0.9)
@@ -221,14 +226,10 @@ def spread(study: Study, picture: Picture, axes: Axes) -> None:
 def bands(study: Study, field: str, label: str, picture: Picture, axes: Axes) -> None:
     """Activation ratio per band of positions or frequencies, a line per layer."""
     names = max((list(getattr(layer, field)) for layer in study.results[-1]), key=len)
-    count = study.num_layers
-    named = {0, count - 1} if count > LEGEND_LAYERS else set(range(count))
     for i, result in enumerate(study.results[-1]):
         values = getattr(result, field)
         places = [names.index(name) for name in values if name in names]
-        axes.plot(
-            places, list(values.values()), label=f"layer {i}" if i in named else None, **layer_style(i, count)
-        )
+        axes.plot(places, list(values.values()), **_line(i, study.num_layers))
         for place, (name, value) in zip(places, values.items(), strict=True):
             picture.hover(axes, place, value, f"layer {i}, {name}: {value:.4f}")
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 6 else 0, fontsize=8)

@@ -7,7 +7,7 @@ write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,47 +83,65 @@ def draw_curves(study: Study, path: Path) -> None:
         write_picture(draw_picture(draws), path)
 
 
-def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
-    return PictureOf(name, title, caption, tuple(Panel(draw) for draw in draws))
+def _points(study: Study, name: str) -> int:
+    return max((len(steps) for steps, _ in study.series(name)), default=0)
 
 
 def _over_training(study: Study) -> list[PictureOf]:
     found = []
     if study.records("train"):
-        found.append(
-            _one(
-                "loss",
-                "Loss and computation",
-                "Above: loss in nats per token; where the background is coloured, some steps are sparse. "
-                "Below: FLOPs spent so far, measuring included.",
-                partial(panels.loss, study),
-                partial(panels.flops, study),
-            )
+        caption = (
+            "Above: loss in nats per token; where the background is coloured, some steps are sparse. "
+            "Below: FLOPs spent so far, measuring included."
         )
-    if _points(study, "activation_ratio") > 1:
-        found.append(
-            _one(
-                "activation_ratio",
-                "How many neurons a token needs",
-                "Share of a layer's neurons that are active on a token, mean over the probe.",
-                partial(panels.over_steps, study, "activation_ratio", "activation ratio (share of neurons)"),
-            )
-        )
-    if _points(study, "dead") > 1:
-        found.append(
-            _one(
-                "neurons",
-                "Dead and always-on neurons",
-                "Share of a layer's neurons active on no token of the probe (above) and on every token (below).",
-                partial(panels.over_steps, study, "dead", "dead neurons (share)"),
-                partial(panels.over_steps, study, "always_on", "always-on neurons (share)"),
-            )
-        )
-    return found
+        draws = (partial(panels.loss, study), partial(panels.flops, study))
+        found.append(_one("loss", "Loss and computation", caption, *draws))
+    return found + [_curves(study, *row) for row in CURVES if _points(study, next(iter(row[3]))) > 1]
 
 
-def _points(study: Study, name: str) -> int:
-    return max((len(steps) for steps, _ in study.series(name)), default=0)
+CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "activation_ratio",
+        "How many neurons a token needs",
+        "Share of a layer's neurons that are active on a token, mean over the probe.",
+        {"activation_ratio": "activation ratio (share of neurons)"},
+    ),
+    (
+        "neurons",
+        "Dead and always-on neurons",
+        "Share of a layer's neurons active on no token of the probe (above) and on every token (below).",
+        {"dead": "dead neurons (share)", "always_on": "always-on neurons (share)"},
+    ),
+)
+"""Name, title and caption of a picture, and its panels: measure -> label of the axis."""
+
+ROUTER_CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "mass_caught",
+        "What the router catches",
+        "Share of the activation mass in the router's K experts.",
+        {"mass_caught": "share of the mass"},
+    ),
+    (
+        "load_imbalance",
+        "Imbalance of the load",
+        "Load of the busiest expert over the mean load.",
+        {"load_imbalance": "busiest over mean"},
+    ),
+)
+
+
+def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
+    return PictureOf(name, title, caption, tuple(Panel(draw) for draw in draws))
+
+
+def _curves(study: Study, name: str, title: str, caption: str, measures: dict[str, str]) -> PictureOf:
+    return _one(name, title, caption, *(partial(panels.over_steps, study, *row) for row in measures.items()))
+
+
+def _per_layer(study: Study, name: str, title: str, caption: str, draw: Callable[..., None]) -> PictureOf:
+    shown = tuple(Panel(partial(draw, study, i), i) for i in shown_layers(study))
+    return PictureOf(name, title, caption, shown)
 
 
 SIMILARITY_CAPTIONS = {
@@ -146,77 +164,46 @@ SIMILARITY_CAPTIONS = {
 def _similarity(study: Study) -> list[PictureOf]:
     found = []
     for kind in SIMILARITIES if len(study.steps) > 1 and study.pairs else ():
-        title, caption = SIMILARITY_CAPTIONS[kind]
-        mean = Panel(partial(panels.heat_map, study, kind, None))
-        per_layer = [Panel(partial(panels.heat_map, study, kind, i), i) for i in shown_layers(study)]
-        found.append(PictureOf(f"similarity_{kind}", title, caption, (mean, *per_layer)))
+        maps = [None, *shown_layers(study)]  # the mean over layers first
+        shown = tuple(Panel(partial(panels.heat_map, study, kind, layer), layer) for layer in maps)
+        found.append(PictureOf(f"similarity_{kind}", *SIMILARITY_CAPTIONS[kind], shown))
+    caption = "Jaccard index of the active sets at a {} and the one before."
+    draw = None
     if len(study.steps) > 2 and study.pairs:
-        draw = partial(panels.neighbours, study.neighbours("pattern"))
-        found.append(_changes("Jaccard index of the active sets at a checkpoint and the one before.", draw))
+        draw, what = partial(panels.neighbours, study.neighbours("pattern")), "checkpoint"
     elif _points(study, "pattern_similarity") > 1:
-        draw = partial(panels.neighbours, study.series("pattern_similarity"))
-        found.append(_changes("Jaccard index of the active sets at a measurement and the one before.", draw))
+        draw, what = partial(panels.neighbours, study.series("pattern_similarity")), "measurement"
+    if draw is not None:
+        found.append(_one("pattern_change", "Does the pattern keep changing?", caption.format(what), draw))
     return found
-
-
-def _changes(caption: str, draw: Draw) -> PictureOf:
-    return _one("pattern_change", "Does the pattern keep changing?", caption, draw)
 
 
 def _experts(study: Study) -> list[PictureOf]:
     found = []
     if study.results:
-        layers = shown_layers(study)
-        found.append(
-            PictureOf(
-                "mass",
-                "How concentrated the activation is",
-                "Share of the activation mass in K experts: the best ones of each token, those the router chooses, and "
-                "any K drawn at random. The line marks the K in use; at the last checkpoint.",
-                tuple(Panel(partial(panels.mass, study, i), i) for i in layers),
-            )
+        caption = (
+            "Share of the activation mass in K experts: the best ones of each token, those the router chooses, and "
+            "any K drawn at random. The line marks the K in use; at the last checkpoint."
         )
-        found.append(
-            PictureOf(
-                "load",
-                "Expert load over time",
-                "Share of the router's choices that fall on each expert, times the number of experts: 1 is an equal "
-                "share. Experts are sorted by their load at the last checkpoint.",
-                tuple(Panel(partial(panels.load, study, i), i) for i in layers),
-            )
+        found.append(_per_layer(study, "mass", "How concentrated the activation is", caption, panels.mass))
+        caption = (
+            "Share of the router's choices that fall on each expert, times the number of experts: 1 is an equal "
+            "share. Experts are sorted by their load at the last checkpoint."
         )
-    for name, title, caption, label in (
-        (
-            "mass_caught",
-            "What the router catches",
-            "Share of the activation mass in the router's K experts.",
-            "share of the mass",
-        ),
-        (
-            "load_imbalance",
-            "Imbalance of the load",
-            "Load of the busiest expert over the mean load.",
-            "busiest over mean",
-        ),
-    ):
-        if _points(study, name) > 1:
-            found.append(_one(name, title, caption, partial(panels.over_steps, study, name, label)))
+        found.append(_per_layer(study, "load", "Expert load over time", caption, panels.load))
+    found += [_curves(study, *row) for row in ROUTER_CURVES if _points(study, row[0]) > 1]
+    title = "Tokens that change experts"
     if len(study.changes) > 1:
-        found.append(
-            _one(
-                "routing",
-                "Tokens that change experts",
-                "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
-                "a token's experts that were replaced (below).",
-                partial(panels.changes, study, 0),
-                partial(panels.changes, study, 1),
-            )
+        caption = (
+            "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
+            "a token's experts that were replaced (below)."
         )
+        draws = (partial(panels.changes, study, part) for part in (0, 1))
+        found.append(_one("routing", title, caption, *draws))
     elif _points(study, "routing_changed") > 1:
-        label = "tokens with another set (share)"
         caption = "Share of tokens whose set of experts is not that of the measurement before."
-        draw = partial(panels.over_steps, study, "routing_changed", label)
-        found.append(_one("routing", "Tokens that change experts", caption, draw))
+        label = {"routing_changed": "tokens with another set (share)"}
+        found.append(_curves(study, "routing", title, caption, label))
     return found
 
 
@@ -224,21 +211,15 @@ def _tokens(study: Study) -> list[PictureOf]:
     if not study.results:
         return []
     at = "" if len(study.steps) < 2 else ", at the last checkpoint"
-    found = [
-        _one(
-            "spread",
-            "Tokens differ",
-            f"Activation ratio over tokens: median, middle half and middle nine tenths{at}.",
-            partial(panels.spread, study),
-        )
-    ]
-    for name, field, title, label in (
-        ("position", "by_position", "By position", "position in the sequence (tokens, from 0)"),
-        ("frequency", "by_frequency", "By frequency", "rank of the token by frequency (1 = most frequent)"),
+    caption = f"Activation ratio over tokens: median, middle half and middle nine tenths{at}."
+    found = [_one("spread", "Tokens differ", caption, partial(panels.spread, study))]
+    for name, label in (
+        ("position", "position in the sequence (tokens, from 0)"),
+        ("frequency", "rank of the token by frequency (1 = most frequent)"),
     ):
-        if any(getattr(layer, field) for layer in study.results[-1]):
-            caption = f"Activation ratio per band{at}."
-            found.append(_one(name, title, caption, partial(panels.bands, study, field, label)))
+        if any(getattr(layer, f"by_{name}") for layer in study.results[-1]):
+            draw = partial(panels.bands, study, f"by_{name}", label)
+            found.append(_one(name, f"By {name}", f"Activation ratio per band{at}.", draw))
     return found
 
 

@@ -10,7 +10,7 @@ template, or set as text by the script.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from switchable.files import write_text
 from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
+from switchable.study.measures import LayerStudy
 from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
-from switchable.study.result import Study, mean
+from switchable.study.result import LayerShape, Study, mean
 from switchable.study.study import records_of_run
 from switchable.train.summary import FIGURES
 
@@ -132,58 +133,49 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
 
 
 def _layer_table(study: Study) -> dict[str, Any]:
-    rows = []
-    for i, (shape, r) in enumerate(zip(study.layers, study.results[-1], strict=True)):
-        rows.append(
-            [
-                f"{i} ({shape.name})",
-                f"{shape.d_ff:,}",
-                _share(r.activation_ratio),
-                _share(r.needed),
-                _share(r.dead),
-                _share(r.always_on),
-                f"{shape.experts_per_token} of {shape.num_experts}",
-                _share(study.mass_at_k("router", i)),
-                _share(study.mass_at_k("best", i)),
-                f"{r.load_imbalance:.2f}",
-            ]
-        )
     at = f" at step {study.steps[-1]:,}" if len(study.steps) > 1 else ""
+    columns: dict[str, Callable[[int, LayerShape, LayerStudy], str]] = {
+        "layer": lambda i, shape, _: f"{i} ({shape.name})",
+        "neurons": lambda _, shape, __: f"{shape.d_ff:,}",
+        "active per token": lambda _, __, r: _share(r.activation_ratio),
+        "needed for 99 %": lambda _, __, r: _share(r.needed),
+        "dead": lambda _, __, r: _share(r.dead),
+        "always on": lambda _, __, r: _share(r.always_on),
+        "K": lambda _, shape, __: f"{shape.experts_per_token} of {shape.num_experts}",
+        "mass in router's K": lambda i, _, __: _share(study.mass_at_k("router", i)),
+        "in best K": lambda i, _, __: _share(study.mass_at_k("best", i)),
+        "busiest / mean load": lambda _, __, r: f"{r.load_imbalance:.2f}",
+    }
+    layers = list(zip(range(study.num_layers), study.layers, study.results[-1], strict=True))
     return {
         "title": f"The layers{at}",
-        "head": [
-            "layer", "neurons", "active per token", "needed for 99 %", "dead", "always on", "K",
-            "mass in router's K", "in best K", "busiest / mean load",
-        ],
-        "rows": rows,
+        "head": list(columns),
+        "rows": [[cell(*layer) for cell in columns.values()] for layer in layers],
         "caption": "Shares of neurons, and of the activation mass. The measures are defined in docs/measures.md.",
-    }  # fmt: skip
+    }
 
 
 def _step_table(study: Study) -> dict[str, Any]:
     before = study.mean_pairs("pattern").diagonal(offset=1).tolist() if study.pairs else []
-    rows = []
-    for n, (step, layers) in enumerate(zip(study.steps, study.results, strict=True)):
-        rows.append(
-            [
-                f"{step:,}",
-                _share(mean([r.activation_ratio for r in layers])),
-                _share(mean([r.dead for r in layers])),
-                _share(mean([study.mass_at_k("router", i, n) for i in range(len(layers))])),
-                f"{mean([r.load_imbalance for r in layers]):.2f}",
-                f"{before[n - 1]:.3f}" if n and before else "",
-                _share(mean([tokens for tokens, _ in study.changes[n - 1]])) if n and study.changes else "",
-            ]
-        )
+    columns: dict[str, Callable[[int, list[LayerStudy]], str]] = {
+        "step": lambda n, _: f"{study.steps[n]:,}",
+        "active per token": lambda _, layers: _share(mean([r.activation_ratio for r in layers])),
+        "dead": lambda _, layers: _share(mean([r.dead for r in layers])),
+        "mass in router's K": lambda n, layers: _share(
+            mean([study.mass_at_k("router", i, n) for i in range(len(layers))])
+        ),
+        "busiest / mean load": lambda _, layers: f"{mean([r.load_imbalance for r in layers]):.2f}",
+        "Jaccard with the one before": lambda n, _: f"{before[n - 1]:.3f}" if n and before else "",
+        "tokens with other experts": lambda n, _: (
+            _share(mean([tokens for tokens, _ in study.changes[n - 1]])) if n and study.changes else ""
+        ),
+    }
     return {
         "title": "The checkpoints, mean over layers",
-        "head": [
-            "step", "active per token", "dead", "mass in router's K", "busiest / mean load",
-            "Jaccard with the one before", "tokens with other experts",
-        ],
-        "rows": rows,
+        "head": list(columns),
+        "rows": [[cell(n, layers) for cell in columns.values()] for n, layers in enumerate(study.results)],
         "caption": "",
-    }  # fmt: skip
+    }
 
 
 def _share(value: float) -> str:

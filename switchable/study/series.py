@@ -1,11 +1,11 @@
-"""Where the models of a study are, and how each is brought into the one form that is measured.
+"""Where the models of a study are, and how each is loaded as a converted model.
 
     a run of ours      its snapshots and checkpoints; experts, routers and the neurons' order are stored with them
     other checkpoints  Hugging Face folders in the order of the steps in their names; experts are found on the fly:
                        neurons grouped by weights, each layer starting from the grouping of the checkpoint before,
                        and the router of the paper's authors (the mean of an expert's neurons). Files stay as they are.
 
-What cannot be read is left out and told (`Skipped`), so that the rest can be shown.
+What cannot be read is left out with the reason (`Skipped`), so that the rest can be shown.
 """
 
 from __future__ import annotations

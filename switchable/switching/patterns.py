@@ -3,7 +3,7 @@
     Jaccard index of two patterns, per token t:   J(t) = |A(t) ∩ B(t)| / |A(t) ∪ B(t)|,  A(t) the set of active neurons
 
 A regrouping reorders the neurons of a layer. Patterns are therefore packed in the neurons' first order
-(`SwitchableFFN.neuron_ids_F`), so that two patterns of the same tokens can be compared whatever happened in between.
+(`layer.ssd.neuron_ids_F`), so that two patterns of the same tokens can be compared whatever happened in between.
 
 Shapes: T tokens, F neurons, W = ceil(F/8) bytes.
 """
@@ -21,7 +21,7 @@ def pack(active_TF: Tensor, neuron_ids_F: Tensor) -> Tensor:
 
     Args:
         active_TF: bool, neurons in their present order.
-        neuron_ids_F: which neuron stands in each row (`SwitchableFFN.neuron_ids_F`).
+        neuron_ids_F: which neuron stands in each row (`layer.ssd.neuron_ids_F`).
     """
     row_of_F = np.argsort(neuron_ids_F.cpu().numpy())
     first_TF = np.take(active_TF.cpu().numpy(), row_of_F, axis=1)

@@ -1,9 +1,13 @@
-"""What a run adds up; saved with every checkpoint."""
+"""Where a run stands and what it has cost so far."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from switchable import ranks
 
 
 @dataclass
@@ -34,6 +38,14 @@ class Counters:
     window_seconds: float = 0.0
     ran_with: list[dict[str, Any]] = field(default_factory=list)
     """What it was trained with: threads, jobs at a time on the machine, device; one entry unless that changed."""
+
+    def note_machine(self, jobs: int, device: torch.device) -> None:
+        """Note what the run is trained with from now on, unless that is noted already."""
+        here: dict[str, Any] = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(device)}
+        if ranks.running():
+            here["processes"] = ranks.world_size()
+        if here not in self.ran_with:
+            self.ran_with.append(here)
 
     @property
     def train_seconds(self) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,7 +35,7 @@ class StepFlops:
     dense: float
     """The plain dense model, without any router."""
     head: float
-    """The part of `dense` spent in the output head, which embeds no knowledge of FFNs."""
+    """The part of `dense` spent in the output head."""
     ffn_dense: tuple[float, ...]
     """Per layer: its dense FFN."""
     expert: tuple[float, ...]
@@ -49,19 +50,10 @@ class StepFlops:
     def times(self, number: int) -> StepFlops:
         """Return the FLOPs of a step of so many batches like the one counted."""
 
-        def each(layers: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(flops * number for flops in layers)
+        def more(value: Any) -> Any:
+            return tuple(flops * number for flops in value) if isinstance(value, tuple) else value * number
 
-        return StepFlops(
-            tokens=self.tokens * number,
-            dense=self.dense * number,
-            head=self.head * number,
-            ffn_dense=each(self.ffn_dense),
-            expert=each(self.expert),
-            router=each(self.router),
-            router_learning=each(self.router_learning),
-            ffn_input=each(self.ffn_input),
-        )
+        return StepFlops(**{name: more(value) for name, value in vars(self).items()})
 
     def step(
         self, experts_per_token: Sequence[int | None], active: Sequence[float | None] | None = None
@@ -70,20 +62,13 @@ class StepFlops:
 
         Args:
             experts_per_token: of each layer; None where it is dense.
-            active: of each layer that multiplied only active neurons, which share of the activations was not zero;
-                None for the others. Left out, there are no such layers.
+            active: of each layer that multiplied only active neurons, the share of the activations that was
+                not zero; None for the others. Left out, there are no such layers.
         """
         total = self.dense
         shares = active or [None] * len(experts_per_token)
-        for k, share, dense, expert, router, learning in zip(
-            experts_per_token,
-            shares,
-            self.ffn_dense,
-            self.expert,
-            self.router,
-            self.router_learning,
-            strict=True,
-        ):
+        costs = zip(self.ffn_dense, self.expert, self.router, self.router_learning, strict=True)
+        for k, share, (dense, expert, router, learning) in zip(experts_per_token, shares, costs, strict=True):
             if k is not None:
                 total += k * expert + router - dense
             else:

@@ -24,34 +24,12 @@ from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
 
-class NoLog:
-    """What the ranks that do not write have in place of a log."""
-
-    def advance(self, mode: str, loss: float | None, tokens_per_second: float) -> None:
-        """Do nothing."""
-
-    def train(self, step: int, values: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def measure(self, measurement: Measurement) -> None:
-        """Do nothing."""
-
-    def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def say(self, text: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> NoLog:
+def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> RunLog:
     """Return the log of a run on rank 0, and one that keeps nothing on the others."""
-    return RunLog(rundir, total_steps, start_step, quiet) if ranks.is_main() else NoLog()
+    return (RunLog if ranks.is_main() else NoLog)(rundir, total_steps, start_step, quiet)
 
 
-class RunLog(NoLog):
+class RunLog:
     """Writes a run's numbers.
 
     Args:
@@ -150,3 +128,14 @@ class RunLog(NoLog):
             raise InputError(
                 f"no space left on the device while writing {self._file.name}; free some and go on with --resume"
             ) from None
+
+
+class NoLog(RunLog):
+    """The log of the ranks that do not write: every method does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return a function that does nothing, for every method."""
+        return lambda *_, **__: None

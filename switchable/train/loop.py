@@ -26,7 +26,7 @@ from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
-from switchable.train.log import NoLog
+from switchable.train.log import RunLog
 from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
 from switchable.train.setup import Job
@@ -50,7 +50,7 @@ class Trainer:
         self,
         job: Job,
         rundir: RunDir,
-        log: NoLog,
+        log: RunLog,
         flops: StepFlops,
         counters: Counters,
         stop: StopRequest,
@@ -139,14 +139,14 @@ class Trainer:
         self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
 
     def _settle(self) -> None:
-        """Wait for the GPU, which runs behind the host, and count the wait as the training that it is."""
+        """Wait until the GPU has done the steps it was given, and count the wait as training."""
         if self.job.device.type != "cuda":
             return
         begin = time.perf_counter()
         torch.cuda.synchronize(self.job.device)
         seconds, counters = time.perf_counter() - begin, self.counters
         counters.window_seconds += seconds
-        # How much of it was for which kind of step is not known: by the steps since the last train line.
+        # Which mode's steps it waited for is not known: divide it by their number since the last train line.
         sparse = seconds * counters.window_sparse / max(1, counters.window_steps)
         counters.seconds_sparse += sparse
         counters.seconds_dense += seconds - sparse
@@ -180,12 +180,9 @@ class Trainer:
         if math.isfinite(loss):
             return
         self.saver.wait()
-        saved = self.rundir.steps()
-        last = (
-            f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
-            if saved
-            else "nothing was saved yet"
-        )
+        last = "nothing was saved yet"
+        if saved := self.rundir.steps():
+            last = f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
         raise InputError(
             f"the loss became {loss} in the {self.counters.window_steps} steps up to step {self.counters.steps}; "
             f"stopped, {last}. Lower --learning-rate or set --grad-clip, and start again"
@@ -211,23 +208,18 @@ class Trainer:
         There is no sparse mode before sparse training has begun, and no dense one of a mixture of experts. Bits per
         byte of text follow from the loss only where every token is predicted, that is for causal models.
         """
-        job = self.job
+        job, controller = self.job, self.job.controller
+        modes = {
+            "dense": controller.layers[0].has_dense_mode,
+            "sparse": any(controller.state.takes_part),
+        }
         with job.replica.autocast():
-            dense = (
-                loss_in_mode(job.model, job.validation, "dense")
-                if job.controller.layers[0].has_dense_mode
-                else None
-            )
-            sparse = (
-                loss_in_mode(job.model, job.validation, "sparse")
-                if any(job.controller.state.takes_part)
-                else None
-            )
-        return {
-            "val_loss_dense": dense,
-            "val_loss_sparse": sparse,
-            "bits_per_byte_dense": self._bits_per_byte(dense),
-            "bits_per_byte_sparse": self._bits_per_byte(sparse),
+            losses = {
+                mode: loss_in_mode(job.model, job.validation, mode) if exists else None
+                for mode, exists in modes.items()
+            }
+        return {f"val_loss_{mode}": loss for mode, loss in losses.items()} | {
+            f"bits_per_byte_{mode}": self._bits_per_byte(loss) for mode, loss in losses.items()
         }
 
     def _bits_per_byte(self, loss: float | None) -> float | None:
@@ -262,9 +254,9 @@ class Trainer:
 
 
 def snapshot_steps(total_steps: int, count: int) -> set[int]:
-    """Return `count` steps (fewer in a short run) after which weights are kept: most of what happens, happens early.
+    """Return `count` steps (fewer in a short run) after which weights are kept.
 
-    Their distances grow like a geometric series, from a hundredth of the run to its end.
+    Most changes happen early, so their distances grow like a geometric series, from a hundredth of the run on.
     """
     if not count:
         return set()

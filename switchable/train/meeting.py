@@ -1,8 +1,8 @@
 """Where the ranks of one attempt meet, apart from those of attempts before it.
 
-torchrun restarts its ranks with the key-value store they had, and gloo and NCCL look up one another's addresses there
-under the same keys as before: a rank that is quicker than another finds the address of a process that is dead, and
-waits for it. So the ranks of an attempt first agree on a name that no other attempt had, and keep their keys under it:
+torchrun restarts its ranks with the key-value store they had, where gloo and NCCL look up addresses under the same keys
+as before. A rank that is quicker than another finds the address of a dead process there, and waits for it. So the
+ranks of an attempt first agree on a name that no other attempt had, and keep their keys under it:
 
     rank 0    makes up a name and announces it; waits for a word from every rank under that name; answers each word
     rank r    says a word of its own under the name announced; goes on when that very word is answered, else looks

@@ -37,7 +37,7 @@ from switchable.versions import versions
 Batch = Mapping[str, Tensor]
 
 GRACE = 0.1
-"""Seconds in which gloo's idle threads come to rest before their group is destroyed."""
+"""Seconds that gloo's threads are given to finish before their group is destroyed."""
 
 
 def launched() -> bool:
@@ -78,8 +78,8 @@ def process_group(rank_timeout: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # gloo's threads take the interpreter's lock to let go of the last tensors they sent. Who frees the group while
-        # holding that lock, as a DDP wrapper that lives a little longer does, waits for those threads for ever.
+        # gloo's threads need the interpreter's lock to free the last tensors they sent. A DDP wrapper that outlives
+        # this block would free the group while it holds that lock, and wait for those threads for ever.
         time.sleep(GRACE)
         dist.destroy_process_group()
 
@@ -110,7 +110,7 @@ def check_division(config: TrainConfig, world_size: int) -> None:
 
 
 def distribute(model: nn.Module, config: TrainConfig) -> None:
-    """Apply what is to be inside the wrapper: activation checkpointing, compilation, sharding. In place.
+    """Apply activation checkpointing, compilation and sharding to a model, in place.
 
     Args:
         model: a converted model on its device; build its optimizer afterwards.
@@ -129,13 +129,13 @@ def distribute(model: nn.Module, config: TrainConfig) -> None:
         for layer in layers_of(model):
             store_by_row(layer)  # FSDP2 cuts contiguous parameters only
             layer.register_forward_hook(_own_memory)
-        # Whole again after each use, FFNs apart from their blocks: a switch gathers one FFN at a time.
+        # Sharded again after each use. FFNs are units of their own, so that a switch gathers one at a time.
         for unit in (*layers_of(model), *blocks, model):
             fully_shard(unit, reshard_after_forward=True)
 
 
 def _own_memory(module: nn.Module, args: Any, y: Tensor) -> Tensor:  # noqa: ARG001 - the signature of a hook
-    """What FSDP2 asks of a unit's output, since it hangs its backward pass on it: not to be a view of something."""
+    """Return the output in memory of its own: FSDP2 attaches its backward pass to it, and cannot to a view."""
     return y.clone() if y._is_view() else y
 
 
@@ -226,7 +226,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 
 
 class StopVote:
-    """Whether any rank was asked to stop, found out beside the step: all ranks must stop after the same one."""
+    """Lets the ranks agree, while a step runs, whether to stop after it: all must stop after the same step."""
 
     def __init__(self) -> None:
         self._flag = torch.zeros(1, dtype=torch.int64)

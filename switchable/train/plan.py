@@ -16,8 +16,7 @@ time of clustering, which runs on the CPU and is printed by every run as `wall_s
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -100,9 +99,8 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     with torch.device("meta"):
         model = build_model(config.model, train.sequence_length, vocab_size, TOKENS)
     convert(model, switch)
-    cast(
-        Any, model
-    ).config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
+    model_config = cast(Any, model).config
+    model_config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
     ids = torch.zeros(rows, train.sequence_length, dtype=torch.int64, device="meta")
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)
@@ -171,12 +169,6 @@ def device_named(name: str) -> Device:
             f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {', '.join(DEVICES)}"
         )
     return DEVICES[name]
-
-
-def as_json(found: Plan, more: dict[str, float]) -> str:
-    """Return everything as one JSON line."""
-    figures: dict[str, Any] = asdict(found) | more
-    return json.dumps(figures)
 
 
 def _size(module: nn.Module) -> int:

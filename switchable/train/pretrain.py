@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
@@ -104,11 +103,9 @@ def resume(
     Args:
         out: the run's folder.
         flags: settings given again, by field name; those that alter what is computed must be as they were.
-        cache: folder for token files.
+        cache, quiet, jobs: as for `pretrain`.
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
-        quiet: show nothing.
-        jobs: runs that share the machine at this time; only noted in the summary.
-        variant: what a baseline exchanges; the one the run was started with.
+        variant: the one the run was started with.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
@@ -162,10 +159,9 @@ def _begin(rundir: RunDir, job: Job) -> None:
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
     before = read_stored(rundir.config)
-    merged: dict[str, Any] = {section: dict(values) for section, values in to_dict(before).items()}
-    for section, values in merged.items():
+    merged = to_dict(before)
+    for values in merged.values():
         values.update({key: value for key, value in flags.items() if key in values})
-        merged[section] = values
     after = from_dict(merged, "the flags")
     forbidden = [
         line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in MAY_CHANGE
@@ -194,14 +190,11 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     damage = folders.verify(rundir.checkpoint(step))
     if damage is None:
         return step
-    good = next(
-        (s for s in reversed(steps) if s != step and folders.verify(rundir.checkpoint(s)) is None), None
-    )
-    remedy = (
-        f"go on from an earlier one with --resume --resume-from {rundir.checkpoint(good).name}"
-        if good is not None
-        else "no other checkpoint is whole; start again with --overwrite"
-    )
+    others = (rundir.checkpoint(other) for other in reversed(steps) if other != step)
+    good = next((folder for folder in others if folders.verify(folder) is None), None)
+    remedy = "no other checkpoint is whole; start again with --overwrite"
+    if good is not None:
+        remedy = f"go on from an earlier one with --resume --resume-from {good.name}"
     raise InputError(f"checkpoint {rundir.checkpoint(step)} is damaged ({damage}); {remedy}")
 
 
@@ -215,19 +208,15 @@ def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
 
 
 def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:
-    here = {"threads": torch.get_num_threads(), "jobs": jobs, "device": str(job.device)}
-    if ranks.running():
-        here["processes"] = ranks.world_size()
-    if counters.steps < job.config.train.steps and here not in counters.ran_with:
-        counters.ran_with.append(here)
-    log = open_log(rundir, job.config.train.steps, counters.steps, quiet)
+    train = job.config.train
+    if counters.steps < train.steps:
+        counters.note_machine(jobs, job.device)
+    log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
-        processes = (
-            f"; {ranks.world_size()} processes ({job.config.train.parallel})" if ranks.running() else ""
-        )
+        processes = f"; {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
         log.say(
-            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; {job.device}"
-            + processes
+            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; "
+            f"{job.device}{processes}"
         )
         flops = count_step(job)
         with StopRequest() as stop, Saver() as saver:

@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs: data, model, optimizer, controller.
 
 Settings are checked first (`config.check`), before any work is done. Every rank builds the same model from the same
-seed; then it is shared out (`parallel.py`), and only then does it get its optimizer.
+seed. Then the model is divided among the ranks (`parallel.py`), and last it gets its optimizer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,42 +96,22 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     check(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    # Whatever a user can get wrong shows in here; afterwards ranks may wait for one another.
+    # What a user can get wrong is refused in here, before ranks wait for one another.
     parts = ranks.together(lambda: _build(config, cache, quiet, variant))
     model, train = parts.model, config.train
     distribute(model, train)
+    probe = vars(parts).pop("probe")
     return Job(
+        **vars(parts),
         config=config,
-        model=model,
         replica=Replica(model, train, parts.device),
-        report=parts.report,
-        tokenizer=parts.tokenizer,
-        data=parts.data,
-        batches=parts.batches,
-        validation=parts.validation,
         optimizer=build_optimizer(model, train),
-        controller=variant.controller(
-            model, parts.probe, train.steps, config.switch, train.seed, variant.schedule
-        ),
-        device=parts.device,
+        controller=variant.controller(model, probe, train.steps, config.switch, train.seed, variant.schedule),
     )
 
 
-@dataclass
-class _Parts:
-    """What a run is built from, before the model is shared out."""
-
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    batches: Batches
-    validation: list[Batch]
-    probe: list[Batch]
-    model: nn.Module
-    report: ConversionReport
-
-
-def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> _Parts:
+def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> SimpleNamespace:
+    """Return the parts of a job that are made before the model is divided among the ranks, and the probe."""
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
     device = pick_device(train.device)
@@ -156,7 +137,7 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> _Pa
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)
-    return _Parts(
+    return SimpleNamespace(
         device=device,
         tokenizer=tokenizer,
         data=data,
@@ -220,7 +201,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def model_inputs(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device, with the request to keep no cache of keys and values: training has no use for it."""
+    """Return a batch on a device, without a cache of keys and values, for which training has no use."""
     inputs: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return inputs | {"use_cache": False}
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from switchable.data import corpora, split, tokenizers, tokens
+from switchable.data.batches import token_array
 from switchable.data.config import DataConfig
 from switchable.data.tokens import PreparedData, Split, load_prepared, prepare
 from switchable.errors import InputError
@@ -145,8 +146,8 @@ def test_meta_counts_what_is_there(source: Path, tmp_path: Path) -> None:
     assert data.vocab_size == meta["vocab_size"] == 300
     assert (data.end_of_text.token, data.end_of_text.id, data.end_of_text.kind) == ("<|endoftext|>", 0, "eos")
     assert meta["settings"]["val_fraction"] == 0.05
-    assert len(data.train_tokens()) == data.train.tokens
-    assert len(data.val_tokens()) == data.val.tokens
+    assert len(token_array(data.train.path)) == data.train.tokens
+    assert len(token_array(data.val.path)) == data.val.tokens
     assert data == load_prepared(data.folder)
 
 
@@ -267,7 +268,7 @@ def test_large_vocabulary_is_uint32_and_truncation_is_off(tmp_path: Path) -> Non
     source = write_jsonl(tmp_path / "s.jsonl", ["w69999 w3 w4 w65536 nonsense", "w5 <s> w6"])
     data = prepare(config_for(source, tokenizer=str(folder)), tmp_path / "cache")
     assert (data.dtype, data.vocab_size, data.end_of_text) == ("uint32", 70_000, ("</s>", 2, "sep"))
-    both = sorted(data.train_tokens().tolist() + data.val_tokens().tolist())
+    both = sorted(token_array(data.train.path).tolist() + token_array(data.val.path).tolist())
     assert 69_999 in both
     assert 65_536 in both
     assert both.count(2) == 2

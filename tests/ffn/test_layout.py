@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.layout import laid_out_like, store_by_neuron, store_by_row
+from switchable.ffn.layout import store_by_neuron, store_by_row
 from switchable.store.checkpoint import save
 from switchable.store.contents import training_state
 from switchable.store.restore import restore_training
@@ -118,12 +118,3 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
         if mine in optimizer.state:
             assert other.state[theirs]["exp_avg"].stride() == mine.stride()
             assert torch.equal(other.state[theirs]["exp_avg"], optimizer.state[mine]["exp_avg"])
-
-
-def test_a_tensor_of_another_shape_is_left_alone() -> None:
-    parameter = torch.zeros(3, 4).t()
-    count = torch.tensor(5.0)
-    assert laid_out_like(count, parameter) is count
-    moved = laid_out_like(torch.arange(12.0).view(4, 3), parameter)
-    assert moved.stride() == (1, 4)
-    assert torch.equal(moved, torch.arange(12.0).view(4, 3))

@@ -183,7 +183,7 @@ def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_a_dense_schedule_never_goes_sparse(corpus: Path, tmp_path: Path) -> None:
-    config = small(corpus, switch={"schedule": "dense"})
+    config = small(corpus, switch={"recipe": "dense", "min_dense_fraction": 1.0, "monitor_growth": 1.0})
     figures = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
     assert (figures["sparse_fraction"], figures["switches"], figures["regroupings"]) == (0, 0, 0)
     assert figures["val_loss_sparse"] is None

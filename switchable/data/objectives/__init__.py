@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from switchable.data.arrays import Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.causal import CausalLM
 from switchable.data.objectives.masked import MaskedLM
@@ -24,8 +22,6 @@ from switchable.data.objectives.spans import SpanCorruption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Objective(Protocol):
@@ -40,7 +36,7 @@ class Objective(Protocol):
     def window(self) -> int:
         """Tokens of text in a sequence (W); what else a sequence holds is added by the objective."""
 
-    def __call__(self, ids_BW: IntArray, rows_B: IntArray, seed: int) -> dict[str, IntArray]:
+    def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:
         """Return `input_ids` and `labels` (-100 where nothing is predicted)."""
         ...
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
+from switchable.data.arrays import Ints
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class CausalLM:
 
     def __call__(
         self,
-        ids_BW: npt.NDArray[np.int64],
-        rows_B: npt.NDArray[np.int64],  # noqa: ARG002 - the same call for every objective
+        ids_BW: Ints,
+        rows_B: Ints,  # noqa: ARG002 - the same call for every objective
         seed: int,  # noqa: ARG002
-    ) -> dict[str, npt.NDArray[np.int64]]:
+    ) -> dict[str, Ints]:
         """Return `input_ids` [B, W] and `labels`, the same array."""
         return {"input_ids": ids_BW, "labels": ids_BW}

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from switchable.data.arrays import Bools, Floats, Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.chance import uniforms
 from switchable.data.objectives.words import WordParts, word_parts
@@ -42,7 +42,7 @@ class MaskedLM:
     fraction: float
     """Share of the ordinary tokens that is predicted."""
     mask_id: int
-    special_V: npt.NDArray[np.bool_]
+    special_V: Bools
     """Which token ids are special: never chosen, never drawn at random."""
     around: tuple[int, int] | None = None
     """Ids of [CLS] and [SEP], put around the text; None: nothing is."""
@@ -77,9 +77,7 @@ class MaskedLM:
         words = word_parts(tokenizer) if config.whole_words else None
         return cls(window, config.mask_fraction, int(tokenizer.mask_token_id), special_V, around, words)
 
-    def __call__(
-        self, ids_BW: npt.NDArray[np.int64], rows_B: npt.NDArray[np.int64], seed: int
-    ) -> dict[str, npt.NDArray[np.int64]]:
+    def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:
         """Return `input_ids` [B, S] with tokens hidden, and `labels` [B, S]: these tokens, -100 elsewhere."""
         ids_BS = self._wrap(ids_BW)
         rows, length = ids_BS.shape
@@ -96,14 +94,12 @@ class MaskedLM:
             "labels": np.where(chosen_BS, ids_BS, IGNORED),
         }
 
-    def _wrap(self, ids_BW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _wrap(self, ids_BW: Ints) -> Ints:
         if self.around is None:
             return ids_BW
         return np.pad(ids_BW, ((0, 0), (1, 1)), constant_values=((0, 0), self.around))
 
-    def choose(
-        self, ids_BS: npt.NDArray[np.int64], order_BS: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.bool_]:
+    def choose(self, ids_BS: Ints, order_BS: Floats) -> Bools:
         """Return which tokens are predicted: [B, S].
 
         Args:
@@ -129,5 +125,5 @@ class MaskedLM:
         word_rank_BS = rank_BS - (place - first_BS)
         fits_BS = word_rank_BS + word_length_BS <= wanted_B[:, None]
         # A first word that is too long is better than none.
-        chosen_BS: npt.NDArray[np.bool_] = maskable_BS & (fits_BS | (word_rank_BS == 0))
+        chosen_BS: Bools = maskable_BS & (fits_BS | (word_rank_BS == 0))
         return chosen_BS

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from switchable.data.arrays import Bools, Floats, Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.chance import uniforms
 from switchable.errors import InputError
@@ -65,7 +65,7 @@ class SpanCorruption:
     window: int
     """Tokens of text in a sequence."""
     lengths: Lengths
-    sentinels: npt.NDArray[np.int64]
+    sentinels: Ints
     """Ids of the sentinels, the first span's first."""
     eos_id: int
     """End of sequence, of inputs and labels."""
@@ -97,14 +97,12 @@ class SpanCorruption:
             raise InputError("the tokenizer has no end of sequence (eos), which objective=span needs")
         return cls(window, found, np.array(sentinels[: found.spans], np.int64), int(tokenizer.eos_token_id))
 
-    def __call__(
-        self, ids_BW: npt.NDArray[np.int64], rows_B: npt.NDArray[np.int64], seed: int
-    ) -> dict[str, npt.NDArray[np.int64]]:
+    def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:
         """Return `input_ids` [B, inputs] and `labels` [B, labels]."""
         noise_BW = self.choose(rows_B, seed)
         return {"input_ids": self._replace(ids_BW, noise_BW), "labels": self._replace(ids_BW, ~noise_BW)}
 
-    def choose(self, rows_B: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
+    def choose(self, rows_B: Ints, seed: int) -> Bools:
         """Return which tokens are cut out: [B, W]; every row begins with text that stays."""
         noise, spans, kept = self.lengths.noise, self.lengths.spans, self.window - self.lengths.noise
         drawn = uniforms(seed, rows_B, self.window - 2)
@@ -115,12 +113,10 @@ class SpanCorruption:
         stops = np.cumsum(lengths_B2K, axis=1)[:, :-1]
         turns_BW = np.zeros((len(rows_B), self.window), np.int64)
         np.put_along_axis(turns_BW, stops, 1, 1)  # kept and cut text take turns
-        chosen: npt.NDArray[np.bool_] = np.cumsum(turns_BW, axis=1) % 2 == 1
+        chosen: Bools = np.cumsum(turns_BW, axis=1) % 2 == 1
         return chosen
 
-    def _replace(
-        self, ids_BW: npt.NDArray[np.int64], gone_BW: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.int64]:
+    def _replace(self, ids_BW: Ints, gone_BW: Bools) -> Ints:
         """Put a sentinel in place of every run of tokens that are gone, and the end of sequence behind all."""
         first_BW = gone_BW.copy()
         first_BW[:, 1:] &= ~gone_BW[:, :-1]
@@ -140,7 +136,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return found
 
 
-def _compositions(drawn_BN: npt.NDArray[np.float64], parts: int) -> npt.NDArray[np.int64]:
+def _compositions(drawn_BN: Floats, parts: int) -> Ints:
     """Cut N + 1 things into non-empty parts, at the places with the smallest numbers: lengths [B, parts]."""
     places = drawn_BN.shape[1]
     cuts = np.sort(np.argsort(drawn_BN, axis=1, kind="stable")[:, : parts - 1], axis=1) + 1

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from switchable.data.arrays import Bools, Ints
 from switchable.data.tokenizers import vocabulary_size
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class WordParts:
     """For every token id, whether a word may go on before it and after it."""
 
-    joins_before_V: npt.NDArray[np.bool_]
-    joins_after_V: npt.NDArray[np.bool_]
+    joins_before_V: Bools
+    joins_after_V: Bools
 
-    def starts(self, ids_BS: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def starts(self, ids_BS: Ints) -> Bools:
         """Return which tokens start a word: [B, S]; the first of a row always does."""
         starts_BS = np.ones(ids_BS.shape, bool)
         starts_BS[:, 1:] = ~(self.joins_before_V[ids_BS[:, 1:]] & self.joins_after_V[ids_BS[:, :-1]])
