@@ -184,10 +184,8 @@ class DecodeKernels:
 
     def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
         blocks = i64(self.sizes.d_model // self.lanes)
-        first, after = (
-            w.mul(w.div(w.mul(blocks, end), record["tasks2"]), self.lanes) for end in (task, w.add(task, 1))
-        )
-        self._columns(w, record, first, w.div(w.sub(after, first), self.lanes))
+        first, after = w.share(blocks, task, record["tasks2"])
+        self._columns(w, record, w.mul(first, self.lanes), w.sub(after, first))
 
     def _write_all(self, w: Writer, record: Record, _: ir.Value) -> None:
         self._columns(w, record, i64(0), i64(self.sizes.d_model // self.lanes))
@@ -226,8 +224,7 @@ class DecodeKernels:
                     return [w.fma(value, column, total) for column, total in zip(columns, sums, strict=True)]
 
                 _, sums = w.loop(0, count, 1, w.vectors(own, size), add)
-                for k, total in enumerate(sums):
-                    w.store(total, w.at(own, k * self.lanes))
+                w.store_vectors(sums, own)
 
             w.tiles(vectors, self.blocks, block)
 
