@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
 
 RELU_TYPES = ("relu", "relu2")
 """Activations that the fast backends compute themselves; relu2 is the square of ReLU."""
@@ -41,6 +43,18 @@ class FFNWeights:
     """Gate projection of a gated FFN (Llama type), else None."""
     gate_bias_F: Tensor | None = None
     """Bias of the gate projection."""
+
+    def part(self, own: slice) -> FFNWeights:
+        """The weights of some neurons."""
+        fields = (self.up_FD, self.down_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F)
+        return FFNWeights(*(None if tensor is None else tensor[own] for tensor in fields))  # type: ignore[arg-type]
+
+    def activations(self, x_TD: Tensor, activation: str) -> Tensor:
+        """Return act(x · upᵀ + up_bias) of all neurons; gated: act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)."""
+        act, up_TF = ACT2FN[activation], linear(x_TD, self.up_FD, self.up_bias_F)
+        if self.gate_FD is None:
+            return act(up_TF)  # type: ignore[no-any-return]
+        return act(linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF  # type: ignore[no-any-return]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

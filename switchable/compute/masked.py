@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
 from switchable.compute.call import Backend, ExpertCall
 
@@ -22,11 +21,7 @@ from switchable.compute.call import Backend, ExpertCall
 def masked(call: ExpertCall) -> Tensor:
     """Return y_TD."""
     x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
-    hidden_TF = linear(x_TD, weights.up_FD, weights.up_bias_F)
-    if weights.gate_FD is None:
-        hidden_TF = ACT2FN[call.activation](hidden_TF)
-    else:
-        hidden_TF = ACT2FN[call.activation](linear(x_TD, weights.gate_FD, weights.gate_bias_F)) * hidden_TF
+    hidden_TF = weights.activations(x_TD, call.activation)
     chosen_TK = hidden_TF.new_ones(ids_TK.shape)
     mask_TE1 = hidden_TF.new_zeros(len(x_TD), call.num_experts).scatter(1, ids_TK, chosen_TK).unsqueeze(2)
     hidden_TEI = hidden_TF.view(len(x_TD), call.num_experts, call.neurons)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
-from transformers.activations import ACT2FN
+from torch.nn.functional import dropout
 
 from switchable.compute.call import Backend, ExpertCall
 
@@ -22,27 +21,17 @@ def reference(call: ExpertCall, hidden_dropout: float = 0.0) -> Tensor:
 
     `hidden_dropout` is the probability of a dropout between the projections, for models trained with one.
     """
-    x_TD, weights = call.x_TD, call.weights
-    act = ACT2FN[call.activation]
+    x_TD = call.x_TD
     y_TD = torch.zeros_like(x_TD)
     for e in range(call.num_experts):
-        own = slice(e * call.neurons, (e + 1) * call.neurons)
+        own = call.weights.part(slice(e * call.neurons, (e + 1) * call.neurons))
         tokens, _ = torch.where(call.expert_ids_TK == e)
-        x = x_TD[tokens]
-        hidden = linear(x, weights.up_FD[own], _part(weights.up_bias_F, own))
-        if weights.gate_FD is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(linear(x, weights.gate_FD[own], _part(weights.gate_bias_F, own))) * hidden
+        hidden = own.activations(x_TD[tokens], call.activation)
         if hidden_dropout:
             hidden = dropout(hidden, hidden_dropout)
-        y = hidden @ weights.down_FD[own]
+        y = hidden @ own.down_FD
         y_TD = y_TD.index_add(0, tokens, y.to(y_TD.dtype))
     return y_TD
-
-
-def _part(bias_F: Tensor | None, own: slice) -> Tensor | None:
-    return None if bias_F is None else bias_F[own]
 
 
 REFERENCE = Backend("reference", lambda _call: None, reference)

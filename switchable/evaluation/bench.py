@@ -2,13 +2,15 @@
 
     speedup = median over turns of (seconds of a dense layer / seconds of the sparse one)
 
-Each layer is timed alone, on random tokens, in the precision of its weights. With few tokens the weights of other
-layers are not read in between, so they may come from the cache; `python -m benchmarks.decode` times whole models.
+Dense is the plain layer: no router, every neuron. Each layer is timed alone, on random tokens, in the precision of its
+weights. With few tokens the weights of other layers are not read in between, so they may come from the cache;
+`python -m benchmarks.decode` times whole models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,16 +68,21 @@ def _row(layer: SwitchableFFN, tokens: int, training: bool, seconds: float) -> d
     weight = layer.ssd.up_projection.weight
     x_BSD = torch.randn(1, tokens, layer.ssd.d_model, generator=torch.Generator().manual_seed(0))
     x_BSD = x_BSD.to(weight.dtype).requires_grad_(training)
+    learns = layer.ssd.router_learns
 
     def multiply(mode: str) -> None:
         layer.ssd.mode = mode
+        layer.ssd.router_learns = learns and mode == "sparse"
         with torch.set_grad_enabled(training):
             y_BSD = layer(x_BSD)
         if training:
             torch.autograd.backward(y_BSD, torch.ones_like(y_BSD))
+            x_BSD.grad = None
+            for holder in layer.ssd.holders:  # adding gradients up would be timed with them
+                holder.zero_grad(set_to_none=True)
 
-    times = take_turns({mode: lambda mode=mode: multiply(mode) for mode in ("dense", "sparse")}, seconds)  # type: ignore[misc]
-    layer.zero_grad(set_to_none=True)
+    times = take_turns({mode: partial(multiply, mode) for mode in ("dense", "sparse")}, seconds)
+    layer.ssd.router_learns = learns
     return {
         "layer": layer.ssd.name,
         "experts_per_token": layer.ssd.experts_per_token,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +11,7 @@ from compute.test_fused import MACHINES
 from torch import Tensor
 
 from switchable.compute.call import FFNWeights
+from switchable.compute.cpu.active import active as module
 from switchable.compute.cpu.active import library as active_library
 from switchable.compute.cpu.active.active import active, has_active
 from switchable.compute.cpu.llvm import Machine, this_machine
@@ -20,7 +20,6 @@ from switchable.ffn.router import expert_mass
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
-MODULE = sys.modules["switchable.compute.cpu.active.active"]  # the package may export a function of that name
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ CASES = {
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with narrower vectors than this one has, which runs the same instructions."""
     found: Machine = request.param
-    monkeypatch.setattr(MODULE, "this_machine", lambda: found)
+    monkeypatch.setattr(module, "this_machine", lambda: found)
     return found
 
 

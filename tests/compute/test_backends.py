@@ -1,4 +1,4 @@
-"""Every way of computing the experts computes what the reference computes: outputs and all gradients, odd sizes."""
+"""Every backend computes what the reference computes, outputs and all gradients, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 from compute.problems import TOLERANCE, Case, assert_equals_reference, outcome, problem, relative_error
 
-from switchable.compute.call import ExpertCall, FFNWeights
-from switchable.compute.choose import BACKENDS, choose, expert_ffn
+from switchable.compute.choose import BACKENDS, expert_ffn
 from switchable.compute.cpu.decode import decode
-from switchable.compute.cpu.llvm import this_machine
 from switchable.errors import InputError
 
 PLAIN = Case()
+WIDE = Case(width=64, neurons=8)
+"""Sizes that every backend for the CPU has code for."""
 CASES = {
     "odd sizes": PLAIN,
     "no bias": replace(PLAIN, bias=False),
@@ -36,94 +36,118 @@ CASES = {
     "float64": replace(PLAIN, dtype=torch.float64),
     "bfloat16": replace(PLAIN, dtype=torch.bfloat16),
     "float16": replace(PLAIN, dtype=torch.float16),
+    "whole vectors": WIDE,
+    "whole vectors, gated silu": replace(WIDE, activation="silu", gated=True),
+    "whole vectors, no bias": replace(WIDE, bias=False),
+    "whole vectors, many tokens": replace(WIDE, tokens=700),
 }
+REFUSALS = {
+    ("sorted", "gelu"): "computes the activations relu and relu2, not gelu",
+    ("sorted", "gated relu"): "does not compute gated FFNs",
+    ("fused", "odd sizes"): r"needs a d_model that is a multiple of \d+, not 13",
+    ("fused", "gelu"): "computes the activations relu and relu2, not gelu",
+    ("fused", "whole vectors, gated silu"): "does not compute gated FFNs",
+    ("fused", "bfloat16"): "multiplies float32 and float64, not bfloat16",
+    ("decode", "whole vectors"): "computes no gradients",
+    ("grouped_mm", "odd sizes"): "needs multiples of 4, and d_model is 13, neurons per expert 7",
+    ("grouped_mm", "float64"): "float64",
+    ("triton", "whole vectors"): "CUDA",
+}
+"""Whole sentences of some backends; that every other refusal is one is tested below."""
 
 
-@pytest.mark.parametrize("backend", ["sorted", "masked", "reference", "auto"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_the_reference(case: Case, backend: str) -> None:
-    if backend != "auto" and BACKENDS[backend].supports(problem(case).call) is not None:
-        with pytest.raises(InputError, match=f"backend '{backend}' .*use 'auto'"):
-            problem(case).run(backend)
+def test_equals_the_reference_or_refuses(case: Case, backend: str) -> None:
+    reason = None if backend == "auto" else BACKENDS[backend].supports(problem(case).call)
+    if reason is None:
+        assert_equals_reference(case, backend)
         return
-    assert_equals_reference(case, backend)
+    with pytest.raises(InputError) as refusal:
+        problem(case).run(backend)
+    assert str(refusal.value).startswith(f"backend {backend!r} {reason}; use 'auto', which takes '")
 
 
-@pytest.mark.parametrize("backend", ["sorted", "decode", "masked", "auto"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_equals_the_reference_without_gradients(case: Case, backend: str) -> None:
+    found = problem(case)
     with torch.no_grad():
-        if backend != "auto" and BACKENDS[backend].supports(problem(case).call) is not None:
-            return
-        got, true = problem(case).run(backend), problem(case, exact=True).run("reference")
+        if backend != "auto" and BACKENDS[backend].supports(found.call) is not None:
+            pytest.skip("a refusal, which the test above looks at")
+        got, true = found.run(backend), problem(case, exact=True).run("reference")
     assert got.shape == true.shape
     assert got.dtype == case.dtype
     assert relative_error(got, true) < TOLERANCE[case.dtype]
 
 
-LARGE = Case(tokens=128, width=64, neurons=32, experts=8)
-NAMES = {  # what `auto` is for a call: by hand, from the rule
-    "training": (LARGE, True, "fused"),
-    "training, thick experts": (replace(LARGE, neurons=512), True, "sorted"),
-    "training, bfloat16": (replace(LARGE, dtype=torch.bfloat16, tokens=2048), True, "sorted"),
-    "training, few tokens": (replace(LARGE, tokens=8), True, "masked"),
-    "training, many tokens, odd width": (replace(LARGE, width=63, tokens=4096), True, "sorted"),
-    "training, gelu": (replace(LARGE, activation="gelu", tokens=4096), True, "reference"),
-    "training, gated": (replace(LARGE, gated=True), True, "reference"),
-    "prefill": (LARGE, False, "fused"),
-    "one token": (replace(LARGE, tokens=1), False, "decode"),
-    "63 tokens": (replace(LARGE, tokens=63), False, "decode"),
-    "64 tokens": (replace(LARGE, tokens=64), False, "fused"),
-    "one token, gelu": (replace(LARGE, tokens=1, activation="gelu"), False, "decode"),
-    "16 tokens, gelu": (replace(LARGE, tokens=16, activation="gelu"), False, "masked"),
-}
+@pytest.mark.parametrize(
+    ("backend", "able"),
+    [
+        ("reference", set(CASES)),
+        ("masked", set(CASES)),
+        ("sorted", {name for name in CASES if name != "gelu" and "gated" not in name}),
+        ("fused", {"whole vectors", "whole vectors, no bias", "whole vectors, many tokens"}),
+        ("grouped_mm", {name for name in CASES if name.startswith("whole")}),
+    ],
+)
+def test_what_each_backend_is_able_to_do(backend: str, able: set[str]) -> None:
+    found = {name for name, case in CASES.items() if BACKENDS[backend].supports(problem(case).call) is None}
+    assert found == able
 
 
-@pytest.mark.skipif(this_machine() is None, reason="no compiled loops for this processor")
-@pytest.mark.parametrize(("case", "learns", "name"), NAMES.values(), ids=NAMES.keys())
-def test_what_auto_chooses(case: Case, learns: bool, name: str) -> None:
-    with torch.set_grad_enabled(learns):
-        assert choose(problem(case).call).name == name
-        if name != "decode" and not learns:
-            with torch.autocast("cpu", torch.bfloat16):
-                assert choose(problem(case).call).name in ("sorted", "masked", "reference")
+def test_decode_is_for_tokens_without_gradients_that_leave_most_experts_alone() -> None:
+    def reason(case: Case) -> str | None:
+        return BACKENDS["decode"].supports(problem(case).call)
+
+    few = replace(PLAIN, tokens=2, chosen=2, experts=8)
+    with torch.no_grad():
+        for case in (
+            few,
+            replace(few, gated=True),
+            replace(few, activation="gelu"),
+            replace(WIDE, tokens=63),
+        ):
+            assert reason(case) is None, case
+        assert reason(replace(WIDE, tokens=64)) == (
+            "reads the rows of chosen experts, and 64 tokens together choose most of them"
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert reason(few) == "does not compute under autocast"
+    assert reason(few) == "computes no gradients"
 
 
-REASONS = {  # of each backend, calls that it cannot do
-    "sorted": ({"gated": True}, "does not compute gated FFNs"),
-    "fused": ({"dtype": torch.bfloat16}, "multiplies float32 and float64, not bfloat16"),
-    "fused, width": ({"width": 13}, "needs a d_model that is a multiple of"),
-    "fused, activation": ({"activation": "gelu"}, "computes the activations relu and relu2, not gelu"),
-    "decode": ({}, "computes no gradients"),
-    "grouped_mm": ({"width": 13}, "."),
-    "triton": ({"activation": "gelu"}, "."),
-}
+@pytest.mark.parametrize(("names", "reason"), REFUSALS.items(), ids=str)
+def test_a_backend_that_cannot_do_a_call_says_why(names: tuple[str, str], reason: str) -> None:
+    backend, case = names
+    if backend == "triton" and BACKENDS["triton"].supports(problem(CASES[case]).call) is None:
+        pytest.skip("Triton's interpreter runs on the CPU")
+    with pytest.raises(InputError, match=rf"^backend '{backend}' .*{reason}.*; use 'auto', which takes '"):
+        problem(CASES[case]).run(backend)
 
 
-@pytest.mark.skipif(this_machine() is None, reason="no compiled loops for this processor")
-@pytest.mark.parametrize("key", REASONS)
-def test_a_backend_that_cannot_do_a_call_says_why_and_no_other_does_it(key: str) -> None:
-    name, (change, reason) = key.partition(",")[0], REASONS[key]
-    with pytest.raises(InputError, match=f"backend '{name}' .*{reason}.*use 'auto', which takes '"):
-        problem(replace(LARGE, **change)).run(name)  # type: ignore[arg-type]
+def test_a_processor_without_loops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: None)
+    with pytest.raises(InputError, match=r"'fused' needs a processor with .* 'auto', which takes 'masked'"):
+        problem(replace(WIDE, tokens=70)).run("fused")
+    assert_equals_reference(replace(WIDE, tokens=70), "auto")
 
 
-def test_asking_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise AssertionError("compiled")
-
-    monkeypatch.setattr("switchable.compute.cpu.llvm.llvm.create_mcjit_compiler", fail)
-    for case in (replace(LARGE, width=80, neurons=24), replace(LARGE, tokens=1, width=80)):
-        for learns in (True, False):
-            with torch.set_grad_enabled(learns):
-                call = problem(case).call
-                for backend in BACKENDS.values():
-                    backend.supports(call)
-                choose(call)
+def test_fused_wants_one_dtype_and_no_autocast() -> None:
+    found = problem(WIDE)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(InputError, match="under autocast"):
+        found.run("fused")
+    found.x = found.x.double()
+    with pytest.raises(InputError, match="needs input and weights of one dtype"):
+        found.run("fused")
 
 
-def test_the_table_is_short() -> None:
-    assert len(BACKENDS) + 1 <= 8  # with `auto`
+def test_at_most_eight_names_and_an_unknown_one_is_answered_with_them() -> None:
+    assert all(name == backend.name for name, backend in BACKENDS.items())
+    assert len(BACKENDS) + 1 <= 8  # and `auto`
+    known = "auto, reference, fused, sorted, decode, masked, grouped_mm, triton"
+    with pytest.raises(InputError, match=rf"'sortd' is not known; use one of {known}.*did you mean 'sorted'"):
+        expert_ffn(problem(PLAIN).call, "sortd")
 
 
 @pytest.mark.parametrize("backend", ["sorted", "decode"])
@@ -144,7 +168,7 @@ def test_repeated_calls_give_identical_bits(backend: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["sorted", "grouped_mm", "auto"])
+@pytest.mark.parametrize("backend", ["auto", "sorted", "masked", "reference", "grouped_mm"])
 def test_autocast_computes_in_the_dtype_of_a_linear_layer(backend: str) -> None:
     case = Case(tokens=19, width=16, neurons=8)
     found = problem(case)
@@ -159,13 +183,22 @@ def test_autocast_computes_in_the_dtype_of_a_linear_layer(backend: str) -> None:
 
 # torch.compile looks at `.grad` of what a graph break hands over, and hides the warning unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("backend", ["sorted", "auto"])
+@pytest.mark.parametrize("case", [replace(PLAIN, tokens=2), replace(WIDE, tokens=70)], ids=["few", "many"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_under_torch_compile(backend: str, grad: bool) -> None:
-    found = problem(replace(PLAIN, tokens=2))
+def test_under_torch_compile(case: Case, grad: bool) -> None:
+    found = problem(case)
     compiled = torch.compile(found.run, backend="aot_eager")
     with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(compiled(backend), found.run("reference"))
+        for name in ("auto", *BACKENDS):
+            if name == "auto" or BACKENDS[name].supports(found.call) is None:
+                torch.testing.assert_close(compiled(name), found.run("reference"))
+
+
+def test_decode_under_torch_compile() -> None:
+    found = problem(replace(WIDE, tokens=2))
+    with torch.no_grad():
+        compiled = torch.compile(found.run, backend="aot_eager")
+        torch.testing.assert_close(compiled("decode"), found.run("reference"))
 
 
 @pytest.mark.parametrize("leaf", ["x", "up", "down", "bias"])
@@ -195,15 +228,17 @@ def test_neurons_that_all_stay_silent_give_zero() -> None:
         assert torch.equal(found.run("sorted"), torch.zeros(1, 64))
 
 
-def test_experts_too_large_to_gather_are_multiplied_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in (0, 2**30):
-        monkeypatch.setattr(decode, "COPIED_UP_BYTES", limit)
-        monkeypatch.setattr(decode, "COPIED_DOWN_BYTES", limit)
-        for activation in ("relu", "gelu"):
-            for bias in (True, False):
-                case = Case(tokens=2, experts=16, activation=activation, bias=bias)
-                with torch.no_grad():
-                    torch.testing.assert_close(problem(case).run("decode"), problem(case).run("reference"))
+@pytest.mark.parametrize("limit", [0, 2**30])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_too_large_to_gather_are_multiplied_where_they_are(
+    limit: int, activation: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "COPIED_UP_BYTES", limit)
+    monkeypatch.setattr(decode, "COPIED_DOWN_BYTES", limit)
+    found = problem(Case(tokens=2, experts=16, activation=activation, bias=bias))
+    with torch.no_grad():
+        torch.testing.assert_close(found.run("decode"), found.run("reference"))
 
 
 def test_no_gradient_reaches_an_expert_that_was_not_chosen() -> None:
@@ -212,11 +247,3 @@ def test_no_gradient_reaches_an_expert_that_was_not_chosen() -> None:
         per_expert = grads[name].view(5, -1).abs().amax(1)
         assert (per_expert[:2] == 0).all()
         assert (per_expert[2:] > 0).all()
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    weights = FFNWeights(torch.zeros(4, 2), torch.zeros(4, 2))
-    call = ExpertCall(torch.zeros(1, 2), weights, torch.zeros(1, 1, dtype=torch.long), 2, "relu")
-    known = "auto, reference, fused, sorted, decode, masked, grouped_mm, triton"
-    with pytest.raises(InputError, match=f"'sortd' is not known; use one of {known}; did you mean 'sorted'"):
-        expert_ffn(call, "sortd")

@@ -15,7 +15,7 @@ from switchable.compute.cpu import limits, llvm, tasks
 from switchable.compute.cpu.experts import fused
 from switchable.compute.cpu.experts import library as fused_library
 from switchable.compute.cpu.experts.dot import _split
-from switchable.compute.cpu.experts.library import Scratch, library
+from switchable.compute.cpu.experts.library import library
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.llvm import POINTER, Machine, Writer, compile_module, this_machine
@@ -206,7 +206,7 @@ def test_weights_are_reordered_as_the_loops_read_them() -> None:
 
 
 def test_memory_is_kept_and_grows_with_what_is_asked_for() -> None:
-    scratch = Scratch()
+    scratch = tasks.Scratch()
     first = scratch("a", (2, 3), torch.float32)
     assert first.shape == (2, 3)
     assert scratch("a", (5,), torch.float32).data_ptr() == first.data_ptr()

@@ -88,12 +88,7 @@ class _SortedExperts(torch.autograd.Function):
 
 
 def _forward(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    bias_F: Tensor | None,
-    act_PI: Tensor,
-    plan: _Plan,
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, act_PI: Tensor, plan: _Plan
 ) -> Tensor:
     """Return y_TD and fill act_PI with the rectified projections."""
     pairs = plan.pairs
@@ -131,7 +126,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     dx_TD = _zeros_for_sums(x_TD) if need_x else None
     dup = _WeightGradient(up_FD, plan) if need_up else None
     ddown = _WeightGradient(down_FD, plan) if need_down else None
-    dbias = _BiasGradient(bias_F, plan) if need_bias else None
+    dbias_F = torch.zeros_like(bias_F) if need_bias else None
     up_LID, down_LDI = plan.slices(up_FD, 0), plan.slices(down_FD.t(), 1)
     for chunk, tokens, act in zip(
         pairs.chunks, pairs.parts(pairs.tokens_P), pairs.parts(act_PI), strict=True
@@ -148,8 +143,8 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
             dact.mul_(act).mul_(2)
         else:
             torch.ops.aten.threshold_backward.grad_input(dact, act, 0, grad_input=dact)
-        if dbias is not None:
-            dbias.add(chunk, dact)
+        if dbias_F is not None:
+            dbias_F.view(plan.num_experts, -1)[e].add_(dact.sum(0))
         if dup is not None:
             dup.add(chunk, dact, torch.index_select(x_TD, 0, tokens, out=in_buffer[:rows]))
         if dx_TD is not None:
@@ -159,7 +154,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         None if dx_TD is None else dx_TD.to(x_TD.dtype),
         None if dup is None else dup.gradient,
         None if ddown is None else ddown.gradient,
-        None if dbias is None else dbias.gradient,
+        dbias_F,
     )
 
 
@@ -194,24 +189,6 @@ class _WeightGradient:
             torch.add(self.partial[0], self.partial[1], out=own)
         else:
             torch.sum(self.partial, 0, out=own)
-
-
-class _BiasGradient:
-    """Gradient of a vector that holds I numbers for each expert."""
-
-    def __init__(self, bias_F: Tensor, plan: _Plan):
-        self.gradient = torch.empty_like(bias_F)
-        self.slices = self.gradient.view(plan.num_experts, -1).unbind(0)
-        for expert in plan.pairs.unused:
-            self.slices[expert].zero_()
-
-    def add(self, chunk: Chunk, left_RI: Tensor) -> None:
-        """Add the sum of the rows to the slice of the chunk's expert."""
-        own = self.slices[chunk.expert]
-        if chunk.first:
-            torch.sum(left_RI, 0, out=own)
-        else:
-            own.add_(left_RI.sum(0))
 
 
 def _buffer(pairs: SortedPairs, like_TX: Tensor) -> Tensor:

@@ -52,14 +52,8 @@ def top_experts(scores_TE: Tensor, experts_per_token: int) -> Tensor:
     ):
         return scores_TE.topk(experts_per_token, dim=-1, sorted=False).indices
     ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64)
-    TASKS.run(
-        _code(experts, experts_per_token),
-        "select",
-        -(-tokens // TASK_TOKENS),
-        scores=scores_TE.detach().contiguous(),
-        ids=ids_TK,
-        tokens=tokens,
-    )
+    code, tasks, scores = _code(experts, experts_per_token), -(-tokens // TASK_TOKENS), scores_TE.detach()
+    TASKS.run(code, "select", tasks, scores=scores.contiguous(), ids=ids_TK, tokens=tokens)
     return ids_TK
 
 
@@ -72,12 +66,11 @@ def _code(experts: int, chosen: int) -> Code:
         start = w.mul(number, TASK_TOKENS)
         stop = w.minimum(w.add(start, TASK_TOKENS), record["tokens"])
 
-        def row(t: ir.Value, _: Values) -> Values:
+        def row(t: ir.Value) -> None:
             scores = w.at(record["scores"], w.mul(t, experts))
             write_selection(w, scores, w.at(record["ids"], w.mul(t, chosen), I64), experts, chosen)
-            return []
 
-        w.loop(start, stop, 1, [], row)
+        w.range(start, stop, 1, row)
 
     TASKS.write(w, rows)
     return compile_module(module, machine)
@@ -138,9 +131,8 @@ def _write(
         key = _ordered(w, b.load(w.at(scores, e), typ=I32))
         spare = b.and_(w.compare(key, "==", threshold), w.compare(surplus, ">", 0))
         taken = b.and_(w.compare(key, ">=", threshold), b.not_(spare))
-        b.store(
-            e, w.at(found, position, I64)
-        )  # in any case: no branch to guess; it counts if the position moves on
+        # In any case: no branch to guess. It counts if the position moves on.
+        b.store(e, w.at(found, position, I64))
         return [w.add(position, b.zext(taken, I64)), w.sub(surplus, b.zext(spare, I64))]
 
     surplus = w.sub(b.sext(enough, I64), chosen)
@@ -151,11 +143,8 @@ def _write(
 def _ordered(w: Writer, bits: ir.Value) -> ir.Value:
     """Integers in the order of the floats that have these bits."""
     b, kind = w.b, bits.type
-    number = kind.element if isinstance(kind, ir.VectorType) else kind
     thirty_one, low = (
-        ir.Constant(kind, [value] * kind.count)
-        if isinstance(kind, ir.VectorType)
-        else ir.Constant(number, value)
+        ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
         for value in (31, 2**31 - 1)
     )
     return b.xor(bits, b.and_(b.ashr(bits, thirty_one), low))

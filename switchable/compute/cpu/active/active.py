@@ -43,12 +43,11 @@ class ActiveOutput(NamedTuple):
 
 def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
     """Whether there are loops for an FFN and its input."""
+    d_model, dtype, device = x_TD.shape[-1], x_TD.dtype, x_TD.device.type
     return (
-        activation in RELU_TYPES
-        and weights.gate_FD is None
-        and not torch.is_autocast_enabled(x_TD.device.type)
-        and all(t.device.type == "cpu" and t.dtype == x_TD.dtype for t in (x_TD, *weights.tensors))
-        and why_no_loops(x_TD.shape[-1], x_TD.dtype) is None
+        not torch.is_autocast_enabled(device)
+        and all(t.device.type == device and t.dtype == dtype for t in weights.tensors)
+        and skips_idle_neurons(d_model, activation, weights.gate_FD is not None, dtype, device)
     )
 
 
@@ -67,11 +66,7 @@ def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def active(
-    x_TD: Tensor,
-    weights: FFNWeights,
-    activation: str,
-    num_experts: int | None = None,
-    penalty: float = 0.0,
+    x_TD: Tensor, weights: FFNWeights, activation: str, num_experts: int | None = None, penalty: float = 0.0
 ) -> ActiveOutput:
     """Return act(x · upᵀ + b) · down; `has_active` must hold.
 

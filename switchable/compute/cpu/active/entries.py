@@ -13,6 +13,7 @@ of the other order, by chunk and neuron, which entry stands there (counted from 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -43,8 +44,9 @@ def write_collect(w: Writer) -> None:
         def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
             value = b.load(w.at(row, j), typ=w.number)
             b.store(value, w.at(values, count))
-            b.store(b.trunc(j, I32), w.at(neurons, count, I32))
-            active = b.not_(b.fcmp_ordered("<=", value, ir.Constant(w.number, 0.0)))  # a NaN is kept
+            w.put32(j, w.at(neurons, count, I32))
+            # No branch to guess: an entry that is not active is overwritten by the next one. A NaN is kept.
+            active = b.not_(b.fcmp_ordered("<=", value, ir.Constant(w.number, 0.0)))
             return w.add(count, b.zext(active, I64))
 
         def block(number: ir.Value, carried: Values) -> Values:
@@ -53,7 +55,7 @@ def write_collect(w: Writer) -> None:
             places = w.at(starts, w.mul(number, per_chunk), I32)
 
             def token(t: ir.Value, carried: Values) -> Values:
-                b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
+                w.put32(carried[0], w.at(places, t, I32))
                 row = w.at(rows, w.mul(t, width))
 
                 def several(j: ir.Value, carried: Values) -> Values:
@@ -67,16 +69,12 @@ def write_collect(w: Writer) -> None:
                 return carried
 
             _, carried = w.loop(0, tokens, 1, carried, token)
-
-            def nothing(t: ir.Value, _: Values) -> Values:
-                b.store(b.trunc(carried[0], I32), w.at(places, t, I32))
-                return []
-
-            w.loop(tokens, per_chunk, 1, [], nothing)
+            # The last chunk may be short; the tokens that it lacks have no entries.
+            w.range(tokens, per_chunk, 1, lambda t: w.put32(carried[0], w.at(places, t, I32)))
             return carried
 
         _, (count,) = w.loop(0, record["blocks"], 1, [i64(0)], block)
-        b.store(b.trunc(count, I32), w.at(starts, w.mul(record["blocks"], per_chunk), I32))
+        w.put32(count, w.at(starts, w.mul(record["blocks"], per_chunk), I32))
 
     COLLECT.write(w, chunk)
 
@@ -94,22 +92,21 @@ def write_transpose(w: Writer) -> None:
 
         def each_entry(body: Callable[[ir.Value, ir.Value, ir.Value], None]) -> None:
             def token(_: Record, place: Place) -> None:
-                def entry(e: ir.Value, _: Values) -> Values:
+                def entry(e: ir.Value) -> None:
                     body(place.token, e, w.integer(w.at(place.neurons, e, I32)))
-                    return []
 
-                w.loop(place.begin, place.end, 1, [], entry)
+                w.range(place.begin, place.end, 1, entry)
 
             each_token(w, record, number, token)
 
         # Counted two places on, so that after adding up the place before holds where the neuron goes on.
         def count(_token: ir.Value, _e: ir.Value, neuron: ir.Value) -> None:
-            _counted(w, w.at(firsts, w.add(neuron, 2), I32))
+            w.increment(w.at(firsts, w.add(neuron, 2), I32))
 
         def put(token: ir.Value, e: ir.Value, neuron: ir.Value) -> None:
-            place = b.zext(_counted(w, w.at(firsts, w.add(neuron, 1), I32)), I64)
-            b.store(b.trunc(e, I32), w.at(order, place, I32))
-            b.store(b.trunc(token, I32), w.at(tokens, place, I32))
+            place = b.zext(w.increment(w.at(firsts, w.add(neuron, 1), I32)), I64)
+            w.put32(e, w.at(order, place, I32))
+            w.put32(token, w.at(tokens, place, I32))
 
         def add_up(i: ir.Value, carried: Values) -> Values:
             place = w.at(firsts, i, I32)
@@ -124,20 +121,15 @@ def write_transpose(w: Writer) -> None:
     TRANSPOSE.write(w, chunk)
 
 
-class Place:
+class Place(NamedTuple):
     """The entries of a token in a block: `begin` to `end` of its chunk's `neurons` and `values`."""
 
-    def __init__(
-        self,
-        block: ir.Value,
-        token: ir.Value,
-        begin: ir.Value,
-        end: ir.Value,
-        neurons: ir.Value,
-        values: ir.Value,
-    ):
-        self.block, self.token, self.begin, self.end = block, token, begin, end
-        self.neurons, self.values = neurons, values
+    block: ir.Value
+    token: ir.Value
+    begin: ir.Value
+    end: ir.Value
+    neurons: ir.Value
+    values: ir.Value
 
 
 def _tokens_of(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
@@ -152,13 +144,6 @@ def _starts(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
     return w.at(record["starts"], w.mul(chunk, length), I32)
 
 
-def _counted(w: Writer, address: ir.Value) -> ir.Value:
-    """Add 1 to a counter and return what it was."""
-    before = w.b.load(address, typ=I32)
-    w.b.store(w.add(before, I32(1)), address)
-    return before
-
-
 def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The first place of a neuron in a chunk's other order, and the first after it."""
     length = w.add(record["neuron_count"], 2)
@@ -168,23 +153,14 @@ def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[
 
 
 def each_neuron(
-    w: Writer,
-    record: Record,
-    number: ir.Value,
-    body: Callable[[Record, ir.Value, ir.Value, ir.Value], None],
+    w: Writer, record: Record, number: ir.Value, body: Callable[[ir.Value, ir.Value, ir.Value], None]
 ) -> None:
-    """body(record, chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
-    width = record["neuron_count"]
-    bounds = [w.div(w.mul(width, end), record["tasks"]) for end in (number, w.add(number, 1))]
+    """body(chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
+    begin, end = w.share(record["neuron_count"], number, record["tasks"])
 
     def chunk(c: ir.Value) -> None:
         base = w.integer(w.at(record["base"], c, I64), I64)
-
-        def neuron(i: ir.Value, _: Values) -> Values:
-            body(record, c, base, i)
-            return []
-
-        w.loop(bounds[0], bounds[1], 1, [], neuron)
+        w.range(begin, end, 1, lambda i: body(c, base, i))
 
     w.each(record["chunks"], chunk)
 

@@ -10,10 +10,13 @@ A product keeps a row of results in registers and walks through its entries; the
 core's own cache, since tokens are taken in chunks and neurons in blocks. Every sum is made in the order of neurons or
 of tokens, whatever chunks, blocks and threads: results do not depend on them in any bit.
 
-How entries stand in memory, and the shapes: `active_entries.py`.
+How entries stand in memory, and the shapes: `entries.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 
@@ -27,7 +30,7 @@ from switchable.compute.cpu.active.entries import (
     write_collect,
     write_transpose,
 )
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SUM = Tasks(SIZES, (*ENTRIES, "values", "weights", "y"))
@@ -71,30 +74,13 @@ class ActiveKernels:
 
     def _write_sum(self) -> None:
         w = self._writer("sum")
-        b = w.b
 
         def token(record: Record, place: Place) -> None:
+            def entry(e: ir.Value) -> tuple[ir.Value, ir.Value]:
+                return w.at(place.values, e), self._row(w, record["weights"], place.neurons, e)
+
             own = w.at(record["y"], w.mul(place.token, self.D))
-
-            def columns(d: ir.Value, _: Values) -> Values:
-                row = w.at(own, d)
-                first = w.compare(place.block, "==", 0)
-                before = [b.select(first, w.zero(), vector) for vector in w.vectors(row, self.columns)]
-
-                def entry(e: ir.Value, carried: Values) -> Values:
-                    weights = self._row(w, record["weights"], place.neurons, e, d)
-                    value = w.load_broadcast(w.at(place.values, e))
-                    return [
-                        w.fma(value, vector, total)
-                        for vector, total in zip(w.vectors(weights, self.columns), carried, strict=True)
-                    ]
-
-                _, sums = w.loop(place.begin, place.end, 1, before, entry)
-                for v, total in enumerate(sums):
-                    w.store(total, w.at(row, v * self.L))
-                return []
-
-            w.loop(0, self.D, self.columns * self.L, [], columns)
+            self._add_rows(w, own, place.begin, place.end, entry, new=w.compare(place.block, "==", 0))
 
         SUM.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
@@ -106,10 +92,7 @@ class ActiveKernels:
             x = w.at(record["x"], w.mul(place.token, self.D))
 
             def entries(first: ir.Value, count: int) -> None:
-                rows = [
-                    self._row(w, record["weights"], place.neurons, w.add(first, r), i64(0))
-                    for r in range(count)
-                ]
+                rows = [self._row(w, record["weights"], place.neurons, w.add(first, r)) for r in range(count)]
                 chains = 2 if self.columns % 2 == 0 else 1
 
                 def columns(d: ir.Value, carried: Values) -> Values:
@@ -138,29 +121,15 @@ class ActiveKernels:
 
         def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
             begin, end = places_of(w, record, chunk, i)
-            gradient = w.at(record["gradient"], w.mul(i, self.D))
             order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
             values = w.at(record["values"], base)
 
-            def columns(d: ir.Value, _: Values) -> Values:
-                row = w.at(gradient, d)
+            def entry(p: ir.Value) -> tuple[ir.Value, ir.Value]:
+                return w.at(values, w.integer(w.at(order, p, I32))), self._row(w, record["x"], tokens, p)
 
-                def entry(p: ir.Value, carried: Values) -> Values:
-                    value = w.load_broadcast(w.at(values, w.integer(w.at(order, p, I32))))
-                    inputs = self._row(w, record["x"], tokens, p, d)
-                    return [
-                        w.fma(value, vector, total)
-                        for vector, total in zip(w.vectors(inputs, self.columns), carried, strict=True)
-                    ]
+            self._add_rows(w, w.at(record["gradient"], w.mul(i, self.D)), begin, end, entry)
 
-                _, sums = w.loop(begin, end, 1, w.vectors(row, self.columns), entry)
-                for v, total in enumerate(sums):
-                    w.store(total, w.at(row, v * self.L))
-                return []
-
-            w.loop(0, self.D, self.columns * self.L, [], columns)
-
-        WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
+        WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, partial(neuron, record)))
 
     def _write_totals(self) -> None:
         w = self._writer("totals")
@@ -179,7 +148,7 @@ class ActiveKernels:
             _, (total,) = w.loop(begin, end, 1, [before], entry)
             b.store(total, place)
 
-        TOTALS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
+        TOTALS.write(w, lambda record, number: each_neuron(w, record, number, partial(neuron, record)))
 
     def _write_mass(self) -> None:
         w = self._writer("mass")
@@ -192,19 +161,45 @@ class ActiveKernels:
             with b.if_then(w.compare(place.block, "==", 0)):
                 w.each(groups, lambda g: b.store(ir.Constant(w.number, 0.0), w.at(own, g)))
 
-            def entry(e: ir.Value, _: Values) -> Values:
+            def entry(e: ir.Value) -> None:
                 neuron = b.load(w.at(place.neurons, e, I32), typ=I32)
                 group = w.at(own, b.zext(b.udiv(neuron, size), I64))
                 norm = b.load(w.at(record["norms"], b.zext(neuron, I64)), typ=w.number)
                 value = b.load(w.at(place.values, e), typ=w.number)
                 b.store(b.fadd(b.load(group, typ=w.number), b.fmul(value, norm)), group)
-                return []
 
-            w.loop(place.begin, place.end, 1, [], entry)
+            w.range(place.begin, place.end, 1, entry)
 
         MASS.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
-    def _row(self, w: Writer, rows: ir.Value, numbers: ir.Value, place: ir.Value, d: ir.Value) -> ir.Value:
-        """The address of column d of the row whose number stands in a place."""
-        number = w.integer(w.at(numbers, place, I32))
-        return w.at(rows, w.add(w.mul(number, self.D), d))
+    def _add_rows(
+        self,
+        w: Writer,
+        own: ir.Value,
+        begin: ir.Value,
+        end: ir.Value,
+        entry: Callable[[ir.Value], tuple[ir.Value, ir.Value]],
+        new: ir.Value | None = None,
+    ) -> None:
+        """own += Σ value · row over the places `begin` to `end`; own = Σ value · row where it is `new`.
+
+        `entry` returns a place's addresses of value and row. Some columns at a time stay in registers.
+        """
+
+        def columns(d: ir.Value) -> None:
+            sums = w.vectors(w.at(own, d), self.columns)
+            if new is not None:
+                sums = [w.b.select(new, w.zero(), vector) for vector in sums]
+
+            def add(p: ir.Value, sums: Values) -> Values:
+                value, row = entry(p)
+                factor, vectors = w.load_broadcast(value), w.vectors(w.at(row, d), self.columns)
+                return [w.fma(factor, vector, total) for vector, total in zip(vectors, sums, strict=True)]
+
+            w.store_vectors(w.loop(begin, end, 1, sums, add)[1], w.at(own, d))
+
+        w.range(0, self.D, self.columns * self.L, columns)
+
+    def _row(self, w: Writer, rows: ir.Value, numbers: ir.Value, place: ir.Value) -> ir.Value:
+        """The address of the row whose number stands in a place."""
+        return w.at(rows, w.mul(w.integer(w.at(numbers, place, I32)), self.D))

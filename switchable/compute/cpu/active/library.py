@@ -1,12 +1,11 @@
 """`active`'s loops, compiled for one width, and called on tensors.
 
-Shapes as in `active_entries.py`.
+Shapes as in `entries.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from switchable.compute.cpu.active.entries import COLLECT, TRANSPOSE
 from switchable.compute.cpu.active.kernels import DOT, MASS, SUM, TOTALS, WEIGHTS, ActiveKernels
 from switchable.compute.cpu.llvm import Machine, compile_module
+from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
 """In a chunk: their rows should stay in the second-level cache, and a neuron's share of them pay for its own row."""
@@ -28,7 +28,7 @@ SCRATCH_BYTES = 1 << 28
 
 @dataclass
 class Entries:
-    """The active entries of a matrix of activations (see `active_entries.py`)."""
+    """The active entries of a matrix of activations (see `entries.py`)."""
 
     tokens: int
     width: int
@@ -96,7 +96,7 @@ class ActiveLibrary:
         lanes = machine.vector_bytes // self.itemsize
         ActiveKernels(module, d_model, wide=wide, lanes=lanes, registers=machine.registers)
         self.code = compile_module(module, machine)
-        self.kept = threading.local()
+        self.scratch = Scratch()
 
     def collect(self, x_TD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Entries:
         """Return the entries of x · upᵀ + b that are greater than zero (or no number).
@@ -108,9 +108,12 @@ class ActiveLibrary:
         chunks, blocks = -(-tokens // CHUNK_TOKENS), -(-width // per_block)
         room = SCRATCH_BYTES // (CHUNK_TOKENS * width * (2 * self.itemsize + 4))
         together = max(1, min(chunks, torch.get_num_threads(), room))
-        rows, found, values = self._scratch(together, width, x_TD.dtype)
+        rows, found, values = (
+            self.scratch(name, (together, CHUNK_TOKENS * width), dtype)
+            for name, dtype in (("rows", x_TD.dtype), ("found", torch.int32), ("values", x_TD.dtype))
+        )
         starts = torch.empty(chunks, blocks * CHUNK_TOKENS + 1, dtype=torch.int32)
-        kept: list[tuple[Tensor, Tensor]] = []
+        active_neurons, active_values, lengths = [found.new_empty(0)], [values.new_empty(0)], [0]
         for first in range(0, chunks, together):
             part = x_TD[first * CHUNK_TOKENS : (first + together) * CHUNK_TOKENS]
             out = rows.view(-1, width)[: len(part)]
@@ -119,42 +122,24 @@ class ActiveLibrary:
             else:
                 torch.addmm(bias_F, part, up_FD.T, out=out)
             number = min(together, chunks - first)
+            sizes = {"blocks": blocks, "per_block": per_block, "neuron_count": width, "token_count": tokens}
+            memory = {"starts": starts, "neurons": found, "values": values, "rows": rows}
             COLLECT.run(
-                self.code,
-                "collect",
-                number,
-                per_chunk=CHUNK_TOKENS,
-                blocks=blocks,
-                per_block=per_block,
-                neuron_count=width,
-                token_count=tokens,
-                first_chunk=first,
-                starts=starts,
-                neurons=found,
-                values=values,
-                rows=rows,
+                self.code, "collect", number, per_chunk=CHUNK_TOKENS, first_chunk=first, **sizes, **memory
             )
-            counts = starts[first : first + number, -1].tolist()
-            kept += [(found[c, :n].clone(), values[c, :n].clone()) for c, n in enumerate(counts)]
-        sizes = torch.tensor([0, *(len(neurons) for neurons, _ in kept)])
+            for c, count in enumerate(starts[first : first + number, -1].tolist()):
+                active_neurons.append(found[c, :count].clone())
+                active_values.append(values[c, :count].clone())
+                lengths.append(count)
         return Entries(
             tokens=tokens,
             width=width,
             per_block=per_block,
-            base=sizes.cumsum(0)[:-1].contiguous(),
+            base=torch.tensor(lengths).cumsum(0)[:-1].contiguous(),
             starts=starts,
-            neurons=torch.cat([neurons for neurons, _ in kept]) if kept else found.new_empty(0),
-            values=torch.cat([values for _, values in kept]) if kept else values.new_empty(0),
+            neurons=torch.cat(active_neurons),
+            values=torch.cat(active_values),
         )
-
-    def _scratch(self, together: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Space for some chunks' dense products, neurons and values; the same for every layer of a thread."""
-        kept: tuple[Tensor, Tensor, Tensor] | None = getattr(self.kept, "scratch", None)
-        shape = (together, CHUNK_TOKENS * width)
-        if kept is None or kept[0].shape != shape:
-            rows, values = (torch.empty(shape, dtype=dtype) for _ in range(2))
-            kept = self.kept.scratch = (rows, torch.empty(shape, dtype=torch.int32), values)
-        return kept
 
     def sum(self, entries: Entries, values: Tensor, weights_FD: Tensor) -> Tensor:
         """Return y_TD, each token's entries times the neurons' rows."""
@@ -172,24 +157,16 @@ class ActiveLibrary:
         """Return the entries in the order of their neurons."""
         firsts = torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32)
         order, tokens = torch.empty_like(entries.neurons), torch.empty_like(entries.neurons)
-        TRANSPOSE.run(
-            self.code,
-            "transpose",
-            entries.chunks,
-            **entries.places,
-            firsts=firsts,
-            order=order,
-            tokens=tokens,
-        )
+        written = {"firsts": firsts, "order": order, "tokens": tokens}
+        TRANSPOSE.run(self.code, "transpose", entries.chunks, **entries.places, **written)
         return ByNeuron(entries, firsts, order, tokens)
 
     def weight_gradient(self, sorted_: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
         """Return Σ s · xᵀ over each neuron's entries, [F, D]."""
         gradient_FD = x_TD.new_zeros(sorted_.entries.width, self.d_model)
         tasks = min(torch.get_num_threads(), len(gradient_FD))
-        WEIGHTS.run(
-            self.code, "weights", tasks, **sorted_.places, values=values, x=x_TD, gradient=gradient_FD
-        )
+        memory = {"values": values, "x": x_TD, "gradient": gradient_FD}
+        WEIGHTS.run(self.code, "weights", tasks, **sorted_.places, **memory)
         return gradient_FD
 
     def bias_gradient(self, sorted_: ByNeuron, values: Tensor) -> Tensor:
@@ -202,16 +179,8 @@ class ActiveLibrary:
     def mass(self, entries: Entries, values: Tensor, norms_F: Tensor, groups: int) -> Tensor:
         """Return Σ s · n over each token's entries of each group of neurons, [T, G]; G divides F."""
         mass_TG = values.new_empty(entries.tokens, groups)
-        MASS.run(
-            self.code,
-            "mass",
-            entries.chunks,
-            **entries.places,
-            groups=groups,
-            values=values,
-            norms=norms_F,
-            mass=mass_TG,
-        )
+        memory = {"values": values, "norms": norms_F, "mass": mass_TG}
+        MASS.run(self.code, "mass", entries.chunks, **entries.places, groups=groups, **memory)
         return mass_TG
 
 

@@ -54,6 +54,16 @@ def takes(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
+def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) -> bool:
+    """Whether there is code for so many tokens of an FFN; compiles nothing."""
+    return (
+        0 < tokens <= MOST_TOKENS
+        and weights.gate_FD is None
+        and has_code(weights.up_FD.shape[1], num_experts, weights.up_FD.dtype, activation)
+        and all(map(takes, weights.tensors))
+    )
+
+
 class DecodeCall:
     """A call with everything looked up but x; to be used by one Python thread at a time."""
 
@@ -92,12 +102,8 @@ def prepare_call(
     """
     d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
-    if (
-        not 0 < tokens <= MOST_TOKENS
-        or weights.gate_FD is not None
-        or not has_code(d_model, num_experts, weights.up_FD.dtype, activation)
-        or not all(t is None or takes(t) for t in (*weights.tensors, start_D, *router))
-    ):
+    extra = (*router, *(() if start_D is None else (start_D,)))
+    if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
         return None
     sizes = Sizes(
         d_model,

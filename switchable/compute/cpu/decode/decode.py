@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code, prepare_call, takes
+from switchable.compute.cpu.decode.compiled import fits, prepare_call
 from switchable.compute.cpu.limits import check_ids
 
 LARGEST_SHARE = 0.75
@@ -51,14 +51,8 @@ def supports(call: ExpertCall) -> str | None:
 
 def _compiles(call: ExpertCall) -> bool:
     """Whether one call of compiled code does it."""
-    x_TD, weights = call.x_TD, call.weights
-    return (
-        0 < len(x_TD) <= MOST_TOKENS
-        and weights.gate_FD is None
-        and x_TD.dtype is torch.float32
-        and has_code(x_TD.shape[1], call.num_experts, weights.up_FD.dtype, call.activation)
-        and all(takes(tensor) for tensor in weights.tensors)
-    )
+    x_TD = call.x_TD
+    return x_TD.dtype is torch.float32 and fits(len(x_TD), call.weights, call.num_experts, call.activation)
 
 
 def run(call: ExpertCall) -> Tensor:

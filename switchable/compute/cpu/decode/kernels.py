@@ -5,7 +5,7 @@
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
 
 `routed` has these three stages; `routed_alone` is all of it as one task, for one thread. `given` and `given_alone` are
-the same where the ids are known. A row of weights is asked for from memory while the one before it is multiplied.
+the same where the ids are known. A row of weights is prefetched while the one before it is multiplied.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -23,7 +23,7 @@ from switchable.compute.cpu.tasks import Record, Tasks
 from switchable.compute.cpu.topk import write_selection
 
 AHEAD = 3
-"""Rows of `down` between the one added and the one asked for from memory."""
+"""Rows of `down` between the one added and the one prefetched."""
 ROWS = (4, 2, 1)
 """Rows of weights that are multiplied with a token side by side."""
 DECODE = Tasks(
@@ -133,7 +133,7 @@ class DecodeKernels:
         w.each(record["tokens"], token)
 
     def _gather(self, w: Writer, record: Record, _: ir.Value) -> None:
-        """Fill `chosen`."""
+        """Fill `token_sets`."""
         b = w.b
         w.each(self.sizes.experts, lambda e: b.store(i64(0), w.at(record["token_sets"], e, I64)))
 
@@ -184,10 +184,8 @@ class DecodeKernels:
 
     def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
         blocks = i64(self.sizes.d_model // self.lanes)
-        first, after = (
-            w.mul(w.div(w.mul(blocks, end), record["tasks2"]), self.lanes) for end in (task, w.add(task, 1))
-        )
-        self._columns(w, record, first, w.div(w.sub(after, first), self.lanes))
+        first, after = w.share(blocks, task, record["tasks2"])
+        self._columns(w, record, w.mul(first, self.lanes), w.sub(after, first))
 
     def _write_all(self, w: Writer, record: Record, _: ir.Value) -> None:
         self._columns(w, record, i64(0), i64(self.sizes.d_model // self.lanes))
@@ -226,8 +224,7 @@ class DecodeKernels:
                     return [w.fma(value, column, total) for column, total in zip(columns, sums, strict=True)]
 
                 _, sums = w.loop(0, count, 1, w.vectors(own, size), add)
-                for k, total in enumerate(sums):
-                    w.store(total, w.at(own, k * self.lanes))
+                w.store_vectors(sums, own)
 
             w.tiles(vectors, self.blocks, block)
 
@@ -242,6 +239,7 @@ class DecodeKernels:
 
         def neuron(j: ir.Value, count: Values) -> Values:
             value = w.load(w.at(hidden, j), w.number)
+            # No branch to guess: a neuron that is zero is overwritten by the next one. A NaN is not zero.
             b.store(w.add(first, j), w.at(numbers, count[0], I64))
             w.store(value, w.at(values, count[0]))
             return [w.add(count[0], b.zext(b.fcmp_unordered("!=", value, w.zero(w.number)), I64))]

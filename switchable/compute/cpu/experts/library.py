@@ -70,22 +70,15 @@ class Library:
             torch.zeros(size, dtype=torch.int32)
             for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * num_experts + 1)
         )
-        pairs = Pairs(tokens_P, order_P, starts, chunks, per_chunk)
-        SORT.run(
-            self.code,
-            "sort",
-            chunks,
-            ids=ids_TK.contiguous(),
-            tokens=pairs.tokens_P,
-            order=pairs.order_P,
-            starts=pairs.starts,
-            cursors=torch.empty_like(pairs.starts),
-            per_chunk=per_chunk,
-            experts=num_experts,
-            chosen=chosen,
-            token_count=tokens,
-        )
-        return pairs
+        numbers = {"experts": num_experts, "chosen": chosen, "per_chunk": per_chunk, "token_count": tokens}
+        written = {
+            "tokens": tokens_P,
+            "order": order_P,
+            "starts": starts,
+            "cursors": torch.empty_like(starts),
+        }
+        SORT.run(self.code, "sort", chunks, ids=ids_TK.contiguous(), **numbers, **written)
+        return Pairs(tokens_P, order_P, starts, chunks, per_chunk)
 
     def dot(
         self,
@@ -115,37 +108,19 @@ class Library:
         else:
             name = "dot_slope" if squared else "dot_mask"
         own, experts = self.packing, len(weight_FD) // self.packing.neurons
-        DOT.run(
-            self.code,
-            name,
-            experts,
-            pairs.chunks,
-            **pairs.fields,
-            experts=experts,
-            x=x_TD,
-            weights=weight_FD.contiguous(),
-            packed=self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), x_TD.dtype),
-            z=z_PI,
-            bias=bias_F,
-            act=act_PI,
-        )
+        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), x_TD.dtype)
+        memory = {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed, "z": z_PI}
+        tasks = (experts, pairs.chunks)
+        DOT.run(self.code, name, *tasks, **pairs.fields, experts=experts, **memory, bias=bias_F, act=act_PI)
         return z_PI
 
     def scatter(self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int) -> Tensor:
         """Return the sums of what each token's experts make of their values, [T, D]."""
         y_TD = z_PI.new_empty(tokens, self.packing.d_model)
-        SCATTER.run(
-            self.code,
-            "scatter",
-            pairs.chunks,
-            **pairs.fields,
-            experts=len(weight_FD) // self.packing.neurons,
-            per_chunk=pairs.per_chunk,
-            token_count=tokens,
-            y=y_TD,
-            weights=weight_FD.contiguous(),
-            z=z_PI,
-        )
+        experts = len(weight_FD) // self.packing.neurons
+        numbers = {"experts": experts, "per_chunk": pairs.per_chunk, "token_count": tokens}
+        memory = {"y": y_TD, "weights": weight_FD.contiguous(), "z": z_PI}
+        SCATTER.run(self.code, "scatter", pairs.chunks, **pairs.fields, **numbers, **memory)
         return y_TD
 
     def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
@@ -156,32 +131,16 @@ class Library:
             return total_FD.zero_()
         blocks = own.d_model // (own.gradient_columns * own.lanes)
         tasks = min(torch.get_num_threads(), blocks)
-        WEIGHTS.run(
-            self.code,
-            "weights",
-            tasks,
-            **pairs.fields,
-            experts=num_experts,
-            chunks=pairs.chunks,
-            x=x_TD,
-            gradient=total_FD,
-            z=z_PI,
-        )
+        numbers = {"experts": num_experts, "chunks": pairs.chunks}
+        memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
+        WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
         return total_FD
 
     def bias_gradient(self, z_PI: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
         """Return Σ z over each expert's pairs, [F]."""
         total_F = z_PI.new_zeros(num_experts * self.packing.neurons)
-        BIAS.run(
-            self.code,
-            "bias",
-            num_experts,
-            **pairs.fields,
-            experts=num_experts,
-            chunks=pairs.chunks,
-            gradient=total_F,
-            z=z_PI,
-        )
+        numbers = {"experts": num_experts, "chunks": pairs.chunks}
+        BIAS.run(self.code, "bias", num_experts, **pairs.fields, **numbers, gradient=total_F, z=z_PI)
         return total_F
 
 

@@ -1,0 +1,116 @@
+"""`auto`: which backend it is for a call, by a rule that measures nothing and compiles nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from compute.problems import Case, outcome, problem
+
+from switchable.compute.call import FFNWeights
+from switchable.compute.choose import BACKENDS, choose
+from switchable.compute.cpu import topk
+from switchable.compute.cpu.active import library as active_library
+from switchable.compute.cpu.active.active import has_active, skips_idle_neurons
+from switchable.compute.cpu.decode import compiled
+from switchable.compute.cpu.experts import library
+from switchable.compute.cpu.llvm import this_machine
+
+pytestmark = pytest.mark.skipif(
+    this_machine() is None, reason="a processor without multiply-add instructions"
+)
+ODD = Case(width=13)
+# An expert's product: tokens · 3/8 rows, 16 wide, 31 neurons; that is 186 multiplications per token.
+SMALL = Case(width=16, neurons=31, experts=8)
+LARGE = Case(tokens=64, width=64, neurons=512, experts=1, chosen=1)
+HALF = torch.bfloat16
+AUTO = {
+    # Without gradients: compiled code up to 63 tokens, operations of torch for fewer where there is none.
+    ("one token", False): (replace(SMALL, tokens=1), "decode"),
+    ("63 tokens", False): (replace(SMALL, tokens=63), "decode"),
+    ("64 tokens", False): (replace(SMALL, tokens=64), "fused"),
+    ("relu2", False): (replace(SMALL, tokens=8, activation="relu2"), "decode"),
+    ("one token, odd width", False): (replace(ODD, tokens=1, experts=8), "decode"),
+    ("many experts needed, odd width", False): (replace(ODD, tokens=16, experts=8), "masked"),
+    ("one token, gated", False): (replace(SMALL, tokens=1, gated=True, activation="silu"), "decode"),
+    ("16 tokens, gated", False): (replace(SMALL, tokens=16, gated=True), "masked"),
+    ("one token, bfloat16", False): (replace(SMALL, tokens=1, dtype=HALF), "decode"),
+    ("17 tokens, bfloat16", False): (replace(SMALL, tokens=17, dtype=HALF), "masked"),
+    ("float64, 16 tokens", False): (replace(SMALL, tokens=16, dtype=torch.float64), "masked"),
+    ("stored as nn.Linear", False): (replace(SMALL, tokens=4, stored="linear"), "masked"),
+    ("no token", False): (replace(SMALL, tokens=0), "decode"),
+    # With gradients.
+    ("63 tokens", True): (replace(SMALL, tokens=63), "masked"),
+    ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
+    ("float64", True): (replace(SMALL, tokens=64, dtype=torch.float64), "fused"),
+    ("no token", True): (replace(SMALL, tokens=0), "masked"),
+    ("an expert of 512 neurons", True): (LARGE, "sorted"),
+    ("gated relu", True): (replace(SMALL, tokens=64, gated=True), "reference"),
+    ("gated relu, odd width", True): (replace(ODD, tokens=64, gated=True), "masked"),
+    ("gelu", True): (replace(SMALL, tokens=64, activation="gelu"), "masked"),
+    ("gelu, large", True): (replace(LARGE, activation="gelu"), "reference"),
+    ("gated silu, large", True): (replace(LARGE, activation="silu", gated=True), "reference"),
+    ("bfloat16, 3763 tokens", True): (replace(SMALL, tokens=3763, dtype=HALF), "masked"),
+    ("bfloat16, 3764 tokens", True): (replace(SMALL, tokens=3764, dtype=HALF), "sorted"),
+    ("odd width, small", True): (replace(ODD, tokens=700), "masked"),
+    ("odd width, large", True): (replace(LARGE, width=61), "sorted"),
+}
+"""Name of a case, whether it learns; what `auto` is for it, as it was for the code before this table."""
+UNDER_AUTOCAST = {
+    ("few tokens", False): (replace(SMALL, tokens=2), "sorted"),
+    ("few tokens, gelu", False): (replace(SMALL, tokens=2, activation="gelu"), "reference"),
+    ("17 tokens", False): (replace(SMALL, tokens=17), "masked"),
+    ("64 tokens", True): (replace(SMALL, tokens=64), "masked"),
+    ("large", True): (LARGE, "sorted"),
+    ("large, gated", True): (replace(LARGE, gated=True), "reference"),
+}
+
+
+@pytest.mark.parametrize(("key", "wanted"), AUTO.items(), ids=str)
+def test_auto_is_a_backend_by_name(key: tuple[str, bool], wanted: tuple[Case, str]) -> None:
+    (_, learns), (case, name) = key, wanted
+    with torch.set_grad_enabled(learns):
+        assert choose(problem(case).call).name == name
+        if learns and case.tokens < 3000:
+            auto, named = outcome(problem(case), "auto"), outcome(problem(case), name)
+            assert all(torch.equal(auto[tensor], named[tensor]) for tensor in auto)
+        elif not learns:
+            assert torch.equal(problem(case).run("auto"), problem(case).run(name))
+
+
+@pytest.mark.parametrize(("key", "wanted"), UNDER_AUTOCAST.items(), ids=str)
+def test_under_autocast(key: tuple[str, bool], wanted: tuple[Case, str]) -> None:
+    (_, learns), (case, name) = key, wanted
+    with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype=HALF):
+        assert choose(problem(case).call).name == name
+        assert torch.equal(problem(case).run("auto"), problem(case).run(name))
+
+
+def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:
+    found = problem(replace(SMALL, tokens=64))
+    found.x = found.x.double()
+    assert choose(found.call).name == "sorted"
+
+
+def test_answers_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (topk, active_library, compiled, library):
+        monkeypatch.setattr(module, "compile_module", lambda *_: pytest.fail("compiled"))
+    for cache in (topk._code, active_library.active_library, compiled._code, library.library):
+        cache.cache_clear()
+    cases = [case for table in (AUTO, UNDER_AUTOCAST) for case, _ in table.values()]
+    for case in cases:
+        for grad, context in ((True, nullcontext()), (False, nullcontext()), (False, torch.autocast("cpu"))):
+            with torch.set_grad_enabled(grad), context:
+                call = problem(case).call
+                choose(call)
+                for backend in BACKENDS.values():
+                    backend.supports(call)
+    weights = FFNWeights(torch.zeros(8, 64), torch.zeros(8, 64))
+    assert has_active(torch.zeros(4, 64), weights, "relu")
+    assert skips_idle_neurons(64, "relu", False, torch.float32, "cpu")
+    assert not skips_idle_neurons(61, "relu", False, torch.float32, "cpu")
+    assert not skips_idle_neurons(64, "relu", True, torch.float32, "cpu")
+    assert not skips_idle_neurons(64, "gelu", False, torch.float32, "cpu")
+    assert not skips_idle_neurons(64, "relu", False, torch.float32, "cuda")
