@@ -1,7 +1,7 @@
 """Golden losses across one switch: a change that should not alter numerics leaves `golden_losses.json` untouched.
 
 In float64 and single-threaded, so that another machine's rounding does not show. A change that *should* alter them
-writes the file anew (`python tests/train/test_golden.py`) and says why in docs/LOG.md.
+writes the file anew (`python tests/train/test_golden.py`) and says why in docs/log.
 """
 
 from __future__ import annotations
