@@ -18,8 +18,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"(?m)^(switchable [^#\n]+?) *(?:#.*)?$", README)
 
 SMALL = (
-    "--d-model 16 --num-layers 2 --num-heads 2 --vocab-size 300 --steps 8 --batch-size 4 --sequence-length 16 "
-    "--eval-tokens 256 --threads 1 --quiet"
+    "--d-model 16 --num-layers 2 --num-heads 2 --vocab-size 300 --steps 20 --batch-size 4 --sequence-length 16 "
+    "--set eval_tokens=256 --threads 1 --quiet "
+    # So that layers take part at once: `bench` needs some.
+    "--recipe early --num-experts 8 --experts-per-token 3 --monitor-every 3 --sparse-steps 2 --stability-threshold 0 "
+    "--min-dense-fraction 0.15 --final-dense-fraction 0.2 --set max_activation_ratio=1 --set min_mass_caught=0"
 )
 """Given besides what the README says, so that it takes seconds."""
 

@@ -57,6 +57,7 @@ def add_config_flags(
     others = [f.name for cls in wanted.values() for f in dataclasses.fields(cls) if not f.metadata["flag"]]
     rare.add_argument(
         "--set",
+        action="extend",  # given twice, both count
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
