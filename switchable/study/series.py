@@ -72,17 +72,13 @@ def listed_sources(patterns: Sequence[str]) -> list[Source]:
     folders: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        matched = (
-            [path]
-            if path.exists()
-            else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-        )
+        root = Path(path.anchor or ".")
+        matched = [path] if path.exists() else sorted(root.glob(str(path.relative_to(path.anchor))))
         if not matched:
             raise InputError(
                 f"no such folder: {pattern!r}; give folders of checkpoints, e.g. --checkpoints out/step*"
             )
         folders += matched
-    folders = [f for f in folders if f.is_dir()]
     models = [f for f in folders if (f / "config.json").is_file()]
     if not models:
         raise InputError(
@@ -90,11 +86,8 @@ def listed_sources(patterns: Sequence[str]) -> list[Source]:
             "Hugging Face form"
         )
     numbers = [re.findall(r"\d+", f.name) for f in models]
-    if all(numbers):
-        sources = [Source(f, int(n[-1])) for f, n in zip(models, numbers, strict=True)]
-    else:
-        sources = [Source(f, i) for i, f in enumerate(models)]
-    return sorted(sources, key=lambda source: source.step)
+    steps = [int(n[-1]) for n in numbers] if all(numbers) else range(len(models))
+    return sorted(map(Source, models, steps), key=lambda source: source.step)
 
 
 class Loader:
@@ -124,7 +117,7 @@ class Loader:
         except UNREADABLE as error:
             first_line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Skipped(f"{source.path} cannot be read ({first_line})") from None
-        model_config(model).use_cache = False
+        cast(Any, model).config.use_cache = False
         self._check_shape(source, model)
         return model.eval().to(self.device)
 
@@ -137,7 +130,9 @@ class Loader:
 
     def _other(self, source: Source) -> nn.Module:
         model = load_pretrained(source.path).float()
-        d_ff = _d_ff(model)
+        family = family_of(model)
+        projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
+        d_ff = len(neurons_first(projection, output=False))
         experts = self.num_experts or max(divisors_near(d_ff, 32), key=lambda d: (-abs(d - 32), d))
         per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
         convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))
@@ -150,32 +145,17 @@ class Loader:
         return model
 
     def _check_shape(self, source: Source, model: nn.Module) -> None:
-        shape = [
-            (layer.ssd.name, layer.ssd.d_model, layer.ssd.d_ff, layer.ssd.num_experts)
-            for layer in layers_of(model)
-        ]
-        if self._shape is None:
-            self._shape = shape
-        if shape == self._shape:
-            return
-        if len(shape) != len(self._shape):
-            raise Skipped(f"{source.path} has {len(shape)} FFNs, the first checkpoint {len(self._shape)}")
-        is_, was = next((a, b) for a, b in zip(shape, self._shape, strict=True) if a != b)
-        raise Skipped(
-            f"{source.path} is of another shape: {is_[0]} has d_model={is_[1]}, d_ff={is_[2]}, {is_[3]} experts; in "
-            f"the first checkpoint {was[0]} has {was[1]}, {was[2]}, {was[3]}"
-        )
-
-
-def model_config(model: nn.Module) -> Any:
-    """Return the configuration of a transformers model."""
-    return model.config
-
-
-def _d_ff(model: nn.Module) -> int:
-    family = family_of(model)
-    projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
-    return int(neurons_first(projection, output=False).shape[0])
+        ssds = [layer.ssd for layer in layers_of(model)]
+        shape = [(ssd.name, ssd.d_model, ssd.d_ff, ssd.num_experts) for ssd in ssds]
+        self._shape = first = self._shape or shape
+        if len(shape) != len(first):
+            raise Skipped(f"{source.path} has {len(shape)} FFNs, the first checkpoint {len(first)}")
+        for (name, *is_), (other, *was) in zip(shape, first, strict=True):
+            if (name, is_) != (other, was):
+                raise Skipped(
+                    f"{source.path} is of another shape: {name} has d_model={is_[0]}, d_ff={is_[1]}, {is_[2]} experts; "
+                    f"in the first checkpoint {other} has {was[0]}, {was[1]}, {was[2]}"
+                )
 
 
 def order_is_known(source: Source) -> bool:
@@ -189,7 +169,7 @@ def order_is_known(source: Source) -> bool:
         return False
 
 
-def find_tokenizer(given: Path | None, sources: Sequence[Source]) -> PreTrainedTokenizerBase:
+def find_tokenizer(given: str | None, sources: Sequence[Source]) -> PreTrainedTokenizerBase:
     """Return the tokenizer given, or the one that lies with the checkpoints.
 
     Raises:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
-import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from switchable.config import read_yaml
 from switchable.errors import InputError
@@ -23,6 +22,7 @@ from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
+from switchable.study.config import StudyConfig
 from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
 from switchable.study.result import LayerShape, Study
 from switchable.study.series import (
@@ -31,35 +31,18 @@ from switchable.study.series import (
     Source,
     find_tokenizer,
     listed_sources,
-    model_config,
     order_is_known,
     run_sources,
     unfinished,
 )
 from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
+from switchable.train.setup import pick_device
 from switchable.versions import versions
 
 DEFAULT_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class StudySettings:
-    """What a user may choose."""
-
-    text: tuple[str, ...] | None = None
-    """Text to measure on; None: a run's own probe, or the Python installation's source files."""
-    tokenizer: Path | None = None
-    probe_tokens: int | None = None
-    """Tokens to measure on; None: all of a run's probe, or 2,048."""
-    sequence_length: int = 256
-    """Tokens per sequence of a probe made of text."""
-    num_experts: int | None = None
-    experts_per_token: int | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    progress: bool = False
-
-
-def study_run(folder: Path, settings: StudySettings) -> Study:
+def study_run(folder: Path, config: StudyConfig, progress: bool = False) -> Study:
     """Study a run of ours: its checkpoints and snapshots, and what it wrote itself.
 
     Raises:
@@ -76,18 +59,21 @@ def study_run(folder: Path, settings: StudySettings) -> Study:
         if not study.metrics:
             raise InputError(f"{folder} has neither checkpoints nor figures yet; try again later")
         return study
-    return _fill(study, sources, settings, run)
+    return _fill(study, sources, config, run, progress)
 
 
-def study_checkpoints(patterns: Sequence[str], settings: StudySettings) -> Study:
+def study_checkpoints(patterns: Sequence[str], config: StudyConfig, progress: bool = False) -> Study:
     """Study a list of checkpoint folders (or patterns), in the order of their steps.
 
     Raises:
         InputError: no checkpoint, none that can be read, or an unusable probe.
     """
     sources = listed_sources(patterns)
-    study = Study(title=", ".join(patterns), versions=versions() | {"python": platform.python_version()})
-    return _fill(study, sources, settings, None)
+    return _fill(Study(", ".join(patterns), versions=_versions()), sources, config, None, progress)
+
+
+def _versions() -> dict[str, str]:
+    return versions() | {"python": platform.python_version()}
 
 
 def records_of_run(folder: Path) -> Study:
@@ -107,34 +93,33 @@ def records_of_run(folder: Path) -> Study:
         metrics=read_records(run.metrics) if run.metrics.is_file() else [],
         summary=read_json(run.summary) if run.summary.is_file() else {},
         config={f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()},
-        versions=versions() | {"python": platform.python_version()},
+        versions=_versions(),
     )
 
 
-def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run: RunDir | None) -> Study:
+def _fill(
+    study: Study, sources: Sequence[Source], config: StudyConfig, run: RunDir | None, progress: bool
+) -> Study:
     """Measure the checkpoints one after another and compare them."""
-    loader = Loader(settings.num_experts, settings.experts_per_token, settings.device)
+    loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device))
     probe: Probe | None = None
     fingerprints: list[list[Fingerprint]] = []
     pattern_tokens = 0
     read: list[Source] = []
-    for source in tqdm(
-        sources, desc="measuring", unit="checkpoint", disable=not settings.progress, leave=False
-    ):
+    for source in tqdm(sources, desc="measuring", unit="checkpoint", disable=not progress, leave=False):
         try:
             model = loader.load(source)
         except Skipped as skipped:
             study.problems.append(f"left out: {skipped}")
             continue
         if probe is None:
-            probe = _probe(settings, run, sources, model)
-            neurons = sum(layer.ssd.d_ff for layer in layers_of(model))
-            pattern_tokens = tokens_within(len(sources), neurons)
+            probe = _probe(config, run, sources, model)
+            pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
             _describe(study, model, probe, pattern_tokens)
-        measured = measure_model(model, probe, pattern_tokens)
+        results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
         study.steps.append(source.step)
-        study.results.append([result for result, _ in measured])
-        fingerprints.append([fingerprint for _, fingerprint in measured])
+        study.results.append(list(results))
+        fingerprints.append(list(prints))
         read.append(source)
     if not read:
         raise InputError(f"none of {len(sources)} checkpoints can be studied; {study.problems[-1]}")
@@ -147,52 +132,43 @@ def _fill(study: Study, sources: Sequence[Source], settings: StudySettings, run:
                 "cannot be compared neuron by neuron"
             )
         else:
-            study.pairs = compare_checkpoints(fingerprints, settings.progress)
+            study.pairs = compare_checkpoints(fingerprints, progress)
     return study
 
 
-def _probe(settings: StudySettings, run: RunDir | None, sources: Sequence[Source], model: nn.Module) -> Probe:
-    if run is not None and settings.text is None:
-        return load_probe(run.probe, settings.probe_tokens)
-    tokenizer: PreTrainedTokenizerBase = find_tokenizer(settings.tokenizer, sources)
-    tokens = settings.probe_tokens or DEFAULT_TOKENS
-    return probe_from_text(settings.text or (), tokenizer, model, tokens, settings.sequence_length)
+def _probe(config: StudyConfig, run: RunDir | None, sources: Sequence[Source], model: nn.Module) -> Probe:
+    if run is not None and config.text is None:
+        return load_probe(run.probe, config.probe_tokens)
+    tokenizer = find_tokenizer(config.tokenizer, sources)
+    tokens = config.probe_tokens or DEFAULT_TOKENS
+    return probe_from_text(config.text or (), tokenizer, model, tokens, config.sequence_length)
 
 
 def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int) -> None:
-    layers = layers_of(model)
+    layers = [layer.ssd for layer in layers_of(model)]
+    names = [f.name for f in fields(LayerShape) if f.name != "activation"]
     study.layers = [
-        LayerShape(
-            layer.ssd.name,
-            layer.ssd.d_model,
-            layer.ssd.d_ff,
-            layer.ssd.num_experts,
-            layer.ssd.experts_per_token,
-            layer.ssd.settings.activation,
-        )
-        for layer in layers
+        LayerShape(**{name: getattr(ssd, name) for name in names}, activation=ssd.settings.activation)
+        for ssd in layers
     ]
     study.probe = {
         "tokens": probe.tokens,
         "sequence_length": probe.sequence_length,
         "text": probe.source,
-        "model type": model_config(model).model_type,
+        "model type": cast(Any, model).config.model_type,
     }
-    if probe.tokens > pattern_tokens:
-        study.notes.append(
-            f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most."
-        )
-    if max(layer.ssd.d_ff for layer in layers) > MAX_NEURONS:
-        study.notes.append(
-            f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random."
-        )
-    if all(layer.ssd.settings.activation in EXACT_ZEROS for layer in layers):
-        if probe.tokens > SAMPLED_TOKENS:
-            study.notes.append(
-                f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens."
-            )
-    else:
-        study.notes.append(
-            f"{layers[0].ssd.settings.activation} is never exactly zero: a neuron counts as active on a token if it is "
-            "among the fewest that give 99 % of the output (docs/measures.md)."
-        )
+    other = [shape.activation for shape in study.layers if shape.activation not in EXACT_ZEROS]
+    notes = {
+        f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most.": (
+            probe.tokens > pattern_tokens
+        ),
+        f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random.": (
+            max(shape.d_ff for shape in study.layers) > MAX_NEURONS
+        ),
+        f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens.": (
+            not other and probe.tokens > SAMPLED_TOKENS
+        ),
+        f"{study.layers[0].activation} is never exactly zero: a neuron counts as active on a token if it is "
+        "among the fewest that give 99 % of the output (docs/measures.md).": bool(other),
+    }
+    study.notes += [note for note, holds in notes.items() if holds]

@@ -14,7 +14,9 @@ import torch
 
 from switchable import InputError, set_mode
 from switchable.cli import main
-from switchable.evaluation.run import EvalRequest, evaluate
+from switchable.data.config import DataConfig
+from switchable.evaluation.config import EvalConfig
+from switchable.evaluation.run import evaluate
 from switchable.evaluation.tasks import task_config
 from switchable.store.load import load
 
@@ -47,8 +49,8 @@ def glue(tmp_path: Path) -> Path:
 
 def test_lambada_by_hand(trained: Runs, lambada: Path) -> None:
     folder, _ = trained("gpt2")
-    request = EvalRequest(folder, tasks=(f"lambada={lambada}",), experts_per_token=(2,), threads=1)
-    scores = {(str(s.way), s.metric): s for s in evaluate(request)}
+    config = EvalConfig(tasks=(f"lambada={lambada}",), experts_per_token=(2,), threads=1)
+    scores = {(str(s.way), s.metric): s for s in evaluate(folder, config, DataConfig())}
     model, tokenizer = load(folder)
     assert tokenizer is not None
     for way, mode in (("dense", "dense"), ("sparse K=2", "sparse")):
@@ -121,7 +123,7 @@ def test_without_lm_eval(trained: Runs, lambada: Path, monkeypatch: pytest.Monke
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     with pytest.raises(InputError, match=r"pip install 'switchable\[eval\]'"):
-        evaluate(EvalRequest(trained("gpt2")[0], tasks=(f"lambada={lambada}",)))
+        evaluate(trained("gpt2")[0], EvalConfig(tasks=(f"lambada={lambada}",)), DataConfig())
 
 
 def test_wrong_lines_are_named(tmp_path: Path) -> None:

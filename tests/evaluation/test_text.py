@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from switchable import InputError, set_mode
+from switchable.data.config import DataConfig
 from switchable.data.objectives import CausalLM
-from switchable.evaluation.run import EvalRequest, evaluate
+from switchable.evaluation.config import EvalConfig
+from switchable.evaluation.run import evaluate
 from switchable.evaluation.text import TokenisedText, overlapping_windows, text_scores
 from switchable.evaluation.ways import Way, ways
 from switchable.ffn.convert import layers_of
@@ -72,7 +74,7 @@ def test_ways(switchable_gpt2: nn.Module) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_run_on_text(trained: Runs, family: str, corpus: Path) -> None:
     folder, figures = trained(family)
-    scores = evaluate(EvalRequest(folder, data=(str(corpus),), experts_per_token=(1, 3, 8), threads=1))
+    scores = evaluate(folder, EvalConfig(experts_per_token=(1, 3, 8), threads=1), DataConfig((str(corpus),)))
     losses = {str(s.way): s.value for s in scores if s.metric.startswith("loss")}
     assert list(losses) == ["dense", "sparse K=1", "sparse K=3", "sparse K=8"]
     assert losses["sparse K=8"] == pytest.approx(

@@ -23,11 +23,12 @@ from switchable.ffn.convert import layers_of
 from switchable.store import folders
 from switchable.store.load import load
 from switchable.store.probe import load_probe
+from switchable.study.config import StudyConfig
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
 from switchable.study.report import write_report, write_run_report
 from switchable.study.result import Study
-from switchable.study.study import StudySettings, study_checkpoints, study_run
+from switchable.study.study import study_checkpoints, study_run
 from switchable.train.loop import snapshot_steps
 from switchable.train.pretrain import pretrain
 
@@ -126,12 +127,12 @@ def test_a_run_still_being_written_shows_what_there_is(trained: Path, study_of: 
     assert "is not finished" in err
     assert "is not finished" in (tmp_path / "out/report.html").read_text()
     shutil.rmtree(going_on / "snapshots")
-    study = study_run(going_on, StudySettings())
+    study = study_run(going_on, StudyConfig())
     assert "has no checkpoints" in study.problems[1]
     assert {"loss", "activation_ratio"} <= names(study)
     (going_on / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="neither checkpoints nor figures yet"):
-        study_run(going_on, StudySettings())
+        study_run(going_on, StudyConfig())
 
 
 def names(study: Study) -> set[str]:
@@ -143,7 +144,7 @@ def test_a_truncated_checkpoint_is_left_out(trained: Path, tmp_path: Path) -> No
     shutil.copytree(trained, run)
     weights = run / "snapshots/step-000004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    study = study_run(run, StudySettings())
+    study = study_run(run, StudyConfig())
     assert study.steps == [1, 10, 20]
     assert "step-000004 is damaged (model.safetensors has 1000 bytes instead of" in study.problems[0]
 
@@ -190,8 +191,8 @@ def resized(model: nn.Module) -> Any:
     return any_model
 
 
-def settings(text: Path, **changes: Any) -> StudySettings:
-    return StudySettings(text=(str(text),), **changes)
+def settings(text: Path, **changes: Any) -> StudyConfig:
+    return StudyConfig(text=(str(text),), **changes)
 
 
 def test_plain_checkpoints_are_studied_and_stay_as_they_are(series: Path, corpus: Path) -> None:
@@ -215,12 +216,12 @@ def test_checkpoints_of_another_shape_and_broken_ones_are_left_out(
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     given = [str(f) for f in (series / "step3", series / "other7", series / "step20", broken)]
-    study = study_checkpoints(given, settings(corpus, tokenizer=series))
+    study = study_checkpoints(given, settings(corpus, tokenizer=str(series)))
     assert study.steps == [3, 20]
     assert "other7 has 3 FFNs, the first checkpoint 2" in study.problems[0]
     assert "step500 cannot be loaded" in study.problems[1]
     with pytest.raises(InputError, match=r"none of 1 checkpoints can be studied; .*step500 cannot be loaded"):
-        study_checkpoints([str(broken)], settings(corpus, tokenizer=series))
+        study_checkpoints([str(broken)], settings(corpus, tokenizer=str(series)))
 
 
 def test_one_model_of_another_activation_is_studied(
@@ -253,7 +254,7 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
     (folder / folders.MANIFEST).unlink()
     folders.seal(folder, {path.name: folders.entry(path) for path in folder.iterdir()})
-    study = study_run(run, StudySettings())
+    study = study_run(run, StudyConfig())
     assert "step-000004 does not tell which neuron is which" in study.problems[0]
     assert "similarity_pattern" not in names(study)
     assert "mass" in names(study)
@@ -287,7 +288,8 @@ def test_models_of_other_families_are_studied(
         tmp_path / "model"
     )  # type: ignore[operator]
     study = study_checkpoints(
-        [str(tmp_path / "model")], settings(corpus, tokenizer=series, sequence_length=32, probe_tokens=256)
+        [str(tmp_path / "model")],
+        settings(corpus, tokenizer=str(series), sequence_length=32, probe_tokens=256),
     )
     assert study.problems == []
     assert [(shape.d_ff, shape.num_experts, shape.experts_per_token) for shape in study.layers] == [
