@@ -42,6 +42,19 @@ class Picture:
         """Tell `text` at a point, in the coordinates of the data."""
         self.points.append((axes, x, y, text))
 
+    def line(
+        self,
+        axes: Axes,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        text: Callable[[Any, Any], str],
+        **style: Any,
+    ) -> None:
+        """Draw a line that tells `text(x, y)` at each of its points."""
+        axes.plot(xs, ys, **style)
+        for x, y in zip(xs, ys, strict=True):
+            self.hover(axes, x, y, text(x, y))
+
 
 Draw = Callable[[Picture, Axes], None]
 
@@ -65,12 +78,6 @@ def draw_picture(panels: Sequence[Draw], columns: int = 1) -> Picture:
         return picture
 
 
-def save(picture: Picture, folder: Path, name: str) -> None:
-    """Write `name.png` and `name.svg`, each completely or not at all."""
-    for kind in ("png", "svg"):
-        write_picture(picture, folder / f"{name}.{kind}")
-
-
 def write_picture(picture: Picture, path: Path) -> None:
     """Write a picture, as what the name ends in says, completely or not at all."""
     with whole_file(path) as temporary:
@@ -83,56 +90,42 @@ def embedded(picture: Picture) -> dict[str, Any]:
     A point is `[x, y, text]`, x and y being fractions of the image's width and height from the top left.
     """
     image = base64.b64encode(_rendered(picture, "svg")).decode("ascii")
-    width, height = picture.figure.get_size_inches() * picture.figure.dpi
+    width, height = map(float, picture.figure.get_size_inches() * picture.figure.dpi)
     points = []
     for axes, x, y, text in picture.points:
-        across, up = axes.transData.transform((x, y))
-        points.append([round(float(across / width), 4), round(float(1 - up / height), 4), text])
-    return {
-        "src": f"data:image/svg+xml;base64,{image}",
-        "width": round(float(width)),
-        "height": round(float(height)),
-        "points": points,
-    }
+        across, up = map(float, axes.transData.transform((x, y)))
+        points.append([round(across / width, 4), round(1 - up / height, 4), text])
+    source = f"data:image/svg+xml;base64,{image}"
+    return {"src": source, "width": round(width), "height": round(height), "points": points}
 
 
 def _rendered(picture: Picture, kind: str) -> bytes:
     buffer = io.BytesIO()
+    options: dict[str, Any] = {"dpi": PNG_DPI} if kind == "png" else {"dpi": 72, "metadata": {"Date": None}}
     with mpl.rc_context(STYLE):
-        picture.figure.savefig(
-            buffer,
-            format=kind,
-            dpi=PNG_DPI if kind == "png" else 72,
-            metadata={"Date": None} if kind == "svg" else None,
-        )
+        picture.figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def layer_style(index: int, count: int) -> dict[str, Any]:
     """Return colour (dark to light) and marker of a layer's line."""
-    return {
-        "color": colormaps["viridis"](0.9 * index / max(1, count - 1)),
-        "marker": MARKERS[index % len(MARKERS)],
-        "ms": 4,
-        "lw": 1.2,
-    }
+    colour = colormaps["viridis"](0.9 * index / max(1, count - 1))
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "ms": 4, "lw": 1.2}
 
 
 def step_axis(axes: Axes, steps: Sequence[float]) -> None:
     """Make the x axis one of optimizer steps, logarithmic where that says more."""
     positive = [s for s in steps if s > 0]
-    if len(positive) > 2 and max(positive) / min(positive) > 8:
-        if min(steps) > 0:
-            axes.set_xscale("log")
-        else:
-            axes.set_xscale("symlog", linthresh=min(positive))
-        wide = max(positive) / min(positive) > 300
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("optimizer step (log scale)")
-    else:
+    if len(positive) <= 2 or max(positive) / min(positive) <= 8:
         axes.set_xlabel("optimizer step")
+        return
+    linear = {} if min(steps) > 0 else {"linthresh": min(positive)}  # a logarithmic axis has no 0
+    axes.set_xscale("symlog" if linear else "log", **linear)
+    wide = max(positive) / min(positive) > 300
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("optimizer step (log scale)")
 
 
 def plain_axes(axes: Axes) -> None:
@@ -141,19 +134,12 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+LEGEND_ABOVE: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "fontsize": 8, "frameon": False}
+LEGEND_ABOVE |= {"borderaxespad": 0.2, "columnspacing": 1.2, "handlelength": 1.6}
+
+
 def legend_above(axes: Axes) -> None:
     """Put the legend above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(
-            handles,
-            labels,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=min(4, len(handles)),
-            fontsize=8,
-            frameon=False,
-            borderaxespad=0.2,
-            columnspacing=1.2,
-            handlelength=1.6,
-        )
+        axes.legend(handles, labels, ncols=min(4, len(handles)), **LEGEND_ABOVE)

@@ -7,8 +7,6 @@ apart from the others, because it behaves differently.
 
 from __future__ import annotations
 
-import math
-
 from switchable.study.measures import QUANTILES
 from switchable.study.result import Series, Study, mean
 
@@ -48,26 +46,18 @@ def _sparsity(study: Study) -> str:
         return f"{verdict}: a token activates {_percent(ratio)} of the neurons of {whose}{first_layer}."
     now = f"{_percent(ratio)} at step {step:,.0f}{first_layer}"
     history = f"a token activates {_percent(before)} of the neurons of {whose} at step {start:,.0f}"
-    since = _sparse_since(points)
+    since = None  # the step from which on every value is at most SPARSE
+    for s, value in reversed(points):
+        if value > SPARSE:
+            break
+        since = s
     if since is None:
         return f"Activation is not sparse at the end: {history} and {now}."
     if since == start:
         return f"Activation is sparse from the first measurement on: {history} and {now}."
-    early = since - start <= EARLY * (step - start)
+    early = " early" if since - start <= EARLY * (step - start) else ""
     reached = f"at most {SPARSE:.0%} from step {since:,.0f} on"
-    return (
-        f"Activation becomes sparse{' early' if early else ''} and stays so: {history}, {reached}, and {now}."
-    )
-
-
-def _sparse_since(points: list[tuple[float, float]]) -> float | None:
-    """The step from which on every value is at most SPARSE; None if the last is not."""
-    since = None
-    for step, value in reversed(points):
-        if value > SPARSE:
-            break
-        since = step
-    return since
+    return f"Activation becomes sparse{early} and stays so: {history}, {reached}, and {now}."
 
 
 def _pattern(study: Study) -> str:
@@ -75,11 +65,8 @@ def _pattern(study: Study) -> str:
         matrix, steps = study.mean_pairs("pattern"), study.steps
         last = float(matrix[-1, -2])
         between = f"between the last two checkpoints (steps {steps[-2]:,} and {steps[-1]:,})"
-        others = (
-            ""
-            if len(steps) == 2
-            else f" and by {matrix[-1, 0]:.2f} between the first (step {steps[0]:,}) and the last"
-        )
+        first = f" and by {matrix[-1, 0]:.2f} between the first (step {steps[0]:,}) and the last"
+        others = "" if len(steps) == 2 else first
     else:
         points = _mean_series(study.series("pattern_similarity"), list(range(study.num_layers)))
         if len(points) < 2:
@@ -109,31 +96,28 @@ def _neurons(study: Study) -> str:
 
 def _experts(study: Study) -> str:
     layers = _behind_first(study)
+    which, chance = "The experts chosen by the router", ""
     if study.results:
         caught = mean([study.mass_at_k("router", i) for i in layers])
         best = mean([study.mass_at_k("best", i) for i in layers])
-        chance = mean([study.layers[i].experts_per_token / study.layers[i].num_experts for i in layers])
         busiest = max(study.results[-1][i].load_imbalance for i in layers)
-        counts = sorted({study.layers[i].experts_per_token for i in layers})
+        shapes = [study.layers[i] for i in layers]
+        share = _percent(mean([shape.experts_per_token / shape.num_experts for shape in shapes]))
+        counts = sorted({shape.experts_per_token for shape in shapes})
         k = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        which = (
-            f"The router's {k} of {study.layers[0].num_experts} experts ({_percent(chance)} of the neurons)"
-        )
+        which = f"The router's {k} of {study.layers[0].num_experts} experts ({share} of the neurons)"
+        chance = f" and a random choice {share}"
     else:
-        ends = {}
-        for name in ("mass_caught", "mass_best", "load_imbalance"):
-            series = study.series(name)
-            if not layers or not all(series[i][1] for i in layers):
-                return ""
-            ends[name] = [series[i][1][-1] for i in layers]
-        caught, best = mean(ends["mass_caught"]), mean(ends["mass_best"])
-        busiest, chance = max(ends["load_imbalance"]), math.nan
-        which = "The experts chosen by the router"
-    against = "" if math.isnan(chance) else f" and a random choice {_percent(chance)}"
+        names = ("mass_caught", "mass_best", "load_imbalance")
+        ends = [[study.series(name)[i][1][-1:] for i in layers] for name in names]
+        if not layers or not all(last for lasts in ends for last in lasts):
+            return ""
+        all_caught, all_best, loads = ([last[0] for last in lasts] for lasts in ends)
+        caught, best, busiest = mean(all_caught), mean(all_best), max(loads)
     behind = " behind the first layer" if study.num_layers > 1 else ""
     return (
         f"{which} catch {_percent(caught)} of the activation mass{behind}, where the best possible choice would catch "
-        f"{_percent(best)}{against}; the busiest expert has {busiest:.1f} times the mean load."
+        f"{_percent(best)}{chance}; the busiest expert has {busiest:.1f} times the mean load."
     )
 
 

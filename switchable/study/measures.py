@@ -15,16 +15,17 @@ Shapes: B batch, S sequence, T tokens, D d_model, F d_ff, E experts, K experts p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from switchable.ffn.convert import in_mode, layers_of
+from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.store.probe import Batch, Probe
-from switchable.switching.measures import LayerSums, observed
+from switchable.switching.measures import LayerSums, show
 from switchable.switching.patterns import pack
 from switchable.switching.switch import current_structure
 
@@ -100,12 +101,14 @@ def measure_model(
     band_V = frequency_bands(probe.counts_V)
     meters = [_Meter(layer, band_V, probe.tokens, pattern_tokens) for layer in layers]
     device = next(model.parameters()).device
-    with torch.no_grad(), in_mode(model, "dense"), observed(model, meters):
-        model.eval()
+
+    def on_device() -> Iterator[Batch]:
         for batch in probe.batches:
             for meter, layer in zip(meters, layers, strict=True):
                 meter.ids_BS = _ids_for(layer, batch)
-            model(**{key: value.to(device) for key, value in batch.items()})
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    show(model, on_device(), meters)
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
 
 
@@ -165,18 +168,14 @@ class _Meter:
         self.ids_BS = torch.zeros(0)
         self.pattern_every = 1 if pattern_tokens is None else max(1, -(-tokens // pattern_tokens))
         self.sample_every = max(1, tokens // SAMPLED_TOKENS)
-        self.ratios: list[Tensor] = []
-        self.needed: list[Tensor] = []
-        self.positions: list[Tensor] = []
-        self.bands: list[Tensor] = []
-        self.patterns: list[Tensor] = []
-        self.routes: list[Tensor] = []
+        # A piece per call, for each token: its active share, needed neurons, place, frequency, pattern and experts.
+        self.kept: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
         x_TD = x.reshape(-1, layer.ssd.d_model)
         if self.ids_BS.numel() == len(x_TD):
-            self.positions.append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
-            self.bands.append(self.band_V[self.ids_BS.reshape(-1)])
+            self.kept["positions"].append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
+            self.kept["bands"].append(self.band_V[self.ids_BS.reshape(-1)])
         for piece_TD in torch.split(x_TD, AT_ONCE):
             self._add_piece(layer, piece_TD)
 
@@ -189,11 +188,11 @@ class _Meter:
             needed_T, _ = needed_neurons(hidden_TF[picked], down_FD)
         else:
             needed_T, active_TF = needed_neurons(hidden_TF, down_FD)
-        self.needed.append(needed_T.cpu())
-        self.ratios.append(active_TF.double().mean(dim=1).cpu())
+        self.kept["needed"].append(needed_T.cpu())
+        self.kept["ratios"].append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
-        self.patterns.append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self.routes.append(self.sums.add_activity(layer, x_TD, hidden_TF, active_TF).cpu())
+        self.kept["patterns"].append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
+        self.kept["routes"].append(self.sums.add_activity(layer, x_TD, hidden_TF, active_TF).cpu())
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""
@@ -202,16 +201,16 @@ class _Meter:
     def result(self, layer: SwitchableFFN) -> tuple[LayerStudy, Fingerprint]:
         sums, load_E = self.sums, self.sums.load_E.double()
         assert sums.tokens, "the probe never reached the layer"
-        ratio_T = torch.cat(self.ratios)
+        ratio_T = torch.cat(self.kept["ratios"])
         quantiles = torch.quantile(ratio_T, torch.tensor(QUANTILES, dtype=torch.float64))
         study = LayerStudy(
             activation_ratio=float(ratio_T.mean()),
             ratio_quantiles=quantiles.tolist(),
-            by_position=_by_band(ratio_T, self.positions, position_band, position_name),
-            by_frequency=_by_band(ratio_T, self.bands, lambda band: band, frequency_name),
+            by_position=_by_band(ratio_T, self.kept["positions"], position_band, position_name),
+            by_frequency=_by_band(ratio_T, self.kept["bands"], lambda band: band, frequency_name),
             dead=sums.dead,
             always_on=sums.always_on,
-            needed=float(torch.cat(self.needed).double().mean()) / layer.ssd.d_ff,
+            needed=float(torch.cat(self.kept["needed"]).double().mean()) / layer.ssd.d_ff,
             mass_best=sums.mass_best,
             mass_router=sums.mass_router,
             load=(load_E / load_E.sum()).tolist(),
@@ -219,7 +218,9 @@ class _Meter:
         )
         structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
         structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)
-        return study, Fingerprint(torch.cat(self.patterns), structure_F, torch.cat(self.routes))
+        return study, Fingerprint(
+            torch.cat(self.kept["patterns"]), structure_F, torch.cat(self.kept["routes"])
+        )
 
 
 def position_band(position: Tensor) -> Tensor:

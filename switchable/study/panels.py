@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,18 +42,17 @@ SIMILARITY_LABELS = {
 
 def loss(study: Study, picture: Picture, axes: Axes) -> None:
     """Training and validation loss; sparse phases shaded."""
-    train, evaluated = study.records("train"), study.records("eval")
+    train = study.records("train")
     steps = [r["step"] for r in train]
     _shade(study, axes)
     axes.plot(steps, [r["loss"] for r in train], color=TRAIN, lw=1, label="training")
     for mode, style in MODES.items():
-        points = [
-            (r["step"], r[f"val_loss_{mode}"]) for r in evaluated if r.get(f"val_loss_{mode}") is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"validation, {mode} mode", **style)
-        for step, value in points:
-            picture.hover(axes, step, value, f"step {step:,}: validation loss {value:.4f} in {mode} mode")
+        name, label = f"val_loss_{mode}", f"validation, {mode} mode"
+        found = [(r["step"], r[name]) for r in study.records("eval") if r.get(name) is not None]
+        if found:
+            tell = partial("step {:,}: validation loss {:.4f} in {mode} mode".format, mode=mode)
+            xs, ys = zip(*found, strict=True)
+            picture.line(axes, xs, ys, tell, label=label, **style)
     for r in train:
         picture.hover(axes, r["step"], r["loss"], f"step {r['step']:,}: training loss {r['loss']:.4f}")
     axes.set_ylabel("loss (nats per token)")
@@ -67,18 +67,16 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
     train = study.records("train")
     steps, spent = [r["step"] for r in train], [r["flops"] for r in train]
     _shade(study, axes)
-    lines = axes.plot(steps, spent, color=DENSE, marker=".", ms=3, lw=1.2, label="spent")
+    tell = "step {:,}: {:.3g} FLOPs spent".format
+    picture.line(axes, steps, spent, tell, color=DENSE, marker=".", ms=3, lw=1.2, label="spent")
     all_dense = study.summary.get("flops_all_dense")
     if all_dense:
         per_step = all_dense / study.summary["steps"]
-        lines += axes.plot(
-            steps, [s * per_step for s in steps], color=TRAIN, ls="--", label="the same steps all dense"
-        )
-    for step, value in zip(steps, spent, strict=True):
-        picture.hover(axes, step, value, f"step {step:,}: {value:.3g} FLOPs spent")
+        dense = [s * per_step for s in steps]
+        axes.plot(steps, dense, color=TRAIN, ls="--", label="the same steps all dense")
     axes.set_ylabel("computation (FLOPs)")
     _finish(axes, steps)
-    axes.legend(handles=lines, fontsize=8)
+    axes.legend(handles=axes.get_lines(), fontsize=8)
 
 
 def _shade(study: Study, axes: Axes) -> None:
@@ -87,36 +85,16 @@ def _shade(study: Study, axes: Axes) -> None:
         axes.axvspan(start, end, color=SPARSE, alpha=0.12, lw=0, label=label)
 
 
-def over_steps(study: Study, name: str, label: str, picture: Picture, axes: Axes) -> None:
-    """A measure over training, a line per layer."""
-    _layer_lines(study.series(name), label, picture, axes)
-
-
-def neighbours(series: Series, picture: Picture, axes: Axes) -> None:
-    """Similarity of each pattern to the one before, a line per layer."""
-    _layer_lines(series, "Jaccard index with the one before", picture, axes)
-    axes.set_ylim(0.0, 1.02)
-
-
-def changes(study: Study, part: int, picture: Picture, axes: Axes) -> None:
-    """Tokens whose set of experts changed (part 0), experts replaced (part 1), a line per layer."""
-    steps = [float(s) for s in study.steps[1:]]
-    series = [(steps, [layers[i][part] for layers in study.changes]) for i in range(study.num_layers)]
-    label = ("tokens with another set (share)", "experts replaced (share)")[part]
-    _layer_lines(series, label, picture, axes)
-    axes.set_ylim(-0.02, 1.02)
-
-
-def _layer_lines(series: Series, label: str, picture: Picture, axes: Axes) -> None:
-    all_steps: list[float] = []
+def layer_lines(
+    series: Series, label: str, picture: Picture, axes: Axes, limits: tuple[float, float] | None = None
+) -> None:
+    """A measure over training, a line per layer; `limits` of the y axis, or from 0 on."""
     for i, (steps, values) in enumerate(series):
-        axes.plot(steps, values, **_line(i, len(series)))
-        all_steps += steps
-        for step, value in zip(steps, values, strict=True):
-            picture.hover(axes, step, value, f"layer {i}, step {step:,.0f}: {value:.4g}")
+        tell = partial("layer {layer}, step {:,.0f}: {:.4g}".format, layer=i)
+        picture.line(axes, steps, values, tell, **_line(i, len(series)))
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    _finish(axes, sorted(set(all_steps)))
+    axes.set_ylim(*(limits or (min(0.0, axes.get_ylim()[0]), None)))
+    _finish(axes, sorted({step for steps, _ in series for step in steps}))
     legend_above(axes)
 
 
@@ -135,10 +113,8 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
     """Similarity of all pairs of checkpoints, in one layer or as the mean over layers."""
     matrix = study.mean_pairs(kind) if layer is None else study.pairs[kind][layer]
     where = "mean over layers" if layer is None else f"layer {layer}"
-    image = axes.imshow(
-        matrix, vmin=min(0.0, float(np.nanmin(matrix))), vmax=1.0, cmap="cividis", origin="lower"
-    )
-    count = len(study.steps)
+    low, count = min(0.0, float(np.nanmin(matrix))), len(study.steps)
+    image = axes.imshow(matrix, vmin=low, vmax=1.0, cmap="cividis", origin="lower")
     axes.set_yticks(*_step_ticks(study, axes, 12, 60), fontsize=8)
     axes.set_ylabel("optimizer step")
     axes.set_title(where)
@@ -167,11 +143,8 @@ def mass(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     experts = list(range(1, shape.num_experts + 1))
     curves = (result.mass_best, result.mass_router, result.mass_random)
     for (name, style), values in zip(CHOICES.items(), curves, strict=True):
-        axes.plot(experts, values, ms=3, lw=1.2, label=name, **style)
-        for k, value in zip(experts, values, strict=True):
-            picture.hover(
-                axes, k, value, f"layer {layer}, {name} = {k} of {shape.num_experts}: {value:.1%} of the mass"
-            )
+        what = f"layer {layer}, {name} = {{}} of {shape.num_experts}: {{:.1%}} of the mass"
+        picture.line(axes, experts, values, what.format, ms=3, lw=1.2, label=name, **style)
     k = shape.experts_per_token
     axes.axvline(k, color="black", lw=1, ls=":")
     axes.annotate(f"K = {k}", (k, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8)
@@ -188,33 +161,29 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     loads = np.array([layers[layer].load for layers in study.results])
     order = np.argsort(-loads[-1], kind="stable")
     relative = loads[:, order].T * loads.shape[1]
-    image = axes.imshow(
-        relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(relative.max()))
-    )
+    most = max(2.0, float(relative.max()))
+    image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=most)
     _step_ticks(study, axes, 10, 45)
     axes.set_ylabel("expert, busiest first")
     axes.set_title(f"layer {layer}")
     picture.figure.colorbar(image, ax=axes, label="load (1 = equal share)", shrink=0.9)
     for i, expert in enumerate(order):
         for j, step in enumerate(study.steps):
-            picture.hover(
-                axes, j, i, f"layer {layer}, expert {expert}, step {step:,}: load {relative[i, j]:.2f}"
-            )
+            text = f"layer {layer}, expert {expert}, step {step:,}: load {relative[i, j]:.2f}"
+            picture.hover(axes, j, i, text)
 
 
 def spread(study: Study, picture: Picture, axes: Axes) -> None:
     """Distribution of the activation ratio over tokens, a box per layer."""
-    low, first, middle, third, high = (QUANTILES.index(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95))
+    low, first, middle, third, high = range(len(QUANTILES))
     for i, result in enumerate(study.results[-1]):
         q = result.ratio_quantiles
         color = layer_style(i, study.num_layers)["color"]
         axes.plot([i, i], [q[low], q[high]], color=color, lw=1.5)
         axes.bar(i, q[third] - q[first], bottom=q[first], width=0.5, color=color, alpha=0.45)
         axes.plot([i - 0.25, i + 0.25], [q[middle]] * 2, color="black", lw=1.5)
-        text = (
-            f"layer {i}: median {q[middle]:.3f}, middle half {q[first]:.3f} to {q[third]:.3f}, "
-            f"middle nine tenths {q[low]:.3f} to {q[high]:.3f}"
-        )
+        half, tenths = f"{q[first]:.3f} to {q[third]:.3f}", f"{q[low]:.3f} to {q[high]:.3f}"
+        text = f"layer {i}: median {q[middle]:.3f}, middle half {half}, middle nine tenths {tenths}"
         picture.hover(axes, i, q[middle], text)
     axes.set_xlabel("layer")
     axes.set_ylabel("activation ratio (share of neurons)")

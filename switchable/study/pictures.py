@@ -1,31 +1,23 @@
 """The pictures of a study: what each shows, when it can be drawn, and how (`panels.py` draws one panel each).
 
-pictures_of(study) -> list of Figure_: a name, a caption, one panel or one per layer
+pictures_of(study) -> list of PictureOf: a name, a caption, one panel or one per layer
 write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from switchable.study import panels
-from switchable.study.canvas import Draw, draw_picture, save, write_picture
+from switchable.study.canvas import Draw, draw_picture, write_picture
 from switchable.study.result import SIMILARITIES, Study
 
 MAX_LAYERS = 16
 """Deeper models are shown at so many layers, evenly spaced; tables and study.json have them all."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel, and the layer it is about (`None`: all of them)."""
-
-    draw: Draw
-    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +27,18 @@ class PictureOf:
     name: str
     title: str
     caption: str
-    panels: tuple[Panel, ...]
+    panels: tuple[tuple[int | None, Draw], ...]
+    """Each with the layer it is about; None: all of them."""
 
     @property
     def per_layer(self) -> bool:
         """Whether there is a panel for each layer."""
-        return any(panel.layer is not None for panel in self.panels)
+        return any(layer is not None for layer, _ in self.panels)
+
+    @property
+    def draws(self) -> list[Draw]:
+        """All panels."""
+        return [draw for _, draw in self.panels]
 
 
 def shown_layers(study: Study) -> list[int]:
@@ -60,31 +58,30 @@ def pictures_of(study: Study) -> list[PictureOf]:
 def write_files(study: Study, folder: Path) -> list[str]:
     """Draw every picture into `folder` as PNG and SVG; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for picture in pictures_of(study):
+    pictures = pictures_of(study)
+    for picture in pictures:
         columns = min(4, math.ceil(len(picture.panels) ** 0.5)) if picture.per_layer else 1
-        save(draw_picture([panel.draw for panel in picture.panels], columns), folder, picture.name)
-        names.append(picture.name)
-    return names
+        drawn = draw_picture(picture.draws, columns)
+        for kind in ("png", "svg"):
+            write_picture(drawn, folder / f"{picture.name}.{kind}")
+    return [picture.name for picture in pictures]
 
 
 def draw_curves(study: Study, path: Path) -> None:
     """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, stability of structures."""
-    draws = [partial(panels.loss, study)] if study.records("train") else []
-    draws += [
-        partial(panels.over_steps, study, name, label)
-        for name, label in (
-            ("activation_ratio", "activation ratio (share of neurons)"),
-            ("similarity", "similarity of structures (ARI)"),
-        )
-        if _points(study, name)
-    ]
+    draws: list[Draw] = [partial(panels.loss, study)] if study.records("train") else []
+    labels = CURVES["activation_ratio"][2] | {"similarity": "similarity of structures (ARI)"}
+    draws += [_curve(study, *row) for row in labels.items() if _points(study, row[0])]
     if draws:
         write_picture(draw_picture(draws), path)
 
 
 def _points(study: Study, name: str) -> int:
     return max((len(steps) for steps, _ in study.series(name)), default=0)
+
+
+def _curve(study: Study, name: str, label: str) -> Draw:
+    return partial(panels.layer_lines, study.series(name), label)
 
 
 def _over_training(study: Study) -> list[PictureOf]:
@@ -96,52 +93,54 @@ def _over_training(study: Study) -> list[PictureOf]:
         )
         draws = (partial(panels.loss, study), partial(panels.flops, study))
         found.append(_one("loss", "Loss and computation", caption, *draws))
-    return found + [_curves(study, *row) for row in CURVES if _points(study, next(iter(row[3]))) > 1]
+    return found + _curves(study, "activation_ratio", "neurons")
 
 
-CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
-    (
-        "activation_ratio",
+CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "activation_ratio": (
         "How many neurons a token needs",
         "Share of a layer's neurons that are active on a token, mean over the probe.",
         {"activation_ratio": "activation ratio (share of neurons)"},
     ),
-    (
-        "neurons",
+    "neurons": (
         "Dead and always-on neurons",
         "Share of a layer's neurons active on no token of the probe (above) and on every token (below).",
         {"dead": "dead neurons (share)", "always_on": "always-on neurons (share)"},
     ),
-)
-"""Name, title and caption of a picture, and its panels: measure -> label of the axis."""
-
-ROUTER_CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
-    (
-        "mass_caught",
+    "mass_caught": (
         "What the router catches",
         "Share of the activation mass in the router's K experts.",
         {"mass_caught": "share of the mass"},
     ),
-    (
-        "load_imbalance",
+    "load_imbalance": (
         "Imbalance of the load",
         "Load of the busiest expert over the mean load.",
         {"load_imbalance": "busiest over mean"},
     ),
-)
+    "routing": (
+        "Tokens that change experts",
+        "Share of tokens whose set of experts is not that of the measurement before.",
+        {"routing_changed": "tokens with another set (share)"},
+    ),
+}
+"""By name: title and caption of a picture, and its panels: measure -> label of the axis."""
 
 
 def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
-    return PictureOf(name, title, caption, tuple(Panel(draw) for draw in draws))
+    return PictureOf(name, title, caption, tuple((None, draw) for draw in draws))
 
 
-def _curves(study: Study, name: str, title: str, caption: str, measures: dict[str, str]) -> PictureOf:
-    return _one(name, title, caption, *(partial(panels.over_steps, study, *row) for row in measures.items()))
+def _curves(study: Study, *names: str) -> list[PictureOf]:
+    """Return those of the pictures that have more than a point to show."""
+    return [
+        _one(name, title, caption, *(_curve(study, *row) for row in labels.items()))
+        for name, (title, caption, labels) in ((name, CURVES[name]) for name in names)
+        if _points(study, next(iter(labels))) > 1
+    ]
 
 
 def _per_layer(study: Study, name: str, title: str, caption: str, draw: Callable[..., None]) -> PictureOf:
-    shown = tuple(Panel(partial(draw, study, i), i) for i in shown_layers(study))
-    return PictureOf(name, title, caption, shown)
+    return PictureOf(name, title, caption, tuple((i, partial(draw, study, i)) for i in shown_layers(study)))
 
 
 SIMILARITY_CAPTIONS = {
@@ -165,17 +164,18 @@ def _similarity(study: Study) -> list[PictureOf]:
     found = []
     for kind in SIMILARITIES if len(study.steps) > 1 and study.pairs else ():
         maps = [None, *shown_layers(study)]  # the mean over layers first
-        shown = tuple(Panel(partial(panels.heat_map, study, kind, layer), layer) for layer in maps)
+        shown = tuple((layer, partial(panels.heat_map, study, kind, layer)) for layer in maps)
         found.append(PictureOf(f"similarity_{kind}", *SIMILARITY_CAPTIONS[kind], shown))
-    caption = "Jaccard index of the active sets at a {} and the one before."
-    draw = None
     if len(study.steps) > 2 and study.pairs:
-        draw, what = partial(panels.neighbours, study.neighbours("pattern")), "checkpoint"
+        series, what = study.neighbours("pattern"), "checkpoint"
     elif _points(study, "pattern_similarity") > 1:
-        draw, what = partial(panels.neighbours, study.series("pattern_similarity")), "measurement"
-    if draw is not None:
-        found.append(_one("pattern_change", "Does the pattern keep changing?", caption.format(what), draw))
-    return found
+        series, what = study.series("pattern_similarity"), "measurement"
+    else:
+        return found
+    caption = f"Jaccard index of the active sets at a {what} and the one before."
+    label = "Jaccard index with the one before"
+    draw = partial(panels.layer_lines, series, label, limits=(0.0, 1.02))
+    return [*found, _one("pattern_change", "Does the pattern keep changing?", caption, draw)]
 
 
 def _experts(study: Study) -> list[PictureOf]:
@@ -191,20 +191,19 @@ def _experts(study: Study) -> list[PictureOf]:
             "share. Experts are sorted by their load at the last checkpoint."
         )
         found.append(_per_layer(study, "load", "Expert load over time", caption, panels.load))
-    found += [_curves(study, *row) for row in ROUTER_CURVES if _points(study, row[0]) > 1]
-    title = "Tokens that change experts"
-    if len(study.changes) > 1:
-        caption = (
-            "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
-            "a token's experts that were replaced (below)."
-        )
-        draws = (partial(panels.changes, study, part) for part in (0, 1))
-        found.append(_one("routing", title, caption, *draws))
-    elif _points(study, "routing_changed") > 1:
-        caption = "Share of tokens whose set of experts is not that of the measurement before."
-        label = {"routing_changed": "tokens with another set (share)"}
-        found.append(_curves(study, "routing", title, caption, label))
-    return found
+    found += _curves(study, "mass_caught", "load_imbalance")
+    if len(study.changes) <= 1:
+        return found + _curves(study, "routing")
+    caption = (
+        "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
+        "a token's experts that were replaced (below)."
+    )
+    labels = ("tokens with another set (share)", "experts replaced (share)")
+    draws = (
+        partial(panels.layer_lines, study.changes_of(part), label, limits=(-0.02, 1.02))
+        for part, label in enumerate(labels)
+    )
+    return [*found, _one("routing", CURVES["routing"][0], caption, *draws)]
 
 
 def _tokens(study: Study) -> list[PictureOf]:
@@ -221,10 +220,3 @@ def _tokens(study: Study) -> list[PictureOf]:
             draw = partial(panels.bands, study, f"by_{name}", label)
             found.append(_one(name, f"By {name}", f"Activation ratio per band{at}.", draw))
     return found
-
-
-def html_panels(picture: PictureOf) -> Sequence[tuple[int | None, Sequence[Draw]]]:
-    """Return the images of a picture in the report: one per layer, or one with all its panels."""
-    if picture.per_layer:
-        return [(panel.layer, [panel.draw]) for panel in picture.panels]
-    return [(None, [panel.draw for panel in picture.panels])]

@@ -21,7 +21,7 @@ from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings
 from switchable.study.measures import LayerStudy
-from switchable.study.pictures import PictureOf, draw_curves, html_panels, pictures_of, shown_layers
+from switchable.study.pictures import PictureOf, draw_curves, pictures_of, shown_layers
 from switchable.study.result import LayerShape, Study, mean
 from switchable.study.study import records_of_run
 from switchable.train.summary import FIGURES
@@ -33,21 +33,16 @@ def write_report(study: Study, path: Path) -> None:
     figures = [_figure(picture, points) for picture in pictures_of(study)]
     mass = _mass(study)
     names = {i: layer.name for i, layer in enumerate(study.layers)}
-    per_layer = any(figure["per_layer"] for figure in figures)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("switchable.study", "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    chosen = shown_layers(study) if any(figure["per_layer"] for figure in figures) else []
+    templates = jinja2.PackageLoader("switchable.study", "page")
+    environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template("report.html.jinja").render(
         title=study.title,
         findings=findings(study),
         problems=study.problems,
         notes=study.notes,
         figures=figures,
-        layers_shown=[{"number": i, "name": names.get(i, "")} for i in shown_layers(study)]
-        if per_layer
-        else [],
+        layers_shown=[{"number": i, "name": names.get(i, "")} for i in chosen],
         has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
         mass=mass,
         tables=list(_tables(study)),
@@ -76,20 +71,18 @@ def write_run_report(folder: Path) -> Path:
 
 
 def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:
+    """Return a picture as the page shows it: one image per layer, or one with all its panels."""
+    per_layer = picture.per_layer
+    parts = [(layer, [draw]) for layer, draw in picture.panels] if per_layer else [(None, picture.draws)]
     images = []
-    for i, (layer, draws) in enumerate(html_panels(picture)):
+    for i, (layer, draws) in enumerate(parts):
         image = embedded(draw_picture(draws))
         key = f"{picture.name}-{i}"
         points[key] = image.pop("points")
-        name = "" if not picture.per_layer else "mean" if layer is None else str(layer)
+        name = "" if not per_layer else "mean" if layer is None else str(layer)
         images.append({**image, "key": key, "layer": name, "hidden": i > 0})
-    return {
-        "name": picture.name,
-        "title": picture.title,
-        "caption": picture.caption,
-        "per_layer": picture.per_layer,
-        "images": images,
-    }
+    facts = {name: getattr(picture, name) for name in ("name", "title", "caption", "per_layer")}
+    return {**facts, "images": images}
 
 
 def _mass(study: Study) -> dict[str, Any] | None:
@@ -100,13 +93,10 @@ def _mass(study: Study) -> dict[str, Any] | None:
         "experts": study.layers[0].num_experts,
         "rows": [{"name": f"{i} ({layer.name})"} for i, layer in enumerate(study.layers)],
         "curves": [
-            [_short(r.mass_router), _short(r.mass_best), _short(r.mass_random)] for r in study.results[-1]
+            [[round(share, 5) for share in curve] for curve in (r.mass_router, r.mass_best, r.mass_random)]
+            for r in study.results[-1]
         ],
     }
-
-
-def _short(values: Iterable[float]) -> list[float]:
-    return [round(value, 5) for value in values]
 
 
 def _tables(study: Study) -> Iterable[dict[str, Any]]:
@@ -121,11 +111,9 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
         ("Versions", study.versions),
     ):
         if values:
-            units = {
-                key: FIGURES[key]["unit"] for key in values if values is study.summary and key in FIGURES
-            }
+            units = FIGURES if values is study.summary else {}
             rows = [
-                [key, f"{_text(value)} {units.get(key, '')}".rstrip()]
+                [key, f"{_text(value)} {units[key]['unit'] if key in units else ''}".rstrip()]
                 for key, value in values.items()
                 if not isinstance(value, dict)
             ]

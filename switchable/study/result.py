@@ -76,9 +76,8 @@ class Study:
                     found[i][record["step"]] = values[name]
         for step, layers in zip(self.steps, self.results, strict=True):
             for i, layer in enumerate(layers):
-                value = getattr(layer, name, None)
-                if value is not None:
-                    found[i][step] = value
+                if hasattr(layer, name):
+                    found[i][step] = getattr(layer, name)
         return [(sorted(values), [values[step] for step in sorted(values)]) for values in found]
 
     def mass_at_k(self, kind: str, layer: int, checkpoint: int = -1) -> float:
@@ -98,16 +97,16 @@ class Study:
         steps = [float(s) for s in self.steps[1:]]
         return [(steps, [float(v) for v in np.diagonal(m, offset=1)]) for m in self.pairs[kind]]
 
+    def changes_of(self, part: int) -> Series:
+        """Return, per layer, the tokens whose set of experts changed (part 0), or the experts replaced (part 1)."""
+        steps = [float(s) for s in self.steps[1:]]
+        return [(steps, [layers[i][part] for layers in self.changes]) for i in range(self.num_layers)]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values (not-a-numbers as null)."""
-        plain = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("metrics", "results")
+        return {
+            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
         }
-        plain["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
-        plain["results"] = [[dataclasses.asdict(layer) for layer in layers] for layers in self.results]
-        return {key: _plain(value) for key, value in plain.items()}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -118,6 +117,8 @@ def mean(values: Sequence[float]) -> float:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
+    if isinstance(value, (LayerShape, LayerStudy)):
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -13,7 +13,7 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -112,14 +112,9 @@ class LayerSums:
 @contextmanager
 def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
     """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
-    layers = layers_of(model)
-
-    def hook_for(observer: Observer, layer: SwitchableFFN):  # type: ignore[no-untyped-def]
-        return lambda _module, args: observer.add(layer, args[0])
-
     hooks = [
-        layer.register_forward_pre_hook(hook_for(observer, layer))
-        for observer, layer in zip(observers, layers, strict=True)
+        layer.register_forward_pre_hook(lambda layer, args, observer=observer: observer.add(layer, args[0]))
+        for observer, layer in zip(observers, layers_of(model), strict=True)
     ]
     try:
         yield
@@ -129,7 +124,7 @@ def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def show(model: nn.Module, probe: Sequence[Batch], observers: Sequence[Observer]) -> None:
+def show(model: nn.Module, probe: Iterable[Batch], observers: Sequence[Observer]) -> None:
     """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
     with in_mode(model, "dense"), observed(model, observers):
         model.eval()
