@@ -12,15 +12,15 @@ Shapes: T tokens, D d_model, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.convert import in_mode, layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass, mass_share, router_loss
-from switchable.switching.measures import Batch, observed
+from switchable.switching.measures import Batch, show
 
 MEMORY_BYTES = 2**30
 """For what is kept of one piece of the text, all layers together."""
@@ -37,17 +37,10 @@ def calibrate(
     seed: int = 0,
     advance: Callable[[int], object] | None = None,
 ) -> int:
-    """Train the routers of a converted model; nothing else of it changes.
+    """Train the routers of a converted model on model inputs without labels; nothing else changes, its modes neither.
 
-    Args:
-        model: a converted model; its modes are kept.
-        batches: model inputs, without labels.
-        learning_rate: of AdamW at the start.
-        seed: of the order of the tokens.
-        advance: called with the number of batches done, for a progress bar.
-
-    Returns:
-        Optimizer steps that each router took, at most.
+    `learning_rate` is AdamW's at the start, `seed` orders the tokens, and `advance` is told the number of batches done.
+    Returns the optimizer steps that each router took, at most.
     """
     layers = layers_of(model)
     pieces = list(_pieces(batches, layers))
@@ -55,11 +48,12 @@ def calibrate(
     routers = [p for layer in layers for p in layer.router.parameters()]
     optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
     done = steps = 0
-    with kept_modes(model):
-        set_mode(model, "dense")
+    with in_mode(model, "dense"):
         model.eval()
         for piece in pieces:
-            seen = _record(model, piece)
+            inputs = [_LayerInputs() for _ in layers]
+            show(model, piece, inputs)
+            seen = [each.rows() for each in inputs]
             for epoch in range(EPOCHS):
                 share = (done + len(piece) * epoch / EPOCHS) / len(batches)
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
@@ -78,7 +72,7 @@ def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterat
         yield batches[start : start + length]
 
 
-class _Seen:
+class _LayerInputs:
     """What one layer is given and what its experts do with it, in half precision."""
 
     def __init__(self) -> None:
@@ -95,15 +89,6 @@ class _Seen:
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the inputs x_TD and the experts' shares of the mass, share_TE."""
         return torch.cat(self._x), torch.cat(self._share)
-
-
-@torch.no_grad()
-def _record(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
-    seen = [_Seen() for _ in layers_of(model)]
-    with observed(model, seen):
-        for batch in batches:
-            model(**batch)
-    return [each.rows() for each in seen]
 
 
 def _epoch(

@@ -6,6 +6,7 @@ model is worse at first, learns back most of it in a small part of its pre-train
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -47,28 +48,16 @@ def train_on(
     learning_rate: float,
     advance: Callable[[int], object] | None = None,
 ) -> float:
-    """Train all weights of a model for some steps; it is in evaluation mode afterwards.
+    """Train all weights of a plain model for some steps; it is in evaluation mode afterwards.
 
-    Args:
-        model: a plain transformers model.
-        batch: step -> model inputs with labels.
-        steps: optimizer steps.
-        learning_rate: peak learning rate.
-        advance: called with 1 after each step, for a progress bar.
-
-    Returns:
-        The mean loss over the last tenth of the steps, nats per token.
+    `batch` gives the model inputs with labels of a step, `learning_rate` is the peak, `advance` is told 1 after each
+    step. Returns the mean loss over the last tenth of the steps, nats per token.
 
     Raises:
         InputError: the loss is no longer finite.
     """
-    config = TrainConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        warmup_fraction=WARMUP,
-        decay_fraction=DECAY,
-        weight_decay=0.0,
-    )
+    config = TrainConfig(steps=steps, learning_rate=learning_rate, weight_decay=0.0)
+    config = dataclasses.replace(config, warmup_fraction=WARMUP, decay_fraction=DECAY)
     optimizer = build_optimizer(model, config)
     model.train()
     last: list[torch.Tensor] = []

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.adapt.calibrate import calibrate
 from switchable.adapt.config import AdaptConfig
 from switchable.adapt.relufy import train_on, with_relu
-from switchable.adapt.table import LayerRow, Losses, as_text, layer_rows, losses, sparse_losses
+from switchable.adapt.table import as_text, layer_rows, losses, sparse_losses
 from switchable.data.batches import Batches, validation_batches
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.objectives import build_objective
@@ -76,19 +76,11 @@ def adapt(
     source: Path, data: DataConfig, config: AdaptConfig, out: Path, cache: Path, overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make a checkpoint switchable and write it to `out`.
+    """Make a checkpoint switchable and write it to `out`, over a model that is there if `overwrite` allows it.
 
-    Args:
-        source: folder of a Hugging Face checkpoint, or of a run (its final model).
-        data: the text; its tokenizer, by default the checkpoint's.
-        config: the settings.
-        out: the folder to write.
-        cache: folder for token files.
-        overwrite: replace a model that is there.
-        quiet: show nothing.
-
-    Returns:
-        The figures, as written to `conversion.json`; their table is on stderr.
+    The source is the folder of a Hugging Face checkpoint, or of a run (its final model). `cache` is for token files.
+    The text's tokenizer is the checkpoint's by default. Returns the figures, as written to `conversion.json`; their
+    table is on stderr.
 
     Raises:
         InputError: a model, text or setting that cannot be used, or activations that are not sparse.
@@ -105,7 +97,10 @@ def adapt(
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(source,))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
-    _check_convertible(source, switch)
+    with torch.device(
+        "meta"
+    ):  # what `convert` refuses is refused before the text is read, on a model without weights
+        convert(model_of(load_config(source)), switch)
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
@@ -116,17 +111,21 @@ def adapt(
     _group(model, text, config)
     _choose_layers(model, text, config)
     _calibrate(model, text, config.calibration_tokens, config, quiet)
-    rows, found = _measured(model, text)
+    rows = layer_rows(model, probe_inputs(model, text.validation, sys.maxsize))
+    found = losses(model, text.validation)
     _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
-    figures |= _figures(rows, found, config) | {"seconds": round(time.perf_counter() - begin, 1)}
+    figures |= {
+        "ffns": len(rows),
+        "num_experts": config.num_experts,
+        "experts_per_token": config.default_k,
+        "calibration_tokens": config.calibration_tokens,
+        "layers": [dataclasses.asdict(row) for row in rows],
+        "loss_dense": found.dense,
+        "loss_sparse": found.sparse,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
     save(out, model.to("cpu"), tokenizer=tokenizer, notes={"conversion.json": figures})
     return figures
-
-
-def _check_convertible(source: Path, switch: SwitchConfig) -> None:
-    """Refuse what `convert` would refuse, before the text is read: on a model without weights."""
-    with torch.device("meta"):
-        convert(model_of(load_config(source)), switch)
 
 
 def _text(
@@ -142,7 +141,8 @@ def _text(
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     length = min(config.sequence_length, int(positions or config.sequence_length))
-    check_fits(load_tokenizer(str(data.tokenizer)), _rows(model), source)
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    check_fits(load_tokenizer(str(data.tokenizer)), rows, source)
     name = objective_of_model(model)
     prepared = prepare(data, cache, objective=name, progress=not quiet)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
@@ -150,10 +150,6 @@ def _text(
     train = Batches(prepared.train.path, objective, config.batch_size, config.seed)
     found = validation_batches(prepared.val.path, objective, config.batch_size, config.eval_tokens)
     return _Text(train, [model_inputs(batch, device) for batch in found], device), tokenizer
-
-
-def _rows(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def _relufy(
@@ -169,12 +165,8 @@ def _relufy(
     after = validation_loss(model, text.validation)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
     _say(f"loss, nats per token: {stages}", quiet)
-    figures["relufy"] = {
-        "steps": config.relufy,
-        "loss_before": before,
-        "loss_swapped": swapped,
-        "loss_after": after,
-    }
+    found = {"loss_before": before, "loss_swapped": swapped, "loss_after": after}
+    figures["relufy"] = {"steps": config.relufy, **found}
     return model
 
 
@@ -186,8 +178,7 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
         features(layer.ssd.reads_FD.detach(), seen.active_TF, config.structure)
         for layer, seen in zip(layers, watches, strict=True)
     ]
-    labels = cluster_layers(rows, config.num_experts, random_state=config.seed)
-    group_anew(layers, labels)
+    group_anew(layers, cluster_layers(rows, config.num_experts, random_state=config.seed))
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
@@ -221,23 +212,6 @@ def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, 
     batches = text.probe(model, tokens)
     with _bar("calibrating routers", len(batches), quiet) as advance:
         calibrate(model, batches, config.router_learning_rate, config.seed, advance)
-
-
-def _measured(model: nn.Module, text: _Text) -> tuple[list[LayerRow], Losses]:
-    probe = probe_inputs(model, text.validation, sys.maxsize)
-    return layer_rows(model, probe), losses(model, text.validation)
-
-
-def _figures(rows: list[LayerRow], found: Losses, config: AdaptConfig) -> dict[str, Any]:
-    return {
-        "ffns": len(rows),
-        "num_experts": config.num_experts,
-        "experts_per_token": config.default_k,
-        "calibration_tokens": config.calibration_tokens,
-        "layers": [dataclasses.asdict(row) for row in rows],
-        "loss_dense": found.dense,
-        "loss_sparse": found.sparse,
-    }
 
 
 def _say(text: str, quiet: bool) -> None:

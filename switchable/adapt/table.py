@@ -45,14 +45,8 @@ def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
     every = [LayerSums(layer) for layer in layers]
     show(model, probe, every)
     return [
-        LayerRow(
-            layer.ssd.name,
-            sums.activation_ratio,
-            sums.mass_router[sums.chosen - 1],
-            sums.mass_best[sums.chosen - 1],
-            layer.ssd.takes_part,
-        )
-        for layer, sums in zip(layers, every, strict=True)
+        LayerRow(ssd.name, sums.activation_ratio, sums.mass_caught, sums.mass_best_k, ssd.takes_part)
+        for ssd, sums in zip((layer.ssd for layer in layers), every, strict=True)
     ]
 
 

@@ -20,15 +20,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
     verb.usage = "%(prog)s CONFIG [--methods METHOD ...] [--seeds SEED ...] [--out DIR] [FLAG ...]"
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
-    verb.description = "methods:\n" + "\n".join(
-        f"  {name:15} {method.summary}" for name, method in METHODS.items()
-    )
-    verb.description += (
-        "\n  NAME@FACTOR     the same with so many times the steps, e.g. dense@0.66 or ssd@1.04"
-    )
-    verb.add_argument(
-        "--methods", nargs="+", default=["dense", "ssd"], metavar="METHOD", help="default: dense ssd"
-    )
+    rows = [(name, method.summary) for name, method in METHODS.items()]
+    rows.append(("NAME@FACTOR", "the same with so many times the steps, e.g. dense@0.66 or ssd@1.04"))
+    verb.description = "methods:\n" + "\n".join(f"  {name:15} {summary}" for name, summary in rows)
+    usual = ["dense", "ssd"]
+    verb.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help="default: dense ssd")
     verb.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="default: 0")
     verb.add_argument(
         "--out",

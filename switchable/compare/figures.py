@@ -64,22 +64,16 @@ class Validation:
 def curve(records: Sequence[Mapping[str, Any]]) -> list[Validation]:
     """Return the validations among the records of a `metrics.jsonl`."""
     found = []
-    for record in records:
-        if record["kind"] == "eval":
-            losses = [record["val_loss_dense"], record["val_loss_sparse"]]
-            best = min(loss for loss in losses if loss is not None)
-            cost = (record["tokens"], record["flops"], record["train_seconds"], record["cpu_seconds"])
-            found.append(Validation(*cost, best))
+    for r in (record for record in records if record["kind"] == "eval"):
+        best = min(loss for loss in (r["val_loss_dense"], r["val_loss_sparse"]) if loss is not None)
+        found.append(Validation(r["tokens"], r["flops"], r["train_seconds"], r["cpu_seconds"], best))
     return found
 
 
 def cost_to_reach(curve: Sequence[Validation], target: float, axis: str) -> float | None:
-    """Return the first cost at which the curve is at or below a loss, None if it never is.
+    """Return the first cost at which the curve is at or below a loss (nats per token), None if it never is.
 
-    Args:
-        curve: a run's validations.
-        target: loss in nats per token.
-        axis: the cost: `seconds`, `cpu_seconds`, `flops` or `tokens`.
+    The cost is `seconds`, `cpu_seconds`, `flops` or `tokens`: `axis` says which.
     """
     before: Validation | None = None
     for point in curve:
@@ -128,7 +122,11 @@ def paired_figures(
     """Return the figures of one run against the dense run of its seed; the ratios are below 1 if it is cheaper."""
     goal = dense["val_loss_dense"]
     assert goal is not None
-    seconds, flops = dense_curve[-1].seconds, dense_curve[-1].flops
+    last = dense_curve[-1]
+
+    def to_reach(axis: str) -> float | None:
+        return _over(cost_to_reach(own_curve, goal, axis), getattr(last, axis))
+
     return {
         "delta_dense": _minus(own["val_loss_dense"], goal),
         "delta_sparse": _minus(own["val_loss_sparse"], goal),
@@ -136,13 +134,11 @@ def paired_figures(
         "flops_ratio_nonembedding": _over(own["flops_nonembedding"], dense["flops_nonembedding"]),
         "wall_ratio": _over(own["wall_seconds"], dense["wall_seconds"]),
         "cpu_ratio": _over(own["cpu_seconds"], dense["cpu_seconds"]),
-        "time_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "seconds"), seconds),
-        "cpu_to_dense_loss_ratio": _over(
-            cost_to_reach(own_curve, goal, "cpu_seconds"), dense_curve[-1].cpu_seconds
-        ),
-        "loss_at_dense_time": loss_at(own_curve, seconds, "seconds"),
-        "flops_to_dense_loss_ratio": _over(cost_to_reach(own_curve, goal, "flops"), flops),
-        "loss_at_dense_flops": loss_at(own_curve, flops, "flops"),
+        "time_to_dense_loss_ratio": to_reach("seconds"),
+        "cpu_to_dense_loss_ratio": to_reach("cpu_seconds"),
+        "loss_at_dense_time": loss_at(own_curve, last.seconds, "seconds"),
+        "flops_to_dense_loss_ratio": to_reach("flops"),
+        "loss_at_dense_flops": loss_at(own_curve, last.flops, "flops"),
     }
 
 

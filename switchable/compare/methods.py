@@ -39,6 +39,7 @@ from switchable.settings import SwitchConfig, settled
 
 EXPERTS = ("num_experts", "experts_per_token", "backend")
 MEASURING = ("monitor_every", "monitor_growth")
+ALL_DENSE = {"recipe": "dense", "num_experts": 1, "experts_per_token": 1}
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,13 @@ def _models_learning_rate(config: RunConfig) -> float:
 METHODS: dict[str, Method] = {
     "dense": Method(
         "all dense, every neuron multiplied: no routers, no measuring",
-        switch={
-            "recipe": "dense",
-            "monitor_every": 0,
-            "num_experts": 1,
-            "experts_per_token": 1,
-            "active_below": 0.0,
-        },
+        switch={**ALL_DENSE, "monitor_every": 0, "active_below": 0.0},
         train={"router_learning_rate": TrainConfig().router_learning_rate},
         keeps=(),
     ),
     "dense-active": Method(
         "all dense, but only active neurons are multiplied where they are few: no routers",
-        switch={"recipe": "dense", "num_experts": 1, "experts_per_token": 1},
+        switch=ALL_DENSE,
         train={"router_learning_rate": TrainConfig().router_learning_rate},
         keeps=(*MEASURING, "active_below", "activation_l1"),
     ),
@@ -116,12 +111,7 @@ UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sam
 
 
 def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
-    """Return the configuration of one run of a comparison.
-
-    Args:
-        config: the user's.
-        method: a name in `METHODS`, or one with a factor of the steps.
-        seed: seed of initial weights and data order.
+    """Return the user's configuration as a method changes it, for one seed of initial weights and data order.
 
     Raises:
         InputError: the changes do not fit the user's settings.

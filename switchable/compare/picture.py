@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from switchable.compare.figures import Validation
 from switchable.compare.methods import in_order, steps_factor
 from switchable.files import whole_file
+from switchable.study.canvas import plain_axes
 
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("#000000", "o", "-"),
@@ -39,27 +41,20 @@ AXES = {
 
 
 def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], picture: Path) -> None:
-    """Draw the picture.
-
-    Args:
-        curves: (method, seed) -> the run's validations.
-        picture: PNG file to write.
-    """
+    """Draw the validations of every run, by method and seed, into a PNG file."""
     figure = Figure(figsize=(16, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(AXES), sharey=True)
     goals = [points[-1].loss for (method, _), points in curves.items() if method == "dense"]
     for axes, (axis, label) in zip(panels, AXES.items(), strict=True):
         for method in in_order({name for name, _ in curves}):
-            _draw_method(
-                axes, [points for (name, _), points in sorted(curves.items()) if name == method], method, axis
-            )
+            seeds = [points for (name, _), points in sorted(curves.items()) if name == method]
+            _draw_method(axes, seeds, method, axis)
         if goals:
             axes.axhline(statistics.fmean(goals), color="#555555", lw=0.8, ls=":")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-        axes.grid(visible=True, alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     panels[0].set_ylabel("validation loss, best mode (nats per token)")
     panels[0].set_ylim(*loss_limits(list(curves.values())))
     handles, labels = panels[0].get_legend_handles_labels()
@@ -82,17 +77,16 @@ def loss_limits(curves: Sequence[Sequence[Validation]]) -> tuple[float, float]:
 
 def _draw_method(axes: Axes, curves: Sequence[Sequence[Validation]], method: str, axis: str) -> None:
     colour, marker, style = STYLES[method.partition("@")[0]]
-    hollow = steps_factor(method) != 1
+    face = colour if steps_factor(method) == 1 else "white"
+    look: Any = {
+        "color": colour,
+        "marker": marker,
+        "ls": style,
+        "ms": 3.5,
+        "mfc": face,
+        "lw": 1.2,
+        "alpha": 0.85,
+    }
     for i, points in enumerate(curves):
-        axes.plot(
-            [getattr(point, axis) for point in points],
-            [point.loss for point in points],
-            color=colour,
-            marker=marker,
-            ls=style,
-            ms=3.5,
-            mfc="white" if hollow else colour,
-            lw=1.2,
-            alpha=0.85,
-            label=method if i == 0 else None,
-        )
+        costs, losses = [getattr(point, axis) for point in points], [point.loss for point in points]
+        axes.plot(costs, losses, label=method if i == 0 else None, **look)

@@ -6,7 +6,7 @@ It covers every finished run of the comparison that is in the folder, whoever tr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,7 @@ HEADLINE = (
 
 
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
-    """Write the table of the finished runs in all three forms.
-
-    Args:
-        runs: finished runs.
-        out: the comparison's folder.
-
-    Returns:
-        What `compare.json` holds.
+    """Write the table of finished runs in all three forms; return what `compare.json` holds.
 
     Raises:
         InputError: a summary is damaged.
@@ -90,22 +83,15 @@ def tabulate(
     summaries: Mapping[tuple[str, int], Mapping[str, Any]],
     curves: Mapping[tuple[str, int], Sequence[Validation]],
 ) -> dict[str, Any]:
-    """Return the table: method -> figure -> mean, spread and value per seed.
-
-    Args:
-        summaries: (method, seed) -> the run's `summary.json`.
-        curves: (method, seed) -> the run's validations.
-    """
+    """Return the table, method -> figure -> mean, spread and value per seed, from each run's summary and curve."""
     methods: dict[str, Any] = {}
     for method in in_order({name for name, _ in summaries}):
         seeds = sorted(seed for name, seed in summaries if name == method)
         own = {seed: own_figures(summaries[method, seed]) for seed in seeds}
         paired = {
-            seed: paired_figures(
-                own[seed], curves[method, seed], own_figures(summaries["dense", seed]), curves["dense", seed]
-            )
+            seed: paired_figures(own[seed], curves[method, seed], own_figures(dense), curves["dense", seed])
             for seed in seeds
-            if ("dense", seed) in summaries
+            if (dense := summaries.get(("dense", seed))) is not None
         }
         gains = {
             seed: gain_at_equal_flops(curves["ssd", seed], curves[method, seed])
@@ -129,17 +115,16 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
     if "dense" not in methods:
         said.append("there is no finished dense run to compare with, so there are no ratios")
     else:
-        lacking = {
-            name: [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
-            for name, found in methods.items()
-        }
-        for name in (name for name in lacking if lacking[name]):
-            seeds = ", ".join(map(str, lacking[name]))
-            said.append(f"{name} has seeds without a dense run ({seeds}); its ratios leave them out")
-    ways = {name: found["ran_with"] for name, found in methods.items()}
-    if len(_distinct([how for hows in ways.values() for how in hows])) > 1:
+        for name, found in methods.items():
+            lacking = [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
+            if lacking:
+                said.append(
+                    f"{name} has seeds without a dense run ({_list(lacking)}); its ratios leave them out"
+                )
+    if len(_distinct([how for found in methods.values() for how in found["ran_with"]])) > 1:
+        how = "{threads} threads on {device}, {jobs} at a time".format_map
         shown = "; ".join(
-            f"{name}: {', '.join(_how(how) for how in hows) or 'unknown'}" for name, hows in ways.items()
+            f"{name}: {_list(map(how, found['ran_with'])) or 'unknown'}" for name, found in methods.items()
         )
         said.append(f"wall-clock is not comparable, the runs shared the machine differently: {shown}")
     return said
@@ -149,7 +134,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     """Return the table to read: a row per figure, a column per method."""
     methods = table["methods"]
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    lines.append("| seeds | " + " | ".join(_seeds(found["seeds"]) for found in methods.values()) + " |")
+    lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
         cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -164,16 +149,13 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 def last_line(table: Mapping[str, Any], out: Path) -> str:
     """Return the comparison's closing line of JSON: ssd's headline figures, then every method's means."""
-    methods = table["methods"]
-    ssd = methods.get("ssd")
+    names = (*OWN, *PAIRED, GAIN)
     means = {
-        name: {figure: found[figure]["mean"] for figure in (*OWN, *PAIRED, GAIN)}
-        for name, found in methods.items()
+        method: {name: found[name]["mean"] for name in names} for method, found in table["methods"].items()
     }
-    headline = {figure: None if ssd is None else ssd[figure]["mean"] for figure in HEADLINE}
-    return json.dumps(
-        {**headline, "methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
-    )
+    headline = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
+    rest = {"methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
+    return json.dumps(headline | rest)
 
 
 def _ended_before_dense(
@@ -200,8 +182,8 @@ def _cell(value: Mapping[str, Any], form: str, mark: str) -> str:
     return shown + ("" if spread is None else f" ± {spread:{form.lstrip('+')}}") + mark
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
+def _list(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))
 
 
 def _distinct(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -210,7 +192,3 @@ def _distinct(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if dict(item) not in found:
             found.append(dict(item))
     return found
-
-
-def _how(how: Mapping[str, Any]) -> str:
-    return f"{how['threads']} threads on {how['device']}, {how['jobs']} at a time"

@@ -33,15 +33,7 @@ class _Child:
 
 
 class Supervisor:
-    """Trains runs.
-
-    Args:
-        runs: those to train, each after the one it goes on from.
-        cache: folder for token files.
-        jobs: how many at a time.
-        threads: CPU threads of each.
-        quiet: show nothing.
-    """
+    """Trains runs, `jobs` at a time with `threads` CPU threads each; a run comes after the one it goes on from."""
 
     def __init__(self, runs: Sequence[Run], cache: Path, jobs: int, threads: int, quiet: bool) -> None:
         self.cache, self.jobs, self.threads, self.quiet = cache, jobs, threads, quiet
@@ -103,9 +95,8 @@ class Supervisor:
         run.path.mkdir(parents=True, exist_ok=True)
         log = run.path / "log.txt"
         shown = log.stat().st_size if log.exists() else 0
-        environment = os.environ | {
-            name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }
+        libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = os.environ | dict.fromkeys(libraries, str(self.threads))
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "switchable.compare.worker", task(run, self.cache, self.jobs)],

@@ -10,9 +10,17 @@ import json
 import sys
 from pathlib import Path
 
+from switchable.compare.baselines import VARIANTS
+from switchable.compare.from_dense import make_from_dense
+from switchable.compare.methods import UNCOMPARED
 from switchable.compare.runs import Run
 from switchable.config import from_dict, to_dict
 from switchable.errors import InputError
+from switchable.store.rundir import FolderInUse, RunDir
+from switchable.study.report import write_run_report
+from switchable.train.pretrain import pretrain, resume
+from switchable.train.setup import SSD
+from switchable.train.signals import TrainingStopped
 
 IN_USE = 75
 """Exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)."""
@@ -20,27 +28,39 @@ IN_USE = 75
 
 def task(run: Run, cache: Path, jobs: int) -> str:
     """Return what to tell a worker that shall train `run`."""
+    paths = {"path": str(run.path), "cache": str(cache)}
     return json.dumps(
-        {
-            "method": run.method,
-            "seed": run.seed,
-            "path": str(run.path),
-            "config": to_dict(run.config),
-            "cache": str(cache),
-            "jobs": jobs,
-        }
+        {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs} | paths
     )
+
+
+def train(run: Run, cache: Path, jobs: int) -> None:
+    """Start a run or go on with it by the method's own means, unless it is finished.
+
+    `jobs` runs share the machine at this time, which is noted.
+
+    Raises:
+        FolderInUse: another process is at it.
+        InputError: settings, data or a checkpoint are unusable.
+        TrainingStopped: stopped by a signal, after saving.
+    """
+    if run.finished():
+        return
+    variant = VARIANTS.get(run.method.partition("@")[0], SSD)
+    if run.starts_from is not None:
+        make_from_dense(run, cache, jobs)
+    elif (run.path / "config.yaml").exists() and RunDir(run.path).steps():
+        changes = {name: getattr(run.config.train, name) for name in UNCOMPARED}
+        resume(run.path, changes, cache, jobs=jobs, variant=variant)
+    else:
+        pretrain(run.config, run.path, cache, overwrite=True, jobs=jobs, variant=variant)
+    write_run_report(run.path)
 
 
 def main() -> int:
     """Train the run that the only argument describes; return the exit code."""
     told = json.loads(sys.argv[1])
     run = Run(told["method"], told["seed"], Path(told["path"]), from_dict(told["config"]))
-    # Loads torch, after what is needed to understand the task.
-    from switchable.compare.training import train
-    from switchable.store.rundir import FolderInUse
-    from switchable.train.signals import TrainingStopped
-
     try:
         train(run, Path(told["cache"]), told["jobs"])
     except FolderInUse:

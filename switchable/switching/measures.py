@@ -35,11 +35,7 @@ class Observer(Protocol):
 
 
 class LayerSums:
-    """What one layer does, summed over tokens.
-
-    Args:
-        layer: the layer; its K counts.
-    """
+    """What one layer does with its own K, summed over tokens."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
         ssd = layer.ssd
@@ -97,6 +93,16 @@ class LayerSums:
     def mass_best(self) -> list[float]:
         """Share of the activation mass in the best 1, 2, ..., E experts of each token."""
         return self._shares(self._best_E)
+
+    @property
+    def mass_caught(self) -> float:
+        """Share of the activation mass in the router's K experts."""
+        return self.mass_router[self.chosen - 1]
+
+    @property
+    def mass_best_k(self) -> float:
+        """Share of the activation mass in the best K experts of each token."""
+        return self.mass_best[self.chosen - 1]
 
     def _shares(self, mass_E: Tensor) -> list[float]:
         total = max(float(self._best_E.sum()), torch.finfo(torch.float64).tiny)

@@ -68,11 +68,7 @@ class Found:
 
 
 class Watch:
-    """What one layer does on the probe: the sums, and what of each token is compared with the next measurement.
-
-    Args:
-        layer: the layer.
-    """
+    """What one layer does on the probe: the sums, and what of each token is compared with the next measurement."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
         self.sums = LayerSums(layer)
@@ -150,12 +146,11 @@ def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
 
 def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:
     sums = seen.sums
-    chosen = sums.chosen - 1
     return LayerMeasures(
         activation_ratio=sums.activation_ratio,
-        mass_caught=sums.mass_router[chosen],
+        mass_caught=sums.mass_caught,
         mass_by_k=tuple(sums.mass_router),
-        mass_best=sums.mass_best[chosen],
+        mass_best=sums.mass_best_k,
         load_imbalance=sums.load_imbalance,
         similarity=0.0 if last is None else similarity(last.labels_F, found.labels_F),
         similarity_in_use=similarity(current_structure(layer), found.labels_F),

@@ -15,7 +15,7 @@ from switchable import InputError
 from switchable.compare.methods import METHODS
 from switchable.compare.report import write_report
 from switchable.compare.runs import Run, differs, others_finished, runs_of
-from switchable.compare.training import train
+from switchable.compare.worker import train
 from switchable.config import RunConfig, from_dict
 from switchable.store.load import load
 from switchable.store.rundir import RunDir

@@ -42,13 +42,10 @@ ROUTER_FRACTION = 0.05
 """Router training as a fraction of the run's optimizer steps."""
 
 
-def cut(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
-    """Make the run from the finished dense run of its seed; return its summary.
+def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
+    """Make the run, in place of what its folder holds, from the finished dense run of its seed; return its summary.
 
-    Args:
-        run: what to make; its folder is replaced.
-        cache: folder for token files.
-        jobs: runs that share the machine at this time, to be noted.
+    `jobs` runs share the machine at this time, which is noted.
 
     Raises:
         FolderInUse: another process is at it.
@@ -64,21 +61,16 @@ def cut(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
         rundir.clear()
         write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
-        before = read_json(dense.summary)
-        return _cut(job, rundir, before, jobs)
+        return _cut(job, rundir, read_json(dense.summary), jobs)
     finally:
         rundir.release()
 
 
 def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[str, Any]:
     counters = Counters(
-        data=job.data.train.sha256,
-        steps=before["steps"],
-        flops=before["flops"],
-        seconds_dense=before["wall_seconds_dense"],
-        cpu_seconds=before["cpu_seconds_train"],
-        ran_with=before["ran_with"],
+        job.data.train.sha256, **{name: before[name] for name in ("steps", "flops", "ran_with")}
     )
+    counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
     counters.note_machine(jobs, job.device)
     log = RunLog(rundir, counters.steps, counters.steps)
     try:
@@ -104,12 +96,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
 def cut_into_experts(job: Job, flops: StepFlops) -> float:
     """Group the neurons of a dense model, train routers, and let the sparse layers take part in sparse mode.
 
-    Args:
-        job: its model holds the trained dense weights.
-        flops: cost of a step.
-
-    Returns:
-        The FLOPs it took.
+    The job's model holds the trained dense weights. Returns the FLOPs it took.
     """
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
     seed, total = job.config.train.seed, job.config.train.steps
@@ -119,19 +106,15 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     train_routers(job, steps)
     spent = 2 * flops.measurement(controller.probe_tokens) + steps * router_step_flops(job.model, flops)
     # Which layers take part, and with how many experts, is decided as in training, but for their stability.
-    last = [
-        dataclasses.replace(before, labels_F=current_structure(layer))
-        for before, layer in zip(found, layers, strict=True)
-    ]
+    structures = map(current_structure, layers)
+    last = [dataclasses.replace(a, labels_F=labels_F) for a, labels_F in zip(found, structures, strict=True)]
     measures, _ = measure(job.model, controller.probe, last, seed)
     rule = dataclasses.replace(
         switch, recipe="early", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )
     stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
-    controller.state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
-    for layer, part, k in zip(
-        layers, controller.state.takes_part, controller.state.experts_per_token, strict=True
-    ):
+    controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
+    for layer, part, k in zip(layers, state.takes_part, state.experts_per_token, strict=True):
         layer.ssd.takes_part = part
         layer.ssd.set_experts_per_token(k)
     return spent
@@ -143,14 +126,12 @@ def train_routers(job: Job, steps: int) -> None:
     The learning rate falls linearly from the configuration's `router_learning_rate`.
     """
     model, peak = job.model, job.config.train.router_learning_rate
-    layers = layers_of(model)
-    routers = [p for name, p in model.named_parameters() if is_router_parameter(name)]
-    others = [p for name, p in model.named_parameters() if not is_router_parameter(name)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_router_parameter(name))
+    routers = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(routers, lr=peak, weight_decay=0.0)
     try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        with kept_modes(model):
+        with kept_modes(model) as layers:
             set_mode(model, "dense")
             model.train()
             for layer in layers:
@@ -162,8 +143,7 @@ def train_routers(job: Job, steps: int) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
     finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
+        model.requires_grad_(True)
 
 
 def router_step_flops(model: nn.Module, flops: StepFlops) -> float:
@@ -182,7 +162,6 @@ def _load_weights(final: Path, model: nn.Module) -> None:
     """
     damage = folders.verify(final)
     if damage is not None:
-        raise InputError(
-            f"{final} is damaged ({damage}); remove {final.parent / 'summary.json'} and start again"
-        )
+        summary = final.parent / "summary.json"
+        raise InputError(f"{final} is damaged ({damage}); remove {summary} and start again")
     restore_model(final, model, routers=False)
