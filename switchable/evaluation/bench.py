@@ -30,15 +30,11 @@ def measure(
     seconds: float,
     show: Callable[[str], object] = lambda _line: None,
 ) -> dict[str, Any]:
-    """Time every layer that takes part in sparse mode.
+    """Time every layer of a converted model on the CPU that takes part in sparse mode; the model's modes are kept.
 
-    Args:
-        model: a converted model on the CPU; its modes are kept.
-        tokens: numbers of tokens at once.
-        experts_per_token: K in every layer; None: each layer's own.
-        training: forward and backward; else the forward alone, without gradients.
-        seconds: to spend on each layer and number of tokens.
-        show: is given each line of the table.
+    `tokens` are numbers of tokens at once, `seconds` are spent on each of them in each layer, and `show` is given each
+    line of the table. K is `experts_per_token`, or each layer's own. Without `training`, which times forward and
+    backward, it is the forward alone, without gradients.
 
     Raises:
         InputError: no layer takes part in sparse mode, or K is impossible.
@@ -48,9 +44,9 @@ def measure(
         raise InputError(
             "no layer of this model takes part in sparse mode (it was trained all dense): nothing to compare"
         )
-    show(
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {_precision(layers[0])}"
-    )
+    precision = str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
+    machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    show("{processor}, {threads} threads, torch {torch}, ".format_map(machine) + precision)
     show(f"{'layer':40} {'K':>5} {'tokens':>7} {'dense':>11} {'sparse':>11} {'speed-up':>9}")
     rows = []
     with kept_modes(model):
@@ -60,8 +56,7 @@ def measure(
             for number in tokens:
                 rows.append(_row(layer, number, training, seconds))
                 show(line(rows[-1]))
-    machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"machine": machine, "precision": _precision(layers[0]), "training": training, "layers": rows}
+    return {"machine": machine, "precision": precision, "training": training, "layers": rows}
 
 
 def _row(layer: SwitchableFFN, tokens: int, training: bool, seconds: float) -> dict[str, Any]:
@@ -101,7 +96,3 @@ def line(row: dict[str, Any]) -> str:
         f"{row['layer'][-40:]:40} {row['experts_per_token']:>5} {row['tokens']:>7} {dense:>11} {sparse:>11} "
         f"{row['speedup']:8.2f}x"
     )
-
-
-def _precision(layer: SwitchableFFN) -> str:
-    return str(layer.ssd.up_projection.weight.dtype).removeprefix("torch.")

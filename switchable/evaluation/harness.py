@@ -23,15 +23,13 @@ from switchable.evaluation.scores import Score
 from switchable.evaluation.tasks import NAMES, task_config
 from switchable.evaluation.ways import Way, multiplying
 
+LOCAL = [f"{name}=PATH" for name in NAMES]
 RESAMPLES = 1000
 """Bootstrap resamples of lm-eval, for metrics whose standard error has no formula."""
 
 
 def resolve_tasks(names: Sequence[str]) -> list[Any]:
-    """Return tasks in a form that lm-eval takes; checked before any model is loaded.
-
-    Args:
-        names: `NAME=PATH` for one of our task files, `NAME` for a task of lm-eval.
+    """Return tasks (`NAME=PATH`: one of our task files, `NAME`: lm-eval's) in lm-eval's form, before a model is loaded.
 
     Raises:
         InputError: lm-eval is not installed, an unknown task (the nearest names are listed), or missing data.
@@ -57,12 +55,10 @@ def _check_known(name: str) -> None:
     if name in NAMES and name not in known:
         raise InputError(f"task {name!r} needs its data: --tasks {name}=PATH")
     if name not in known:
-        close = difflib.get_close_matches(
-            name, sorted({*known, *(f"{n}=PATH" for n in NAMES)}), n=5, cutoff=0.4
-        )
+        close = difflib.get_close_matches(name, sorted({*known, *LOCAL}), n=5, cutoff=0.4)
         raise InputError(
             f"task {name!r} is not known to lm-eval; nearest: {', '.join(close) or 'none'}. "
-            f"With local data: {', '.join(f'{n}=PATH' for n in NAMES)}"
+            f"With local data: {', '.join(LOCAL)}"
         )
 
 
@@ -74,15 +70,9 @@ def task_scores(
     batch_size: int,
     limit: int | None = None,
 ) -> list[Score]:
-    """Return every metric of every task in every way.
+    """Return every metric of every task of `resolve_tasks` in every way, of at most `limit` examples per task.
 
-    Args:
-        model: a converted causal or sequence-to-sequence model.
-        tokenizer: its tokenizer.
-        tasks: from `resolve_tasks`.
-        found_ways: the ways.
-        batch_size: sequences at a time.
-        limit: examples per task at most.
+    The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time.
 
     Raises:
         InputError: the data of one of lm-eval's tasks cannot be had.
@@ -108,10 +98,8 @@ def task_scores(
                     )
                 except OSError as error:
                     reason = " ".join(str(error).split())
-                    raise InputError(
-                        f"the data of the tasks cannot be had ({reason}); tasks with local data: "
-                        f"{', '.join(f'{n}=PATH' for n in NAMES)}"
-                    ) from None
+                    said = f"the data of the tasks cannot be had ({reason}); tasks with local data: {', '.join(LOCAL)}"
+                    raise InputError(said) from None
             scores += _scores(found, way)
     return scores
 

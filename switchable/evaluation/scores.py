@@ -6,6 +6,7 @@ sample of them. They say nothing of other seeds of training.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,15 +35,8 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "mode": self.way.mode,
-            "experts_per_token": self.way.experts_per_token,
-            "value": self.value,
-            "stderr": self.stderr,
-            "examples": self.examples,
-        }
+        rest = {"value": self.value, "stderr": self.stderr, "examples": self.examples}
+        return {"task": self.task, "metric": self.metric, **dataclasses.asdict(self.way), **rest}
 
 
 def table(scores: Sequence[Score]) -> str:

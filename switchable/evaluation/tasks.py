@@ -49,10 +49,8 @@ def task_config(name: str, path: Path) -> dict[str, Any]:
 
 def _glue(name: str, path: Path) -> list[dict[str, Any]]:
     names = ("sentence",) if len(glue.TASKS[name].texts) == 1 else ("sentence1", "sentence2")
-    return [
-        dict(zip(names, example.texts, strict=True)) | {"label": example.label}
-        for example in glue.examples(name, path, "dev")
-    ]
+    found = glue.examples(name, path, "dev")
+    return [dict(zip(names, each.texts, strict=True)) | {"label": each.label} for each in found]
 
 
 def _lambada(path: Path) -> list[dict[str, Any]]:

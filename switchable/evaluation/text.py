@@ -61,22 +61,12 @@ def tokenise(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> To
 
 
 def text_scores(
-    model: nn.Module,
-    text: TokenisedText,
-    objective: Objective,
-    sequence_length: int,
-    found_ways: Iterable[Way],
+    model: nn.Module, text: TokenisedText, objective: Objective, sequence_length: int, found_ways: Iterable[Way],
     batch_size: int,
-) -> list[Score]:
+) -> list[Score]:  # fmt: skip
     """Return the loss (nats per predicted token) in each way; of causal models perplexity and bits per byte too.
 
-    Args:
-        model: a converted model.
-        text: what to evaluate on.
-        objective: what the model predicts.
-        sequence_length: tokens in a window of a causal model.
-        found_ways: the ways.
-        batch_size: windows at a time.
+    A window of a causal model has `sequence_length` tokens; `batch_size` windows are computed at a time.
     """
     causal = objective.name == "causal"
     if causal:
@@ -87,15 +77,14 @@ def text_scores(
     for way in found_ways:
         with multiplying(model, way):
             nats, tokens = _per_window(model, batches)
-        loss = float(nats.sum() / tokens.sum())
-        stderr = _ratio_stderr(nats, tokens)
-        windows = len(nats)
-        scores.append(Score("text", f"loss ({objective.unit})", way, loss, stderr, windows))
+        loss, stderr = float(nats.sum() / tokens.sum()), _ratio_stderr(nats, tokens)
+        found = {f"loss ({objective.unit})": (loss, stderr)}
         if causal:
             perplexity = math.exp(min(loss, 700.0))
-            scores.append(Score("text", "perplexity", way, perplexity, perplexity * stderr, windows))
             per_byte = float(tokens.sum()) / math.log(2) / text.text_bytes
-            scores.append(Score("text", "bits per byte", way, loss * per_byte, stderr * per_byte, windows))
+            found["perplexity"] = (perplexity, perplexity * stderr)
+            found["bits per byte"] = (loss * per_byte, stderr * per_byte)
+        scores += [Score("text", metric, way, *figures, len(nats)) for metric, figures in found.items()]
     return scores
 
 

@@ -28,27 +28,25 @@ class Way:
 
 
 def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequence[int] = ()) -> list[Way]:
-    """Return the ways to evaluate a model in.
+    """Return the ways to evaluate a converted model in.
 
-    Args:
-        model: a converted model.
-        modes: `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
-        experts_per_token: values of K for sparse mode; empty: the model's own.
+    `modes` are `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
+    `experts_per_token` has the values of K for sparse mode; empty: the model's own.
 
     Raises:
         InputError: an impossible K, or sparse mode of a model that was trained all dense.
     """
     layers = layers_of(model)
+    experts = layers[0].ssd.num_experts
     can_be_sparse = any(layer.ssd.takes_part for layer in layers)
     if not can_be_sparse and ("sparse" in modes or experts_per_token):
         raise InputError(
             "no layer of this model takes part in sparse mode (it was trained all dense); use --mode dense"
         )
     for k in experts_per_token:
-        if not 1 <= k <= layers[0].ssd.num_experts:
+        if not 1 <= k <= experts:
             raise InputError(
-                f"experts_per_token={k} is not possible with the model's {layers[0].ssd.num_experts} experts; "
-                f"use 1 to {layers[0].ssd.num_experts}"
+                f"experts_per_token={k} is not possible with the model's {experts} experts; use 1 to {experts}"
             )
     found = [Way("dense")] if "dense" in modes or not modes else []
     if can_be_sparse and ("sparse" in modes or not modes):

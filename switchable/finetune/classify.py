@@ -33,7 +33,7 @@ from transformers import (
 from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
-from switchable.evaluation.ways import Way, multiplying, ways
+from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
@@ -56,18 +56,10 @@ def finetune(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> tuple[list[Score], dict[str, Any]]:
-    """Fine-tune a run's model and score it on the dev set.
+    """Fine-tune the model of a run or checkpoint on a task in GLUE's folder `data`, and score it on the dev set.
 
-    Args:
-        run: folder of a run or a checkpoint.
-        data: GLUE's folder.
-        config: the settings.
-        out: where to save the fine-tuned model and `results.json`; None: nowhere.
-        overwrite: replace a model that is there.
-        quiet: show no progress.
-
-    Returns:
-        The scores, and the same with the settings as plain values.
+    The model and `results.json` are saved to `out`, if given, over a model that is there if `overwrite` allows it.
+    Returns the scores, and the same with the settings as plain values.
 
     Raises:
         InputError: missing data or model, an impossible mode or K, a tokenizer that does not fit, or `out` in use.
@@ -84,13 +76,14 @@ def finetune(
         keep_freed_memory()
     transformers.set_seed(config.seed)
     model, tokenizer = load_classifier(run, len(glue.TASKS[config.task].labels))
-    way = _training_way(model, config)
+    k = () if config.experts_per_token is None else (config.experts_per_token,)
+    way = ways(model, (config.mode,), k if config.mode == "sparse" else ())[0]
     trainer = _trainer(model, tokenizer, config, device, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         outcome = trainer.train()
-        scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config)
+        scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),
         "task": config.task,
@@ -134,11 +127,6 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     return model, tokenizer
 
 
-def _training_way(model: nn.Module, config: FinetuneConfig) -> Way:
-    k = () if config.experts_per_token is None else (config.experts_per_token,)
-    return ways(model, (config.mode,), k if config.mode == "sparse" else ())[0]
-
-
 def _trainer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,12 +164,8 @@ def _encode(
     texts = [example.texts for example in found]
     if not tokenizer.num_special_tokens_to_add(pair=True):  # nothing would stand between the two
         texts = [("\n".join(pair),) for pair in texts]
-    encoded = tokenizer(
-        *map(list, zip(*texts, strict=True)),
-        truncation=True,
-        max_length=min(max_length, positions),
-        padding=False,
-    )
+    columns = map(list, zip(*texts, strict=True))
+    encoded = tokenizer(*columns, truncation=True, max_length=min(max_length, positions), padding=False)
     accepted = [name for name in encoded if name in tokenizer.model_input_names]
     return [
         {name: encoded[name][i] for name in accepted} | {"labels": example.label}
@@ -189,19 +173,16 @@ def _encode(
     ]
 
 
-def _scores(trainer: Trainer, dev: list[dict[str, Any]], config: FinetuneConfig) -> list[Score]:
-    """Score the dev set in every way; the task's own metric first."""
-    first = glue.TASKS[config.task].metric
+def _scores(trainer: Trainer, dev: list[dict[str, Any]], task: str, k: tuple[int, ...]) -> list[Score]:
+    """Score the dev set in every way, in sparse mode with K experts if K is given; the task's own metric first."""
     labels = np.array([example["labels"] for example in dev])
     scores: list[Score] = []
-    model = trainer.model
-    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(model))
-    k = () if config.experts_per_token is None or not can_be_sparse else (config.experts_per_token,)
-    for way in ways(model, (), k):
-        with multiplying(model, way):
+    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(trainer.model))
+    for way in ways(trainer.model, (), k if can_be_sparse else ()):
+        with multiplying(trainer.model, way):
             logits = trainer.predict(dev).predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
-        for name in sorted(METRICS, key=lambda metric: metric != first):
+        for name in sorted(METRICS, key=lambda metric: metric != glue.TASKS[task].metric):
             value, stderr = METRICS[name](logits.argmax(-1), labels)
-            scores.append(Score(config.task, name, way, value, stderr, len(dev)))
+            scores.append(Score(task, name, way, value, stderr, len(dev)))
     return scores

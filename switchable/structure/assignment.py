@@ -63,9 +63,8 @@ def balanced_assignment(cost_NE: npt.NDArray[Any], prices_E: Floats | None = Non
     clusters = cost_NE.shape[1]
     start_E = np.zeros(clusters) if prices_E is None else np.asarray(prices_E, dtype=np.float64)
     if start_E.shape != (clusters,) or not np.isfinite(start_E).all():
-        raise InputError(
-            f"prices of shape {start_E.shape}; give {clusters} finite numbers, one per cluster, or None"
-        )
+        shape = start_E.shape
+        raise InputError(f"prices of shape {shape}; give {clusters} finite numbers, one per cluster, or None")
     capacity = cost_NE.shape[0] // clusters
     # Onto the grid: the largest cost becomes some 2^36 units. A power of two, so only last bits are lost.
     shift = GRID_BITS - int(np.frexp(np.abs(cost_NE).max())[1])
@@ -89,10 +88,8 @@ def _checked(cost_NE: npt.NDArray[Any]) -> Floats:
         raise InputError(f"costs of shape {cost_NE.shape}; give one row per row and one column per cluster")
     rows, clusters = cost_NE.shape
     if rows % clusters:
-        raise InputError(
-            f"{clusters} clusters do not divide {rows} rows; use one of "
-            + ", ".join(map(str, divisors_near(rows, clusters)))
-        )
+        allowed = ", ".join(map(str, divisors_near(rows, clusters)))
+        raise InputError(f"{clusters} clusters do not divide {rows} rows; use one of {allowed}")
     if not np.isfinite(cost_NE).all():
         raise InputError("NaN or infinite costs; give finite numbers (check the rows they were made from)")
     return cost_NE

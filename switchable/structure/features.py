@@ -24,13 +24,7 @@ SUBSPACE_STEPS = 3
 
 
 def features(weight_FD: Tensor, active_TF: Tensor, structure: str) -> Tensor:
-    """Return what neurons are grouped by.
-
-    Args:
-        weight_FD: their rows of the input projection.
-        active_TF: which of them fire on which tokens.
-        structure: `"weights"`, `"coactivation"` or `"mixed"`.
-    """
+    """Return what neurons are grouped by, `structure`: `"weights"` (their rows), `"coactivation"` or `"mixed"`."""
     if structure == "weights":
         return weight_features(weight_FD)
     coactive_FR = coactivation_features(active_TF)
@@ -76,10 +70,9 @@ def mixed_features(weight_FD: Tensor, coactive_FR: Tensor, *, share: float = 0.5
     """Return both kinds of rows side by side, so that their cosines add up as 1 - share to share."""
     _check_matrix("weight_FD", weight_FD, "(neurons, width)")
     _check_matrix("coactive_FR", coactive_FR, "(neurons, width)")
-    if len(weight_FD) != len(coactive_FR):
-        raise InputError(
-            f"{len(weight_FD)} rows of weights, {len(coactive_FR)} of co-activation; give one each per neuron"
-        )
+    rows, others = len(weight_FD), len(coactive_FR)
+    if rows != others:
+        raise InputError(f"{rows} rows of weights, {others} of co-activation; give one each per neuron")
     if not 0 <= share <= 1:
         raise InputError(f"share={share}; give the co-activation's share of the cosine, 0 to 1")
     parts = weight_features(weight_FD) * (1 - share) ** 0.5, weight_features(coactive_FR) * share**0.5

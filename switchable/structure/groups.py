@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,13 +58,12 @@ def cluster_layers(
         raise InputError(f"{len(warm)} warm starts for {len(rows_per_layer)} layers; give one each, or None")
     if not 0 <= margin < 1:
         raise InputError(f"margin={margin}; give a fraction of the inertia, 0 up to 1")
-    starts = list(warm) if warm is not None else [None] * len(rows_per_layer)
 
     def one(layer: int) -> Tensor:
-        rows_FD, start_F, seed = rows_per_layer[layer], starts[layer], random_state + layer
+        rows_FD, start_F = rows_per_layer[layer], None if warm is None else warm[layer]
         assert rows_FD is not None, f"the rows of layer {layer} are missing on the rank that groups it"
         try:
-            return _cluster_layer(rows_FD, num_experts, start_F, seed, fresh, margin)
+            return _cluster_layer(rows_FD, num_experts, start_F, random_state + layer, fresh, margin)
         except InputError as error:
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
@@ -111,24 +111,15 @@ def _in_threads(
     if workers < 1:
         raise InputError(f"workers={workers}; give the number of threads, 1 or more, or None")
     workers = max(1, min(workers, len(layers)))
+    each = (
+        threads // workers or 1,
+    )  # beats all threads in each operation: much of the work is small operations
     try:
-        with (
-            # One thread per layer beats all threads in each operation: much of the work is small operations.
-            ThreadPoolExecutor(
-                workers, initializer=torch.set_num_threads, initargs=(threads // workers or 1,)
-            ) as pool,
-            tqdm(
-                total=len(layers),
-                desc="clustering",
-                unit="layer",
-                delay=QUIET_SECONDS,
-                leave=False,
-                disable=not show,
-            ) as bar,
-        ):
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
             futures = [pool.submit(one, layer) for layer in layers]
-            for _ in as_completed(futures):
-                bar.update()
+            look: Any = {"desc": "clustering", "unit": "layer", "delay": QUIET_SECONDS, "leave": False}
+            for _ in tqdm(as_completed(futures), total=len(futures), disable=not show, **look):
+                pass
             return [future.result() for future in futures]
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the default for threads to come
@@ -136,15 +127,12 @@ def _in_threads(
 
 def similarity(labels_a: Tensor, labels_b: Tensor) -> float:
     """Return the adjusted Rand index of two groupings of the same neurons: 1 the same, about 0 unrelated."""
-    a_F, b_F = _to_numpy("labels_a", labels_a), _to_numpy("labels_b", labels_b)
-    _check_same_length(a_F, b_F)
-    return float(adjusted_rand_score(a_F, b_F))
+    return float(adjusted_rand_score(*_of_the_same(labels_a=labels_a, labels_b=labels_b)))
 
 
 def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:
     """Return the new labels renumbered so that as many neurons as possible keep their old label."""
-    old_F, new_F = _to_numpy("old_labels", old_labels), _to_numpy("new_labels", new_labels)
-    _check_same_length(old_F, new_F)
+    old_F, new_F = _of_the_same(old_labels=old_labels, new_labels=new_labels)
     _check_range("old_labels", old_F, num_experts)
     _check_range("new_labels", new_F, num_experts)
     overlap_EE = np.bincount(new_F * num_experts + old_F, minlength=num_experts**2)
@@ -183,9 +171,11 @@ def _to_numpy(name: str, labels: Tensor) -> npt.NDArray[np.int64]:
     return whole
 
 
-def _check_same_length(a_F: npt.NDArray[np.int64], b_F: npt.NDArray[np.int64]) -> None:
+def _of_the_same(**labels: Tensor) -> list[npt.NDArray[np.int64]]:
+    a_F, b_F = found = [_to_numpy(name, each) for name, each in labels.items()]
     if len(a_F) != len(b_F):
         raise InputError(f"labels of {len(a_F)} and {len(b_F)} neurons; give groupings of the same")
+    return found
 
 
 def _check_range(name: str, labels_F: npt.NDArray[np.int64], experts: int) -> None:

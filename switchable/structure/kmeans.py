@@ -74,18 +74,20 @@ class BalancedKMeans:
         sweeps: int | None = None,
         random_state: int = 0,
     ) -> None:
-        self.n_clusters = n_clusters
-        self.init = init
-        self.max_iter = max_iter
-        self.tol = tol
-        self.metric = metric
-        self.sweeps = sweeps
-        self.random_state = random_state
+        self.n_clusters, self.init, self.max_iter, self.tol = n_clusters, init, max_iter, tol
+        self.metric, self.sweeps, self.random_state = metric, sweeps, random_state
 
     @torch.no_grad()
     def fit(self, rows: Rows, y: None = None) -> BalancedKMeans:  # noqa: ARG002 - scikit-learn passes y
         """Cluster the rows; return self."""
-        self._check_parameters()
+        for name, least in (("n_clusters", 1), ("max_iter", 1), ("random_state", 0), ("sweeps", 0)):
+            if name != "sweeps" or self.sweeps is not None:
+                _check_whole(name, getattr(self, name), least)
+        if not 0 <= self.tol < 1:
+            raise InputError(f"tol={self.tol!r}; give a fraction of the inertia from 0 up to 1, such as 1e-4")
+        if self.metric not in METRICS:
+            close = nearest(str(self.metric), METRICS)
+            raise InputError(f"metric={self.metric!r}; use one of {', '.join(METRICS)}{close}")
         rows_ND, peak_N = _as_rows(rows, self.n_clusters)
         start_N = _as_labels(self.init, len(rows_ND), self.n_clusters, rows_ND.device)
         rows_ND, mean_D, scale = _standardise(rows_ND, peak_N, self.metric)
@@ -104,19 +106,6 @@ class BalancedKMeans:
             self.labels_, self.cluster_centers_ = labels_N.numpy(), centers_ED.numpy()
         return self
 
-    def _check_parameters(self) -> None:
-        _check_whole("n_clusters", self.n_clusters, 1)
-        _check_whole("max_iter", self.max_iter, 1)
-        _check_whole("random_state", self.random_state, 0)
-        if self.sweeps is not None:
-            _check_whole("sweeps", self.sweeps, 0)
-        if not 0 <= self.tol < 1:
-            raise InputError(f"tol={self.tol!r}; give a fraction of the inertia from 0 up to 1, such as 1e-4")
-        if self.metric not in METRICS:
-            raise InputError(
-                f"metric={self.metric!r}; use one of {', '.join(METRICS)}{nearest(str(self.metric), METRICS)}"
-            )
-
 
 class _Lloyd:
     """Lloyd's iterations on prepared rows, with the prices and the number of iterations they share."""
@@ -127,7 +116,7 @@ class _Lloyd:
         self.max_iter = max_iter
         self.iterations = 0
         self.prices_E: npt.NDArray[np.float64] | None = None
-        self._total = float(torch.linalg.vector_norm(rows_ND, dtype=torch.float64)) ** 2
+        self._total = _squares(rows_ND)
 
     def run(self, labels_N: Tensor, tol: float) -> tuple[Tensor, float]:
         """Iterate from balanced labels until the inertia falls by less than `tol`; return the best labels."""
@@ -148,9 +137,12 @@ class _Lloyd:
         return labels_N, inertia
 
     def inertia(self, centers_ED: Tensor) -> float:
-        # A host sync: the stopping rule needs the number.
-        between = float(torch.linalg.vector_norm(centers_ED, dtype=torch.float64)) ** 2
-        return max(0.0, self._total - len(self.rows_ND) // self.clusters * between)
+        return max(0.0, self._total - len(self.rows_ND) // self.clusters * _squares(centers_ED))
+
+
+def _squares(rows: Tensor) -> float:
+    # A host sync: the stopping rule needs the number.
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
 def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, tol: float, seed: int) -> Tensor:
@@ -228,17 +220,14 @@ def _as_rows(rows: Rows, clusters: int) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"rows are a {type(rows).__name__}; give a torch tensor or a NumPy array (rows x width)"
         )
-    if isinstance(rows, np.ndarray) and rows.dtype.kind not in "fiub":
+    if rows.is_complex() if isinstance(rows, Tensor) else rows.dtype.kind not in "fiub":
         raise InputError(f"rows of dtype {rows.dtype}; give real numbers")
-    rows_ND = (
-        rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows, dtype=np.float32))
-    )
-    if rows_ND.is_complex():
-        raise InputError(f"rows of dtype {rows_ND.dtype}; give real numbers")
+    if not isinstance(rows, Tensor):
+        rows = torch.from_numpy(np.asarray(rows, dtype=np.float32))
+    rows_ND = rows.detach()
     if rows_ND.ndim != 2 or rows_ND.shape[1] == 0:
-        raise InputError(
-            f"rows of shape {tuple(rows_ND.shape)}; give two dimensions, (number of rows, width)"
-        )
+        shape = tuple(rows_ND.shape)
+        raise InputError(f"rows of shape {shape}; give two dimensions, (number of rows, width)")
     if not rows_ND.is_floating_point():
         rows_ND = rows_ND.float()
     count = len(rows_ND)

@@ -90,12 +90,9 @@ class Fingerprint:
 def measure_model(
     model: nn.Module, probe: Probe, pattern_tokens: int | None = None
 ) -> list[tuple[LayerStudy, Fingerprint]]:
-    """Measure every switchable FFN of a model on a probe, in one pass without gradients.
+    """Measure every switchable FFN of a converted model on a probe, in one pass without gradients; modes are kept.
 
-    Args:
-        model: a converted model; its modes are kept.
-        probe: fixed tokens.
-        pattern_tokens: keep the patterns of so many tokens at most, evenly spaced; None: of all.
+    Patterns are kept of `pattern_tokens` tokens at most, evenly spaced; None: of all.
     """
     layers = layers_of(model)
     band_V = frequency_bands(probe.counts_V)
@@ -133,13 +130,7 @@ def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHA
     bisection, per token: so many are enough, and one less is not. (The error need not fall with every neuron added
     where activations have both signs, so that fewer may be enough by chance.)
 
-    Args:
-        hidden_TF: activations.
-        down_FD: output projection, a row per neuron; its bias is left out.
-        share: wanted share of the output.
-
-    Returns:
-        needed_T, int64, and which neurons these are, bool [T, F].
+    The output projection's bias is left out. Returns needed_T, int64, and which neurons these are, bool [T, F].
     """
     hidden_TF, down_FD = hidden_TF.float(), down_FD.float()
     strength_TF = hidden_TF.abs() * down_FD.norm(dim=1)

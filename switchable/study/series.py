@@ -93,10 +93,8 @@ def listed_sources(patterns: Sequence[str]) -> list[Source]:
 class Loader:
     """Loads the models of a series one after another, converted, on one device.
 
-    Args:
-        num_experts: E for models without experts; None: the divisor of F nearest to 32.
-        experts_per_token: K, or None for the model's own (or 3/16 of the experts).
-        device: where to put them.
+    `num_experts` is E for models without experts; None: the divisor of F nearest to 32. `experts_per_token` is K; None:
+    the model's own, or 3/16 of the experts.
     """
 
     def __init__(self, num_experts: int | None, experts_per_token: int | None, device: torch.device) -> None:

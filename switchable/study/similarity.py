@@ -38,15 +38,10 @@ def tokens_within(checkpoints: int, neurons: int, max_bytes: int = MAX_BYTES) ->
 def compare_checkpoints(
     fingerprints: Sequence[Sequence[Fingerprint]], progress: bool = False
 ) -> dict[str, list[Matrix]]:
-    """Compare all pairs of checkpoints.
+    """Compare all pairs of checkpoints by fingerprints (per checkpoint, per layer) of the same tokens.
 
-    Args:
-        fingerprints: per checkpoint, per layer; of the same tokens everywhere.
-        progress: show a bar.
-
-    Returns:
-        `"pattern"`, `"coactivation"` and `"structure"`: per layer a symmetric matrix [checkpoints, checkpoints] with
-        1 on the diagonal; NaN where a correlation is not defined.
+    Returns `"pattern"`, `"coactivation"` and `"structure"`: per layer a symmetric matrix [checkpoints, checkpoints]
+    with 1 on the diagonal; NaN where a correlation is not defined.
     """
     found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": [], "structure": []}
     layers = list(zip(*fingerprints, strict=True))
@@ -62,9 +57,8 @@ def compare_checkpoints(
 def routing_changes(fingerprints: Sequence[Sequence[Fingerprint]]) -> list[list[tuple[float, float]]]:
     """Compare each checkpoint's choice of experts with the one before.
 
-    Returns:
-        Per checkpoint but the first, per layer: the share of tokens whose set of experts changed, and the mean share
-        of a token's experts that were replaced.
+    Returns per checkpoint but the first, per layer: the share of tokens whose set of experts changed, and the mean
+    share of a token's experts that were replaced.
     """
     return [
         [routes_changed(a.route_TK, b.route_TK) for a, b in zip(before, after, strict=True)]

@@ -17,12 +17,7 @@ from torch import Tensor
 
 
 def pack(active_TF: Tensor, neuron_ids_F: Tensor) -> Tensor:
-    """Return the pattern as bits, uint8 [T, W], in the neurons' first order, on the CPU.
-
-    Args:
-        active_TF: bool, neurons in their present order.
-        neuron_ids_F: which neuron stands in each row (`layer.ssd.neuron_ids_F`).
-    """
+    """Return the pattern of neurons in their present order as bits, uint8 [T, W], in their first order, on the CPU."""
     row_of_F = np.argsort(neuron_ids_F.cpu().numpy())
     first_TF = np.take(active_TF.cpu().numpy(), row_of_F, axis=1)
     return torch.from_numpy(np.packbits(first_TF, axis=1))
@@ -45,13 +40,9 @@ def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
 
 
 def routes_changed(a_TK: Tensor, b_TK: Tensor) -> tuple[float, float]:
-    """Compare the experts chosen for the same tokens.
+    """Compare the experts chosen for the same tokens: each token's K expert numbers, in any order.
 
-    Args:
-        a_TK, b_TK: the K expert numbers of each token, in any order.
-
-    Returns:
-        The share of tokens whose set of experts is another one, and the mean share of a set that was replaced.
+    Returns the share of tokens whose set of experts is another one, and the mean share of a set that was replaced.
     """
     kept_T = (a_TK[:, :, None] == b_TK[:, None, :]).sum(dim=(1, 2))
     k = max(a_TK.shape[1], b_TK.shape[1])
