@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +158,8 @@ def _relufy(
     changed = with_relu(load_config(source), family_of(model))
     model = load_pretrained(source, changed).to(text.device)
     swapped = validation_loss(model, text.validation)
-    with _bar("training with ReLU", config.relufy, quiet) as advance:
-        train_on(model, text.batch, config.relufy, config.relufy_learning_rate, advance)
+    with _bar("training with ReLU", config.relufy, quiet) as bar:
+        train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
     _say(f"loss, nats per token: {stages}", quiet)
@@ -210,8 +208,8 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
 
 def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, quiet: bool) -> None:
     batches = text.probe(model, tokens)
-    with _bar("calibrating routers", len(batches), quiet) as advance:
-        calibrate(model, batches, config.router_learning_rate, config.seed, advance)
+    with _bar("calibrating routers", len(batches), quiet) as bar:
+        calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
 
 
 def _say(text: str, quiet: bool) -> None:
@@ -219,7 +217,5 @@ def _say(text: str, quiet: bool) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-@contextmanager
-def _bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
-    with tqdm(total=total, desc=what, disable=None if not quiet else True, leave=False) as bar:
-        yield bar.update
+def _bar(what: str, total: int, quiet: bool) -> Any:
+    return tqdm(total=total, desc=what, disable=True if quiet else None, leave=False)

@@ -33,19 +33,6 @@ OWN = (
     "wall_seconds",
     "cpu_seconds",
 )
-PAIRED = (
-    "delta_dense",
-    "delta_sparse",
-    "flops_ratio",
-    "flops_ratio_nonembedding",
-    "wall_ratio",
-    "cpu_ratio",
-    "time_to_dense_loss_ratio",
-    "cpu_to_dense_loss_ratio",
-    "loss_at_dense_time",
-    "flops_to_dense_loss_ratio",
-    "loss_at_dense_flops",
-)
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,8 @@ def loss_limits(curves: Sequence[Sequence[Validation]]) -> tuple[float, float]:
 def _draw_method(axes: Axes, curves: Sequence[Sequence[Validation]], method: str, axis: str) -> None:
     colour, marker, style = STYLES[method.partition("@")[0]]
     face = colour if steps_factor(method) == 1 else "white"
-    look: Any = {
-        "color": colour,
-        "marker": marker,
-        "ls": style,
-        "ms": 3.5,
-        "mfc": face,
-        "lw": 1.2,
-        "alpha": 0.85,
-    }
+    look: Any = {"color": colour, "marker": marker, "ls": style, "mfc": face}
     for i, points in enumerate(curves):
         costs, losses = [getattr(point, axis) for point in points], [point.loss for point in points]
-        axes.plot(costs, losses, label=method if i == 0 else None, **look)
+        label = method if i == 0 else None
+        axes.plot(costs, losses, label=label, ms=3.5, lw=1.2, alpha=0.85, **look)

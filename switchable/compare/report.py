@@ -12,7 +12,6 @@ from typing import Any
 
 from switchable.compare.figures import (
     OWN,
-    PAIRED,
     Validation,
     curve,
     gain_at_equal_flops,
@@ -52,6 +51,8 @@ ROWS: dict[str, tuple[str, str]] = {
     GAIN: ("ssd's loss below this one's at equal FLOPs (nats)", "+.4f"),
 }
 """Figure -> how its row is called, and its format."""
+PAIRED = tuple(name for name in ROWS if name not in (*OWN, GAIN))
+"""Figures of a run against the dense run of its seed."""
 
 HEADLINE = (
     "delta_dense",

@@ -16,19 +16,14 @@ from switchable.settings import SwitchConfig
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what makes a model switchable besides its routers' weights: plain values for `make_switchable`."""
-    layers = layers_of(model)
+    first, *_ = layers = layers_of(model)
+    names = ("experts_per_token", "takes_part")
     described = {
-        "num_experts": layers[0].ssd.num_experts,
-        "family": dataclasses.asdict(layers[0].ssd.settings.family),
-        "layers": {
-            layer.ssd.name: {
-                "experts_per_token": layer.ssd.experts_per_token,
-                "takes_part": layer.ssd.takes_part,
-            }
-            for layer in layers
-        },
+        "num_experts": first.ssd.num_experts,
+        "family": dataclasses.asdict(first.ssd.settings.family),
+        "layers": {layer.ssd.name: {name: getattr(layer.ssd, name) for name in names} for layer in layers},
     }
-    return described if layers[0].has_dense_mode else described | {"gate": "softmax"}
+    return described if first.has_dense_mode else described | {"gate": "softmax"}
 
 
 def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:

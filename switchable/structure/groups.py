@@ -111,9 +111,8 @@ def _in_threads(
     if workers < 1:
         raise InputError(f"workers={workers}; give the number of threads, 1 or more, or None")
     workers = max(1, min(workers, len(layers)))
-    each = (
-        threads // workers or 1,
-    )  # beats all threads in each operation: much of the work is small operations
+    # One thread per layer beats all threads in each operation: much of the work is small operations.
+    each = (threads // workers or 1,)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
             futures = [pool.submit(one, layer) for layer in layers]

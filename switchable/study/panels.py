@@ -20,8 +20,7 @@ from switchable.study.canvas import (
     step_axis,
 )
 from switchable.study.measures import QUANTILES
-from switchable.study.records import sparse_spans
-from switchable.study.result import Series, Study
+from switchable.study.result import Series, Study, sparse_spans
 
 LEGEND_LAYERS = 8
 MODES: dict[str, dict[str, Any]] = {

@@ -134,13 +134,9 @@ def _layer_table(study: Study) -> dict[str, Any]:
         "in best K": lambda i, _, __: _share(study.mass_at_k("best", i)),
         "busiest / mean load": lambda _, __, r: f"{r.load_imbalance:.2f}",
     }
-    layers = list(zip(range(study.num_layers), study.layers, study.results[-1], strict=True))
-    return {
-        "title": f"The layers{at}",
-        "head": list(columns),
-        "rows": [[cell(*layer) for cell in columns.values()] for layer in layers],
-        "caption": "Shares of neurons, and of the activation mass. The measures are defined in docs/measures.md.",
-    }
+    layers = zip(range(study.num_layers), study.layers, study.results[-1], strict=True)
+    caption = "Shares of neurons, and of the activation mass. The measures are defined in docs/measures.md."
+    return _table(f"The layers{at}", columns, layers, caption)
 
 
 def _step_table(study: Study) -> dict[str, Any]:
@@ -158,12 +154,15 @@ def _step_table(study: Study) -> dict[str, Any]:
             _share(mean([tokens for tokens, _ in study.changes[n - 1]])) if n and study.changes else ""
         ),
     }
-    return {
-        "title": "The checkpoints, mean over layers",
-        "head": list(columns),
-        "rows": [[cell(n, layers) for cell in columns.values()] for n, layers in enumerate(study.results)],
-        "caption": "",
-    }
+    return _table("The checkpoints, mean over layers", columns, enumerate(study.results))
+
+
+def _table(
+    title: str, columns: dict[str, Callable[..., str]], rows: Iterable[Any], caption: str = ""
+) -> dict[str, Any]:
+    """Return a table as the page shows it; a column is a function of what a row is about."""
+    cells = [[cell(*row) for cell in columns.values()] for row in rows]
+    return {"title": title, "head": list(columns), "rows": cells, "caption": caption}
 
 
 def _share(value: float) -> str:

@@ -109,6 +109,24 @@ class Study:
         }
 
 
+def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
+    """Return (first step, last step, share of sparse steps) of every stretch of lines that had sparse steps.
+
+    Neighbouring lines with sparse steps are one stretch; its share is the mean over its steps.
+    """
+    spans: list[tuple[float, float, float]] = []
+    before, joined = 0.0, False
+    for record in train:
+        step, share = float(record["step"]), float(record["sparse_fraction"])
+        if share > 0 and joined:
+            start, end, mean = spans[-1]
+            spans[-1] = (start, step, (mean * (end - start) + share * (step - end)) / (step - start))
+        elif share > 0:
+            spans.append((before, step, share))
+        before, joined = step, share > 0
+    return spans
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean; NaN of nothing."""
     return sum(values) / len(values) if values else math.nan

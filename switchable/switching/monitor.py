@@ -111,25 +111,19 @@ def measure(
 
     Every rank runs the whole probe (rank 0's figures count), and finds the structure of its share of the layers.
 
-    Args:
-        model: a converted model.
-        probe: fixed batches of model inputs.
-        last: what was found last time per layer, labels for the neurons in their present order; or None.
-        random_state: seed of the clustering.
-        fresh: find the structure from scratch too, and take it if it is better by a margin, as the paper's authors do;
-            otherwise from last time's alone, which takes a fraction of the time.
+    `last` is what was found last time per layer, labels for the neurons in their present order; or None. With `fresh`
+    the structure is found from scratch too, and taken if it is better by a margin, as the paper's authors do; otherwise
+    from last time's alone, which takes a fraction of the time. `random_state` is the seed of the clustering.
 
-    Returns:
-        Measures per layer, and what was found: the best structures now (labels for the neurons in their present
-        order), patterns and routes, on the CPU.
+    Returns measures per layer, and what was found: the best structures now (labels for the neurons in their present
+    order), patterns and routes, on the CPU.
     """
     layers = layers_of(model)
     watches = watch(model, probe)
     rows = [_features_here(i, layer) for i, layer in enumerate(layers)]
     warm = [None if before is None else before.labels_F for before in last]
-    labels = cluster_layers(
-        rows, layers[0].ssd.num_experts, warm=warm, random_state=random_state, fresh=fresh
-    )
+    experts = layers[0].ssd.num_experts
+    labels = cluster_layers(rows, experts, warm=warm, random_state=random_state, fresh=fresh)
     found = [
         Found(labels_F.cpu(), pack(seen.active_TF, layer.ssd.neuron_ids_F), seen.route_TK)
         for labels_F, seen, layer in zip(labels, watches, layers, strict=True)

@@ -10,8 +10,7 @@ from matplotlib.image import imread
 
 from switchable.files import read_records
 from switchable.study.pictures import draw_curves
-from switchable.study.records import sparse_spans
-from switchable.study.result import Study
+from switchable.study.result import Study, sparse_spans
 
 
 def line(step: int, share: float) -> dict[str, Any]:
