@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
     )
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
     counters.note_machine(jobs, job.device)
-    log = RunLog(rundir, counters.steps, counters.steps)
-    try:
+    with closing(RunLog(rundir, counters.steps, counters.steps)) as log:
         flops = count_step(job)
         trainer = Trainer(job, rundir, log, flops, counters, StopRequest(), Saver())
         begin, cpu = time.perf_counter(), time.process_time()
@@ -81,16 +81,14 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
         counters.seconds_measure += time.perf_counter() - begin
         counters.cpu_seconds += time.process_time() - cpu
         trainer.evaluate()
-        validation = trainer.validation
-        assert validation is not None
-        if abs((validation["val_loss_dense"] or 0.0) - before["val_loss_dense"]) > 1e-3:
+        assert trainer.validation is not None
+        now, then = trainer.validation["val_loss_dense"] or 0.0, before["val_loss_dense"]
+        if abs(now - then) > 1e-3:
             raise InputError(
-                f"the model of {rundir.path} has another loss ({validation['val_loss_dense']:.4f}) than the dense run "
-                f"it comes from ({before['val_loss_dense']:.4f}); has its text changed? Compare into another folder"
+                f"the model of {rundir.path} has another loss ({now:.4f}) than the dense run it comes from "
+                f"({then:.4f}); has its text changed? Compare into another folder"
             )
         return finish(trainer)
-    finally:
-        log.close()
 
 
 def cut_into_experts(job: Job, flops: StepFlops) -> float:

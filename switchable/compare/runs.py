@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
 from switchable.config import RunConfig, changed, check, read_stored
@@ -52,12 +52,10 @@ class Run:
         """
         file = self.path / "summary.json"
         try:
-            found: dict[str, Any] = read_json(file)
+            return cast(dict[str, Any], read_json(file))
         except ValueError:
-            raise InputError(
-                f"{file} is damaged; remove it and start again: the run's last checkpoint is kept"
-            ) from None
-        return found
+            why = "is damaged; remove it and start again: the run's last checkpoint is kept"
+            raise InputError(f"{file} {why}") from None
 
 
 def folder(out: Path, method: str, seed: int) -> Path:
@@ -72,12 +70,8 @@ def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out
         InputError: settings that cannot work, or a folder that holds a run with other settings.
     """
     needed = [before for name in methods if (before := named(name).starts_from) is not None]
-    order = tuple(dict.fromkeys([*needed, *methods]))
-    runs = [
-        Run(method, seed, folder(out, method, seed), method_config(config, method, seed))
-        for seed in seeds
-        for method in order
-    ]
+    every = [(method, seed) for seed in seeds for method in dict.fromkeys([*needed, *methods])]
+    runs = [Run(*each, folder(out, *each), method_config(config, *each)) for each in every]
     for run in runs:
         check(run.config)
         difference = differs(run)

@@ -88,14 +88,8 @@ def task_scores(
         for way in found_ways:
             with multiplying(model, way):
                 try:
-                    found = lm_eval.simple_evaluate(
-                        model=live,
-                        tasks=list(tasks),
-                        task_manager=manager,
-                        limit=limit,
-                        bootstrap_iters=RESAMPLES,
-                        log_samples=False,
-                    )
+                    options = {"limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
+                    found = lm_eval.simple_evaluate(live, tasks=list(tasks), task_manager=manager, **options)
                 except OSError as error:
                     reason = " ".join(str(error).split())
                     said = f"the data of the tasks cannot be had ({reason}); tasks with local data: {', '.join(LOCAL)}"

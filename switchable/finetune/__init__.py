@@ -1,5 +1,1 @@
-"""A trained model learns a classification task, with transformers' own head and Trainer.
-
-config.py     the settings
-classify.py   model + head -> Trainer -> scores in both modes
-"""
+"""A TRAINED MODEL LEARNS A CLASSIFICATION TASK, with transformers' own head and Trainer."""

@@ -114,7 +114,8 @@ def layer_style(index: int, count: int) -> dict[str, Any]:
 
 
 def step_axis(axes: Axes, steps: Sequence[float]) -> None:
-    """Make the x axis one of optimizer steps, logarithmic where that says more."""
+    """Make the x axis of plain axes one of optimizer steps, logarithmic where that says more."""
+    plain_axes(axes)
     positive = [s for s in steps if s > 0]
     if len(positive) <= 2 or max(positive) / min(positive) <= 8:
         axes.set_xlabel("optimizer step")

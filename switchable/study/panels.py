@@ -55,7 +55,7 @@ def loss(study: Study, picture: Picture, axes: Axes) -> None:
     for r in train:
         picture.hover(axes, r["step"], r["loss"], f"step {r['step']:,}: training loss {r['loss']:.4f}")
     axes.set_ylabel("loss (nats per token)")
-    _finish(axes, steps)
+    step_axis(axes, steps)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8)
@@ -74,7 +74,7 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
         dense = [s * per_step for s in steps]
         axes.plot(steps, dense, color=TRAIN, ls="--", label="the same steps all dense")
     axes.set_ylabel("computation (FLOPs)")
-    _finish(axes, steps)
+    step_axis(axes, steps)
     axes.legend(handles=axes.get_lines(), fontsize=8)
 
 
@@ -93,7 +93,7 @@ def layer_lines(
         picture.line(axes, steps, values, tell, **_line(i, len(series)))
     axes.set_ylabel(label)
     axes.set_ylim(*(limits or (min(0.0, axes.get_ylim()[0]), None)))
-    _finish(axes, sorted({step for steps, _ in series for step in steps}))
+    step_axis(axes, sorted({step for steps, _ in series for step in steps}))
     legend_above(axes)
 
 
@@ -101,11 +101,6 @@ def _line(i: int, count: int) -> dict[str, Any]:
     """Return a layer's style and its name in the legend, which of many layers has the first and the last."""
     named = count <= LEGEND_LAYERS or i in (0, count - 1)
     return {"label": f"layer {i}" if named else None, **layer_style(i, count)}
-
-
-def _finish(axes: Axes, steps: list[float]) -> None:
-    plain_axes(axes)
-    step_axis(axes, steps)
 
 
 def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes: Axes) -> None:

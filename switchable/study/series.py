@@ -25,7 +25,6 @@ from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
-from switchable.files import read_records
 from switchable.settings import SwitchConfig
 from switchable.store.contents import NEURON_IDS
 from switchable.store.load import load
@@ -180,12 +179,3 @@ def find_tokenizer(given: str | None, sources: Sequence[Source]) -> PreTrainedTo
         if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
             return load_tokenizer(place)
     raise InputError(f"{last} holds no tokenizer; name its folder with --tokenizer")
-
-
-def unfinished(run: RunDir) -> str | None:
-    """Return None if a run has ended, else how far it has come, in a few words."""
-    if run.summary.is_file():
-        return None
-    records = read_records(run.metrics) if run.metrics.is_file() else []
-    last = max((int(record["step"]) for record in records), default=0)
-    return f"{run.path} is not finished (it has written figures up to step {last})"

@@ -33,7 +33,6 @@ from switchable.study.series import (
     listed_sources,
     order_is_known,
     run_sources,
-    unfinished,
 )
 from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
 from switchable.train.setup import pick_device
@@ -50,9 +49,10 @@ def study_run(folder: Path, config: StudyConfig, progress: bool = False) -> Stud
     """
     run = RunDir(folder)
     study = records_of_run(folder)
-    going_on = unfinished(run)
-    if going_on is not None:
-        study.problems.append(f"{going_on}; shown is what there is so far")
+    if not run.summary.is_file():
+        last = max((int(record["step"]) for record in study.metrics), default=0)
+        so_far = f"it has written figures up to step {last}"
+        study.problems.append(f"{folder} is not finished ({so_far}); shown is what there is so far")
     sources = run_sources(run)
     if not sources:
         study.problems.append(f"{folder} has no checkpoints; shown is what the run itself has recorded")
