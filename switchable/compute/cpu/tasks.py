@@ -110,7 +110,7 @@ class Tasks:
 class Run:
     """A function and its record, to be called any number of times, by one Python thread at a time.
 
-    The memory that the record points to must live as long; `run[field] = address` changes it.
+    The memory that the record points to must live as long.
     """
 
     def __init__(
@@ -122,19 +122,16 @@ class Run:
         fields: Mapping[str, Tensor | int | None],
     ):
         self.code, self.places = code, kind.places
-        self.record = kind.type()
+        record = self.record = kind.type()
         for stage, count in enumerate(tasks):
-            self[f"tasks{stage or ''}"] = count
+            record[kind.places[f"tasks{stage or ''}"]] = count
         for field, value in fields.items():
-            self[field] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+            record[kind.places[field]] = value.data_ptr() if isinstance(value, Tensor) else value or 0
         address = ctypes.addressof(self.record)
         self.clear = functools.partial(
             ctypes.memset, address, 0, 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
         )
         self.work = _in_threads(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
-
-    def __setitem__(self, field: str, value: int) -> None:
-        self.record[self.places[field]] = value
 
     def __call__(self) -> None:
         self.clear()  # tasks begun, and those that are done

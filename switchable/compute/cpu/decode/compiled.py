@@ -123,8 +123,6 @@ def prepare_call(
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,
-        "router": router[0] if router else 0,
-        "router_bias": router[1] if router else 0,
         "scores": floats,
         "ids": ids if router else given_TK,
         "token_sets": token_sets,
@@ -134,6 +132,8 @@ def prepare_call(
         "down": weights.down_FD,
         "start": start_D,
     }
+    if router:
+        fields |= {"router": router[0], "router_bias": router[1]}
     entry, threads = "routed" if router else "given", torch.get_num_threads()
     bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * 8
     stages = (1, num_experts, threads)

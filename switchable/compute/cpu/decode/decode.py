@@ -44,7 +44,7 @@ def supports(call: ExpertCall) -> str | None:
         return "computes no gradients"
     if torch.is_autocast_enabled("cpu"):
         return "does not compute under autocast"
-    if _compiles(call) or call.expert_ids_TK.numel() <= LARGEST_SHARE * call.num_experts:
+    if call.expert_ids_TK.numel() <= LARGEST_SHARE * call.num_experts or _compiles(call):
         return None
     return f"reads the rows of chosen experts, and {len(call.x_TD)} tokens together choose most of them"
 
@@ -55,28 +55,28 @@ def _compiles(call: ExpertCall) -> bool:
     return x_TD.dtype is torch.float32 and fits(len(x_TD), call.weights, call.num_experts, call.activation)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 
     Raises:
         InputError: an expert's number is not in 0..E-1.
     """
-    if not _compiles(call):
-        y_TD: Tensor = _token_by_token(call)
-        return y_TD
-    ids_TK = call.expert_ids_TK
-    check_ids(ids_TK, call.num_experts)
-    prepared = prepare_call(
-        len(call.x_TD), call.weights, ids_TK, call.num_experts, ids_TK.shape[1], activation=call.activation
-    )
-    assert prepared is not None, "prepare_call asks what _compiles has asked"
-    return prepared(call.x_TD.contiguous())
+    x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
+    prepared = None
+    if x_TD.dtype is torch.float32:  # else prepare_call has nothing to look at but the weights
+        prepared = prepare_call(
+            len(x_TD), weights, ids_TK, experts, ids_TK.shape[1], activation=call.activation
+        )
+    if prepared is None:
+        return _token_by_token(call)
+    check_ids(ids_TK, experts)
+    return prepared(x_TD.contiguous())
 
 
 DECODE = Backend("decode", supports, run)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _token_by_token(call: ExpertCall) -> Tensor:
     own = [_one_token(call, x_D, ids_K) for x_D, ids_K in zip(call.x_TD, call.expert_ids_TK, strict=True)]
     return own[0].unsqueeze(0) if len(own) == 1 else torch.stack(own) if own else torch.zeros_like(call.x_TD)

@@ -13,8 +13,8 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -40,8 +40,7 @@ Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is not kept
     """What code is compiled for."""
 
     d_model: int
