@@ -68,9 +68,9 @@ def write_files(study: Study, folder: Path) -> list[str]:
 
 
 def draw_curves(study: Study, path: Path) -> None:
-    """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, stability of structures."""
+    """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, pattern."""
     draws: list[Draw] = [partial(panels.loss, study)] if study.records("train") else []
-    labels = CURVES["activation_ratio"][2] | {"similarity": "similarity of structures (ARI)"}
+    labels = CURVES["activation_ratio"][2] | {"pattern_similarity": "active sets, overlap (Jaccard)"}
     draws += [_curve(study, *row) for row in labels.items() if _points(study, row[0])]
     if draws:
         write_picture(draw_picture(draws), path)

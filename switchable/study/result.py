@@ -69,8 +69,7 @@ class Study:
     def series(self, name: str) -> Series:
         """Return a measure over training: at the checkpoints, and where the run itself measured it."""
         found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
-        # The first structure has none before it to be similar to.
-        for record in self.records("measure")[name == "similarity" :]:
+        for record in self.records("measure"):
             for i, values in enumerate(record["layers"][: self.num_layers]):
                 if values.get(name) is not None:
                     found[i][record["step"]] = values[name]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.call import Backend, ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -108,3 +108,15 @@ def assert_equals_reference(case: Case, backend: str) -> None:
         assert got[name].shape == wanted.shape, name
         error = relative_error(got[name], wanted)
         assert error < TOLERANCE[case.dtype], f"relative error {error:.1e} in {name}"
+
+
+def assert_mixed_dtypes_need_autocast(case: Case, backend: Backend) -> None:
+    """Check that a backend refuses mixed dtypes, says which, and takes them where autocast converts them."""
+    found = problem(case)
+    found.x = found.x.bfloat16()
+    reason = (
+        "wants one dtype, and input and weights have bfloat16, float32; convert them, or use torch.autocast"
+    )
+    assert backend.supports(found.call) == reason
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backend.supports(found.call) is None

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from compute.problems import TOLERANCE, Case, outcome, problem, relative_error
+from compute.problems import (
+    TOLERANCE,
+    Case,
+    assert_mixed_dtypes_need_autocast,
+    outcome,
+    problem,
+    relative_error,
+)
 
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 
@@ -55,14 +62,7 @@ def test_it_says_what_it_cannot_compute(key: str) -> None:
 
 
 def test_it_says_that_dtypes_are_mixed_unless_autocast_converts_them() -> None:
-    found = problem(PLAIN)
-    found.x = found.x.bfloat16()
-    reason = (
-        "wants one dtype, and input and weights have bfloat16, float32; convert them, or use torch.autocast"
-    )
-    assert GROUPED_MM.supports(found.call) == reason
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert GROUPED_MM.supports(found.call) is None
+    assert_mixed_dtypes_need_autocast(PLAIN, GROUPED_MM)
 
 
 def test_on_cuda_it_computes_in_bfloat16_alone() -> None:

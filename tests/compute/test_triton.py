@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from compute.problems import TOLERANCE, Case, Problem, problem, relative_error
+from compute.problems import (
+    TOLERANCE,
+    Case,
+    Problem,
+    assert_mixed_dtypes_need_autocast,
+    problem,
+    relative_error,
+)
 from torch import Tensor
 
 from switchable.compute.call import Backend
@@ -234,14 +241,7 @@ def test_it_says_what_it_cannot_compute(key: str, monkeypatch: pytest.MonkeyPatc
 def test_it_says_that_dtypes_are_mixed_unless_autocast_converts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path, "INTERPRETED", True)
     monkeypatch.setattr(path, "HAS_TRITON", True)
-    found = problem(PLAIN)
-    found.x = found.x.bfloat16()
-    reason = (
-        "wants one dtype, and input and weights have bfloat16, float32; convert them, or use torch.autocast"
-    )
-    assert TRITON.supports(found.call) == reason
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert TRITON.supports(found.call) is None
+    assert_mixed_dtypes_need_autocast(PLAIN, TRITON)
 
 
 @pytest.mark.skipif(path.INTERPRETED, reason="the interpreter takes CPU tensors")

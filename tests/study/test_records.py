@@ -24,7 +24,7 @@ def test_sparse_spans_by_hand() -> None:
 
 
 def layer(value: float) -> dict[str, float]:
-    return {"activation_ratio": value, "similarity": value}
+    return {"activation_ratio": value, "pattern_similarity": value}
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
