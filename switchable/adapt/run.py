@@ -44,6 +44,7 @@ from switchable.structure.groups import cluster_layers
 from switchable.switching.measures import Batch
 from switchable.switching.monitor import watch
 from switchable.switching.switch import group_anew
+from switchable.train.optim import in_float32
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
 
 COST_TOKENS = 20_480
@@ -88,12 +89,12 @@ def adapt(
         torch.set_num_threads(config.threads)
     if not source.is_dir():
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
-    final = RunDir(source).final
+    given, final = source, RunDir(source).final
     source = final if (final / "config.json").is_file() else source
     if is_sparse_export(source):
         raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
-    check_output(out, overwrite, sources=(source,))
+    check_output(out, overwrite, sources=(given, *data.sources))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
     with torch.device(
         "meta"
@@ -158,7 +159,7 @@ def _relufy(
     changed = with_relu(load_config(source), family_of(model))
     model = load_pretrained(source, changed).to(text.device)
     swapped = validation_loss(model, text.validation)
-    with _bar("training with ReLU", config.relufy, quiet) as bar:
+    with in_float32(model), _bar("training with ReLU", config.relufy, quiet) as bar:
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
 from switchable.errors import InputError
+from switchable.files import check_apart, check_writable
 
 HELP = "train with several methods on the same data and initial weights; write one table"
 
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     flags = {"threads": max(1, cores() // jobs)} | given_flags(args)
     config = load(args.config, flags)
     runs = runs_of(config, methods, seeds, args.out)
-    make_folder(args.out)
+    check_apart(args.out, config.data.sources)
+    check_writable(args.out / "compare.json")
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.compare.report import last_line, markdown, write_report
     from switchable.compare.supervise import Supervisor
@@ -86,18 +88,6 @@ def run(args: argparse.Namespace) -> int:
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def make_folder(out: Path) -> None:
-    """Create the comparison's folder.
-
-    Raises:
-        InputError: the path is not a folder that can be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be used as output folder: {error.strerror}; choose another") from None
 
 
 def _jobs(given: str) -> int:

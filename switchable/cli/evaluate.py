@@ -8,6 +8,7 @@ from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
 from switchable.errors import InputError
+from switchable.files import check_writable, read_json, write_json
 
 HELP = "evaluate a model on tasks (lm-eval) and text, dense and over a range of K"
 
@@ -51,15 +52,34 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "nothing to evaluate on; give --tasks, e.g. lambada=PATH, or text with --data, or both"
         )
+    if args.out is not None:
+        _check_out(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
-    from switchable.files import write_json
 
     scores = evaluate(args.folder, config, data)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     print(table(scores))
     print(json.dumps(result))
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that cannot be written, or that is something else than older scores.
+
+    Raises:
+        InputError: says which.
+    """
+    check_writable(out)
+    if not out.exists():
+        return
+    try:
+        older = "scores" in read_json(out)
+    except (OSError, ValueError, TypeError):
+        older = False
+    if not older:
+        raise InputError(f"{out} exists and does not hold scores; choose another file with --out")

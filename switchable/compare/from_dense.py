@@ -59,8 +59,7 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
         job = set_up(run.config, cache)
         dense = RunDir(run.starts_from)
         _load_weights(dense.final, job.model)
-        rundir.clear()
-        write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
+        rundir.begin(yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
         return _cut(job, rundir, read_json(dense.summary), jobs)
     finally:

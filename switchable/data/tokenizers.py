@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from switchable.errors import InputError, nearest
+from switchable.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,6 +162,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"the tokenizer in {str(path)!r} cannot be loaded ({first_line}); "
             "save it again with save_pretrained"
         ) from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under names that transformers 4 and tools made for it know; transformers 5 writes its own."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
 
 
 def _is_lower_case(vocabulary: Path) -> bool:

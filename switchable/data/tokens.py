@@ -169,9 +169,9 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     if config.tokenizer is None:
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
         trained = tokenizers.train_bpe(sample, config.vocab_size, objective)
-        trained.save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(trained, folder / "tokenizer")
     else:
-        tokenizers.load_tokenizer(config.tokenizer).save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(tokenizers.load_tokenizer(config.tokenizer), folder / "tokenizer")
     scan.sample.clear()
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")  # the one that others will load
     end = tokenizers.end_of_text(tokenizer)

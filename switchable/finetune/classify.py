@@ -38,9 +38,11 @@ from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
 from switchable.store import checkpoint
+from switchable.store.export import check_output
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.train.memory import keep_freed_memory
+from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
 
 NEW_HEAD = r"score|classif|pooler|pre_classifier"
@@ -66,8 +68,8 @@ def finetune(
     """
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
-    if out is not None and (out / "config.json").exists() and not overwrite:
-        raise InputError(f"{out} holds a model already; replace it with --overwrite or choose another --out")
+    if out is not None:
+        check_output(out, overwrite, sources=(run, data))
     train, dev = (glue.examples(config.task, data, split) for split in ("train", "dev"))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -82,7 +84,8 @@ def finetune(
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
-        outcome = trainer.train()
+        with in_float32(model):
+            outcome = trainer.train()
         scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),

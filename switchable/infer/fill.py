@@ -19,17 +19,34 @@ from switchable.errors import InputError
 from switchable.infer.sampling import Sampling
 
 
-def check_prompt(objective: str, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Refuse a prompt without a blank for a masked language model.
+def check_prompt(
+    objective: str, tokenizer: PreTrainedTokenizerBase, prompt: str, positions: int | None
+) -> None:
+    """Refuse a prompt without a blank for a masked language model, and one for which the model is too short.
 
     Raises:
-        InputError: says what the mask token is.
+        InputError: says what the mask token is, or how many tokens there may be.
     """
     if objective == "masked" and str(tokenizer.mask_token) not in prompt:
         raise InputError(
             f"a masked language model fills blanks and does not continue text; put {tokenizer.mask_token} "
             f"into the prompt, not only {prompt!r}"
         )
+    if objective == "span" or positions is None:
+        return
+    tokens, most = len(tokenizer(prompt)["input_ids"]), positions - (objective == "causal")
+    if tokens > most:
+        answer = ": there is no room for an answer" if objective == "causal" else ""
+        raise InputError(
+            f"the prompt has {tokens} tokens and the model {positions} positions{answer}; "
+            f"use a prompt of at most {most} tokens"
+        )
+
+
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a model can take, None for one without a limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 @torch.no_grad()
@@ -39,14 +56,9 @@ def fill_masks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str
     Raises:
         InputError: the prompt has no mask, or more tokens than the model has positions.
     """
-    check_prompt("masked", tokenizer, prompt)
+    check_prompt("masked", tokenizer, prompt, positions_of(model))
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > int(positions):
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens and the model {positions} positions; shorten it"
-        )
     masked = ids == tokenizer.mask_token_id
     logits_NV = model(input_ids=ids).logits[masked].float()
     logits_NV[:, tokenizer.all_special_ids] = -torch.inf

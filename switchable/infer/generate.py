@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
-from switchable.infer.fill import fill_masks, fill_spans
+from switchable.infer.fill import check_prompt, fill_masks, fill_spans, positions_of
 from switchable.infer.loss import objective_of_model
 from switchable.infer.sampling import Sampling
 
@@ -49,14 +48,10 @@ def generate_text(
 
 
 def _continue(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
+    positions = positions_of(model)
+    check_prompt("causal", tokenizer, prompt, positions)
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    room = min(sampling.max_new_tokens, positions - len(ids))
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
-            f"use a prompt of at most {positions - 1} tokens"
-        )
+    room = min(sampling.max_new_tokens, sys.maxsize if positions is None else positions - len(ids))
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
     written = sampling.generate(model, input_ids, room, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(written, skip_special_tokens=True))

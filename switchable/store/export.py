@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
 from switchable.ffn.description import describe
-from switchable.files import whole_folder
-from switchable.store.folders import full_disk_told
+from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_pretrained
+from switchable.store.readme import readme
 from switchable.store.sparse_folder import METHOD
 
 
@@ -58,8 +59,9 @@ def export(
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"
-    with full_disk_told(out, remedy), whole_folder(out) as temporary:
+    with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
         write(model, tokenizer, to, temporary, max_shard_size)
+        write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
     weights = sorted(out.glob("*.safetensors"))
     return {
         "out": str(out),
@@ -92,17 +94,17 @@ def write(
         elif to == "sparse":
             del config.quantization_config
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
-def check_output(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse an output folder that holds something else than a model to be replaced.
+def check_output(out: Path, overwrite: bool, sources: Sequence[Path | str]) -> None:
+    """Refuse an output folder that holds something else than a model to be replaced, or that cannot be written.
 
     Raises:
         InputError: says what to do.
     """
-    if any(out.resolve() == source.resolve() for source in sources):
-        raise InputError(f"{out} is what is read; choose another folder with --out")
+    check_apart(out, sources)
+    check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "config.json").is_file():

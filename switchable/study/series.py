@@ -26,7 +26,7 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
 from switchable.settings import SwitchConfig
-from switchable.store.contents import NEURON_IDS
+from switchable.store.contents import NEURON_IDS, own_tensors
 from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
@@ -160,7 +160,7 @@ def order_is_known(source: Source) -> bool:
     if not source.is_ours:
         return True
     try:
-        with safe_open(source.path / "switchable.safetensors", "pt") as file:
+        with safe_open(own_tensors(source.path, "switchable"), "pt") as file:
             return any(str(name).endswith(NEURON_IDS) for name in file.keys())  # noqa: SIM118
     except UNREADABLE:
         return False

@@ -240,6 +240,7 @@ class Trainer:
         """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
         begin = time.perf_counter()
         job, counters = self.job, self.counters
+        self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_finite(counters.window_loss)
         state = training_state(

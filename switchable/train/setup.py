@@ -26,7 +26,7 @@ from switchable.errors import InputError
 from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.layer import SwitchableFFN
-from switchable.infer.fill import check_prompt
+from switchable.infer.fill import check_prompt, positions_of
 from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
@@ -120,8 +120,6 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> Sim
     name = objective_of(config)
     data = prepare(config.data, cache, objective=name, progress=not quiet)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    if train.sample_prompt is not None:
-        check_prompt(name, tokenizer, train.sample_prompt)
     objective = build_objective(name, config.objective, tokenizer, train.sequence_length)
     batches = Batches(data.train.path, objective, train.batch_size, train.seed, rank, world)
 
@@ -133,6 +131,8 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> Sim
     model = build_model(
         config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
     ).to(device)
+    if train.sample_prompt is not None:
+        check_prompt(name, tokenizer, train.sample_prompt, positions_of(model))
     report = convert(model, config.switch, layer_type=variant.layer)
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)

@@ -59,7 +59,7 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     torch.manual_seed(123)
     resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
     whole, _ = trained(family)
-    for file in ("model.safetensors", "switchable.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
         expected, found = (load_file(r / "checkpoints/step-000020" / file) for r in (whole, tmp_path / "run"))
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
