@@ -144,8 +144,9 @@ def check_writable(path: Path) -> None:
         InputError: says why.
     """
     try:
-        with tempfile.TemporaryFile(dir=next(above for above in path.absolute().parents if above.exists())):
-            return
+        place = next(above for above in path.absolute().parents if above.exists())
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            file.write(b"x")
     except OSError as error:
         raise InputError(
             f"{path} cannot be written: {error.strerror}; choose another place with --out"

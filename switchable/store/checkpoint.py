@@ -27,12 +27,15 @@ from switchable.files import finish_folder, full_disk_told, remove, temporary_na
 from switchable.store import tensorfile
 from switchable.store.contents import Contents, contents_of
 from switchable.store.folders import entry, seal
-from switchable.store.pretrained import quiet_transformers
+from switchable.store.pretrained import name_as_before, quiet_transformers
 from switchable.store.readme import readme
 
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
-REMEDY = "nothing was damaged and earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
+REMEDY = (
+    "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
+    "(and perhaps a lower --keep)"
+)
 
 
 def save(
@@ -91,6 +94,7 @@ def _begin(temporary: Path, contents: Contents) -> None:
     with quiet_transformers():
         for config in contents.configs:
             config.save_pretrained(temporary)
+    name_as_before(temporary)
     if contents.tokenizer is not None:
         save_tokenizer(contents.tokenizer, temporary)
     for name, value in contents.documents.items():

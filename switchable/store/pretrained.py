@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
 from switchable.ffn.convert import is_router_parameter
+from switchable.files import read_json, write_json
 
 SHARD_SIZE = "5GB"
 """Largest file of weights that an export writes."""
@@ -114,8 +115,25 @@ def save_pretrained(
         max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
     """
     state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.
+    vars(model).pop("_weight_conversions", None)
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+    name_as_before(folder)
+
+
+def name_as_before(folder: Path) -> None:
+    """Say in `config.json` what transformers 5 has renamed under its older names too, by which other tools read it."""
+    path = folder / "config.json"
+    config = read_json(path)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    write_json(path, config)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +71,7 @@ def save_probe(path: Path, batches: Sequence[Batch], training_tokens: TokenSourc
             if isinstance(value, Tensor):
                 tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
     with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file makes it for its owner alone
 
 
 def load_probe(path: Path, tokens: int | None = None) -> Probe:

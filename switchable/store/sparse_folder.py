@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from switchable.ffn.convert import layers_of
-from switchable.ffn.description import make_switchable
+from switchable.ffn.description import describe, make_switchable
 from switchable.ffn.layout import store_by_neuron
 
 METHOD = "switchable"
@@ -33,11 +33,26 @@ METHOD = "switchable"
 
 
 class SwitchableFFNsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The description of a model's experts (`ffn.description.describe`) as a part of its config."""
+    """The description of a model's experts (`ffn.description.describe`) as a part of its config.
+
+    That of a model follows the model: `save_pretrained` saves the K that was set last.
+    """
 
     def __init__(self, quant_method: str = METHOD, **described: Any) -> None:
         self.quant_method = quant_method
-        self.__dict__.update(described)
+        self.described = described
+        self.model: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the part of `config.json`."""
+        described = self.described if self.model is None else describe(self.model)
+        return {"quant_method": self.quant_method, **described}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwitchableFFNsConfig:
+        """Return the copy of a copied model, or a description that stays as it is."""
+        copied = SwitchableFFNsConfig(**self.to_dict())
+        copied.model = memo.get(id(self.model))
+        return copied
 
 
 class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
@@ -51,6 +66,8 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         for layer in layers_of(model):
             store_by_neuron(layer)
+        model.config.quantization_config = SwitchableFFNsConfig(**self.quantization_config.to_dict())
+        model.config.quantization_config.model = model
         # Nothing is quantised: training, .half() and saving are as for any model. The config keeps the description.
         del model.hf_quantizer
         model.is_quantized = False
