@@ -55,9 +55,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def finish_folder(temporary: Path, path: Path) -> None:
     """Flush a folder with all its files to disk and rename it to `path`; an older folder there is removed."""
     for below in temporary.rglob("*"):
-        if (
-            below.is_file()
-        ):  # some libraries make files for their owner alone; the folder was made by the umask
+        # Some libraries make files for their owner alone. The folder was made by the umask.
+        if below.is_file():
             below.chmod(temporary.stat().st_mode & 0o666)
         flush(below)
     flush(temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
 from switchable.errors import InputError
-from switchable.files import check_writable, write_json
+from switchable.files import check_apart, check_writable, write_json
 
 HELP = "measure activation over a run, a series of checkpoints or one model; pictures and report.html"
 
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.store.rundir import RunDir
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
@@ -57,14 +58,19 @@ def run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and not args.quiet
     is_run = args.folder is not None and not (args.folder / "config.json").is_file()
     out = args.out or (args.folder / "study" if is_run else Path("study"))
+    check_apart(out, RunDir(args.folder).contents() if is_run else args.checkpoints or [args.folder])
     check_writable(out / "report.html")
     if is_run:
         study = study_run(args.folder, config, progress)
     else:
         study = study_checkpoints(args.checkpoints or [str(args.folder)], config, progress)
-    names = write_files(study, out / "pictures")
-    write_json(out / "study.json", study.to_json())
-    write_report(study, out / "report.html")
+    try:
+        names = write_files(study, out / "pictures")
+        write_json(out / "study.json", study.to_json())
+        write_report(study, out / "report.html")
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"{out} cannot be written: {why}; choose another folder with --out") from None
     found = {"report": str(out / "report.html"), "checkpoints": len(study.steps), "pictures": names}
     print(json.dumps(found | {"findings": findings(study), "problems": study.problems}))
     for problem in study.problems:

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from switchable.compare.runs import Run
 from switchable.compare.worker import IN_USE, task
-from switchable.errors import InputError
-from switchable.files import check_writable
 from switchable.store.rundir import RunDir
 from switchable.train.signals import StopRequest
 
@@ -125,8 +123,6 @@ class Supervisor:
                 self._say(f"{run.name}: finished")
             elif code == 2:
                 self._fail(run, _last_line(child.log))
-            elif (full := _cannot_be_written(child.log)) is not None:
-                self._fail(run, full)
             else:
                 self._fail(run, f"it ended with code {code}; {child.log} says why")
 
@@ -158,15 +154,6 @@ class Supervisor:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
-
-
-def _cannot_be_written(log: Path) -> str | None:
-    """Return why a child's log may not say what ended it, e.g. that the disk is full; None if it could be written."""
-    try:
-        check_writable(log)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def _last_line(log: Path) -> str:

@@ -86,7 +86,7 @@ class RunDir:
         """Return whether the launcher of this process is the one that ran this folder last."""
         return self._launcher.is_file() and self._launcher.read_text(encoding="utf-8") == _launcher()
 
-    def _contents(self) -> tuple[Path, ...]:
+    def contents(self) -> tuple[Path, ...]:
         """Return what a run leaves here, besides its configuration."""
         folders = (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer)
         return (*folders, self.metrics, self.summary, self.curves, self.report, self.probe)
@@ -97,7 +97,7 @@ class RunDir:
         Raises:
             InputError: says what to do.
         """
-        for path in self._contents():
+        for path in self.contents():
             check_apart(path, sources)
         if self.config.exists():
             if not overwrite:
@@ -106,7 +106,7 @@ class RunDir:
                     "or choose another folder with --out"
                 )
             return
-        for path in self._contents():
+        for path in self.contents():
             if path.exists():
                 raise InputError(
                     f"{self.path} holds no run (no {self.config.name}) but {path.name}, which a run would replace; "
@@ -116,7 +116,7 @@ class RunDir:
     def begin(self, config: str) -> None:
         """Remove what an earlier run left here, and write the configuration of the new one; the lock stays."""
         write_text(self.config, config)  # first: by it the folder is known as a run's
-        for path in self._contents():
+        for path in self.contents():
             remove(path)
 
     def go_back(self, step: int) -> None:
