@@ -162,7 +162,9 @@ def _begin(build: Build) -> tuple[nn.Module, Any, Tensor]:
     )
     convert(model, CONFIG)
     for layer in layers_of(model):
-        layer.ssd.router_learns = False  # other experts, other losses: some optimizers let that count everywhere
+        layer.ssd.router_learns = (
+            False  # other experts, other losses: some optimizers let that count everywhere
+        )
     tokens = torch.randint(0, 61, (4, 24))
     optimizer = build(list(model.parameters()))
     _train(model, optimizer, tokens, STEPS)

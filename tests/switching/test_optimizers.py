@@ -200,7 +200,10 @@ class _Listed(torch.optim.SGD):
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "whole numbers": (lambda m: _Quantised(m.parameters(), lr=0.1), "'moment_8bit' of optimizer _Quantised"),
-    "a tensor type": (lambda m: _OfATensorType(m.parameters(), lr=0.1), "'moment' of optimizer _OfATensorType"),
+    "a tensor type": (
+        lambda m: _OfATensorType(m.parameters(), lr=0.1),
+        "'moment' of optimizer _OfATensorType",
+    ),
     "one vector of all": (lambda m: _Flat(m.parameters(), lr=0.1), "'all' of optimizer _Flat"),
     "kept elsewhere": (lambda m: _Hidden(m.parameters(), lr=0.1), "_Hidden keeps a tensor .* 'kept'"),
     "a list": (lambda m: _Listed(m.parameters(), lr=0.1), "'history' of optimizer _Listed .*list"),
