@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.families import permute_neurons
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.plain import check_movable
 from switchable.ranks import gathered
 from switchable.structure.groups import match_labels, permutation_from_labels
 
@@ -39,15 +40,17 @@ def regroup(
         The permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
 
     Raises:
-        InputError: the optimizer holds state that cannot be permuted; nothing has been changed then.
+        InputError: the optimizer holds state, or a projection something, that cannot be permuted; nothing has been
+            changed then.
     """
     perms = [
         None if labels is None else _permutation(layer, labels)
         for layer, labels in zip(layers, structures, strict=True)
     ]
     moving = [(layer, perm) for layer, perm in zip(layers, perms, strict=True) if perm is not None]
-    if optimizer is not None:
-        for layer, _ in moving:
+    for layer, _ in moving:
+        check_movable(layer.ssd)
+        if optimizer is not None:
             check_optimizer(layer, optimizer)
     for layer, perm in moving:
         before = _fingerprint(layer)
