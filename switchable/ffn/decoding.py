@@ -54,7 +54,16 @@ class PreparedLayer:
         x_BSD: the first input.
     """
 
-    __slots__ = ("call", "experts_per_token", "hooks", "modules", "numbers", "parameters", "threads")
+    __slots__ = (
+        "call",
+        "experts_per_token",
+        "hooks",
+        "modules",
+        "namespaces",
+        "numbers",
+        "parameters",
+        "threads",
+    )
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
         check_plain(ssd)
@@ -63,6 +72,7 @@ class PreparedLayer:
         layer, home, family = ssd.holders[0], ssd.holders[-1], ssd.settings.family
         self.modules = [*_path(home, family.up), *_path(home, family.down), *_path(layer, "router")]
         called = [ssd.router, *(module for _, module in ssd.called)]
+        self.namespaces = [vars(module) for module in called]
         self.hooks = [
             hooks
             for module in called
@@ -98,6 +108,9 @@ class PreparedLayer:
             return False
         for hooks in self.hooks:
             if hooks:
+                return False
+        for namespace in self.namespaces:
+            if "forward" in namespace:
                 return False
         for modules, name, module in self.modules:
             if modules.get(name) is not module:

@@ -32,7 +32,7 @@ ACTIVATION_TARGET = 0.12
 """Activation ratio down to which the penalty on activations is paid, per layer."""
 
 NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
-NOT_MEASURED = "no measurement was due yet (monitor_every, min_dense_fraction)"
+NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
 
 
 @dataclass(frozen=True)
