@@ -190,6 +190,8 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
     for layer, row in zip(layers, rows, strict=True):
         layer.ssd.takes_part = row.activation_ratio <= config.max_activation_ratio
+        limit = f"max_activation_ratio={config.max_activation_ratio:g}"
+        layer.ssd.why_dense = f"activation ratio {row.activation_ratio:.3f}, above {limit}"
     if any(layer.ssd.takes_part for layer in layers):
         return
     for layer in layers:

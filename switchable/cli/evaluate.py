@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -18,7 +20,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 
-    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--mode",
         dest=f"{RESERVED}mode",
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
 
-    scores = evaluate(args.folder, config, data)
+    scores = evaluate(args.folder, config, data, show=partial(print, file=sys.stderr))
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

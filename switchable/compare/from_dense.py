@@ -111,8 +111,9 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     )
     stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
     controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
-    for layer, part, k in zip(layers, state.takes_part, state.experts_per_token, strict=True):
-        layer.ssd.takes_part = part
+    parts = zip(layers, state.takes_part, state.why_dense, state.experts_per_token, strict=True)
+    for layer, part, why, k in parts:
+        layer.ssd.takes_part, layer.ssd.why_dense = part, why
         layer.ssd.set_experts_per_token(k)
     return spent
 

@@ -104,6 +104,7 @@ def tabulate(
             **{name: over_seeds({seed: values[name] for seed, values in own.items()}) for name in OWN},
             **{name: over_seeds({seed: values[name] for seed, values in paired.items()}) for name in PAIRED},
             GAIN: over_seeds(gains),
+            "why_dense": {seed: why for seed in seeds if (why := _why_dense(summaries[method, seed]))},
             "ended_before_dense": _ended_before_dense(method, seeds, curves),
             "ran_with": _distinct([how for seed in seeds for how in summaries[method, seed]["ran_with"]]),
         }
@@ -122,6 +123,9 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
                 said.append(
                     f"{name} has seeds without a dense run ({_list(lacking)}); its ratios leave them out"
                 )
+    for name, found in methods.items():
+        for seed, why in found.get("why_dense", {}).items():
+            said.append(f"{name}, seed {seed}, has no sparse mode: {why}")
     if len(_distinct([how for found in methods.values() for how in found["ran_with"]])) > 1:
         how = "{threads} threads on {device}, {jobs} at a time".format_map
         shown = "; ".join(
@@ -129,6 +133,12 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
         )
         said.append(f"wall-clock is not comparable, the runs shared the machine differently: {shown}")
     return said
+
+
+def _why_dense(summary: Mapping[str, Any]) -> str | None:
+    """Say why a run that was to become sparse did not; None if it did, or was not to."""
+    asked = summary["experts"].get("min_dense_fraction") != 1
+    return summary.get("why_dense") if asked and not any(summary["sparse_layers"]) else None
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -207,6 +207,17 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> EndOfText:
     )
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and behind a text by itself.
+
+    Before it, a causal model was trained with them (Llama's and Gemma's bos); a prompt must not end in those behind it.
+    """
+    text, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    places = range(len(whole) - len(text) + 1)
+    first = next((i for i in places if whole[i : i + len(text)] == text), 0)
+    return list(whole[:first]), list(whole[first + len(text) :])
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many rows an embedding needs: the largest token id plus one, and no less than all tokens."""
     ids: Iterable[int] = tokenizer.get_vocab().values()

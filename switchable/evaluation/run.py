@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
+from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.loss import objective_of_model
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
 
-def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
-    """Return the scores of a run's or checkpoint's model, on tasks and on the text of `data`, if there is any.
+def evaluate(
+    folder: Path, config: EvalConfig, data: DataConfig, show: Callable[[str], object] = lambda _line: None
+) -> list[Score]:
+    """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
+
+    `show` is told what the model's own sparse mode is.
 
     Raises:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
@@ -42,6 +48,8 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
             "What finetune measured is in the results.json of its --out"
         )
     found_ways = ways(model, config.mode, config.experts_per_token)
+    if layers_of(model):
+        show(f"the model's own: {shown_mode(model, 'sparse')}")
     if tasks and objective_of_model(model) == "masked":
         raise InputError(
             "a masked language model gives no probability of a text, which tasks need; "

@@ -47,12 +47,17 @@ def build_model(family: str, sizes: Sizes, activation: str, vocab_size: int, tok
             where the family pads (bert, roberta, t5), `bos_token_id`, `decoder_start_token_id` if they differ.
 
     Raises:
-        InputError: a family that cannot be built here.
+        InputError: a family that cannot be built here, or that pads with the end of text.
     """
     if family not in BUILDERS:
         raise InputError(
             f"family={family!r} cannot be pre-trained from scratch; use one of {', '.join(BUILDERS)}"
             + nearest(family, BUILDERS)
+        )
+    if family in PADDING and tokens.get("pad_token_id") == tokens["eos_token_id"]:
+        raise InputError(
+            f"the tokenizer pads with its end of text (id {tokens['eos_token_id']}), so family={family} would never "
+            "learn it; give the tokenizer a pad_token of its own"
         )
     return model_of(BUILDERS[family](sizes, activation, {"vocab_size": vocab_size, **tokens}))
 
@@ -98,7 +103,7 @@ def _gpt2(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        **{"bos_token_id": rest["eos_token_id"], **rest},
+        **_causal(rest),
     )
 
 
@@ -113,7 +118,7 @@ def _opt(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         num_attention_heads=sizes["num_heads"],
         activation_function=activation,
         dropout=0.0,
-        **{"bos_token_id": rest["eos_token_id"], "pad_token_id": None, **rest},
+        **_causal(rest),
     )
 
 
@@ -126,8 +131,19 @@ def _llama(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         num_hidden_layers=sizes["num_layers"],
         num_attention_heads=sizes["num_heads"],
         hidden_act=activation,
-        **{"bos_token_id": rest["eos_token_id"], **rest},
+        **_causal(rest),
     )
+
+
+def _causal(rest: Tokens) -> dict[str, Any]:
+    """Return the vocabulary and special tokens of a causal model.
+
+    It has no padding token where that is a token of the text too: transformers leaves its embedding zero for ever.
+    """
+    tokens = {"bos_token_id": rest["eos_token_id"], "pad_token_id": None, **rest}
+    if tokens["pad_token_id"] in (tokens["bos_token_id"], tokens["eos_token_id"]):
+        tokens["pad_token_id"] = None
+    return tokens
 
 
 def _bert(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
@@ -185,3 +201,5 @@ BUILDERS: dict[str, Callable[[Sizes, str, Tokens], PreTrainedConfig]] = {
     "t5": _t5,
 }
 """Families that can be pre-trained from scratch."""
+PADDING = ("bert", "roberta", "t5")
+"""Those that need a padding token."""

@@ -34,7 +34,7 @@ from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
 from switchable.evaluation.ways import multiplying, ways
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
 from switchable.store import checkpoint
@@ -113,6 +113,9 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     chosen = find_model(run)
     if is_sparse_export(chosen):
         raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
+    before = layers_of(body)
+    if not before:
+        raise InputError(NOT_SWITCHABLE)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = load_config(chosen, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
@@ -120,7 +123,6 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     model = load_pretrained(chosen, settings, kind, new=NEW_HEAD)
-    before = layers_of(body)
     make_switchable(model, describe(body))
     for old, new in zip(before, layers_of(model), strict=True):
         new.router.load_state_dict(old.router.state_dict())
@@ -169,7 +171,9 @@ def _encode(
         texts = [("\n".join(pair),) for pair in texts]
     columns = map(list, zip(*texts, strict=True))
     encoded = tokenizer(*columns, truncation=True, max_length=min(max_length, positions), padding=False)
-    accepted = [name for name in encoded if name in tokenizer.model_input_names]
+    # GPT-2 would add the embeddings of tokens 0 and 1 for them, RoBERTa has no second one.
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    accepted = [name for name in tokenizer.model_input_names if name != "token_type_ids" or has_types]
     return [
         {name: encoded[name][i] for name in accepted} | {"labels": example.label}
         for i, example in enumerate(found)

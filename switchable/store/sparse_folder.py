@@ -5,15 +5,16 @@
     *.safetensors        the dense weights under their Hugging Face names, and the routers
 
 transformers' quantizers change a model between building it and loading its weights, and `register_quantizer` adds
-those of other packages. Ours exchanges the FFNs (`convert`) and quantises nothing. So the class stays what it was
-(`GPT2LMHeadModel`), every head and every Auto class works, and no code comes from the folder (no
-`trust_remote_code`). Without our package transformers warns of an unknown method and opens the same folder as the
+those of other packages. Ours exchanges the FFNs (`convert`) and quantises nothing; the model opens in sparse mode. Its
+class stays what it was (`GPT2LMHeadModel`), every head and every Auto class works, and no code comes from the folder
+(no `trust_remote_code`). Without our package transformers warns of an unknown method and opens the same folder as the
 plain dense model. The alternative is a model type of our own for every family: it needs a config, and a model class
 for each head, and nothing else can open it.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -24,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from switchable.ffn.convert import layers_of
+from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.ffn.description import describe, make_switchable
 from switchable.ffn.layout import store_by_neuron
 
@@ -68,6 +69,10 @@ class SwitchableFFNsLoader(HfQuantizer):  # type: ignore[misc]
             store_by_neuron(layer)
         model.config.quantization_config = SwitchableFFNsConfig(**self.quantization_config.to_dict())
         model.config.quantization_config.model = model
+        if any(layer.ssd.takes_part for layer in layers_of(model)):
+            set_mode(model, "sparse")
+        else:
+            logging.getLogger(__name__).warning("opened in dense mode: %s", why_dense(model))
         # Nothing is quantised: training, .half() and saving are as for any model. The config keeps the description.
         del model.hf_quantizer
         model.is_quantized = False

@@ -176,10 +176,9 @@ def build_model(
 
 
 def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    tokens = {"eos_token_id": data.end_of_text.id}
-    if tokenizer.pad_token_id is not None:
-        tokens["pad_token_id"] = int(tokenizer.pad_token_id)
-    return tokens
+    own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    tokens = {name: int(number) for name, number in own.items() if number is not None}
+    return tokens | {"eos_token_id": data.end_of_text.id}
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -122,15 +122,15 @@ batch = {{k: e[k] for k in ("input_ids", "attention_mask")}}
 model = AutoModelForCausalLM.from_pretrained(folder / "sparse")
 assert type(model).__name__ == "OPTForCausalLM"
 with torch.no_grad():
+    assert torch.equal(model(**batch).logits, e["sparse"])  # it opens in sparse mode
+    set_mode(model, "dense")
     assert torch.equal(model(**batch).logits, e["dense"])
     set_mode(model, "sparse")
-    assert torch.equal(model(**batch).logits, e["sparse"])
     with in_mode(model, "sparse", 4):
         assert torch.equal(model(**batch).logits, e["four"])
     assert torch.equal(model(**batch).logits, e["sparse"])
 model.half().float().save_pretrained(folder / "again")
 again = AutoModelForCausalLM.from_pretrained(folder / "again")
-set_mode(again, "sparse")
 assert torch.allclose(again(**batch).logits, e["sparse"], atol=1e-2)
 print("ok")
 """
