@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.adapt.calibrate import calibrate
 from switchable.adapt.config import AdaptConfig
@@ -127,11 +127,11 @@ def adapt(
 
 
 def _text(
-    model: nn.Module, source: Path, data: DataConfig, config: AdaptConfig, device: torch.device, cache: Path,
+    model: PreTrainedModel, source: Path, data: DataConfig, config: AdaptConfig, device: torch.device, cache: Path,
     quiet: bool,
 ) -> tuple[_Text, PreTrainedTokenizerBase]:  # fmt: skip
     """Prepare the text for what the model predicts."""
-    predicts = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    predicts = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if predicts is None or getattr(model, "main_input_name", "") != "input_ids":
         raise InputError(
             f"{source} is a {type(model).__name__}, which predicts no text; routers are calibrated on text with a "
@@ -139,7 +139,7 @@ def _text(
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     length = min(config.sequence_length, int(positions or config.sequence_length))
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows = int(model.get_input_embeddings().weight.shape[0])
     check_fits(load_tokenizer(str(data.tokenizer)), rows, source)
     name = objective_of_model(model)
     prepared = prepare(data, cache, objective=name, progress=not quiet)

@@ -36,7 +36,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, tokenizer = load_with_tokenizer(folder)
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
+    if model.get_output_embeddings() is None:
         raise InputError(
             f"{folder} holds a {type(model).__name__}, which predicts no text; give a language model. "
             "What finetune measured is in the results.json of its --out"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.config import RunConfig, read_stored
 from switchable.data.tokenizers import check_fits, load_tokenizer
@@ -19,7 +18,7 @@ from switchable.store.rundir import RunDir
 from switchable.store.sparse_folder import METHOD, register
 
 
-def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model with its routers, in dense mode, in evaluation mode, on the CPU.
 
     Args:
@@ -43,11 +42,11 @@ def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]
     make_switchable(model, read_json(chosen / "switchable.json"))
     restore_routers(chosen, model)
     if tokenizer is not None:
-        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)  # type: ignore[operator]
+        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)
     return model.eval(), tokenizer
 
 
-def load_with_tokenizer(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return what `load` does, for jobs that cannot do without the tokenizer.
 
     Raises:

@@ -14,12 +14,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
@@ -101,7 +101,7 @@ class Loader:
         self._labels: list[Tensor] | None = None
         self._shape: list[tuple[str, int, int, int]] | None = None
 
-    def load(self, source: Source) -> nn.Module:
+    def load(self, source: Source) -> PreTrainedModel:
         """Return the model of a checkpoint.
 
         Raises:
@@ -114,18 +114,18 @@ class Loader:
         except UNREADABLE as error:
             first_line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Skipped(f"{source.path} cannot be read ({first_line})") from None
-        cast(Any, model).config.use_cache = False
+        model.config.use_cache = False
         self._check_shape(source, model)
         return model.eval().to(self.device)
 
-    def _ours(self, source: Source) -> nn.Module:
+    def _ours(self, source: Source) -> PreTrainedModel:
         model, _ = load(source.path)
         if self.experts_per_token is not None:
             for layer in layers_of(model):
                 layer.ssd.set_experts_per_token(self.experts_per_token)
         return model
 
-    def _other(self, source: Source) -> nn.Module:
+    def _other(self, source: Source) -> PreTrainedModel:
         model = load_pretrained(source.path).float()
         family = family_of(model)
         projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
@@ -141,7 +141,7 @@ class Loader:
         group_anew(layers, self._labels)
         return model
 
-    def _check_shape(self, source: Source, model: nn.Module) -> None:
+    def _check_shape(self, source: Source, model: PreTrainedModel) -> None:
         ssds = [layer.ssd for layer in layers_of(model)]
         shape = [(ssd.name, ssd.d_model, ssd.d_ff, ssd.num_experts) for ssd in ssds]
         self._shape = first = self._shape or shape
