@@ -14,7 +14,7 @@ PACKAGE = ROOT / "switchable"
 FLOORS = (
     ("versions",),
     ("errors",),
-    ("coercion", "options", "files", "timing", "ranks"),
+    ("coercion", "options", "files", "timing", "ranks", "progress"),
     ("recipes", "gone"),
     ("settings",),
     ("data", "structure"),
@@ -37,7 +37,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 20_550
+MOST_LINES = 20_600
 """What the package has now; lower it when code goes."""
 
 

@@ -33,6 +33,7 @@ from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
 from switchable.infer.loss import objective_of_model, validation_loss
+from switchable.progress import progress_bar
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
@@ -158,7 +159,7 @@ def _relufy(
     changed = with_relu(load_config(source), family_of(model))
     model = load_pretrained(source, changed).to(text.device)
     swapped = validation_loss(model, text.validation)
-    with _bar("training with ReLU", config.relufy, quiet) as bar:
+    with progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar:
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
@@ -208,14 +209,10 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
 
 def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, quiet: bool) -> None:
     batches = text.probe(model, tokens)
-    with _bar("calibrating routers", len(batches), quiet) as bar:
+    with progress_bar("calibrating routers", "batch", len(batches), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
 
 
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
         tqdm.write(text, file=sys.stderr)
-
-
-def _bar(what: str, total: int, quiet: bool) -> Any:
-    return tqdm(total=total, desc=what, disable=True if quiet else None, leave=False)

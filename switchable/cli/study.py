@@ -54,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from switchable.study.report import write_report
     from switchable.study.study import study_checkpoints, study_run
 
-    progress = sys.stderr.isatty() and not args.quiet
     is_run = args.folder is not None and not (args.folder / "config.json").is_file()
     out = args.out or (args.folder / "study" if is_run else Path("study"))
     if is_run:
-        study = study_run(args.folder, config, progress)
+        study = study_run(args.folder, config, not args.quiet)
     else:
-        study = study_checkpoints(args.checkpoints or [str(args.folder)], config, progress)
+        study = study_checkpoints(args.checkpoints or [str(args.folder)], config, not args.quiet)
     try:
         names = write_files(study, out / "pictures")
         write_json(out / "study.json", study.to_json())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +21,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
-from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
+from switchable.progress import progress_bar
 from switchable.structure.kmeans import BalancedKMeans
 
-QUIET_SECONDS = 2.0
 PROMISING = 0.003  # a fresh fit this close above its goal after one sweep is worth finishing
 
 
@@ -116,8 +114,8 @@ def _in_threads(
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
             futures = [pool.submit(one, layer) for layer in layers]
-            look: Any = {"desc": "clustering", "unit": "layer", "delay": QUIET_SECONDS, "leave": False}
-            for _ in tqdm(as_completed(futures), total=len(futures), disable=not show, **look):
+            done = as_completed(futures)
+            for _ in progress_bar("clustering", "layer", len(futures), show, done):
                 pass
             return [future.result() for future in futures]
     finally:

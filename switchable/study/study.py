@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from tqdm import tqdm
 
 from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
+from switchable.progress import progress_bar
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.config import StudyConfig
@@ -106,7 +106,7 @@ def _fill(
     fingerprints: list[list[Fingerprint]] = []
     pattern_tokens = 0
     read: list[Source] = []
-    for source in tqdm(sources, desc="measuring", unit="checkpoint", disable=not progress, leave=False):
+    for source in progress_bar("measuring", "checkpoint", show=progress, over=sources):
         try:
             model = loader.load(source)
         except Skipped as skipped:
