@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from switchable.adapt.calibrate import calibrate
+from switchable.adapt.calibrate import EPOCHS, calibrate
 from switchable.adapt.config import AdaptConfig
 from switchable.adapt.relufy import train_on, with_relu
 from switchable.adapt.table import as_text, layer_rows, losses, sparse_losses
@@ -107,11 +107,12 @@ def adapt(
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
     _say(str(convert(model, switch)), quiet)
-    _group(model, text, config)
+    _group(model, text, config, quiet)
     _choose_layers(model, text, config)
     _calibrate(model, text, config.calibration_tokens, config, quiet)
-    rows = layer_rows(model, probe_inputs(model, text.validation, sys.maxsize))
-    found = losses(model, text.validation)
+    probe = probe_inputs(model, text.validation, sys.maxsize)
+    rows = layer_rows(model, progress_bar("measuring", "batch", show=not quiet, over=probe))
+    found = losses(model, text.validation, not quiet)
     _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
     figures |= {
         "ffns": len(rows),
@@ -155,13 +156,13 @@ def _relufy(
     model: nn.Module, source: Path, text: _Text, config: AdaptConfig, figures: dict[str, Any], quiet: bool
 ) -> nn.Module:
     """Return the model with ReLU, trained on."""
-    before = validation_loss(model, text.validation)
+    before = validation_loss(model, text.validation, not quiet)
     changed = with_relu(load_config(source), family_of(model))
     model = load_pretrained(source, changed).to(text.device)
-    swapped = validation_loss(model, text.validation)
+    swapped = validation_loss(model, text.validation, not quiet)
     with progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar:
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
-    after = validation_loss(model, text.validation)
+    after = validation_loss(model, text.validation, not quiet)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
     _say(f"loss, nats per token: {stages}", quiet)
     found = {"loss_before": before, "loss_swapped": swapped, "loss_after": after}
@@ -169,10 +170,11 @@ def _relufy(
     return model
 
 
-def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
+def _group(model: nn.Module, text: _Text, config: AdaptConfig, quiet: bool) -> None:
     """Put the neurons of every FFN in the order of the structure that the text shows."""
     layers = layers_of(model)
-    watches = watch(model, text.probe(model, config.structure_tokens))
+    probe = text.probe(model, config.structure_tokens)
+    watches = watch(model, progress_bar("watching neurons", "batch", show=not quiet, over=probe))
     rows = [
         features(layer.ssd.reads_FD.detach(), seen.active_TF, config.structure)
         for layer, seen in zip(layers, watches, strict=True)
@@ -209,7 +211,7 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
 
 def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, quiet: bool) -> None:
     batches = text.probe(model, tokens)
-    with progress_bar("calibrating routers", "batch", len(batches), not quiet) as bar:
+    with progress_bar("calibrating routers", "batch", len(batches) * (1 + EPOCHS), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
 
 

@@ -37,6 +37,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the scores there too, as JSON")
+    verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from switchable.evaluation.scores import table
     from switchable.files import write_json
 
-    scores = evaluate(args.folder, config, data)
+    scores = evaluate(args.folder, config, data, not args.quiet)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
         write_json(args.out, result)

@@ -20,12 +20,14 @@ from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
 from switchable.infer.loss import objective_of_model
+from switchable.progress import progress_bar
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
 
-def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
-    """Return the scores of a run's or checkpoint's model, on tasks and on the text of `data`, if there is any.
+def evaluate(folder: Path, config: EvalConfig, data: DataConfig, progress: bool = False) -> list[Score]:
+    """Return the scores of a run's or checkpoint's model, on tasks and on the text of `data`, if there is any;
+    with `progress` say how far the work is.
 
     Raises:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
@@ -48,7 +50,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
     model.to(device)
-    scores = _on_text(folder, config, data, model, tokenizer, found_ways) if data.data else []
+    scores = _on_text(folder, config, data, model, tokenizer, found_ways, progress) if data.data else []
     if tasks:
         scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
     return scores
@@ -61,11 +63,13 @@ def _on_text(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     found: list[Way],
+    progress: bool,
 ) -> list[Score]:
-    text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
+    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
+    text = tokenise((document for document, _, _ in documents), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
     positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
     length = config.sequence_length or min(trained.train.sequence_length, positions)
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
-    return text_scores(model, text, objective, length, found, config.batch_size)
+    return text_scores(model, text, objective, length, found, config.batch_size, progress)

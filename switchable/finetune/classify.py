@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -37,6 +38,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.progress import progress_bar
 from switchable.store import checkpoint
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
@@ -149,11 +151,37 @@ def _trainer(
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        disable_tqdm=quiet,
+        disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(not quiet))
     return trainer
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Says how far Trainer is, as every job of ours does: its own bars fill a log."""
+
+    def __init__(self, show: bool) -> None:
+        self._show = show
+        self._bar: Any = None
+
+    def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._bar = progress_bar("fine-tuning", "step", state.max_steps, self._show)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._bar.update()
+
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+        if self._bar is None:
+            self._bar = progress_bar("scoring", "batch", len(eval_dataloader), self._show)
+        self._bar.update()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+        self._bar = None
+
+    on_predict = on_train_end
 
 
 def _encode(

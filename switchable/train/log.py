@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), the terminal (a bar, or lines).
+"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), standard error (a bar, or lines).
 
 Every line of metrics.jsonl has a `kind` and a `step`:
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from switchable import ranks
 from switchable.errors import InputError
 from switchable.files import is_no_space, write_text
+from switchable.progress import progress_bar
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
@@ -44,11 +45,8 @@ class RunLog:
             self._rewind(rundir, start_step)
         self._file = rundir.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(rundir.tensorboard), purge_step=start_step or None)
-        self._quiet = quiet
-        live = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not live, dynamic_ncols=True
-        )
+        self.shows = not quiet
+        self._bar = progress_bar("dense", "step", total_steps, self.shows, initial=start_step)
         self._total = total_steps
 
     @staticmethod
@@ -109,7 +107,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if not self._quiet:
+        if self.shows:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
