@@ -19,6 +19,12 @@ QUIET_SECONDS = 2.0
 """A job that is done sooner shows nothing on a terminal."""
 
 
+def say(text: str, show: bool = True) -> None:
+    """Print a line on standard error, above the bars that are there."""
+    if show:
+        tqdm.write(text, file=sys.stderr)
+
+
 class _Lines(tqdm):  # type: ignore[type-arg]
     """tqdm's counts and figures, as lines of a log."""
 

@@ -15,6 +15,12 @@ from typing import Any
 
 AUTO = "auto"
 
+WHY_AUTO = {
+    "late": "dense steps can leave out idle neurons",
+    "early": "dense steps cannot leave out idle neurons, which takes ReLU or ReLU^2 without gate, float32 and a CPU",
+}
+"""Why `auto` is the one or the other."""
+
 LEAST_NEURONS = 8
 """Of an expert, in any recipe: no smaller ones were measured."""
 

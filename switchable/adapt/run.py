@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.adapt.calibrate import EPOCHS, calibrate
@@ -33,7 +32,7 @@ from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
 from switchable.infer.loss import objective_of_model, validation_loss
-from switchable.progress import progress_bar
+from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
@@ -103,17 +102,18 @@ def adapt(
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
+    _say_what(model, source, text, config, out, quiet)
     figures: dict[str, Any] = {"model": str(source), "out": str(out)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
-    _say(str(convert(model, switch)), quiet)
+    say(str(convert(model, switch)), not quiet)
     _group(model, text, config, quiet)
     _choose_layers(model, text, config)
     _calibrate(model, text, config.calibration_tokens, config, quiet)
     probe = probe_inputs(model, text.validation, sys.maxsize)
     rows = layer_rows(model, progress_bar("measuring", "batch", show=not quiet, over=probe))
     found = losses(model, text.validation, not quiet)
-    _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
+    say(as_text(rows, found, config.default_k, config.num_experts), not quiet)
     figures |= {
         "ffns": len(rows),
         "num_experts": config.num_experts,
@@ -126,6 +126,20 @@ def adapt(
     }
     save(out, model.to("cpu"), tokenizer=tokenizer, notes={"conversion.json": figures})
     return figures
+
+
+def _say_what(
+    model: PreTrainedModel, source: Path, text: _Text, config: AdaptConfig, out: Path, quiet: bool
+) -> None:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    relu = f"trained with ReLU for {config.relufy:,} steps, " if config.relufy else ""
+    validated = sum(batch["input_ids"].numel() for batch in text.validation)
+    say(f"model: {source}, a {type(model).__name__} of {size:,} parameters, on {text.device}", not quiet)
+    say(
+        f"conversion: {relu}neurons grouped by {config.structure} on {config.structure_tokens:,} tokens, routers "
+        f"calibrated on {config.calibration_tokens:,}, losses measured on {validated:,}; writes to {out}",
+        not quiet,
+    )
 
 
 def _text(
@@ -164,7 +178,7 @@ def _relufy(
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation, not quiet)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
-    _say(f"loss, nats per token: {stages}", quiet)
+    say(f"loss, nats per token: {stages}", not quiet)
     found = {"loss_before": before, "loss_swapped": swapped, "loss_after": after}
     figures["relufy"] = {"steps": config.relufy, **found}
     return model
@@ -179,7 +193,8 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig, quiet: bool) -> N
         features(layer.ssd.reads_FD.detach(), seen.active_TF, config.structure)
         for layer, seen in zip(layers, watches, strict=True)
     ]
-    group_anew(layers, cluster_layers(rows, config.num_experts, random_state=config.seed))
+    labels = cluster_layers(rows, config.num_experts, random_state=config.seed, progress=not quiet)
+    group_anew(layers, labels)
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
@@ -213,8 +228,3 @@ def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, 
     batches = text.probe(model, tokens)
     with progress_bar("calibrating routers", "batch", len(batches) * (1 + EPOCHS), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        tqdm.write(text, file=sys.stderr)

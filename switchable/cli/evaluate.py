@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -53,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
             "nothing to evaluate on; give --tasks, e.g. lambada=PATH, or text with --data, or both"
         )
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.cli.output import finish
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
     from switchable.files import write_json
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         write_json(args.out, result)
     print(table(scores))
-    print(json.dumps(result))
+    finish(result, args.out or "the table above; --out FILE writes them as JSON")
     return 0

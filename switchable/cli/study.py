@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -48,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.cli.output import finish
     from switchable.files import write_json
+    from switchable.progress import say
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
@@ -62,14 +62,20 @@ def run(args: argparse.Namespace) -> int:
         study = study_checkpoints(args.checkpoints or [str(args.folder)], config, not args.quiet)
     try:
         names = write_files(study, out / "pictures")
-        write_json(out / "study.json", study.to_json())
+        write_json(out / "study.json", study.to_json() | {"findings": findings(study)})
         write_report(study, out / "report.html")
     except OSError as error:
         raise InputError(
             f"{out} cannot be written: {error.strerror}; choose another folder with --out"
         ) from None
-    found = {"report": str(out / "report.html"), "checkpoints": len(study.steps), "pictures": names}
-    print(json.dumps(found | {"findings": findings(study), "problems": study.problems}))
     for problem in study.problems:
-        print(f"switchable study: {problem}", file=sys.stderr)
+        say(f"switchable study: {problem}")
+    report, sentences = out / "report.html", findings(study)
+    found = {"report": str(report), "checkpoints": len(study.steps), "pictures": names, "findings": sentences}
+    saved, then = (
+        f"saved in {out}: report.html, study.json and pictures/",
+        ("python", "-m", "webbrowser", report),
+    )
+    figures = found | {"problems": study.problems}
+    finish(figures, out / "study.json", *sentences, saved, then=then, show=not args.quiet)
     return 2 if study.problems else 0

@@ -38,7 +38,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
-from switchable.progress import progress_bar
+from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
@@ -83,6 +83,11 @@ def finetune(
     trainer = _trainer(model, tokenizer, config, device, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
+    say(
+        f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
+        f"head, trained {way} for {config.epochs:g} epochs on {device}; writes to {out or 'nothing (no --out)'}",
+        not quiet,
+    )
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         outcome = trainer.train()
         scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)

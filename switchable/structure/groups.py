@@ -39,6 +39,7 @@ def cluster_layers(
     fresh: bool = True,
     margin: float = 0.005,
     workers: int | None = None,
+    progress: bool = True,
 ) -> list[Tensor]:
     """Group the neurons of all layers into `num_experts` equal groups each; return labels_F per layer.
 
@@ -48,6 +49,7 @@ def cluster_layers(
     margin: it replaces the warm result if its inertia is lower by more than this fraction. Groupings of
         nearly equal inertia can have little in common: with 0 experts change for next to nothing.
     workers: threads; None means one per CPU thread that torch may use.
+    progress: say how far the work is, if it takes a while.
 
     Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
     the others may be None. Every rank gets the same labels.
@@ -66,8 +68,9 @@ def cluster_layers(
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
     mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
+    show = progress and ranks.is_main()
     parts = ranks.gather(
-        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=ranks.is_main())]
+        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show)]
     )
     world = len(parts)
     return [

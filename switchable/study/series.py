@@ -96,8 +96,11 @@ class Loader:
     the model's own, or 3/16 of the experts.
     """
 
-    def __init__(self, num_experts: int | None, experts_per_token: int | None, device: torch.device) -> None:
+    def __init__(
+        self, num_experts: int | None, experts_per_token: int | None, device: torch.device, progress: bool
+    ) -> None:
         self.num_experts, self.experts_per_token, self.device = num_experts, experts_per_token, device
+        self._progress = progress
         self._labels: list[Tensor] | None = None
         self._shape: list[tuple[str, int, int, int]] | None = None
 
@@ -137,7 +140,7 @@ class Loader:
         rows = [weight_features(layer.ssd.reads_FD.detach()) for layer in layers]
         before = self._labels or []
         fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
-        self._labels = cluster_layers(rows, experts, warm=before if fits else None)
+        self._labels = cluster_layers(rows, experts, warm=before if fits else None, progress=self._progress)
         group_anew(layers, self._labels)
         return model
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
 from switchable.files import is_no_space, write_text
-from switchable.progress import progress_bar
+from switchable.progress import progress_bar, say
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
@@ -107,8 +105,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if self.shows:
-            tqdm.write(text, file=sys.stderr)
+        say(text, self.shows)
 
     def close(self) -> None:
         """Flush and close everything."""
