@@ -81,7 +81,7 @@ def test_pretrain(said: Say, corpus: Path, tmp_path: Path, family: str) -> None:
         f"cost: {figures['flops_ratio_nonembedding']:.2f} of the FLOPs of all-dense training "
     )
     assert f"({figures['flops_ratio']:.2f} with it)" in cost
-    assert cost.endswith(f"take {plain:,.1f} s.")
+    assert cost.endswith(f"would have taken {plain:,.1f} s.")
     text_out, _ = said(*next_command(then)[1:])
     assert text_out
 

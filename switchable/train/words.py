@@ -65,7 +65,7 @@ def closing(rundir: RunDir, figures: Mapping[str, Any]) -> tuple[list[str], list
         f"loss on the validation text, {figures['loss_unit']}: {_losses(figures)}.",
         f"cost: {figures['flops_ratio_nonembedding']:.2f} of the FLOPs of all-dense training without the output head "
         f"({figures['flops_ratio']:.2f} with it), and {ratio:.2f} of its time: {seconds:,.1f} s, where as many plain "
-        f"dense steps, timed at the end, take {seconds / ratio:,.1f} s.",
+        f"dense steps would have taken {seconds / ratio:,.1f} s.",
     ]
     return said, ["switchable", "generate", str(rundir.path), "--prompt", _prompt(rundir, figures)]
 
