@@ -17,7 +17,7 @@ AUTO = "auto"
 
 WHY_AUTO = {
     "late": "dense steps can leave out idle neurons",
-    "early": "dense steps cannot leave out idle neurons, which takes ReLU or ReLU^2 without gate, float32 and a CPU",
+    "early": "dense steps cannot leave out idle neurons with this model, precision and device",
 }
 """Why `auto` is the one or the other."""
 

@@ -72,10 +72,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"switchable study: {problem}")
     report, sentences = out / "report.html", findings(study)
     found = {"report": str(report), "checkpoints": len(study.steps), "pictures": names, "findings": sentences}
-    saved, then = (
-        f"saved in {out}: report.html, study.json and pictures/",
-        ("python", "-m", "webbrowser", report),
-    )
-    figures = found | {"problems": study.problems}
-    finish(figures, out / "study.json", *sentences, saved, then=then, show=not args.quiet)
+    said = (*sentences, f"saved in {out}: report.html, study.json and pictures/")
+    figures, then = found | {"problems": study.problems}, ("python", "-m", "webbrowser", report)
+    finish(figures, out / "study.json", *said, then=then, show=not args.quiet)
     return 2 if study.problems else 0
