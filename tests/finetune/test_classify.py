@@ -139,9 +139,10 @@ def test_what_it_says_and_that_it_is_not_silent(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    run, out = trained("bert")[0], tmp_path / "out"
+    capsys.readouterr()
     monkeypatch.setattr(progress, "EVERY", 0.0)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    run, out = trained("bert")[0], tmp_path / "out"
     given = ["--data", str(glue), "--epochs", "1", "--max-train-examples", "32", "--threads", "1"]
     assert main(["finetune", str(run), "--task", "sst2", *given, "--out", str(out)]) == 0
     said = capsys.readouterr().err.splitlines()
