@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from functools import partial
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -40,6 +37,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the scores there too, as JSON")
+    verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,16 +55,17 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _check_out(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.cli.output import finish
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
 
-    scores = evaluate(args.folder, config, data, show=partial(print, file=sys.stderr))
+    scores = evaluate(args.folder, config, data, not args.quiet)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     print(table(scores))
-    print(json.dumps(result))
+    finish(result, args.out or "the table above; --out FILE writes them as JSON")
     return 0
 
 

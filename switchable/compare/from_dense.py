@@ -25,6 +25,7 @@ from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
 from switchable.files import read_json, write_text
+from switchable.progress import progress_bar
 from switchable.store import folders
 from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
@@ -134,7 +135,7 @@ def train_routers(job: Job, steps: int) -> None:
             model.train()
             for layer in layers:
                 layer.ssd.router_learns = True
-            for step in range(steps):
+            for step in progress_bar("training routers", "step", over=range(steps)):
                 optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
                 # Every router's loss is attached to its layer's output: this trains them all.
                 model(**job.batch(step)).loss.backward()

@@ -30,6 +30,7 @@ from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, multiplying
 from switchable.infer.loss import shifts_labels
+from switchable.progress import progress_bar
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +63,7 @@ def tokenise(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> To
 
 def text_scores(
     model: nn.Module, text: TokenisedText, objective: Objective, sequence_length: int, found_ways: Iterable[Way],
-    batch_size: int,
+    batch_size: int, progress: bool = False,
 ) -> list[Score]:  # fmt: skip
     """Return the loss (nats per predicted token) in each way; of causal models perplexity and bits per byte too.
 
@@ -77,7 +78,9 @@ def text_scores(
     scores = []
     for way in found_ways:
         with multiplying(model, way):
-            nats, tokens = _per_window(model, batches)
+            nats, tokens = _per_window(
+                model, progress_bar(f"text, {way}", "batch", show=progress, over=batches)
+            )
         loss, stderr = float(nats.sum() / tokens.sum()), _ratio_stderr(nats, tokens)
         found = {f"loss ({objective.unit})": (loss, stderr)}
         if causal:

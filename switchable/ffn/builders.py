@@ -7,10 +7,9 @@ every dropout is 0, as is usual where the text is seen about once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import transformers
-from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -34,7 +33,9 @@ Sizes = Mapping[str, int]
 Tokens = Mapping[str, int]
 
 
-def build_model(family: str, sizes: Sizes, activation: str, vocab_size: int, tokens: Tokens) -> nn.Module:
+def build_model(
+    family: str, sizes: Sizes, activation: str, vocab_size: int, tokens: Tokens
+) -> PreTrainedModel:
     """Return a model with random weights (drawn from torch's global generator), to pre-train from scratch.
 
     Args:
@@ -78,17 +79,17 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return kind
 
 
-def model_of(config: PreTrainedConfig) -> nn.Module:
+def model_of(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that a config names in `architectures`, with random weights."""
     model = class_of(config)(config)
     name_the_loss(model)
-    return cast(nn.Module, model)
+    return model
 
 
-def name_the_loss(model: nn.Module) -> None:
+def name_the_loss(model: PreTrainedModel) -> None:
     """Tell transformers which loss a language model has where it would guess it from the class's name and warn."""
     if type(model).__name__.endswith("LMHeadModel"):
-        cast(Any, model).loss_type = "ForCausalLM"
+        model.loss_type = "ForCausalLM"
 
 
 def _gpt2(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:

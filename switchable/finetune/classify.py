@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -37,6 +38,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
@@ -83,6 +85,11 @@ def finetune(
     trainer = _trainer(model, tokenizer, config, device, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
+    say(
+        f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
+        f"head, trained {way} for {config.epochs:g} epochs on {device}; writes to {out or 'nothing (no --out)'}",
+        not quiet,
+    )
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         with in_float32(model):
             outcome = trainer.train()
@@ -154,11 +161,37 @@ def _trainer(
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        disable_tqdm=quiet,
+        disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(not quiet))
     return trainer
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Says how far Trainer is, as every job of ours does: its own bars fill a log."""
+
+    def __init__(self, show: bool) -> None:
+        self._show = show
+        self._bar: Any = None
+
+    def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._bar = progress_bar("fine-tuning", "step", state.max_steps, self._show)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._bar.update()
+
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+        if self._bar is None:
+            self._bar = progress_bar("scoring", "batch", len(eval_dataloader), self._show)
+        self._bar.update()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+        self._bar = None
+
+    on_predict = on_train_end
 
 
 def _encode(

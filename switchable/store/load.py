@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.config import RunConfig, read_stored
 from switchable.data.tokenizers import check_fits, load_tokenizer
@@ -20,7 +19,7 @@ from switchable.store.rundir import RunDir
 from switchable.store.sparse_folder import METHOD, register
 
 
-def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model with its routers, in evaluation mode, on the CPU: a sparse export in sparse mode, others in dense.
 
     A plain Hugging Face checkpoint is opened as it is, without switchable FFNs, which is logged as a warning.
@@ -48,11 +47,11 @@ def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]
     else:
         model = _load_ours(chosen)
     if tokenizer is not None:
-        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)  # type: ignore[operator]
+        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)
     return model.eval(), tokenizer
 
 
-def _load_ours(folder: Path) -> nn.Module:
+def _load_ours(folder: Path) -> PreTrainedModel:
     """Load a model that `checkpoint.save` wrote, or a run."""
     damage = verify(folder)
     if damage is not None:
@@ -63,7 +62,7 @@ def _load_ours(folder: Path) -> nn.Module:
     return model
 
 
-def load_with_tokenizer(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return what `load` does, for jobs that cannot do without the tokenizer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), the terminal (a bar, or lines).
+"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), standard error (a bar, or lines).
 
 Every line of metrics.jsonl has a `kind` and a `step`:
 
@@ -12,14 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from contextlib import closing
 from typing import Any
 
-from tqdm import tqdm
-
 from switchable import ranks
 from switchable.files import read_records, write_text
+from switchable.progress import progress_bar, say
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 from switchable.train.board import Board
@@ -45,11 +43,8 @@ class RunLog:
             self._rewind(rundir, start_step)
         self._file = rundir.metrics.open("a", encoding="utf-8")
         self._board = Board(rundir.tensorboard, start_step)
-        self._quiet = quiet
-        live = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not live, dynamic_ncols=True
-        )
+        self.shows = not quiet
+        self._bar = progress_bar("dense", "step", total_steps, self.shows, initial=start_step)
         self._total = total_steps
 
     @staticmethod
@@ -100,8 +95,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if not self._quiet:
-            tqdm.write(text, file=sys.stderr)
+        say(text, self.shows)
 
     def sync(self) -> None:
         """Return when all that was recorded is on the disk: a checkpoint must not outlast it."""

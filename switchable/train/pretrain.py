@@ -38,6 +38,7 @@ from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.summary import summarise
+from switchable.train.words import opening
 
 MAY_CHANGE = (
     "log_every",
@@ -212,12 +213,9 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
         counters.note_machine(jobs, job.device)
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
-        processes = f"; {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
-        log.say(
-            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; "
-            f"{job.device}{processes}"
-        )
         flops = count_step(job)
+        for line in opening(job, rundir, flops, counters):
+            log.say(line)
         with StopRequest() as stop, Saver() as saver:
             trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
             try:
@@ -242,12 +240,12 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
+    trainer.log.say("timing steps of each kind in turns")
     found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     figures = dataclasses.asdict(found)
     if ranks.is_main():
         write_json(rundir.summary, figures)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   figures: {rundir.summary}")
     return figures
 
 

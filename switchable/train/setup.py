@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable import ranks
 from switchable.config import RunConfig, check, objective_of
@@ -156,7 +156,7 @@ def micro_rows(train: TrainConfig) -> int:
 
 def build_model(
     model: ModelConfig, sequence_length: int, vocab_size: int, tokens: Mapping[str, int]
-) -> nn.Module:
+) -> PreTrainedModel:
     """Return a transformers model with random weights (drawn from torch's global generator).
 
     Args:
@@ -205,7 +205,7 @@ def model_inputs(batch: Batch, device: torch.device) -> Batch:
     return inputs | {"use_cache": False}
 
 
-def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list[Batch]:
+def probe_inputs(model: PreTrainedModel, validation: list[Batch], tokens: int) -> list[Batch]:
     """Return the first validation batches with at least `tokens` tokens together, without the loss.
 
     A decoder gets its inputs, which it otherwise makes of the labels.
@@ -216,9 +216,9 @@ def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list
         if seen >= tokens:
             break
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        if model.config.is_encoder_decoder:
             shift = model.prepare_decoder_input_ids_from_labels  # transformers' name for it
-            inputs["decoder_input_ids"] = shift(labels=batch["labels"])  # type: ignore[operator]
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
         probe.append(inputs)
         seen += batch["input_ids"].numel()
     return probe

@@ -55,7 +55,10 @@ def test_a_line_for_each_layer_with_its_own_k(
     assert main(["bench", str(folder), "--tokens", "1", "600", *training]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("float32")
-    assert lines[1] == "1 of 3 FFNs stay dense (transformer.h.2.mlp: the model's folder does not say why): not timed"
+    assert (
+        lines[1]
+        == "1 of 3 FFNs stay dense (transformer.h.2.mlp: the model's folder does not say why): not timed"
+    )
     rows = [line.split() for line in lines[3:-1]]
     first, second = "transformer.h.0.mlp", "transformer.h.1.mlp"
     assert [row[:3] for row in rows] == [

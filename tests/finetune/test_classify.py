@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from switchable import InputError, set_mode
+from switchable import InputError, progress, set_mode
 from switchable.cli import main
 from switchable.ffn.convert import layers_of
 from switchable.finetune.classify import finetune, load_classifier
@@ -148,6 +148,31 @@ def test_wrong_requests(
     said = capsys.readouterr().err
     for word in words:
         assert word in said
+
+
+def test_what_it_says_and_that_it_is_not_silent(
+    trained: Runs,
+    glue: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, out = trained("bert")[0], tmp_path / "out"
+    capsys.readouterr()
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    given = ["--data", str(glue), "--epochs", "1", "--max-train-examples", "32", "--threads", "1"]
+    assert main(["finetune", str(run), "--task", "sst2", *given, "--out", str(out)]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        f"sst2: 32 examples to train on, 64 to score; {run} under a new head, trained dense for 1 epochs on cpu; "
+        f"writes to {out}"
+    )
+    assert said[-2] == f"saved in {out}: the classifier, and results.json"
+    opens = f'import transformers; transformers.BertForSequenceClassification.from_pretrained("{out}")'
+    assert said[-1] == f"next: python -c '{opens}'"
+    for name in ("fine-tuning:", "scoring:"):
+        assert any(line.startswith(name) for line in said)
 
 
 def test_without_accelerate(trained: Runs, glue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
