@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table of scores with standard errors, and the same as one JSON line."""
     from switchable.coercion import build
     from switchable.data.config import DataConfig
+    from switchable.data.sources import resolve
     from switchable.evaluation.config import EvalConfig
 
     flags = given_flags(args)
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
             "nothing to evaluate on; give --tasks, e.g. lambada=PATH, or text with --data, or both"
         )
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    if data.data:
+        print(f"reading {resolve(data.data)}", file=sys.stderr)
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
     from switchable.files import write_json

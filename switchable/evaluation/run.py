@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from switchable.config import RunConfig
-from switchable.data import corpora
+from switchable.data import sources
 from switchable.data.config import DataConfig
 from switchable.data.objectives import build_objective
 from switchable.data.split import hashed_documents
@@ -31,7 +31,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
-    corpora.resolve(data.data)  # missing files are named before anything is loaded
+    sources.resolve(data.data)  # missing files are named before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
