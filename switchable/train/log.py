@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
-from switchable.files import is_no_space, write_text
+from switchable.files import is_no_space, read_records, write_text
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
@@ -56,14 +56,8 @@ class RunLog:
         """Drop lines after `step`, and a last line that was cut off: the resumed run writes them again."""
         if not rundir.metrics.exists():
             return
-        kept = []
-        for line in rundir.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        write_text(rundir.metrics, "".join(kept))
+        kept = [record for record in read_records(rundir.metrics) if record["step"] <= step]
+        write_text(rundir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def advance(self, mode: str, loss: float | None, tokens_per_second: float) -> None:
         """Move the progress bar by one step."""
