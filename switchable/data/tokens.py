@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,9 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True
-) -> PreparedData:
+    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True,
+    known: str | None = None,
+) -> PreparedData:  # fmt: skip
     """Make the token files of `config` under `cache_dir`, unless they are there; return where they are.
 
     Any number of processes may call this at once: one works, the others wait and use its result.
@@ -90,13 +91,20 @@ def prepare(
         cache_dir: folder for the results of all configurations, created if missing.
         objective: what the tokens are for; decides the special tokens of a tokenizer trained here.
         progress: say how far the work is, and what was read.
+        known: checksum of the training tokens; where they lie in the cache, the text itself need not be there any more.
 
     Raises:
         InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
             written in, or no space left there (what was written is removed); damaged files in the cache.
     """
-    fingerprint = _fingerprint(config, objective)
-    folder = Path(cache_dir) / fingerprint
+    try:
+        folder = Path(cache_dir) / _fingerprint(config, objective)
+    except InputError as missing:
+        found = None if known is None else find_prepared(cache_dir, known)
+        if found is None:
+            raise
+        _say(f"{missing}; going on with the tokens in {found.folder}", progress)
+        return found
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +118,16 @@ def prepare(
     return data
 
 
+def find_prepared(cache_dir: str | os.PathLike[str], sha256: str) -> PreparedData | None:
+    """Return the folder of the cache whose training tokens have a checksum, if it is there and whole."""
+    for meta in sorted(Path(cache_dir).glob("[!.]*/meta.json")):
+        with suppress(InputError):
+            data = load_prepared(meta.parent)
+            if data.train.sha256 == sha256:
+                return data
+    return None
+
+
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
     """Read the folder of a finished `prepare`; InputError naming the file if one is missing or damaged."""
     path = Path(folder)
@@ -120,7 +138,7 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
         end = tokenizers.EndOfText(**meta["end_of_text"])
         data = PreparedData(
             path, meta["fingerprint"], train, val, meta["vocab_size"], meta["dtype"], path / "tokenizer", end,
-            meta["read"],
+            meta.get("read", "by an earlier version"),
         )  # fmt: skip
         item_bytes = np.dtype(data.dtype).itemsize
     except (OSError, ValueError, KeyError, TypeError) as error:
