@@ -19,7 +19,7 @@ from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
-from switchable.infer.loss import objective_of_model
+from switchable.infer.loss import objective_of_model, positions_of
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
@@ -62,10 +62,15 @@ def _on_text(
     tokenizer: PreTrainedTokenizerBase,
     found: list[Way],
 ) -> list[Score]:
-    text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
-    positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
-    length = config.sequence_length or min(trained.train.sequence_length, positions)
+    length = config.sequence_length or trained.train.sequence_length
+    positions = positions_of(model) or length
+    if config.sequence_length is not None and length > positions:
+        raise InputError(
+            f"sequence_length={length} is more than the {positions} positions of the model; use fewer"
+        )
+    length = min(length, positions)
+    text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
     return text_scores(model, text, objective, length, found, config.batch_size)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from switchable.data.objectives.spans import sentinel_ids
 from switchable.errors import InputError
+from switchable.infer.loss import positions_of
 from switchable.infer.sampling import Sampling
 
 
@@ -42,8 +43,8 @@ def fill_masks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str
     check_prompt("masked", tokenizer, prompt)
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > int(positions):
+    positions = positions_of(model)
+    if positions is not None and ids.shape[1] > positions:
         raise InputError(
             f"the prompt has {ids.shape[1]} tokens and the model {positions} positions; shorten it"
         )

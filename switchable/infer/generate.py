@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
 from switchable.infer.fill import fill_masks, fill_spans
-from switchable.infer.loss import objective_of_model
+from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
 
 
@@ -50,7 +50,7 @@ def generate_text(
 
 def _continue(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    positions = positions_of(model) or sys.maxsize
     room = min(sampling.max_new_tokens, positions - len(ids))
     if room < 1:
         raise InputError(

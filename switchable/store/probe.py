@@ -23,6 +23,7 @@ from switchable.data.batches import TokenSource, token_array
 from switchable.data.corpora import documents
 from switchable.errors import InputError
 from switchable.files import whole_file
+from switchable.infer.loss import positions_of
 
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64
@@ -141,8 +142,7 @@ def probe_from_text(
         InputError: the text holds too few tokens, or the tokenizer is not the model's.
     """
     config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or sequence_length
-    sequence_length = min(sequence_length, longest)
+    sequence_length = min(sequence_length, positions_of(model) or sequence_length)
     ids = _token_ids(documents(sources), tokenizer, 4 * tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:
