@@ -15,8 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from switchable.errors import InputError
+
 TEMPORARY = ".tmp-"
 """Prefix of names that are not complete yet."""
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that is not UTF-8: the libraries that write tokenizers and weights cannot take it.
+
+    Raises:
+        InputError: says so.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the name {str(path)!r} is not UTF-8; rename it, or choose another folder"
+        ) from None
 
 
 def temporary_name(path: Path) -> Path:
@@ -82,9 +98,9 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all; in it, the bytes of file names that are not UTF-8 are spelled out."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -286,3 +286,20 @@ def test_reading_settings_compiles_no_kernel() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_not_utf8(trained: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / odd
+    folder.mkdir()
+    for i in range(30):
+        Path(folder, os.fsdecode(b"\xff") + f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
+    for place in ("--out", "--cache"):
+        command = ["small.yaml", "--data", str(folder), "--out", "odd", place, odd]
+        refused(run(trained, "pretrain", *command), r"the name 'caf\udce9' is not UTF-8")
+    assert not (trained / "odd").exists()
+    done = run(trained, "pretrain", "small.yaml", "--data", str(folder), "--out", "odd")
+    assert done.returncode == 0, done.stderr
+    assert r"caf\udce9" in (trained / "odd/report.html").read_text(encoding="utf-8")
+    done = run(trained, "pretrain", "--out", "odd", "--resume")  # its configuration names the folder
+    assert done.returncode == 0, done.stderr

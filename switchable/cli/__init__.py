@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from switchable.cli import (
     bench,
@@ -27,6 +28,7 @@ from switchable.cli import (
 )
 from switchable.cli.parser import Parser
 from switchable.errors import InputError
+from switchable.files import check_name
 from switchable.versions import __version__
 
 VERBS = {
@@ -52,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         verbs[args.verb].refuse_unknown(unknown)
     try:
+        for value in vars(args).values():
+            if isinstance(value, Path):
+                check_name(value)
         return int(VERBS[args.verb].run(args))
     except InputError as error:
         if (

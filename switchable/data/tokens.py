@@ -30,7 +30,7 @@ from switchable.data import sources, tokenizers
 from switchable.data.config import DataConfig
 from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
-from switchable.files import is_no_space, read_json, whole_folder, write_json
+from switchable.files import check_name, is_no_space, read_json, whole_folder, write_json
 from switchable.progress import progress_bar
 
 FORMAT = 2  # of the folder's contents; raise it and older folders are not used any more
@@ -97,6 +97,7 @@ def prepare(
         InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
             written in, or no space left there (what was written is removed); damaged files in the cache.
     """
+    check_name(Path(cache_dir))
     try:
         folder = Path(cache_dir) / _fingerprint(config, objective)
     except InputError as missing:
