@@ -40,6 +40,12 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         super().close()
 
 
+def say(line: str, show: bool = True) -> None:
+    """Print a line, above the bars."""
+    if show:
+        tqdm.write(line, file=sys.stderr)
+
+
 def progress_bar(
     what: str, unit: str, total: float | None = None, show: bool = True, over: Iterable[Any] | None = None,
     **look: Any,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from switchable.adapt.calibrate import calibrate
@@ -33,7 +32,7 @@ from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
-from switchable.progress import progress_bar
+from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
@@ -106,13 +105,13 @@ def adapt(
     figures: dict[str, Any] = {"model": str(source), "out": str(out)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
-    _say(str(convert(model, switch)), quiet)
+    say(str(convert(model, switch)), not quiet)
     _group(model, text, config)
     _choose_layers(model, text, config)
     _calibrate(model, text, config.calibration_tokens, config, quiet)
     rows = layer_rows(model, probe_inputs(model, text.validation, sys.maxsize))
     found = losses(model, text.validation)
-    _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
+    say(as_text(rows, found, config.default_k, config.num_experts), not quiet)
     figures |= {
         "ffns": len(rows),
         "num_experts": config.num_experts,
@@ -162,7 +161,7 @@ def _relufy(
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
-    _say(f"loss, nats per token: {stages}", quiet)
+    say(f"loss, nats per token: {stages}", not quiet)
     found = {"loss_before": before, "loss_swapped": swapped, "loss_after": after}
     figures["relufy"] = {"steps": config.relufy, **found}
     return model
@@ -210,8 +209,3 @@ def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, 
     batches = text.probe(model, tokens)
     with progress_bar("calibrating routers", "batch", len(batches), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        tqdm.write(text, file=sys.stderr)

@@ -49,17 +49,11 @@ WORD_CHARS = 250
 """Longer words are trained on in pieces: the trainer's time grows with the square of a word's length."""
 PIECE_CHARS = 200_000  # longer texts are encoded in pieces, so that memory stays bounded
 BATCH_CHARS = 2_000_000  # of text encoded at once
-TOKENIZER_FILES = (  # what a folder may hold of a tokenizer; a checkpoint folder holds much else
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer.model",
-)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+"""What a folder may hold of a tokenizer; a checkpoint's holds much else."""
 
 
 class EndOfText(NamedTuple):
@@ -169,12 +163,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         )
     try:
         options |= {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = loader.from_pretrained(str(path), **options)
-        if _follows(tokenizer, path / "tokenizer.json"):
-            return tokenizer
-        plain = PreTrainedTokenizerFast.from_pretrained(str(path), **options)
-        if _follows(plain, path / "tokenizer.json"):
-            return plain
+        for kind in (loader, PreTrainedTokenizerFast):
+            tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(str(path), **options)
+            if _follows(tokenizer, path / "tokenizer.json"):
+                return tokenizer
     except Exception as error:
         # The Rust side raises a bare Exception for a broken file; the Python side, any of these.
         expected = (OSError, ValueError, KeyError, TypeError, ImportError)
@@ -186,8 +178,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             "save it again with save_pretrained"
         ) from error
     raise InputError(
-        f"transformers reads the tokenizer in {str(path)!r} as a {type(tokenizer).__name__}, which gives other tokens "
-        'than its tokenizer.json; set "tokenizer_class" in its tokenizer_config.json to one that fits'
+        f"transformers reads the tokenizer in {str(path)!r} so that it gives other tokens than its tokenizer.json; "
+        'set "tokenizer_class" in its tokenizer_config.json to one that fits'
     )
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from switchable.data import sources, tokenizers
 from switchable.data.config import DataConfig
 from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
 from switchable.files import check_name, is_no_space, read_json, whole_folder, write_json
-from switchable.progress import progress_bar
+from switchable.progress import progress_bar, say
 
 FORMAT = 2  # of the folder's contents; raise it and older folders are not used any more
 
@@ -104,7 +102,7 @@ def prepare(
         found = None if known is None else find_prepared(cache_dir, known)
         if found is None:
             raise
-        _say(f"{missing}; going on with the tokens in {found.folder}", progress)
+        say(f"{missing}; going on with the tokens in {found.folder}", progress)
         return found
     if not folder.exists():
         try:
@@ -115,7 +113,7 @@ def prepare(
         except OSError as error:
             raise InputError(f"cannot write in {folder.parent} ({error}); give another folder") from error
     data = load_prepared(folder)
-    _say(str(data), progress)
+    say(str(data), progress)
     return data
 
 
@@ -153,11 +151,6 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
     return data
 
 
-def _say(line: str, progress: bool) -> None:
-    if progress:
-        tqdm.write(line, file=sys.stderr)
-
-
 # --- once per corpus: lock, make, rename ---
 
 
@@ -181,7 +174,7 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        _say(f"waiting for another process to prepare {folder}", progress)
+        say(f"waiting for another process to prepare {folder}", progress)
         return lock.acquire()
 
 
@@ -205,7 +198,7 @@ def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> N
 def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:
     scan = scan_corpus(config, progress)
     if config.tokenizer is None:
-        _say(f"training a byte-level BPE of {config.vocab_size:,} tokens", progress)
+        say(f"training a byte-level BPE of {config.vocab_size:,} tokens", progress)
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
         trained = tokenizers.train_bpe(sample, config.vocab_size, objective)
         trained.save_pretrained(str(folder / "tokenizer"))
