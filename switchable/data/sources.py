@@ -33,6 +33,7 @@ DATASET_NAME = re.compile(
     r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?"
 )  # name, config, split
 NOT_EMBEDDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folder names
+HEAD_BYTES = 8192  # of a file that are looked at
 NAMED = 8  # files that a line names at most
 
 
@@ -208,7 +209,7 @@ def look_at(path: Path) -> SourceFile:
     """
     packing = packing_of(path)
     with opened(path, packing) as file:
-        head = file.read(8192)
+        head = file.read(HEAD_BYTES)
     named = FORMS.get(_suffix(path))
     if named == "Parquet" or (named is None and head.startswith(b"PAR1")):
         return SourceFile(path, "Parquet", packing)
@@ -218,7 +219,9 @@ def look_at(path: Path) -> SourceFile:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if named == "text" or (named is None and not _is_json(start)):
         return SourceFile(path, "text", packing)
-    if start.partition(b"\n")[0].strip() == b"{":
+    line, _, more = start.partition(b"\n")
+    alone = _suffix(path) == ".json" and line.startswith(b"{") and len(head) < HEAD_BYTES and not more.strip()
+    if alone or line.strip() == b"{":
         raise NotText(path, "one JSON object, no records")
     return SourceFile(path, "JSON array" if start.startswith(b"[") else "JSON lines", packing)
 
@@ -228,7 +231,7 @@ def _is_json(start: bytes) -> bool:
     line, end, _ = start.partition(b"\n")
     if re.match(rb'\[\s*\{\s*"', start):
         return True
-    if not end and len(start) > 8000:  # the line is longer than what we look at
+    if not end and len(start) > HEAD_BYTES - 200:  # the line is longer than what we look at
         return re.match(rb'\{\s*"', start) is not None
     try:
         return isinstance(json.loads(line), dict)

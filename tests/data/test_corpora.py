@@ -199,8 +199,9 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     assert f"{path}: not text but binary, or an archive; give UTF-8 text" in message(str(path))
     path.write_bytes("text".encode("utf-16"))
     assert "UTF-16, convert it (iconv)" in message(str(path))
-    (tmp_path / "a.json").write_text('{\n"text": "x"}', encoding="utf-8")
-    assert "one JSON object, no records" in message(str(tmp_path / "a.json"))
+    for settings in ('{\n"text": "x"}', '{"a": 1}\n'):
+        (tmp_path / "a.json").write_text(settings, encoding="utf-8")
+        assert "one JSON object, no records" in message(str(tmp_path / "a.json"))
 
 
 def test_sources_keep_their_order(tmp_path: Path) -> None:
