@@ -185,7 +185,10 @@ def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> N
     assert first.returncode == 0, first.stderr
     (tmp_path / "0.txt").write_text("something else " * 50)
     refused(
-        run(trained, "pretrain", "--out", "changing", "--resume"), "changed since", " documents, ", "; now "
+        run(trained, "pretrain", "--out", "changing", "--resume", "--quiet"),
+        "changed since",
+        " documents, ",
+        "; now ",
     )
 
 
