@@ -22,6 +22,20 @@ TEMPORARY = ".tmp-"
 """Prefix of names that are not complete yet."""
 
 
+def check_name(path: Path) -> None:
+    """Refuse a path that is not UTF-8: the libraries that write tokenizers and weights cannot take it.
+
+    Raises:
+        InputError: says so.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the name {str(path)!r} is not UTF-8; rename it, or choose another folder"
+        ) from None
+
+
 def temporary_name(path: Path) -> Path:
     """Return the name under which a file or folder is made."""
     return path.with_name(TEMPORARY + path.name)
@@ -88,9 +102,9 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all; in it, the bytes of file names that are not UTF-8 are spelled out."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,7 +120,7 @@ def read_json(path: Path) -> Any:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the values of a file with one JSON value a line; a line that is not whole is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             records.append(json.loads(line))
         except ValueError:

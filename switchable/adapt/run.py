@@ -31,7 +31,7 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
-from switchable.infer.loss import objective_of_model, validation_loss
+from switchable.infer.loss import objective_of_model, positions_of, validation_loss
 from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
@@ -154,8 +154,7 @@ def _text(
             f"{source} is a {type(model).__name__}, which predicts no text; routers are calibrated on text with a "
             "language model. Convert such a model in Python: switchable.convert(model, config)"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    length = min(config.sequence_length, int(positions or config.sequence_length))
+    length = min(config.sequence_length, positions_of(model) or config.sequence_length)
     rows = int(model.get_input_embeddings().weight.shape[0])
     check_fits(load_tokenizer(str(data.tokenizer)), rows, source)
     name = objective_of_model(model)

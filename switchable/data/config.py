@@ -20,7 +20,7 @@ class DataConfig:
         metavar="PATH",
     )
     text_field: str = option(
-        "text", "field of a JSONL record, or Parquet column, that holds the text", metavar="NAME"
+        "text", "field of a JSON record, or Parquet column, that holds the text", metavar="NAME"
     )
     document_separator: str | None = option(
         None,

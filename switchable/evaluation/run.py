@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from switchable.config import RunConfig
-from switchable.data import corpora
+from switchable.data import sources
 from switchable.data.config import DataConfig
 from switchable.data.objectives import build_objective
 from switchable.data.split import hashed_documents
@@ -20,7 +20,7 @@ from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
 from switchable.ffn.convert import layers_of, shown_mode
-from switchable.infer.loss import objective_of_model
+from switchable.infer.loss import objective_of_model, positions_of
 from switchable.progress import progress_bar, say
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
@@ -35,7 +35,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
-    corpora.resolve(data.data)  # missing files are named before anything is loaded
+    sources.resolve(data.data)  # missing files are named before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -69,11 +69,16 @@ def _on_text(
     found: list[Way],
     progress: bool,
 ) -> list[Score]:
-    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
-    text = tokenise((document for document, _, _ in documents), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
-    positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
-    length = config.sequence_length or min(trained.train.sequence_length, positions)
+    length = config.sequence_length or trained.train.sequence_length
+    positions = positions_of(model) or length
+    if config.sequence_length is not None and length > positions:
+        raise InputError(
+            f"sequence_length={length} is more than the {positions} positions of the model; use fewer"
+        )
+    length = min(length, positions)
+    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
+    text = tokenise((document for document, _, _ in documents), tokenizer)
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
     return text_scores(model, text, objective, length, found, config.batch_size, progress)

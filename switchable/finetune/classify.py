@@ -38,6 +38,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.infer.loss import positions_of
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
@@ -198,12 +199,15 @@ def _encode(
     found: Sequence[glue.Example], tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int
 ) -> list[dict[str, Any]]:
     """Return examples as model inputs with `labels`, not padded."""
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
     texts = [example.texts for example in found]
     if not tokenizer.num_special_tokens_to_add(pair=True):  # nothing would stand between the two
         texts = [("\n".join(pair),) for pair in texts]
-    columns = map(list, zip(*texts, strict=True))
-    encoded = tokenizer(*columns, truncation=True, max_length=min(max_length, positions), padding=False)
+    columns = list(map(list, zip(*texts, strict=True)))
+    least = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2) + len(columns)
+    if max_length < least:
+        raise InputError(f"max_length={max_length} leaves no room for a text; use at least {least}")
+    longest = min(max_length, positions_of(model) or max_length)
+    encoded = tokenizer(*columns, truncation=True, max_length=longest, padding=False)
     # GPT-2 would add the embeddings of tokens 0 and 1 for them, RoBERTa has no second one.
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
     accepted = [name for name in tokenizer.model_input_names if name != "token_type_ids" or has_types]

@@ -60,12 +60,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids or [end_of_text(tokenizer).id]
 
 
-def positions_of(model: Any) -> int | None:
-    """Return how many tokens a model can take, None for one without a limit."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return None if found is None else int(found)
-
-
 @torch.no_grad()
 def fill_masks(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.ffn.convert import set_mode
-from switchable.infer.fill import check_prompt, fill_masks, fill_spans, positions_of, prompt_ids
-from switchable.infer.loss import objective_of_model
+from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
+from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
 
 

@@ -46,6 +46,22 @@ def objective_of_model(model: nn.Module) -> str:
     return "masked" if type(model).__name__.endswith("ForMaskedLM") else "causal"
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a sequence may have; None: any number.
+
+    RoBERTa and its kin number positions from behind the padding token's id: they have fewer than their config says.
+    """
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            return module.num_embeddings - module.padding_idx - 1
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model predicts label i + 1 at place i, as causal models do; others predict label i there."""
     return objective_of_model(model) == "causal"

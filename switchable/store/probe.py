@@ -24,7 +24,7 @@ from switchable.data.corpora import documents
 from switchable.data.tokenizers import added_tokens
 from switchable.errors import InputError
 from switchable.files import whole_file
-from switchable.infer.loss import objective_of_model
+from switchable.infer.loss import objective_of_model, positions_of
 
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64
@@ -143,8 +143,7 @@ def probe_from_text(
         InputError: the text holds too few tokens, or the tokenizer is not the model's.
     """
     config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or sequence_length
-    sequence_length = min(sequence_length, longest)
+    sequence_length = min(sequence_length, positions_of(model) or sequence_length)
     ids = _token_ids(documents(sources), tokenizer, 4 * tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from switchable.errors import InputError
-from switchable.files import TEMPORARY, check_apart, remove, write_text
+from switchable.files import TEMPORARY, check_apart, check_name, remove, write_text
 
 
 class FolderInUse(InputError):
@@ -53,6 +53,7 @@ class RunDir:
             FolderInUse: another process holds it.
             InputError: the path is not a folder that can be written.
         """
+        check_name(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
-from switchable.data.tokenizers import save_tokenizer
+from switchable.data.tokenizers import load_tokenizer, save_tokenizer
+from switchable.data.tokens import find_prepared
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.files import full_disk_told, read_json, write_json
@@ -54,6 +55,8 @@ MAY_CHANGE = (
     "sample_prompt",
 )
 """Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
+MAY_MOVE = ("data", "tokenizer")
+"""Settings of `data` that say where something lies: they may differ where the tokens are the same."""
 
 
 def pretrain(
@@ -118,8 +121,10 @@ def resume(
     with _locked(RunDir(out)) as rundir:
         config = ranks.together(lambda: _same_config(rundir, flags))
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
-        job = set_up(config, cache, quiet or not ranks.is_main(), variant)
-        ranks.together(lambda: _check_same_data(rundir, job, step))
+        tokens = read_json(rundir.checkpoint(step) / "training.json")["counters"]["data"]
+        moved = config.data != read_stored(rundir.config).data
+        job = set_up(config, cache, quiet or not ranks.is_main(), variant, None if moved else tokens)
+        ranks.together(lambda: _check_same_data(rundir, job, cache, tokens))
         ranks.on_main(rundir.claim)
         folder = rundir.checkpoint(step)
         controller_state, counters = restore.restore_training(folder, job.model, job.optimizer)
@@ -164,12 +169,14 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
         values.update({key: value for key, value in flags.items() if key in values})
     after = from_dict(merged, "the flags")
     forbidden = [
-        line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in MAY_CHANGE
+        line
+        for line in changed(before, after)
+        if line.split(":")[0].split(".")[1] not in MAY_CHANGE + MAY_MOVE
     ]
     if forbidden:
         raise InputError(
             f"a run cannot be resumed with other settings ({'; '.join(forbidden)}); "
-            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE)}"
+            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE + MAY_MOVE)}"
         )
     return after
 
@@ -198,13 +205,18 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     raise InputError(f"checkpoint {rundir.checkpoint(step)} is damaged ({damage}); {remedy}")
 
 
-def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
-    values = read_json(rundir.checkpoint(step) / "training.json")
-    if values["counters"]["data"] != job.data.train.sha256:
-        raise InputError(
-            f"the text or tokenizer has changed since {rundir.path} was started; put the old files back, "
-            "or start a new run in another folder"
-        )
+def _check_same_data(rundir: RunDir, job: Job, cache: Path, tokens: str) -> None:
+    """Refuse other training tokens than those with the checksum `tokens`, and say what differs."""
+    if job.data.train.sha256 == tokens:
+        return
+    tokenizer = load_tokenizer(rundir.tokenizer).get_vocab() != job.tokenizer.get_vocab()
+    before = find_prepared(cache, tokens)
+    sizes = [f"{d.train.documents:,} documents, {d.train.tokens:,} tokens" for d in (before, job.data) if d]
+    raise InputError(
+        f"the text{' and the tokenizer have' if tokenizer else ' has'} changed since {rundir.path} was started: "
+        f"{'; now '.join(sizes)}; put the old files back, name where they are now with --data or --tokenizer, "
+        "or start a new run in another folder"
+    )
 
 
 def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:

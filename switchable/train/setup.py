@@ -26,7 +26,8 @@ from switchable.errors import InputError
 from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.layer import SwitchableFFN
-from switchable.infer.fill import check_prompt, positions_of
+from switchable.infer.fill import check_prompt
+from switchable.infer.loss import positions_of
 from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
@@ -81,7 +82,9 @@ class Job:
         return self.batches.objective.name
 
 
-def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD) -> Job:
+def set_up(
+    config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD, tokens: str | None = None
+) -> Job:
     """Prepare the data and build model, optimizer and controller at step 0.
 
     Args:
@@ -89,6 +92,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
         cache: folder for token files, shared between runs.
         quiet: show no progress.
         variant: what a baseline exchanges.
+        tokens: checksum of the training tokens, if they are known (see `prepare`).
 
     Raises:
         InputError: a setting or the data is unusable.
@@ -97,7 +101,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     # What a user can get wrong is refused in here, before ranks wait for one another.
-    parts = ranks.together(lambda: _build(config, cache, quiet, variant))
+    parts = ranks.together(lambda: _build(config, cache, quiet, variant, tokens))
     model, train = parts.model, config.train
     distribute(model, train)
     probe = vars(parts).pop("probe")
@@ -110,7 +114,9 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     )
 
 
-def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> SimpleNamespace:
+def _build(
+    config: RunConfig, cache: Path, quiet: bool, variant: Variant, tokens: str | None
+) -> SimpleNamespace:
     """Return the parts of a job that are made before the model is divided among the ranks, and the probe."""
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
@@ -118,7 +124,7 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> Sim
     if device.type == "cpu":
         keep_freed_memory()
     name = objective_of(config)
-    data = prepare(config.data, cache, objective=name, progress=not quiet)
+    data = prepare(config.data, cache, objective=name, progress=not quiet, known=tokens)
     tokenizer = load_tokenizer(data.tokenizer_path)
     objective = build_objective(name, config.objective, tokenizer, train.sequence_length)
     batches = Batches(data.train.path, objective, train.batch_size, train.seed, rank, world)

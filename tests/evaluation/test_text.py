@@ -92,3 +92,12 @@ def test_a_run_on_text(trained: Runs, family: str, corpus: Path) -> None:
     unit = f"loss ({figures['loss_unit']})"
     causal = {unit, "perplexity", "bits per byte"}
     assert {s.metric for s in scores} == (causal if family == "gpt2" else {unit})
+
+
+def test_a_window_that_the_model_cannot_take(trained: Runs, corpus: Path) -> None:
+    folder, data = trained("gpt2")[0], DataConfig((str(corpus),))
+    with pytest.raises(InputError, match="sequence_length=1 is out of range"):
+        EvalConfig(sequence_length=1)
+    with pytest.raises(InputError, match="sequence_length=25 is more than the 24 positions of the model"):
+        evaluate(folder, EvalConfig(sequence_length=25), data)
+    assert evaluate(folder, EvalConfig(sequence_length=2, mode=("dense",), threads=1), data)

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from families.models import make
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from switchable import InputError, progress, set_mode
 from switchable.cli import main
+from switchable.data.glue import Example
+from switchable.data.tokenizers import train_bpe
 from switchable.ffn.convert import layers_of
-from switchable.finetune.classify import finetune, load_classifier
+from switchable.finetune.classify import _encode, finetune, load_classifier
 from switchable.finetune.config import FinetuneConfig
 from switchable.store.checkpoint import save
 from switchable.store.load import load
@@ -182,3 +185,19 @@ def test_without_accelerate(trained: Runs, glue: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(InputError, match=r"pip install 'switchable\[finetune\]'"):
         finetune(trained("bert")[0], glue, learn())
+
+
+def test_texts_are_cut_to_what_the_model_can_take() -> None:
+    model = make("roberta")  # its config says 40 positions, of which the padding token's id takes 3
+    tokenizer = train_bpe(["the cat sat on a mat"], 400, "masked")
+    long = "the cat " * 100
+    for texts, least in (((long,), 3), ((long, "sat on a mat"), 5)):
+        example = Example(texts, 1)
+        (cut,) = _encode([example], tokenizer, model, 500)
+        assert len(cut["input_ids"]) == 37
+        model(input_ids=torch.full((1, 37), 5))
+        assert len(_encode([example], tokenizer, model, least)[0]["input_ids"]) == least
+        with pytest.raises(
+            InputError, match=f"max_length={least - 1} leaves no room for a text; use at least {least}"
+        ):
+            _encode([example], tokenizer, model, least - 1)
