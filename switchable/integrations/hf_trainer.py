@@ -75,8 +75,8 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.controller = Controller(
             model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
         )
-        for layer in layers_of(model):
-            layer.ssd.loss_weight = 1.0 / args.gradient_accumulation_steps
+        # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
+        layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
 

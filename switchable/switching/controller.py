@@ -46,6 +46,9 @@ class Measurement:
 class Controller:
     """Switches a converted model between dense and sparse training.
 
+    Gradients may be accumulated and the loss scaled: routers follow what the loop makes of the loss that the model
+    returns. Of a loss computed outside the model they do not know: `layers[0].ssd.loss_scale.unseen` is its factor.
+
     Args:
         model: a converted model.
         probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model

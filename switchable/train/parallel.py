@@ -117,9 +117,6 @@ def distribute(model: nn.Module, config: TrainConfig) -> None:
         config: which of them.
     """
     blocks = blocks_of(model)
-    for layer in layers_of(model):
-        # Attached losses are added up over micro-batches, as the model's own is.
-        layer.ssd.loss_weight = 1.0 / config.gradient_accumulation_steps
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if config.compile:
