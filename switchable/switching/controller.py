@@ -12,7 +12,8 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +58,8 @@ class Controller:
         config: the settings of the schedule; default: those given to `convert`.
         seed: seed of the clustering.
         schedule: when to switch; a baseline's is another one.
+        precision: the context in which the probe is multiplied, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`
+            in a loop that trains so.
 
     Raises:
         InputError: the model is not converted, or total_steps is not positive.
@@ -70,13 +73,14 @@ class Controller:
         config: SwitchConfig | None = None,
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.layers = layers_of(model)
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
         if total_steps < 1:
             raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.precision = model, seed, precision
         first = self.layers[0].ssd.settings
         self.schedule = schedule(
             first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
@@ -132,7 +136,14 @@ class Controller:
 
     def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
-        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done, fresh=fresh)
+        measures, found = measure(
+            self.model,
+            self.probe,
+            self.last,
+            self.seed + self.steps_done,
+            fresh=fresh,
+            precision=self.precision,
+        )
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = self._regroup(wanted, optimizer)

@@ -28,6 +28,7 @@ from switchable import ranks
 from switchable.config import RunConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
 from switchable.sections import TrainConfig
@@ -161,9 +162,11 @@ class Replica:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model, self._config, self._device = model, config, device
         self._wrapped = model
+        self._expected: list[SwitchableFFN] = []
         if ranks.running() and config.parallel == "ddp":
             # A router that does not learn is one whose gradient DDP must not wait for.
-            some_idle = not all(layer.ssd.router_learns for layer in layers_of(model))
+            self._expected = [layer for layer in layers_of(model) if layer.ssd.router_learns]
+            some_idle = len(self._expected) < len(layers_of(model))
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -186,6 +189,11 @@ class Replica:
                     loss = self._wrapped(**piece).loss * weight
                 loss.backward()
             total = total + loss.detach()
+        idle = [
+            p for layer in self._expected if not layer.ssd.router_learns for p in layer.router.parameters()
+        ]
+        if idle:  # a router that learned when DDP was set up: it waits for a gradient
+            torch.autograd.backward([0 * p.sum() for p in idle])
         return total
 
     def _weights(self, pieces: list[Batch]) -> Tensor:
