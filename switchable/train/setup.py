@@ -108,7 +108,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
         replica=replica,
         optimizer=build_optimizer(model, train),
         controller=variant.controller(
-            model, probe, train.steps, config.switch, train.seed, variant.schedule, replica.autocast
+            model, probe, train.steps, config.switch, train.seed, variant.schedule, precision=replica.autocast
         ),
     )
 

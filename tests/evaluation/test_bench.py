@@ -116,7 +116,8 @@ def test_layers_are_multiplied_in_the_runs_precision_unless_told_otherwise(
 
     def activations(self: SSD, x: torch.Tensor) -> torch.Tensor:
         hidden = multiply(self, x)
-        seen.add(hidden.dtype)
+        if x.shape[-2] == 600:  # not while the model is loaded
+            seen.add(hidden.dtype)
         return hidden
 
     monkeypatch.setattr(SSD, "activations", activations)
