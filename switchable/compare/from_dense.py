@@ -72,6 +72,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
         job.data.train.sha256, **{name: before[name] for name in ("steps", "flops", "ran_with")}
     )
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
+    counters.flops_dense = counters.flops
     counters.note_machine(jobs, job.device)
     with closing(RunLog(rundir, counters.steps, counters.steps)) as log:
         flops = count_step(job)
@@ -98,7 +99,8 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     """
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
     seed, total = job.config.train.seed, job.config.train.steps
-    _, found = measure(job.model, controller.probe, [None] * len(layers), seed)
+    precision = job.replica.autocast
+    _, found = measure(job.model, controller.probe, [None] * len(layers), seed, precision=precision)
     group_anew(layers, [layer.labels_F for layer in found])
     steps = max(1, round(ROUTER_FRACTION * total))
     train_routers(job, steps)
@@ -106,7 +108,7 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     # Which layers take part, and with how many experts, is decided as in training, but for their stability.
     structures = map(current_structure, layers)
     last = [dataclasses.replace(a, labels_F=labels_F) for a, labels_F in zip(found, structures, strict=True)]
-    measures, _ = measure(job.model, controller.probe, last, seed)
+    measures, _ = measure(job.model, controller.probe, last, seed, precision=precision)
     rule = dataclasses.replace(
         switch, recipe="early", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )
@@ -138,7 +140,7 @@ def train_routers(job: Job, steps: int) -> None:
             for step in progress_bar("training routers", "step", over=range(steps)):
                 optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
                 # Every router's loss is attached to its layer's output: this trains them all.
-                model(**job.batch(step)).loss.backward()
+                job.replica.forward_backward(job.batch(step))
                 optimizer.step()
                 optimizer.zero_grad()
     finally:

@@ -18,6 +18,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
+from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
@@ -90,13 +91,16 @@ def convert(
         (name, ffn, _switchable(ffn, settings_of(ffn, family, name, config), layer_type))
         for name, ffn in found
     ]
+    scale = LossScale()
     for name, ffn, layer in built:
         if family.in_layer:
             put_into_layer(ffn, family, layer)
         else:
             model.set_submodule(name, layer)
+        layer.ssd.loss_scale = scale
         if neuron_major:
             store_by_neuron(layer)
+    scale.watch(model)
     names = tuple(name for name, _ in found)
     return ConversionReport(len(built), names, config.num_experts, built[0][2].ssd.d_ff)
 

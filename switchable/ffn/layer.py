@@ -111,7 +111,8 @@ class SwitchableFFN(nn.Module):
 
     def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
         """Return y; whatever is learned from it, the loss is learned besides."""
-        return attach_loss(y, self.ssd.loss_weight * loss)
+        attached: Tensor = attach_loss(y, loss, self.ssd.loss_scale.now)
+        return attached
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         done_BSD = decoded(self.ssd, self.training, x_BSD)

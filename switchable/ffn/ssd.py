@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.families import Family, activation_name, neurons_first
+from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
@@ -99,8 +100,8 @@ class SSD:
         """What that came to."""
         self.activation_l1 = settings.config.activation_l1
         """Penalty on activations, in nats per unit."""
-        self.loss_weight = 1.0
-        """Factor of the losses that the layer adds: 1 / micro-batches where a loop adds up their gradients."""
+        self.loss_scale = LossScale()
+        """The factor of the losses that the layer adds."""
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""

@@ -81,10 +81,10 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.controller = Controller(
             model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
         )
+        # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
+        layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
         self._unhook()
-        for layer in layers_of(model):
-            layer.ssd.loss_weight = 1.0 / args.gradient_accumulation_steps
-            self._hooks.append(layer.register_forward_pre_hook(self._choose_mode))
+        self._hooks = [layer.register_forward_pre_hook(self._choose_mode) for layer in layers_of(model)]
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
 

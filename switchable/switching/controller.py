@@ -13,7 +13,8 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,9 @@ class Measurement:
 class Controller:
     """Switches a converted model between dense and sparse training.
 
+    Gradients may be accumulated and the loss scaled: routers follow what the loop makes of the loss that the model
+    returns. Of a loss computed outside the model they do not know: `layers[0].ssd.loss_scale.unseen` is its factor.
+
     Args:
         model: a converted model.
         probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model
@@ -61,6 +65,8 @@ class Controller:
         schedule: when to switch; a baseline's is another one.
         copies: what else holds the model's weights and must stay the same model when neurons move, such as
             averages (EMA): modules, state dicts, or lists of tensors in the order of `model.parameters()`.
+        precision: the context in which the probe is multiplied, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`
+            in a loop that trains so.
 
     Raises:
         InputError: the model is not converted, total_steps is not positive, or a copy is not of this model.
@@ -75,6 +81,7 @@ class Controller:
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
         copies: Sequence[object] = (),
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.layers = layers_of(model)
         if not self.layers:
@@ -85,6 +92,7 @@ class Controller:
         self.twins = twins(self.layers, self.copies)
         copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self._checked = False
+        self.precision = precision
         first = self.layers[0].ssd.settings
         self.schedule = schedule(
             first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
@@ -161,7 +169,8 @@ class Controller:
 
     def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
-        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done, fresh=fresh)
+        seed, precision = self.seed + self.steps_done, self.precision
+        measures, found = measure(self.model, self.probe, self.last, seed, fresh=fresh, precision=precision)
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = self._regroup(wanted, optimizers)

@@ -39,6 +39,7 @@ from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.summary import summarise
+from switchable.train.timing import warm_up
 from switchable.train.words import opening
 
 MAY_CHANGE = (
@@ -230,6 +231,8 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
             log.say(line)
         with StopRequest() as stop, Saver() as saver:
             trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
+            if counters.steps < train.steps:
+                warm_up(job)
             try:
                 trainer.train()
             except TrainingStopped:

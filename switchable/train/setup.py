@@ -105,12 +105,15 @@ def set_up(
     model, train = parts.model, config.train
     distribute(model, train)
     probe = vars(parts).pop("probe")
+    replica = Replica(model, train, parts.device)
     return Job(
         **vars(parts),
         config=config,
-        replica=Replica(model, train, parts.device),
+        replica=replica,
         optimizer=build_optimizer(model, train),
-        controller=variant.controller(model, probe, train.steps, config.switch, train.seed, variant.schedule),
+        controller=variant.controller(
+            model, probe, train.steps, config.switch, train.seed, variant.schedule, precision=replica.autocast
+        ),
     )
 
 

@@ -15,8 +15,8 @@ from switchable.compute.cpu.active.active import has_active
 from switchable.ffn.convert import why_dense
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
-from switchable.train.parallel import split
-from switchable.train.setup import Job, micro_rows
+from switchable.train.loop import active_shares
+from switchable.train.setup import Job
 from switchable.train.timing import step_seconds
 from switchable.versions import versions
 
@@ -69,8 +69,8 @@ class Summary:
     regroupings: int = figure("structures given to layers")
     step_speedup_sparse: float | None = figure(
         "time of a plain dense step / of a sparse step",
-        more="without routers / with them: forward, backward and optimizer, in turns on one batch after training; "
-        "null if no layer takes part",
+        more="without routers / with them; the run's own step (precision, micro-batches, compiled blocks), "
+        "in turns on one batch after training; null if no layer takes part",
     )
     step_speedup_active: float = figure(
         "time of a plain dense step / of a dense step as the run makes it at the end",
@@ -90,7 +90,10 @@ class Summary:
     wall_seconds_sparse: float = figure("wall-clock of sparse steps", SECONDS)
     wall_seconds_measure: float = figure("wall-clock of measuring and regrouping", SECONDS)
     processes: int = figure("training", "processes")
-    wall_ratio: float = figure("wall-clock of training / that of as many plain dense steps")
+    wall_ratio: float = figure(
+        "wall-clock of training / that of as many plain dense steps",
+        more="these from the steps' own clock and the speed-ups above, in between by FLOPs",
+    )
     ran_with: Sequence[dict[str, Any]] = figure(
         "threads, runs at a time, device", more="more than one entry if that changed on the way"
     )
@@ -119,9 +122,11 @@ def markdown() -> str:
 
 def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]) -> Summary:
     """Return the closing figures of a run; the speed of both modes is measured for it."""
-    train, state = job.config.train, job.controller.state
-    batch = split(job.batch(0), micro_rows(train))[0]
-    seconds = step_seconds(job.model, batch, train.gradient_accumulation_steps)
+    state = job.controller.state
+    seconds = step_seconds(job)
+    experts = [k if part else None for k, part in zip(state.experts_per_token, state.takes_part, strict=True)]
+    dense = [None] * len(experts)
+    timed = {"active": flops.step(dense, active_shares(job)), "sparse": flops.step(experts)}
     # All-dense training has neither routers nor a monitor.
     all_dense, head = flops.dense * counters.steps, flops.head * counters.steps
     return Summary(
@@ -153,11 +158,37 @@ def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[s
         wall_seconds_sparse=counters.seconds_sparse,
         wall_seconds_measure=counters.seconds_measure,
         processes=ranks.world_size(),
-        wall_ratio=counters.train_seconds / (seconds["dense"] * counters.steps),
+        wall_ratio=counters.train_seconds / plain_seconds(counters, seconds, flops.step(dense), timed),
         ran_with=counters.ran_with,
         versions=versions(),
         experts=dataclasses.asdict(job.config.switch),
     )
+
+
+def plain_seconds(
+    counters: Counters, seconds: Mapping[str, float], full: float, timed: Mapping[str, float]
+) -> float:
+    """Return how long plain dense steps would have taken in place of a run's, at the speed the machine had then.
+
+    A step's time, over that of a plain one, is taken to follow its FLOPs in a straight line: from a dense step in which
+    routers learn and every neuron is multiplied to the step of its mode that was timed after training.
+
+    Args:
+        counters: seconds and FLOPs of the run's steps, by mode.
+        seconds: of one step of each kind (`step_seconds`).
+        full: FLOPs of a dense step that multiplies every neuron.
+        timed: FLOPs of the kinds `active` and `sparse` as they were timed.
+    """
+    total, dense_steps = 0.0, counters.steps - counters.sparse_steps
+    for kind, steps, flops, clock in (
+        ("active", dense_steps, counters.flops_dense, counters.seconds_dense),
+        ("sparse", counters.sparse_steps, counters.flops_sparse, counters.seconds_sparse),
+    ):
+        most = full - timed[kind]
+        saved = min(1.0, max(0.0, (full - flops / max(1, steps)) / most)) if most > 0 else 1.0
+        took = (1 - saved) * seconds["dense_router"] + saved * seconds[kind]
+        total += clock * seconds["dense"] / took
+    return total
 
 
 def _active_layers(job: Job) -> list[int]:
