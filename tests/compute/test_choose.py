@@ -52,8 +52,9 @@ AUTO = {
     ("gelu", True): (replace(SMALL, tokens=64, activation="gelu"), "masked"),
     ("gelu, large", True): (replace(LARGE, activation="gelu"), "reference"),
     ("gated silu, large", True): (replace(LARGE, activation="silu", gated=True), "reference"),
-    ("bfloat16, 3763 tokens", True): (replace(SMALL, tokens=3763, dtype=HALF), "masked"),
-    ("bfloat16, 3764 tokens", True): (replace(SMALL, tokens=3764, dtype=HALF), "sorted"),
+    ("bfloat16", True): (replace(SMALL, tokens=64, dtype=HALF), "fused"),
+    ("bfloat16, an expert of 512 neurons", True): (replace(LARGE, dtype=HALF), "sorted"),
+    ("bfloat16, odd width", True): (replace(LARGE, width=61, dtype=HALF), "sorted"),
     ("odd width, small", True): (replace(ODD, tokens=700), "masked"),
     ("odd width, large", True): (replace(LARGE, width=61), "sorted"),
 }
@@ -62,7 +63,7 @@ UNDER_AUTOCAST = {
     ("few tokens", False): (replace(SMALL, tokens=2), "sorted"),
     ("few tokens, gelu", False): (replace(SMALL, tokens=2, activation="gelu"), "reference"),
     ("17 tokens", False): (replace(SMALL, tokens=17), "masked"),
-    ("64 tokens", True): (replace(SMALL, tokens=64), "masked"),
+    ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
     ("large", True): (LARGE, "sorted"),
     ("large, gated", True): (replace(LARGE, gated=True), "reference"),
 }

@@ -43,6 +43,11 @@ def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
 
 
+def loop_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the numbers that loops multiply for a call that is computed in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
     """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
     number = expert_ids_TK.numel()
