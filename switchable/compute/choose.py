@@ -18,7 +18,7 @@ from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
-from switchable.compute.cpu.limits import loop_dtype, why_no_loops
+from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.sorted import SORTED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
@@ -90,7 +90,7 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     compiled = has_code(d_model, experts, dtype, call.activation)
     if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE):
         return (SORTED,) if torch.is_autocast_enabled(x_TD.device.type) else (DECODE, MASKED)
-    loops = call.activation in RELU_TYPES and why_no_loops(d_model, loop_dtype(dtype)) is None
+    loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
     if tokens >= FEWEST_FUSED and neurons < THICK and loops:
         return (FUSED, SORTED)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * neurons

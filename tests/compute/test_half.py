@@ -9,11 +9,18 @@ import torch
 from compute.problems import Case, Problem, problem, relative_error
 from torch import Tensor
 
+from switchable.compute.cpu.experts import fused
+from switchable.compute.cpu.experts.packing import multiplied
 from switchable.compute.cpu.llvm import this_machine
 
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
+HERE = this_machine()
+assert HERE is not None
+MACHINES = {"as it is": HERE, "no product of pairs": replace(HERE, pairs=False)}
+if HERE.pairs:
+    MACHINES["32 bytes"] = replace(HERE, vector_bytes=32, registers=16)
 PLAIN = Case(tokens=301, width=96, neurons=24, experts=8)
 CASES = {
     "odd number of tokens": PLAIN,
@@ -56,6 +63,13 @@ def results(found: Problem, backend: str, autocast: bool) -> dict[str, Tensor]:
     return {"y": y_TD.detach(), **dict(zip(found.leaves, grads, strict=True))}
 
 
+@pytest.fixture(params=MACHINES.values(), ids=MACHINES)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine, or one that lacks an instruction or wide vectors."""
+    monkeypatch.setattr(fused, "this_machine", lambda: request.param)
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_is_as_exact_as_the_dense_layer_in_bfloat16(case: Case, autocast: bool) -> None:
@@ -67,3 +81,27 @@ def test_it_is_as_exact_as_the_dense_layer_in_bfloat16(case: Case, autocast: boo
         assert ours[name].dtype == dtype
         most = 1.5 * relative_error(dense[name], wanted)
         assert relative_error(ours[name], wanted) <= most, name
+
+
+def test_pairs_are_multiplied_where_they_fill_vectors_and_rows() -> None:
+    able = replace(HERE, vector_bytes=64, pairs=True)
+    half, whole = torch.bfloat16, torch.float32
+    assert multiplied(96, 24, half, able) == half
+    assert multiplied(48, 24, half, able) == whole
+    assert multiplied(48, 24, half, replace(able, vector_bytes=32)) == half
+    assert multiplied(96, 7, half, able) == whole
+    assert multiplied(96, 24, half, replace(able, pairs=False)) == whole
+    assert multiplied(96, 24, torch.float16, able) == whole
+    assert multiplied(96, 24, whole, able) == whole
+    assert multiplied(96, 24, torch.float64, able) == torch.float64
+
+
+@pytest.mark.usefixtures("machine")
+def test_nan_stays_in_its_row_and_reaches_the_gradients() -> None:
+    found = half(replace(PLAIN, chosen=8, bias=False), torch.bfloat16)
+    with torch.no_grad():
+        found.x[299:] = torch.nan  # the last pair of tokens, and a half one
+    got = results(found, "fused", autocast=False)
+    assert got["y"][299:].isnan().all()
+    assert not got["y"][:299].isnan().any()
+    assert got["up"].isnan().all()

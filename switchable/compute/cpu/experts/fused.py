@@ -26,19 +26,17 @@ from torch.autograd.function import once_differentiable
 
 from switchable.compute.call import Backend, ExpertCall
 from switchable.compute.cpu.experts.library import Library, Pairs, library
-from switchable.compute.cpu.limits import check_ids, loop_dtype, why_no_loops, why_not_relu_on_cpu
+from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.dtypes import compute_dtype, why_not_dtype
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(call: ExpertCall) -> str | None:
     """Return None, or why there are no loops for a call."""
     return (
         why_not_relu_on_cpu(call)
-        or why_not_dtype(call, DTYPES)
-        or why_no_loops(call.x_TD.shape[1], loop_dtype(compute_dtype(call)))
+        or why_not_dtype(call, tuple(LANE_BYTES))
+        or why_no_loops(call.x_TD.shape[1], compute_dtype(call))
     )
 
 
@@ -52,7 +50,7 @@ def run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts)
     dtype = compute_dtype(call)
-    loops = library(x_TD.shape[1], call.neurons, loop_dtype(dtype), cast(Machine, this_machine()))
+    loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", dtype)
     y_TD: Tensor = _Fused.apply(x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan)  # type: ignore[no-untyped-call]
     return y_TD
@@ -73,7 +71,7 @@ class _Plan(NamedTuple):
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """What the loops read of a tensor, where they read its rows."""
-        return tensor.to(self.dtype).to(loop_dtype(self.dtype))
+        return tensor.to(self.dtype).to(self.loops.packing.dtype)
 
     def hidden(self, act_PI: Tensor) -> Tensor:
         """The activations: ReLU's, or their squares, which stand until the next call."""
@@ -90,7 +88,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         loops, pairs = plan.loops, plan.pairs
         x, up, down = plan.rounded(x_TD).contiguous(), plan.rounded(up_FD), plan.rounded(down_FD)
-        bias = None if bias_F is None else plan.rounded(bias_F).contiguous()
+        bias = None if bias_F is None else plan.rounded(bias_F).to(loops.sums).contiguous()
         act_PI = loops.dot(x, up, pairs, bias_F=bias)
         y_TD = loops.scatter(plan.hidden(act_PI), down, pairs, len(x))
         ctx.save_for_backward(x, up, down, act_PI)
