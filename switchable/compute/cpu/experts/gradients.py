@@ -119,11 +119,9 @@ def _of_pairs(loops: Loops, w: Writer) -> None:
     def fetch(i: ir.Value, d: ir.Value, _: ir.Value) -> Values:
         for own in both(w.add(i, AHEAD)):
             w.prefetch(column(own, d), -(-vectors // 2))
-        rows = [column(own, d) for own in both(i)]
-        return [
-            loops.pair_up(w, *(loops.at_z(w, row, v * loops.L) for row in rows), lanes=loops.L)
-            for v in range(vectors)
-        ]
+        first, second = (column(own, d) for own in both(i))
+        vector = range(0, vectors * loops.L, loops.L)
+        return [loops.pair_up(w, loops.at_z(w, first, v), loops.at_z(w, second, v), loops.L) for v in vector]
 
     def column(own: ir.Value, d: ir.Value) -> ir.Value:
         return loops.at_z(w, loops.row(w, x, tokens, own, words=loops.words_D), d)
