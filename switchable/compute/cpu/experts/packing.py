@@ -95,16 +95,12 @@ class Packing:
         return (8, 4, 2, 1) if self.machine.registers >= 32 else (4, 2, 1)
 
 
-def multiplied(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine) -> torch.dtype:
+def multiplied(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> torch.dtype:
     """Return the numbers that a machine multiplies where a call is computed in `dtype`; sums are float32 at least.
 
     Half precision is multiplied in float32, unless there is an instruction for it, and whole pairs and vectors.
     """
-    if (
-        dtype == torch.bfloat16
-        and machine.pairs
-        and not d_model // 2 % (machine.vector_bytes // 4)
-        and not neurons % 2
-    ):
-        return dtype
+    if dtype == torch.bfloat16 and machine is not None and machine.pairs and neurons % 2 == 0:
+        whole = d_model // 2 % (machine.vector_bytes // 4) == 0
+        return torch.bfloat16 if whole else torch.float32
     return torch.float64 if dtype == torch.float64 else torch.float32
