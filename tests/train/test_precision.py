@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loop import small
+import torch
+from test_loop import in_two_parts, small, weights
 
 from switchable.train.pretrain import pretrain
 
@@ -30,6 +31,14 @@ def test_bfloat16_learns_the_same_to_its_precision(corpus: Path, tmp_path: Path,
     found = losses(corpus, tmp_path / "half", precision="bfloat16")
     assert found == pytest.approx(plain, rel=1e-2)  # 8 bits of mantissa: 2^-8 is 4e-3
     assert found != plain  # it was not computed in float32
+
+
+def test_bfloat16_resumes_bitwise(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(corpus, train={"precision": "bfloat16"}, model={"d_model": 64, "d_ff": 256})
+    pretrain(config, tmp_path / "whole/run", tmp_path / "cache", quiet=True)
+    in_two_parts(config, tmp_path, monkeypatch)
+    whole, parts = (weights(tmp_path / run / "checkpoints/step-000020") for run in ("whole/run", "run"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_recomputing_activations_changes_no_bit(corpus: Path, tmp_path: Path, plain: list[float]) -> None:

@@ -8,8 +8,8 @@ to be scattered ever exists; ReLU and its derivative are part of the products. B
 (T·K·I numbers, K/E of the dense layer's) with the sorted indices. The weights are copied into the order of the loops
 first, which costs 1/T of a product. The same bits come out whatever the number of threads.
 
-ReLU and squared ReLU. In half precision what comes in is rounded to it, and multiplied in float32. Under
-`torch.compile` it is one graph break.
+ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as such
+(`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
 
 Source: ScatterMoE (Tan et al., 2024) gathers and scatters within the product, on GPUs; these loops do so on CPUs.
 
@@ -70,7 +70,7 @@ class _Plan(NamedTuple):
     """That the call is computed in."""
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """What the loops read of a tensor, where they read its rows."""
+        """A tensor in the dtype of the call, stored as the loops read it."""
         return tensor.to(self.dtype).to(self.loops.packing.dtype)
 
     def hidden(self, act_PI: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class _Fused(torch.autograd.Function):
         dy_TD = plan.rounded(dy_TD).contiguous()
         out = plan.scratch("dact", act_PI)
         dact_PI = loops.dot(dy_TD, down_FD, pairs, act_PI=act_PI, squared=plan.squared, out=out)
-        return (  # autograd rounds them to the dtypes of the tensors
+        return (  # autograd converts them to the dtypes of the inputs
             loops.scatter(dact_PI, up_FD, pairs, len(x_TD)) if need_x else None,
             loops.weight_gradient(dact_PI, x_TD, pairs, experts) if need_up else None,
             loops.weight_gradient(plan.hidden(act_PI), dy_TD, pairs, experts) if need_down else None,

@@ -98,7 +98,6 @@ def _of_pairs(loops: Loops, w: Writer) -> None:
     count, places, tokens, x, gradient, z, words, start, stop, new = w.arguments
     b, vectors = w.b, loops.packing.gradient_columns
     copies = w.scratch(MOST_TOKENS // 2 * vectors * loops.L)
-
     steps = w.div(w.add(count, 1), 2)
 
     def both(i: ir.Value) -> Values:

@@ -138,8 +138,9 @@ class Library:
         blocks = own.d_model // (own.gradient_columns * own.lanes)
         tasks = min(torch.get_num_threads(), blocks)
         numbers = {"experts": num_experts, "chunks": pairs.chunks}
-        words = self.scratch("words", (tasks, MOST_TOKENS // 2, own.neurons), self.sums)
-        memory = {"x": x_TD, "gradient": total_FD, "z": z_PI, "words": words if own.terms > 1 else None}
+        memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
+        if own.terms > 1:
+            memory["words"] = self.scratch("words", (tasks, MOST_TOKENS // 2, own.neurons), self.sums)
         WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
         return total_FD
 
