@@ -8,8 +8,8 @@ to be scattered ever exists; ReLU and its derivative are part of the products. B
 (T·K·I numbers, K/E of the dense layer's) with the sorted indices. The weights are copied into the order of the loops
 first, which costs 1/T of a product. The same bits come out whatever the number of threads.
 
-ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as such
-(`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
+ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as
+such (`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
 
 Source: ScatterMoE (Tan et al., 2024) gathers and scatters within the product, on GPUs; these loops do so on CPUs.
 
