@@ -12,6 +12,8 @@ Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K ex
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,9 @@ FEWEST_PAIRED = 32
 THICK = 512
 """Neurons of an expert from which `sorted` is as fast as `fused` or faster; measured with D 256 to 1,024, E 4 to 16.
 In pairs `fused` was faster up to 2,048, the most tried."""
+THICK_UNPAIRED = 64
+"""The same in bfloat16, if the processor has pairs for a library, and our loops have not: D or I do not fill them.
+Measured with D 272 to 784."""
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
 Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""
@@ -97,8 +102,11 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE):
         return (DECODE, MASKED)
     loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
-    paired = multiplied(d_model, neurons, dtype, this_machine()) == torch.bfloat16
-    if loops and tokens >= (FEWEST_PAIRED if paired else FEWEST_FUSED) and (paired or neurons < THICK):
+    machine, fewest, thick = this_machine(), FEWEST_FUSED, float(THICK)
+    if machine is not None and machine.pairs and dtype == torch.bfloat16:
+        paired = multiplied(d_model, neurons, dtype, machine) == dtype
+        fewest, thick = (FEWEST_PAIRED, math.inf) if paired else (FEWEST_FUSED, THICK_UNPAIRED)
+    if loops and tokens >= fewest and neurons < thick:
         return (FUSED, SORTED)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * neurons
     return (SORTED,) if work >= WORTH_SORTING else (MASKED,)

@@ -99,12 +99,14 @@ def test_pairs_pay_from_32_tokens_on_and_for_large_experts(
         monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
         monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
         few = replace(SMALL, width=32, neurons=30, tokens=31, dtype=dtype)
-        calls = [problem(case).call for case in (few, replace(few, tokens=32), replace(LARGE, dtype=dtype))]
+        large = replace(LARGE, dtype=dtype)
+        unpaired = [replace(large, width=48, tokens=512, neurons=neurons) for neurons in (62, 64)]
+        calls = [problem(case).call for case in (few, replace(few, tokens=32), large, *unpaired)]
         with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
             return [choose(call).name for call in calls]
 
-    assert names(pairs=True) == ["masked", "fused", "fused"]
-    assert names(pairs=False) == ["masked", "masked", "sorted"]
+    assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted"]
+    assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused"]
 
 
 def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:
