@@ -27,6 +27,7 @@ from switchable.cli import (
 )
 from switchable.cli.parser import Parser
 from switchable.errors import InputError
+from switchable.files import full_disk_told
 from switchable.versions import __version__
 
 VERBS = {
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         verbs[args.verb].refuse_unknown(unknown)
     try:
-        return int(VERBS[args.verb].run(args))
+        with full_disk_told(f"running {args.verb}", "free some space and start again"):
+            return int(VERBS[args.verb].run(args))
     except InputError as error:
         if (
             os.environ.get("RANK", "0") == "0"

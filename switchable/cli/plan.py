@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
@@ -34,6 +33,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures as a table and as one JSON line."""
+    from switchable.cli.output import finish
     from switchable.config import load
     from switchable.train.plan import device_named, estimates, plan
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         for name, value in figures.items():
             print(f"{name:28} {_shown(name, value)}")
-    print(json.dumps(figures))
+    finish(figures, None if args.quiet else "the table above")
     return 0
 
 

@@ -25,6 +25,7 @@ from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
 from switchable.files import read_json, write_text
+from switchable.progress import progress_bar
 from switchable.store import folders
 from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
@@ -59,8 +60,7 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
         job = set_up(run.config, cache)
         dense = RunDir(run.starts_from)
         _load_weights(dense.final, job.model)
-        rundir.clear()
-        write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
+        rundir.begin(yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
         return _cut(job, rundir, read_json(dense.summary), jobs)
     finally:
@@ -112,8 +112,9 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     )
     stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
     controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
-    for layer, part, k in zip(layers, state.takes_part, state.experts_per_token, strict=True):
-        layer.ssd.takes_part = part
+    parts = zip(layers, state.takes_part, state.why_dense, state.experts_per_token, strict=True)
+    for layer, part, why, k in parts:
+        layer.ssd.takes_part, layer.ssd.why_dense = part, why
         layer.ssd.set_experts_per_token(k)
     return spent
 
@@ -134,7 +135,7 @@ def train_routers(job: Job, steps: int) -> None:
             model.train()
             for layer in layers:
                 layer.ssd.router_learns = True
-            for step in range(steps):
+            for step in progress_bar("training routers", "step", over=range(steps)):
                 optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
                 # Every router's loss is attached to its layer's output: this trains them all.
                 model(**job.batch(step)).loss.backward()

@@ -53,6 +53,11 @@ class DataConfig:
         if self.tokenizer is None:
             tokenizers.check_vocab_size(self.vocab_size)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that is read, by name."""
+        return self.data if self.tokenizer is None else (*self.data, self.tokenizer)
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from switchable.errors import InputError, nearest
+from switchable.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,6 +164,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under names that transformers 4 and tools made for it know; transformers 5 writes its own."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
+
+
 def _is_lower_case(vocabulary: Path) -> bool:
     words = vocabulary.read_text(encoding="utf-8", errors="replace").split("\n")
     return not any(word != word.lower() for word in words if not word.startswith("["))
@@ -192,6 +205,17 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> EndOfText:
         "the tokenizer has no token to end a document with (no eos, sep or bos); "
         'set one in its folder, e.g. "eos_token": "</s>" in tokenizer_config.json'
     )
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and behind a text by itself.
+
+    Before it, a causal model was trained with them (Llama's and Gemma's bos); a prompt must not end in those behind it.
+    """
+    text, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    places = range(len(whole) - len(text) + 1)
+    first = next((i for i in places if whole[i : i + len(text)] == text), 0)
+    return list(whole[:first]), list(whole[first + len(text) :])
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

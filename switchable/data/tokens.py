@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from switchable.data import corpora, tokenizers
 from switchable.data.config import DataConfig
-from switchable.data.split import Scan, hashed_documents, progress_bar, scan_corpus
+from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
 from switchable.files import is_no_space, read_json, whole_folder, write_json
+from switchable.progress import progress_bar
 
 FORMAT = 1  # of the folder's contents; raise it and older folders are not used any more
 
@@ -78,7 +79,7 @@ def prepare(
         config: the corpus, its split and its tokenizer.
         cache_dir: folder for the results of all configurations, created if missing.
         objective: what the tokens are for; decides the special tokens of a tokenizer trained here.
-        progress: show progress bars, when standard error is a terminal.
+        progress: say how far the work is.
 
     Raises:
         InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
@@ -169,9 +170,9 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     if config.tokenizer is None:
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
         trained = tokenizers.train_bpe(sample, config.vocab_size, objective)
-        trained.save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(trained, folder / "tokenizer")
     else:
-        tokenizers.load_tokenizer(config.tokenizer).save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(tokenizers.load_tokenizer(config.tokenizer), folder / "tokenizer")
     scan.sample.clear()
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")  # the one that others will load
     end = tokenizers.end_of_text(tokenizer)
@@ -180,7 +181,7 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     with (
         _SplitWriter(folder / "train.bin", dtype) as train,
         _SplitWriter(folder / "val.bin", dtype) as val,
-        progress_bar("tokenizing", scan.text_bytes, progress) as bar,
+        progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar,
     ):
         _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
     meta = {

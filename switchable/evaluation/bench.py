@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchable.errors import InputError
-from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.convert import check_sparse, kept_modes, layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
 from switchable.timing import processor, take_turns
 
@@ -39,14 +38,13 @@ def measure(
     Raises:
         InputError: no layer takes part in sparse mode, or K is impossible.
     """
+    check_sparse(model)
     layers = [layer for layer in layers_of(model) if layer.ssd.takes_part]
-    if not layers:
-        raise InputError(
-            "no layer of this model takes part in sparse mode (it was trained all dense): nothing to compare"
-        )
     precision = str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     show("{processor}, {threads} threads, torch {torch}, ".format_map(machine) + precision)
+    if why := why_dense(model):
+        show(f"{why}: not timed")
     show(f"{'layer':40} {'K':>5} {'tokens':>7} {'dense':>11} {'sparse':>11} {'speed-up':>9}")
     rows = []
     with kept_modes(model):

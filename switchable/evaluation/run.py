@@ -19,13 +19,17 @@ from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
+from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.loss import objective_of_model
+from switchable.progress import progress_bar, say
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
 
-def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
-    """Return the scores of a run's or checkpoint's model, on tasks and on the text of `data`, if there is any.
+def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> list[Score]:
+    """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
+
+    With `show` say what the model's own sparse mode is, and how far the work is.
 
     Raises:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
@@ -36,19 +40,21 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, tokenizer = load_with_tokenizer(folder)
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
+    if model.get_output_embeddings() is None:
         raise InputError(
             f"{folder} holds a {type(model).__name__}, which predicts no text; give a language model. "
             "What finetune measured is in the results.json of its --out"
         )
     found_ways = ways(model, config.mode, config.experts_per_token)
+    if layers_of(model):
+        say(f"the model's own: {shown_mode(model, 'sparse')}", show)
     if tasks and objective_of_model(model) == "masked":
         raise InputError(
             "a masked language model gives no probability of a text, which tasks need; "
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
     model.to(device)
-    scores = _on_text(folder, config, data, model, tokenizer, found_ways) if data.data else []
+    scores = _on_text(folder, config, data, model, tokenizer, found_ways, show) if data.data else []
     if tasks:
         scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
     return scores
@@ -61,11 +67,13 @@ def _on_text(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     found: list[Way],
+    progress: bool,
 ) -> list[Score]:
-    text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
+    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
+    text = tokenise((document for document, _, _ in documents), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
     positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
     length = config.sequence_length or min(trained.train.sequence_length, positions)
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
-    return text_scores(model, text, objective, length, found, config.batch_size)
+    return text_scores(model, text, objective, length, found, config.batch_size, progress)

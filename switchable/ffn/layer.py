@@ -26,6 +26,7 @@ from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
 from switchable.ffn.decoding import decoded
+from switchable.ffn.plain import check_plain
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
 
@@ -116,6 +117,8 @@ class SwitchableFFN(nn.Module):
         done_BSD = decoded(self.ssd, self.training, x_BSD)
         if done_BSD is not None:
             return done_BSD
+        if not torch.compiler.is_compiling():  # `set_mode` has looked already
+            check_plain(self.ssd)
         y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
         bias = self.ssd.down_projection.bias
         if bias is not None:

@@ -88,6 +88,8 @@ class SSD:
         """`"dense"` or `"sparse"`: how the layer multiplies now."""
         self.takes_part = True
         """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+        self.why_dense = ""
+        """What keeps the layer out of sparse mode, if it does not take part and this is known."""
         self.set_experts_per_token(settings.config.experts_per_token)
         self.router_learns = not settings.config.never_sparse
         """Whether the router is trained in steps with gradients."""
@@ -177,6 +179,18 @@ class SSD:
         return cast(nn.Linear, self.part(self.settings.family.down))
 
     @property
+    def activation(self) -> nn.Module:
+        """The activation's module."""
+        return self._activation or self.part(self.settings.family.activation)
+
+    @property
+    def called(self) -> list[tuple[str, nn.Module]]:
+        """What dense mode calls, each by its path: projections and activation."""
+        family = self.settings.family
+        paths = [path for path in (family.gate, family.up, family.down) if path is not None]
+        return [*((path, self.part(path)) for path in paths), (family.activation, self.activation)]
+
+    @property
     def hidden_dropout(self) -> float:
         """Probability of the dropout between the projections."""
         if self._dropout is not None:
@@ -207,8 +221,7 @@ class SSD:
         A neuron is active where its activation is not zero.
         """
         gate = self.gate_projection
-        act = self._activation or self.part(self.settings.family.activation)
-        hidden: Tensor = act(project(gate or self.up_projection, x))
+        hidden: Tensor = self.activation(project(gate or self.up_projection, x))
         return hidden if gate is None else hidden * project(self.up_projection, x)
 
     def write(self, hidden: Tensor) -> Tensor:

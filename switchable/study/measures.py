@@ -16,7 +16,7 @@ Shapes: B batch, S sequence, T tokens, D d_model, F d_ff, E experts, K experts p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -230,10 +230,15 @@ def frequency_name(band: int) -> str:
     return f"{first:,}+" if band == len(FREQUENCY_RANKS) else f"{first:,}-{FREQUENCY_RANKS[band]:,}"
 
 
-def _by_band(ratio_T: Tensor, pieces: Sequence[Tensor], band_of, name_of) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _by_band(
+    ratio_T: Tensor,
+    pieces: Sequence[Tensor],
+    band_of: Callable[[Tensor], Tensor],
+    name_of: Callable[[int], str],
+) -> dict[str, float]:
     """Mean ratio per band, in the order of the bands; empty if the layer's tokens could not be told."""
     values_T = torch.cat(list(pieces)) if pieces else torch.zeros(0)
     if len(values_T) != len(ratio_T):
         return {}
     band_T = band_of(values_T)
-    return {name_of(int(band)): float(ratio_T[band_T == band].mean()) for band in band_T.unique()}
+    return {name_of(int(band)): float(ratio_T[band_T == band].mean()) for band in torch.unique(band_T)}

@@ -12,6 +12,7 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import layers_of, set_mode, why_dense
+from switchable.ranks import is_main
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
 from switchable.switching.measures import Batch
@@ -140,7 +142,22 @@ class Controller:
         measurement = self._measure(found) if due else None
         self.switches += before != self.mode
         self._apply_mode()
+        if (
+            self.steps_done == self.schedule.total_steps
+            and not self.schedule.config.never_sparse
+            and is_main()
+        ):
+            self._tell_if_dense()
         return measurement
+
+    def why_dense(self) -> str | None:
+        """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
+        return why_dense(self.model)
+
+    def _tell_if_dense(self) -> None:
+        """Log why a run that was to become sparse has ended dense."""
+        if not any(self.state.takes_part):
+            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
 
     def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
@@ -178,22 +195,24 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, k, few_active, penalty in zip(
+        for layer, others, part, why, k, few_active, penalty in zip(
             self.layers,
             self.twins,
             state.takes_part,
+            state.why_dense,
             state.experts_per_token,
             state.multiplies_active,
             state.activation_l1,
             strict=True,
         ):
             ssd = layer.ssd
-            ssd.takes_part, ssd.multiplies_active, ssd.activation_l1 = part, few_active, penalty
+            ssd.takes_part, ssd.why_dense = part, why
+            ssd.multiplies_active, ssd.activation_l1 = few_active, penalty
             ssd.set_experts_per_token(k)
             for (
                 twin
             ) in others:  # that its sparse mode is the model's; in which mode it is, is its owner's choice
-                twin.ssd.takes_part = part
+                twin.ssd.takes_part, twin.ssd.why_dense = part, why
                 twin.ssd.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
@@ -208,6 +227,7 @@ class Controller:
             "experts_per_token": list(self.state.experts_per_token),
             "multiplies_active": list(self.state.multiplies_active),
             "activation_l1": list(self.state.activation_l1),
+            "why_dense": list(self.state.why_dense),
             "began": self.state.began,
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
@@ -234,6 +254,7 @@ class Controller:
             tuple(state["multiplies_active"]),
             tuple(state["activation_l1"]),
             state["began"],
+            tuple(state.get("why_dense", [""] * len(self.layers))),  # which version 0.1 did not write
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]

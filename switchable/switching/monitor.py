@@ -11,7 +11,7 @@ The training forward holds no measuring code; the layers are watched through hoo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,7 @@ class Watch:
         return torch.cat(self._routes)
 
 
-def watch(model: nn.Module, probe: Sequence[Batch]) -> list[Watch]:
+def watch(model: nn.Module, probe: Iterable[Batch]) -> list[Watch]:
     """Run the probe through the model in dense, evaluation mode; return what each switchable FFN did."""
     watches = [Watch(layer) for layer in layers_of(model)]
     show(model, probe, watches)

@@ -20,7 +20,7 @@ import torch
 from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
 from switchable.infer.loss import loss_in_mode
-from switchable.ranks import sum_over_ranks, world_size
+from switchable.ranks import is_main, sum_over_ranks, world_size
 from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
@@ -213,9 +213,10 @@ class Trainer:
             "dense": controller.layers[0].has_dense_mode,
             "sparse": any(controller.state.takes_part),
         }
+        shows = is_main() and self.log.shows
         with job.replica.autocast():
             losses = {
-                mode: loss_in_mode(job.model, job.validation, mode) if exists else None
+                mode: loss_in_mode(job.model, job.validation, mode, shows) if exists else None
                 for mode, exists in modes.items()
             }
         return {f"val_loss_{mode}": loss for mode, loss in losses.items()} | {
@@ -240,6 +241,7 @@ class Trainer:
         """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
         begin = time.perf_counter()
         job, counters = self.job, self.counters
+        self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_finite(counters.window_loss)
         state = training_state(

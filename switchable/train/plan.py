@@ -17,7 +17,7 @@ time of clustering, which runs on the CPU and is printed by every run as `wall_s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,8 +99,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     with torch.device("meta"):
         model = build_model(config.model, train.sequence_length, vocab_size, TOKENS)
     convert(model, switch)
-    model_config = cast(Any, model).config
-    model_config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
+    model.config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
     ids = torch.zeros(rows, train.sequence_length, dtype=torch.int64, device="meta")
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)

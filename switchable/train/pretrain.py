@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
+from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.files import read_json, write_json, write_text
+from switchable.files import full_disk_told, read_json, write_json
 from switchable.infer.generate import generate_text
 from switchable.infer.sampling import Sampling
 from switchable.store import checkpoint, folders, restore
@@ -37,6 +38,7 @@ from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.summary import summarise
+from switchable.train.words import opening
 
 MAY_CHANGE = (
     "log_every",
@@ -83,7 +85,7 @@ def pretrain(
     """
     check(config)
     with _locked(RunDir(out)) as rundir:
-        ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
+        ranks.on_main(lambda: rundir.refuse_to_replace(overwrite, config.data.sources))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
@@ -121,39 +123,37 @@ def resume(
         ranks.on_main(rundir.claim)
         folder = rundir.checkpoint(step)
         controller_state, counters = restore.restore_training(folder, job.model, job.optimizer)
+        ranks.on_main(lambda: rundir.go_back(step))
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
 
 
 @contextmanager
 def _locked(rundir: RunDir) -> Iterator[RunDir]:
-    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block."""
+    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block.
+
+    Raises:
+        InputError: the folder is in use, or the disk is full.
+    """
 
     def lock() -> None:
         rundir.acquire()
         rundir.sweep()
 
+    remedy = "what was saved stands. Free some space and go on with --resume"
     try:
         ranks.on_main(lock)
-        yield rundir
+        with full_disk_told(f"writing in {rundir.path}", remedy):
+            yield rundir
     finally:
         if ranks.is_main():
             rundir.release()
 
 
-def _refuse_to_replace(rundir: RunDir, overwrite: bool) -> None:
-    if rundir.config.exists() and not overwrite:
-        raise InputError(
-            f"{rundir.path} holds a run already; go on with it with --resume, replace it with --overwrite, "
-            "or choose another folder with --out"
-        )
-
-
 def _begin(rundir: RunDir, job: Job) -> None:
-    rundir.clear()
+    rundir.begin(yaml.safe_dump(to_dict(job.config), sort_keys=False))
     rundir.claim()
-    job.tokenizer.save_pretrained(rundir.tokenizer)
-    write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
+    save_tokenizer(job.tokenizer, rundir.tokenizer)
     save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
 
 
@@ -213,12 +213,9 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
         counters.note_machine(jobs, job.device)
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
-        processes = f"; {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
-        log.say(
-            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; "
-            f"{job.device}{processes}"
-        )
         flops = count_step(job)
+        for line in opening(job, rundir, flops, counters):
+            log.say(line)
         with StopRequest() as stop, Saver() as saver:
             trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
             try:
@@ -243,12 +240,12 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
+    trainer.log.say("timing steps of each kind in turns")
     found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     figures = dataclasses.asdict(found)
     if ranks.is_main():
         write_json(rundir.summary, figures)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   figures: {rundir.summary}")
     return figures
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from switchable import ranks
 from switchable.compute.cpu.active.active import has_active
+from switchable.ffn.convert import why_dense
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
 from switchable.train.parallel import split
@@ -57,15 +58,19 @@ class Summary:
     flops_ratio_nonembedding: float = figure("the same ratio without the output head")
     sparse_fraction: float = figure("share of sparse steps")
     sparse_layers: Sequence[int] = figure("1 for each layer that takes part in sparse mode at the end")
+    why_dense: str | None = figure(
+        "which layers do not, and the limits that keep them out", more="null if all take part"
+    )
     experts_per_token: Sequence[int] = figure("K of each layer in sparse mode at the end", "experts")
     active_layers: Sequence[int] = figure(
         "1 for each layer whose dense steps multiply active neurons only at the end"
     )
     switches: int = figure("changes of mode")
     regroupings: int = figure("structures given to layers")
-    step_speedup_sparse: float = figure(
+    step_speedup_sparse: float | None = figure(
         "time of a plain dense step / of a sparse step",
-        more="without routers / with them: forward, backward and optimizer, in turns on one batch after training",
+        more="without routers / with them: forward, backward and optimizer, in turns on one batch after training; "
+        "null if no layer takes part",
     )
     step_speedup_active: float = figure(
         "time of a plain dense step / of a dense step as the run makes it at the end",
@@ -133,11 +138,12 @@ def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[s
         flops_ratio_nonembedding=(counters.flops - head) / (all_dense - head),
         sparse_fraction=counters.sparse_steps / counters.steps,
         sparse_layers=[int(part) for part in state.takes_part],
+        why_dense=why_dense(job.model),
         experts_per_token=list(state.experts_per_token),
         active_layers=_active_layers(job),
         switches=job.controller.switches,
         regroupings=job.controller.regroupings,
-        step_speedup_sparse=seconds["dense"] / seconds["sparse"],
+        step_speedup_sparse=seconds["dense"] / seconds["sparse"] if "sparse" in seconds else None,
         step_speedup_active=seconds["dense"] / seconds["active"],
         router_overhead=seconds["dense_router"] / seconds["dense"] - 1.0,
         wall_seconds=counters.train_seconds + counters.seconds_other,

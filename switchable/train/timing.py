@@ -25,7 +25,7 @@ def step_seconds(
     """Time forward + backward + optimizer step in turns.
 
     The kinds are `dense` (no routers), `dense_router` (they learn), `active` (as the layers are set: they learn, and
-    some layers multiply only active neurons) and `sparse`.
+    some layers multiply only active neurons) and, if a layer takes part, `sparse`.
 
     Args:
         model: a converted model; its weights, modes and gradients are as before afterwards.
@@ -59,8 +59,9 @@ def step_seconds(
             "dense": lambda: step("dense", routers=False),
             "dense_router": lambda: step("dense"),
             "active": lambda: step("dense", active=True),
-            "sparse": lambda: step("sparse"),
         }
+        if any(layer.ssd.takes_part for layer in layers):
+            contenders["sparse"] = lambda: step("sparse")
         return take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(device)).medians
 
 

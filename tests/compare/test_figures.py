@@ -20,7 +20,7 @@ from switchable.compare.figures import (
     paired_figures,
 )
 from switchable.compare.picture import STYLES, draw_comparison, loss_limits
-from switchable.compare.report import last_line, markdown, tabulate
+from switchable.compare.report import headline, markdown, tabulate
 
 
 def at(tokens: float, flops: float, seconds: float, loss: float) -> Validation:
@@ -170,7 +170,7 @@ def test_the_table_to_read(table: dict[str, Any]) -> None:
 
 
 def test_the_last_line(table: dict[str, Any]) -> None:
-    figures = json.loads(last_line(table, Path("somewhere")))
+    figures = json.loads(json.dumps(headline(table, Path("somewhere"))))
     assert list(figures)[:6] == [
         "delta_dense",
         "delta_sparse",
@@ -196,7 +196,7 @@ def test_what_makes_figures_incomparable_is_said() -> None:
     alone = tabulate({("ssd", 3): busy}, {("ssd", 3): FAST})
     assert "no finished dense run" in alone["warnings"][0]
     assert alone["methods"]["ssd"]["wall_ratio"]["mean"] is None
-    assert json.loads(last_line(alone, Path()))["delta_dense"] is None
+    assert headline(alone, Path())["delta_dense"] is None
     assert "| — |" in markdown(alone)
     unpaired = tabulate(
         {("dense", 0): summary(DENSE, 2.5, None), ("ssd", 3): busy}, {("dense", 0): DENSE, ("ssd", 3): FAST}

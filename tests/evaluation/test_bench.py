@@ -55,7 +55,11 @@ def test_a_line_for_each_layer_with_its_own_k(
     assert main(["bench", str(folder), "--tokens", "1", "600", *training]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("float32")
-    rows = [line.split() for line in lines[2:-1]]
+    assert (
+        lines[1]
+        == "1 of 3 FFNs stay dense (transformer.h.2.mlp: the model's folder does not say why): not timed"
+    )
+    rows = [line.split() for line in lines[3:-1]]
     first, second = "transformer.h.0.mlp", "transformer.h.1.mlp"
     assert [row[:3] for row in rows] == [
         [first, "3", "1"], [first, "3", "600"], [second, "2", "1"], [second, "2", "600"],
@@ -115,4 +119,4 @@ def test_folders_without_a_model_and_models_without_sparse_layers(
         layer.ssd.takes_part = False
     save(tmp_path / "dense", model)
     assert main(["bench", str(tmp_path / "dense")]) == 2
-    assert "no layer of this model takes part in sparse mode" in capsys.readouterr().err
+    assert "no sparse mode: 3 of 3 FFNs stay dense" in capsys.readouterr().err

@@ -59,15 +59,20 @@ def test_by_hand(switchable_gpt2: nn.Module) -> None:
 
 def test_ways(switchable_gpt2: nn.Module) -> None:
     assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 3)]
-    assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [Way("sparse", 2), Way("sparse", 8)]
+    assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [
+        Way("sparse", 2),
+        Way("sparse", 8),
+        Way("sparse", 3),
+    ]
     layers_of(switchable_gpt2)[0].ssd.experts_per_token = 5
-    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse"]  # each layer has a K of its own
+    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse K=3-5"]
+    assert ways(switchable_gpt2)[1].experts_per_token == (5, 3)  # each layer has a K of its own
     with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
         ways(switchable_gpt2, [], [9])
     for layer in layers_of(switchable_gpt2):
         layer.ssd.takes_part = False
     assert ways(switchable_gpt2) == [Way("dense")]
-    with pytest.raises(InputError, match="trained all dense"):
+    with pytest.raises(InputError, match="no sparse mode: 2 of 2 FFNs stay dense"):
         ways(switchable_gpt2, ["sparse"])
 
 

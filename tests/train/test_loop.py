@@ -44,7 +44,7 @@ def small(corpus: Path, **changes: dict[str, Any]) -> RunConfig:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
-    for file in ("model.safetensors", "switchable.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
         found |= load_file(folder / file)
     return found
 

@@ -67,7 +67,7 @@ def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.
     return own and why_no_loops(d_model, dtype) is None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def active(
     x_TD: Tensor, weights: FFNWeights, activation: str, num_experts: int | None = None, penalty: float = 0.0
 ) -> ActiveOutput:
@@ -119,7 +119,7 @@ class _Active(torch.autograd.Function):
         return y_TD, mass_TE
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD = ctx.saved_tensors
         plan: _Plan = ctx.plan

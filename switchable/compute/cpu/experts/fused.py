@@ -40,7 +40,7 @@ def supports(call: ExpertCall) -> str | None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 
@@ -96,7 +96,7 @@ class _Fused(torch.autograd.Function):
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD, act_PI = ctx.saved_tensors
         plan: _Plan = ctx.plan
