@@ -1,6 +1,6 @@
 """The sparse FFN against the dense one on the CPU: training step, decoding, memory.
 
-    python -m benchmarks.ffn [--quick]
+    python -m benchmarks.ffn [--quick] [--precision bfloat16]
 
 Parity comes first: outputs and gradients of every contender against the reference; nothing is reported if one fails.
 Then all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians
@@ -13,6 +13,10 @@ that it chooses.
 
     share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
     share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's
+
+With `--precision bfloat16` dense and `fused` take part in float32, under autocast and with weights of bfloat16, in
+training and prefill. Ratios are over the fastest dense one of the same run. Parity there is an error of at most 1.5
+times that of all neurons multiplied by torch in bfloat16.
 
 The last line is one JSON document.
 
@@ -187,6 +191,132 @@ def decode_row(shape: Shape, seconds: float) -> dict[str, Any]:
     return _row(shape, per_layer, "decode", names, auto)
 
 
+class HalfLayer(Layer):
+    """The same numbers as float32 and as bfloat16; a contender's name says which, as in `fused autocast`."""
+
+    def __init__(self, shape: Shape, seed: int = 0):
+        super().__init__(shape, seed)
+        with torch.no_grad():
+            for leaf in (*self.leaves().values(), self.down.weight):
+                leaf.copy_(leaf.bfloat16())
+            self.down_FD.copy_(self.down.weight.t())
+        self.dy_TD = self.dy_TD.bfloat16().float()
+        self.halves = {name: leaf.detach().bfloat16() for name, leaf in self.leaves().items()}
+        self.halves["dense down"] = self.down.weight.detach().bfloat16()
+        for leaf in self.halves.values():
+            leaf.requires_grad_()
+
+    def leaves_of(self, name: str) -> dict[str, Tensor]:
+        """What a contender is given."""
+        return self.halves if name.endswith("weights") else {**self.leaves(), "dense down": self.down.weight}
+
+    def forward(self, name: str) -> Tensor:
+        own, (way, precision) = self.leaves_of(name), name.split()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            if way == "dense":
+                return linear(torch.relu(linear(own["x"], own["up"], own["bias"])), own["dense down"])
+            weights = FFNWeights(own["up"], own["down"], own["bias"])
+            return expert_ffn(ExpertCall(own["x"], weights, self.ids_TK, self.shape.E, "relu"), way)
+
+    def _zero_grad(self) -> None:
+        super()._zero_grad()
+        for leaf in self.halves.values():
+            leaf.grad = None
+
+    def train(self, name: str) -> None:
+        self._zero_grad()
+        y_TD = self.forward(name)
+        torch.autograd.backward(y_TD, self.dy_TD.to(y_TD.dtype))
+
+    def prefill(self, name: str) -> None:
+        with torch.no_grad():
+            self.forward(name)
+
+    def errors(self, name: str, true: dict[str, Tensor]) -> dict[str, float]:
+        """Return a contender's relative errors in the output and all gradients."""
+        own = {leaf: tensor for leaf, tensor in self.leaves_of(name).items() if leaf in true}
+        y_TD = self.forward(name)
+        gradients = torch.autograd.grad(y_TD, list(own.values()), self.dy_TD.to(y_TD.dtype))
+        found = {"y": y_TD.detach(), **dict(zip(own, gradients, strict=True))}
+        return {leaf: float((found[leaf] - wanted).norm() / wanted.norm()) for leaf, wanted in true.items()}
+
+
+PRECISIONS = ("float32", "autocast", "weights")
+
+
+def half_parity_errors() -> list[str]:
+    """Return one line for each contender and tensor that is worse than torch's in bfloat16."""
+    layer = HalfLayer(Shape(301, 64, 256, 8, 3))
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in layer.leaves().items()}
+    call = ExpertCall(
+        exact["x"], FFNWeights(exact["up"], exact["down"], exact["bias"]), layer.ids_TK, 8, "relu"
+    )
+    y_TD = expert_ffn(call, "reference")
+    gradients = torch.autograd.grad(y_TD, list(exact.values()), layer.dy_TD.double())
+    true = {"y": y_TD.detach(), **dict(zip(exact, gradients, strict=True))}
+    lines = []
+    for precision in PRECISIONS[1:]:
+        most, found = (layer.errors(f"{way} {precision}", true) for way in ("masked", "fused"))
+        lines += [
+            f"fused {precision} is off in {tensor}: relative error {error:.1e}, dense {most[tensor]:.1e}"
+            for tensor, error in found.items()
+            if not error <= 1.5 * most[tensor]
+        ]
+    return lines
+
+
+def half_row(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Time training and prefill in both precisions."""
+    layer = HalfLayer(shape)
+    names = [f"{way} {precision}" for way in ("dense", "fused") for precision in PRECISIONS]
+    row: dict[str, Any] = {"shape": str(shape)}
+    for job in ("train", "prefill"):
+        calls = {name: partial(getattr(layer, job), name) for name in names}
+        times = take_turns(calls, seconds / 2)
+        dense, ours = (
+            min((n for n in names if n.startswith(way)), key=times.median) for way in ("dense", "fused")
+        )
+        row[job] = {
+            "ms": {name: 1e3 * value for name, value in times.medians.items()},
+            "best_dense": dense,
+            "ours": ours,
+            "over_best_dense": times.ratio(dense, ours),
+        }
+        if job == "train":
+            dense_peak, peak = (peak_bytes(calls[name], layer.forget) for name in (dense, ours))
+            row["memory_share"] = peak / dense_peak
+        report_half(job, row)
+    return row
+
+
+def report_half(job: str, row: dict[str, Any]) -> None:
+    """Print one job of a shape."""
+    own = row[job]
+    print(f"\n{job}: {row['shape']}")
+    for name, value in own["ms"].items():
+        print(f"  {name:<16}{value:>9.3f} ms {own['ms'][own['best_dense']] / value:>6.2f}x best dense")
+    print(f"  {own['ours']}: {own['over_best_dense']:.2f}x {own['best_dense']} (within a turn)")
+
+
+def half_main(seconds: float) -> int:
+    """Run everything in bfloat16; return the exit code."""
+    errors = half_parity_errors()
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        return 1
+    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16")
+    rows = {shape.D: half_row(shape, seconds) for shape in TRAINING}
+    document = {
+        **{f"train_over_best_dense_d{width}": row["train"]["over_best_dense"] for width, row in rows.items()},
+        "prefill_over_best_dense_d768": rows[768]["prefill"]["over_best_dense"],
+        "memory_share": rows[768]["memory_share"],
+        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "shapes": list(rows.values()),
+    }
+    print(json.dumps(document))
+    return 0
+
+
 def _row(shape: Shape, times: Times, job: str, names: tuple[str, ...], auto: str) -> dict[str, Any]:
     own = OURS[job]
     best = min((name for name in names if name in THEIRS), key=times.median)
@@ -223,7 +353,11 @@ def main() -> int:
     """Run everything; return the exit code."""
     parser = argparse.ArgumentParser(description="The sparse FFN against the dense one on the CPU.")
     parser.add_argument("--quick", action="store_true", help="under 50 seconds")
-    seconds = 5.0 if parser.parse_args().quick else 30.0
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    arguments = parser.parse_args()
+    seconds = 5.0 if arguments.quick else 30.0
+    if arguments.precision == "bfloat16":
+        return half_main(2 * seconds)
     errors = parity_errors()
     if errors:
         print("\n".join(errors), file=sys.stderr)

@@ -2,7 +2,8 @@
 
 A rule decides, and leaves one: a training run that is resumed must get the same bits, so a stopwatch must not choose.
 On the CPU, `decode` for a few tokens without gradients; else `fused`, from 64 tokens on and for experts that are not so
-large that a matrix library does as well; else `sorted` where the products are large enough to be worth its calls,
+large that a matrix library does as well (in bfloat16, if the processor multiplies it in pairs, from 32 on and for all);
+else `sorted` where the products are large enough to be worth its calls,
 N · D · I multiplications of an expert with its N tokens; else `masked`. On CUDA `grouped_mm`; `triton` only by name,
 until a figure from a GPU is there. What none of these can do is left to `reference`.
 
@@ -11,6 +12,8 @@ Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K ex
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,13 @@ from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
+from switchable.compute.cpu.experts.packing import multiplied
 from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.sorted import SORTED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
+from switchable.compute.dtypes import compute_dtype
 from switchable.compute.masked import MASKED
 from switchable.compute.reference import REFERENCE
 from switchable.errors import InputError, nearest
@@ -33,8 +39,14 @@ BACKENDS: dict[str, Backend] = {
 
 FEWEST_FUSED = 64
 """Tokens from which `fused` is worth the reordering of its weights."""
+FEWEST_PAIRED = 32
+"""The same where bfloat16 is multiplied in pairs; measured with D 256 and 768, E 32 and 128, autocast and not."""
 THICK = 512
-"""Neurons of an expert from which `sorted` is as fast as `fused` or faster; measured with D 256 to 1,024, E 4 to 16."""
+"""Neurons of an expert from which `sorted` is as fast as `fused` or faster; measured with D 256 to 1,024, E 4 to 16.
+In pairs `fused` was faster up to 2,048, the most tried."""
+THICK_UNPAIRED = 64
+"""The same in bfloat16, if the processor has pairs for a library, and our loops have not: D or I do not fill them.
+Measured with D 272 to 784."""
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
 Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""
@@ -85,17 +97,16 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     x_TD, experts, neurons = call.x_TD, call.num_experts, call.neurons
     if x_TD.is_cuda:
         return (GROUPED_MM,)
-    (tokens, d_model), dtype = x_TD.shape, _compute_dtype(x_TD)
+    (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
     compiled = has_code(d_model, experts, dtype, call.activation)
     if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE):
-        return (SORTED,) if torch.is_autocast_enabled(x_TD.device.type) else (DECODE, MASKED)
+        return (DECODE, MASKED)
     loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
-    if tokens >= FEWEST_FUSED and neurons < THICK and loops:
+    machine, fewest, thick = this_machine(), FEWEST_FUSED, float(THICK)
+    if machine is not None and machine.pairs and dtype == torch.bfloat16:
+        paired = multiplied(d_model, neurons, dtype, machine) == dtype
+        fewest, thick = (FEWEST_PAIRED, math.inf) if paired else (FEWEST_FUSED, THICK_UNPAIRED)
+    if loops and tokens >= fewest and neurons < thick:
         return (FUSED, SORTED)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * neurons
     return (SORTED,) if work >= WORTH_SORTING else (MASKED,)
-
-
-def _compute_dtype(x_TD: Tensor) -> torch.dtype:
-    device = x_TD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype

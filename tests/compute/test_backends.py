@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.problems import TOLERANCE, Case, assert_equals_reference, outcome, problem, relative_error
+from compute.problems import (
+    TOLERANCE,
+    Case,
+    assert_equals_reference,
+    assert_mixed_dtypes_need_autocast,
+    outcome,
+    problem,
+    relative_error,
+)
 
 from switchable.compute.choose import BACKENDS, expert_ffn
 from switchable.compute.cpu.decode import decode
@@ -47,7 +55,6 @@ REFUSALS = {
     ("fused", "odd sizes"): r"needs a d_model that is a multiple of \d+, not 13",
     ("fused", "gelu"): "computes the activations relu and relu2, not gelu",
     ("fused", "whole vectors, gated silu"): "does not compute gated FFNs",
-    ("fused", "bfloat16"): "multiplies float32 and float64, not bfloat16",
     ("decode", "whole vectors"): "computes no gradients",
     ("grouped_mm", "odd sizes"): "needs multiples of 4, and d_model is 13, neurons per expert 7",
     ("grouped_mm", "float64"): "float64",
@@ -133,13 +140,8 @@ def test_a_processor_without_loops_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert_equals_reference(replace(WIDE, tokens=70), "auto")
 
 
-def test_fused_wants_one_dtype_and_no_autocast() -> None:
-    found = problem(WIDE)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(InputError, match="under autocast"):
-        found.run("fused")
-    found.x = found.x.double()
-    with pytest.raises(InputError, match="needs input and weights of one dtype"):
-        found.run("fused")
+def test_fused_wants_one_dtype_unless_autocast_converts_them() -> None:
+    assert_mixed_dtypes_need_autocast(WIDE, BACKENDS["fused"])
 
 
 def test_at_most_eight_names_and_an_unknown_one_is_answered_with_them() -> None:
@@ -168,7 +170,7 @@ def test_repeated_calls_give_identical_bits(backend: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sorted", "masked", "reference", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["auto", "sorted", "fused", "masked", "reference", "grouped_mm"])
 def test_autocast_computes_in_the_dtype_of_a_linear_layer(backend: str) -> None:
     case = Case(tokens=19, width=16, neurons=8)
     found = problem(case)

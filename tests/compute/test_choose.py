@@ -21,6 +21,8 @@ from switchable.compute.cpu.llvm import this_machine
 pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
+HERE = this_machine()
+assert HERE is not None
 ODD = Case(width=13)
 # An expert's product: tokens · 3/8 rows, 16 wide, 31 neurons; that is 186 multiplications per token.
 SMALL = Case(width=16, neurons=31, experts=8)
@@ -52,18 +54,18 @@ AUTO = {
     ("gelu", True): (replace(SMALL, tokens=64, activation="gelu"), "masked"),
     ("gelu, large", True): (replace(LARGE, activation="gelu"), "reference"),
     ("gated silu, large", True): (replace(LARGE, activation="silu", gated=True), "reference"),
-    ("bfloat16, 3763 tokens", True): (replace(SMALL, tokens=3763, dtype=HALF), "masked"),
-    ("bfloat16, 3764 tokens", True): (replace(SMALL, tokens=3764, dtype=HALF), "sorted"),
+    ("bfloat16", True): (replace(SMALL, tokens=64, dtype=HALF), "fused"),
+    ("bfloat16, odd width", True): (replace(LARGE, width=61, dtype=HALF), "sorted"),
     ("odd width, small", True): (replace(ODD, tokens=700), "masked"),
     ("odd width, large", True): (replace(LARGE, width=61), "sorted"),
 }
 """Name of a case, whether it learns; what `auto` is for it, as it was for the code before this table."""
 UNDER_AUTOCAST = {
-    ("few tokens", False): (replace(SMALL, tokens=2), "sorted"),
-    ("few tokens, gelu", False): (replace(SMALL, tokens=2, activation="gelu"), "reference"),
+    ("few tokens", False): (replace(SMALL, tokens=2), "masked"),
+    ("few tokens, gelu", False): (replace(SMALL, tokens=2, activation="gelu"), "masked"),
     ("17 tokens", False): (replace(SMALL, tokens=17), "masked"),
-    ("64 tokens", True): (replace(SMALL, tokens=64), "masked"),
-    ("large", True): (LARGE, "sorted"),
+    ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
+    ("large, no whole pairs", True): (replace(LARGE, width=48), "sorted"),
     ("large, gated", True): (replace(LARGE, gated=True), "reference"),
 }
 
@@ -86,6 +88,25 @@ def test_under_autocast(key: tuple[str, bool], wanted: tuple[Case, str]) -> None
     with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype=HALF):
         assert choose(problem(case).call).name == name
         assert torch.equal(problem(case).run("auto"), problem(case).run(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["autocast", "bfloat16 weights"])
+def test_pairs_pay_from_32_tokens_on_and_for_large_experts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(pairs: bool) -> list[str]:
+        machine = replace(HERE, vector_bytes=64, pairs=pairs)
+        monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
+        monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
+        few = replace(SMALL, width=32, neurons=30, tokens=31, dtype=dtype)
+        large = replace(LARGE, dtype=dtype)
+        unpaired = [replace(large, width=48, tokens=512, neurons=neurons) for neurons in (62, 64)]
+        calls = [problem(case).call for case in (few, replace(few, tokens=32), large, *unpaired)]
+        with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
+            return [choose(call).name for call in calls]
+
+    assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted"]
+    assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused"]
 
 
 def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:

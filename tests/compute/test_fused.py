@@ -76,7 +76,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.usefixtures("machine")
 def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
@@ -84,8 +84,9 @@ def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_threads_and_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(tokens=1100, width=64, neurons=24, experts=8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_and_chunks_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tokens=1100, width=64, neurons=24, experts=8, dtype=dtype)
     true = outcome(problem(case), "fused")
     for threads, chunk, openmp in ((2, 512, True), (1, 512, True), (2, 7, True), (2, 100, False)):
         torch.set_num_threads(threads)
@@ -163,7 +164,7 @@ def test_how_experts_are_cut_into_vectors() -> None:
     wide = Machine("", "", vector_bytes=64, registers=32)
 
     def cut(neurons: int, width: int = 256) -> tuple[int, int]:
-        packing = Packing(width, neurons, False, wide)
+        packing = Packing(width, neurons, torch.float32, wide)
         return packing.inputs_per_vector, packing.vectors
 
     assert cut(96) == (1, 6)
@@ -177,14 +178,15 @@ def test_how_experts_are_cut_into_vectors() -> None:
         [(0, 2), (2, 2)],
         [(0, 2), (2, 2), (4, 3)],
     ]
-    assert Packing(256, 96, False, wide).scatter_columns == 4  # of 16 vectors
-    assert Packing(144, 96, False, wide).scatter_columns == 3  # of 9
-    assert Packing(272, 96, True, replace(wide, registers=16, vector_bytes=32)).scatter_columns == 2
+    assert Packing(256, 96, torch.float32, wide).scatter_columns == 4  # of 16 vectors
+    assert Packing(144, 96, torch.float32, wide).scatter_columns == 3  # of 9
+    assert Packing(256, 8, torch.bfloat16, wide).steps == 64  # of two words of two numbers
+    assert Packing(272, 96, torch.float64, replace(wide, registers=16, vector_bytes=32)).scatter_columns == 2
 
 
 def test_weights_are_reordered_as_the_loops_read_them() -> None:
     def reordered(neurons: int, width: int, lanes: int) -> list[float]:
-        packing = Packing(width, neurons, False, replace(HERE, vector_bytes=4 * lanes))
+        packing = Packing(width, neurons, torch.float32, replace(HERE, vector_bytes=4 * lanes))
         module = ir.Module("reorder")
         write_reorder(Writer(module, "reorder", [POINTER, POINTER], wide=False, lanes=lanes), packing)
         code = compile_module(module, HERE)
@@ -248,4 +250,6 @@ def test_machines_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None
     assert shape(found("x86_64", "avx", "avx2", "fma", "avx512f")) == (64, 32)
     assert shape(found("AMD64", "avx", "avx2", "fma")) == (32, 16)
     assert shape(found("x86_64", "sse2")) is None
+    assert not found("x86_64", "avx512f", "avx512bw").pairs
+    assert found("x86_64", "avx512f", "avx512bf16").pairs
     assert shape(found("arm64", "neon")) == (16, 32)

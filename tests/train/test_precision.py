@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_loop import small
+from test_loop import in_two_parts, small, weights
 
 from switchable.switching import monitor
 from switchable.train.pretrain import pretrain
@@ -51,6 +51,14 @@ def test_the_probe_is_measured_in_the_runs_precision(
     monkeypatch.setattr(monitor, "cluster_layers", noting("grouping", monitor.cluster_layers))
     losses(corpus, tmp_path / precision, precision=precision)
     assert seen == {"probe": {precision == "bfloat16"}, "grouping": {False}}
+
+
+def test_bfloat16_resumes_bitwise(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(corpus, train={"precision": "bfloat16"}, model={"d_model": 64, "d_ff": 256})
+    pretrain(config, tmp_path / "whole/run", tmp_path / "cache", quiet=True)
+    in_two_parts(config, tmp_path, monkeypatch)
+    whole, parts = (weights(tmp_path / run / "checkpoints/step-000020") for run in ("whole/run", "run"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_recomputing_activations_changes_no_bit(corpus: Path, tmp_path: Path, plain: list[float]) -> None:

@@ -14,8 +14,8 @@ from switchable.compute.call import RELU_TYPES, ExpertCall
 from switchable.compute.cpu.llvm import this_machine
 from switchable.errors import InputError
 
-ITEMSIZES = {torch.float32: 4, torch.float64: 8}
-"""Bytes of the numbers that loops are written for."""
+LANE_BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
+"""Of a lane of a vector, by the dtype that is computed in: sums are at least float32."""
 PYTHON_IDS = 64
 """Up to so many are looked through faster in Python than in operations of torch."""
 
@@ -37,9 +37,7 @@ def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     machine = this_machine()
     if machine is None:
         return "needs a processor with fused multiply-add on vectors (AVX2, AVX-512 or ARM64)"
-    if dtype not in ITEMSIZES:
-        return f"multiplies float32 and float64, not {str(dtype).removeprefix('torch.')}"
-    lanes = machine.vector_bytes // ITEMSIZES[dtype]
+    lanes = machine.vector_bytes // LANE_BYTES[dtype]
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
 
 

@@ -37,6 +37,8 @@ class Machine:
     """LLVM's list of its instruction sets, "+avx2,-avx512f,..."."""
     vector_bytes: int
     registers: int
+    pairs: bool = False
+    """Whether an instruction multiplies pairs of bfloat16 and adds both products to a float32 (AVX512-BF16)."""
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def this_machine() -> Machine | None:
         vector_bytes, registers = 32, 16
     else:
         return None
-    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers)
+    pairs = bool(features.get("avx512bf16"))
+    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs)
 
 
 class Code:
@@ -110,10 +113,10 @@ class Writer:
         self.number = ir.DoubleType() if wide else ir.FloatType()
         self.itemsize, self.lanes = 8 if wide else 4, lanes
         self.vector = self.vector_of(lanes)
-        self._fma = _intrinsic(
+        self._fma = intrinsic(
             module, f"llvm.fma.v{lanes}f{8 * self.itemsize}", self.vector, [self.vector] * 3
         )
-        self._prefetch = _intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
+        self._prefetch = intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
 
     def vector_of(self, lanes: int) -> ir.VectorType:
         """The type of a vector of another length."""
@@ -283,5 +286,6 @@ class Writer:
             first = self.range(first, stop, size, lambda index, size=size: body(index, size))  # type: ignore[misc]
 
 
-def _intrinsic(module: ir.Module, name: str, result: ir.Type, arguments: Values) -> ir.Function:
+def intrinsic(module: ir.Module, name: str, result: ir.Type, arguments: Values) -> ir.Function:
+    """Return one of LLVM's own functions, declared once."""
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)

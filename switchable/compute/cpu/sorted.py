@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from switchable.compute.call import Backend, ExpertCall
 from switchable.compute.cpu.limits import why_not_relu_on_cpu
 from switchable.compute.cpu.pairs import Chunk, SortedPairs
+from switchable.compute.dtypes import autocasts, compute_dtype
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -39,8 +40,8 @@ def run(call: ExpertCall) -> Tensor:
     """Return y_TD."""
     x, weights = call.x_TD, call.weights
     up_FD, down_FD, bias_F = weights.up_FD, weights.down_FD, weights.up_bias_F
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if autocasts(call):
+        dtype = compute_dtype(call)
         x, up_FD, down_FD = x.to(dtype), up_FD.to(dtype), down_FD.to(dtype)
         bias_F = None if bias_F is None else bias_F.to(dtype)
     with torch.autocast("cpu", enabled=False):

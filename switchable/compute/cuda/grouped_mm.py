@@ -20,7 +20,7 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
 from switchable.compute.call import Backend, ExpertCall
-from switchable.compute.cuda.dtypes import compute_dtype, why_not_dtype
+from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
 def _supports(call: ExpertCall) -> str | None:

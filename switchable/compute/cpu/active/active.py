@@ -62,7 +62,10 @@ def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.
         dtype: of the multiplications.
         device: `"cpu"` or another type of device.
     """
-    return device == "cpu" and not gated and activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
+    own = (
+        device == "cpu" and not gated and activation in RELU_TYPES and dtype in (torch.float32, torch.float64)
+    )
+    return own and why_no_loops(d_model, dtype) is None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

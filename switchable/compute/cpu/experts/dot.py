@@ -47,7 +47,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     own = packing.vectors * packing.steps * loops.L
 
     def pack(record: Record, e: ir.Value) -> None:
-        weights = w.at(record["weights"], w.mul(e, loops.I * loops.D))
+        weights = w.at(record["weights"], w.mul(e, loops.I * loops.words_D))
         w.b.call(reorder, [weights, w.at(record["packed"], w.mul(e, own))])
 
     def chunk(record: Record, number: ir.Value) -> None:
@@ -59,9 +59,9 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
                 w.at(record["tokens"], first, I32),
                 record["x"],
                 w.at(record["packed"], w.mul(e, own)),
-                w.at(record["z"], pair),
+                loops.at_z(w, record["z"], pair),
                 w.at(record["bias"], w.mul(e, loops.I)),
-                w.at(record["act"], pair),
+                loops.at_z(w, record["act"], pair),
             ]
             w.b.call(product.function, arguments)
 
@@ -84,9 +84,9 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
     pace = Pace(w, vectors * lanes, count)
 
     def tile(i: ir.Value, rows: int) -> None:
-        addresses = [loops.row(w, x, tokens, i, r) for r in range(rows)]
+        addresses = [loops.row(w, x, tokens, i, r, words=loops.words_D) for r in range(rows)]
         for r in range(rows):
-            w.prefetch(loops.row(w, x, tokens, i, rows + r), 1, near=False)
+            w.prefetch(loops.row(w, x, tokens, i, rows + r, words=loops.words_D), 1, near=False)
             w.prefetch(result(i, rows + r, first), vectors)
 
         def step(d: ir.Value, carried: Values) -> Values:
@@ -101,7 +101,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
                     numbers = w.load_broadcast(w.at(address, w.mul(at, p)), p)
                     for v, column in enumerate(columns):
                         which = (chain * rows + r) * vectors + v
-                        sums[which] = w.fma(numbers, column, sums[which])
+                        sums[which] = loops.multiply_add(w, numbers, column, sums[which])
             return sums
 
         zeros = [w.zero()] * (chains * rows * vectors)
@@ -112,12 +112,12 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
                 neuron = (first + v) * packing.neurons_per_vector
                 total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
-                total = _finish(w, total, epilogue, w.at(bias, neuron), result(i, r, first + v, act))
-                w.store(total, result(i, r, first + v))
+                total = _finish(loops, w, total, epilogue, w.at(bias, neuron), result(i, r, first + v, act))
+                loops.store_z(w, total, result(i, r, first + v))
 
     def result(i: ir.Value, r: int, vector: int, of: ir.Value = z) -> ir.Value:
         pair = w.mul(w.add(i, r), loops.I)
-        return w.at(of, w.add(pair, vector * packing.neurons_per_vector))
+        return loops.at_z(w, of, w.add(pair, vector * packing.neurons_per_vector))
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -131,16 +131,20 @@ def _reduce_inputs(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir
     return total if neurons == total.type.count else w.shuffle(total, range(neurons))
 
 
-def _finish(w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.Value) -> ir.Value:
+def _finish(
+    loops: Loops, w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.Value
+) -> ir.Value:
     kind = total.type
     if "bias" in epilogue:
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in epilogue:  # a NaN stays one, here and below
         total = w.b.select(w.b.fcmp_ordered("<", total, w.zero(kind)), w.zero(kind), total)
     if "mask" in epilogue:
-        total = w.b.select(w.b.fcmp_unordered(">", w.load(act, kind), w.zero(kind)), total, w.zero(kind))
+        total = w.b.select(
+            w.b.fcmp_unordered(">", loops.load_z(w, act, kind), w.zero(kind)), total, w.zero(kind)
+        )
     if "slope" in epilogue:
-        value = w.load(act, kind)
+        value = loops.load_z(w, act, kind)
         total = w.b.fmul(total, w.b.fadd(value, value))
     return total
 

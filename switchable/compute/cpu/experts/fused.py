@@ -8,7 +8,8 @@ to be scattered ever exists; ReLU and its derivative are part of the products. B
 (T·K·I numbers, K/E of the dense layer's) with the sorted indices. The weights are copied into the order of the loops
 first, which costs 1/T of a product. The same bits come out whatever the number of threads.
 
-ReLU and squared ReLU, float32 and float64. Under `torch.compile` it is one graph break.
+ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as
+such (`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
 
 Source: ScatterMoE (Tan et al., 2024) gathers and scatters within the product, on GPUs; these loops do so on CPUs.
 
@@ -25,18 +26,18 @@ from torch.autograd.function import once_differentiable
 
 from switchable.compute.call import Backend, ExpertCall
 from switchable.compute.cpu.experts.library import Library, Pairs, library
-from switchable.compute.cpu.limits import check_ids, why_no_loops, why_not_relu_on_cpu
+from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
 from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
 def supports(call: ExpertCall) -> str | None:
     """Return None, or why there are no loops for a call."""
-    x_TD = call.x_TD
-    if torch.is_autocast_enabled("cpu"):
-        return "does not compute under autocast"
-    if any(tensor.dtype != x_TD.dtype for tensor in call.weights.tensors):
-        return "needs input and weights of one dtype"
-    return why_not_relu_on_cpu(call) or why_no_loops(x_TD.shape[1], x_TD.dtype)
+    return (
+        why_not_relu_on_cpu(call)
+        or why_not_dtype(call, tuple(LANE_BYTES))
+        or why_no_loops(call.x_TD.shape[1], compute_dtype(call))
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -48,8 +49,9 @@ def run(call: ExpertCall) -> Tensor:
     """
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts)
-    loops = library(x_TD.shape[1], call.neurons, x_TD.dtype, cast(Machine, this_machine()))
-    plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2")
+    dtype = compute_dtype(call)
+    loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
+    plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", dtype)
     y_TD: Tensor = _Fused.apply(x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -64,6 +66,12 @@ class _Plan(NamedTuple):
     pairs: Pairs
     num_experts: int
     squared: bool
+    dtype: torch.dtype
+    """That the call is computed in."""
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype of the call, stored as the loops read it."""
+        return tensor.to(self.dtype).to(self.loops.packing.dtype)
 
     def hidden(self, act_PI: Tensor) -> Tensor:
         """The activations: ReLU's, or their squares, which stand until the next call."""
@@ -78,13 +86,14 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, plan: _Plan
     ) -> Tensor:
-        x_TD, loops, pairs = x_TD.contiguous(), plan.loops, plan.pairs
-        bias_F = None if bias_F is None else bias_F.contiguous()
-        act_PI = loops.dot(x_TD, up_FD, pairs, bias_F=bias_F)
-        y_TD = loops.scatter(plan.hidden(act_PI), down_FD, pairs, len(x_TD))
-        ctx.save_for_backward(x_TD, up_FD, down_FD, act_PI)
+        loops, pairs = plan.loops, plan.pairs
+        x, up, down = plan.rounded(x_TD).contiguous(), plan.rounded(up_FD), plan.rounded(down_FD)
+        bias = None if bias_F is None else plan.rounded(bias_F).to(loops.sums).contiguous()
+        act_PI = loops.dot(x, up, pairs, bias_F=bias)
+        y_TD = loops.scatter(plan.hidden(act_PI), down, pairs, len(x))
+        ctx.save_for_backward(x, up, down, act_PI)
         ctx.plan = plan
-        return y_TD
+        return y_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -93,10 +102,10 @@ class _Fused(torch.autograd.Function):
         plan: _Plan = ctx.plan
         loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
         need_x, need_up, need_down, need_bias = ctx.needs_input_grad[:4]
-        dy_TD = dy_TD.contiguous()
+        dy_TD = plan.rounded(dy_TD).contiguous()
         out = plan.scratch("dact", act_PI)
         dact_PI = loops.dot(dy_TD, down_FD, pairs, act_PI=act_PI, squared=plan.squared, out=out)
-        return (
+        return (  # autograd converts them to the dtypes of the inputs
             loops.scatter(dact_PI, up_FD, pairs, len(x_TD)) if need_x else None,
             loops.weight_gradient(dact_PI, x_TD, pairs, experts) if need_up else None,
             loops.weight_gradient(plan.hidden(act_PI), dy_TD, pairs, experts) if need_down else None,

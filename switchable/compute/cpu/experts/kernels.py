@@ -13,6 +13,10 @@ neurons on.
 The rest of the time they would wait for memory, so everything is prefetched: what is added to (y, G) one tile ahead,
 values and weights one expert ahead. Columns of a block that several tiles read are cached side by side by the first.
 
+In bfloat16 a *word* is two neighbouring terms of a sum, 32 bits, which one instruction multiplies and adds: two numbers
+of a token, of a neuron, or of two tokens. Else it is one number. What a product writes is rounded to bfloat16, unless
+it is a sum over experts or over tokens: those stay float32.
+
 Tokens are taken in chunks whose rows stay in the core's own cache while all experts are applied to them. Every sum is
 made in the order of experts or of tokens, whatever the chunks and threads: no bit of a result depends on them.
 
@@ -24,10 +28,13 @@ L lanes of a vector.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import I32, Index, Writer, i64
+from switchable.compute.cpu.llvm import I32, Index, Writer, i64, intrinsic
 
 AHEAD = 8
 """Most rows between the one worked on and the one prefetched: `tokens` must have so many places after the last one."""
@@ -35,6 +42,22 @@ PAIRS = ("tokens", "starts")
 """Fields of every record."""
 FRACTION_BITS = 16
 """Of the fixed-point numbers of a `Pace`."""
+
+
+class _BFloat16(ir.Type):  # type: ignore[misc, unused-ignore]
+    """LLVM's bfloat, for which llvmlite has no name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+BFLOAT16 = _BFloat16()
 
 
 class Loops:
@@ -48,15 +71,61 @@ class Loops:
     def __init__(self, module: ir.Module, packing: Packing):
         self.module, self.packing = module, packing
         self.D, self.I, self.L = packing.d_model, packing.neurons, packing.lanes
+        self.paired = packing.terms == 2
+        self.words_D, self.words_I = self.D // packing.terms, self.I // packing.terms
+
+    @property
+    def tails(self) -> list[int]:
+        """Lanes of a vector and of the smaller ones that cover what is left of a row."""
+        return [self.L >> half for half in range(self.L.bit_length())]
 
     def writer(self, name: str, arguments: list[ir.Type]) -> Writer:
         """Begin a function."""
-        return Writer(self.module, name, arguments, wide=self.packing.wide, lanes=self.L)
+        return Writer(self.module, name, arguments, wide=self.packing.dtype == torch.float64, lanes=self.L)
 
-    def row(self, w: Writer, x: ir.Value, tokens: ir.Value, i: ir.Value, further: int = 0) -> ir.Value:
-        """The address of the row of an expert's token number i + further."""
+    def row(
+        self, w: Writer, x: ir.Value, tokens: ir.Value, i: ir.Value, further: Index = 0, *, words: int
+    ) -> ir.Value:
+        """The address of the row of an expert's token number i + further, if rows have so many words."""
         token = w.integer(w.at(tokens, w.add(i, further), I32))
-        return w.at(x, w.mul(token, self.D))
+        return w.at(x, w.mul(token, words))
+
+    def multiply_add(self, w: Writer, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
+        """left · right + total, word by word."""
+        if not self.paired:
+            return w.fma(left, right, total)
+        pairs = ir.VectorType(BFLOAT16, 2 * self.L)
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.L}"
+        product = intrinsic(self.module, name, w.vector, [w.vector, pairs, pairs])
+        return w.b.call(product, [total, w.b.bitcast(left, pairs), w.b.bitcast(right, pairs)])
+
+    def at_z(self, w: Writer, z: ir.Value, index: Index) -> ir.Value:
+        """The address of a number that a product has written."""
+        return w.at(z, index, BFLOAT16 if self.paired else None)
+
+    def load_z(self, w: Writer, address: ir.Value, kind: Any) -> ir.Value:
+        """Read a vector of such numbers."""
+        if not self.paired:
+            return w.load(address, kind)
+        return w.b.fpext(w.b.load(address, align=2, typ=ir.VectorType(BFLOAT16, kind.count)), kind)
+
+    def store_z(self, w: Writer, value: ir.Value, address: ir.Value) -> None:
+        """Write a vector of such numbers."""
+        if self.paired:
+            w.b.store(w.b.fptrunc(value, ir.VectorType(BFLOAT16, value.type.count)), address, align=2)
+        else:
+            w.store(value, address)
+
+    def pair_up(
+        self, w: Writer, first: ir.Value, second: ir.Value, lanes: int, single: ir.Value | None = None
+    ) -> ir.Value:
+        """Read bfloat16s at two addresses and return words of one of each, of the first and zero if `single`."""
+        kind = ir.VectorType(BFLOAT16, lanes)
+        left, right = (w.b.load(address, align=2, typ=kind) for address in (first, second))
+        if single is not None:
+            right = w.b.select(single, ir.Constant(kind, None), right)
+        pairs = w.shuffle(left, [lane + side for lane in range(lanes) for side in (0, lanes)], right)
+        return w.b.bitcast(pairs, w.vector_of(lanes))
 
 
 class Pace:

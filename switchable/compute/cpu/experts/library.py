@@ -15,9 +15,9 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.experts.dot import DOT, write_dot
-from switchable.compute.cpu.experts.gradients import BIAS, WEIGHTS, write_bias, write_weights
+from switchable.compute.cpu.experts.gradients import BIAS, MOST_TOKENS, WEIGHTS, write_bias, write_weights
 from switchable.compute.cpu.experts.kernels import AHEAD, Loops
-from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
 from switchable.compute.cpu.experts.sort import SORT, write_sort
 from switchable.compute.cpu.llvm import Machine, compile_module
@@ -54,6 +54,8 @@ class Library:
     def __init__(self, packing: Packing):
         module = ir.Module("experts")
         self.packing, self.scratch = packing, Scratch()
+        self.sums = torch.promote_types(packing.dtype, torch.float32)
+        """Dtype of sums over experts or tokens."""
         loops = Loops(module, packing)
         for write in (write_dot, write_scatter, write_weights, write_bias):
             write(loops)
@@ -108,7 +110,7 @@ class Library:
         else:
             name = "dot_slope" if squared else "dot_mask"
         own, experts = self.packing, len(weight_FD) // self.packing.neurons
-        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), x_TD.dtype)
+        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), self.sums)
         memory = {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed, "z": z_PI}
         tasks = (experts, pairs.chunks)
         DOT.run(self.code, name, *tasks, **pairs.fields, experts=experts, **memory, bias=bias_F, act=act_PI)
@@ -116,29 +118,35 @@ class Library:
 
     def scatter(self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int) -> Tensor:
         """Return the sums of what each token's experts make of their values, [T, D]."""
-        y_TD = z_PI.new_empty(tokens, self.packing.d_model)
+        y_TD = z_PI.new_empty(tokens, self.packing.d_model, dtype=self.sums)
         experts = len(weight_FD) // self.packing.neurons
         numbers = {"experts": experts, "per_chunk": pairs.per_chunk, "token_count": tokens}
-        memory = {"y": y_TD, "weights": weight_FD.contiguous(), "z": z_PI}
-        SCATTER.run(self.code, "scatter", pairs.chunks, **pairs.fields, **numbers, **memory)
+        packed = weight_FD = weight_FD.contiguous()
+        if self.packing.terms > 1:
+            packed = self.scratch("packed", (len(weight_FD) // 2, weight_FD.shape[1]), self.sums)
+        memory = {"y": y_TD, "weights": weight_FD, "packed": packed, "z": z_PI}
+        tasks = (experts if self.packing.terms > 1 else 0, pairs.chunks)
+        SCATTER.run(self.code, "scatter", *tasks, **pairs.fields, **numbers, **memory)
         return y_TD
 
     def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
         """Return Σ z · xᵀ over each expert's pairs, [F, D]."""
         own = self.packing
-        total_FD = x_TD.new_empty(num_experts * own.neurons, own.d_model)
+        total_FD = x_TD.new_empty(num_experts * own.neurons, own.d_model, dtype=self.sums)
         if not pairs.chunks:
             return total_FD.zero_()
         blocks = own.d_model // (own.gradient_columns * own.lanes)
         tasks = min(torch.get_num_threads(), blocks)
         numbers = {"experts": num_experts, "chunks": pairs.chunks}
         memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
+        if own.terms > 1:
+            memory["words"] = self.scratch("words", (tasks, MOST_TOKENS // 2, own.neurons), self.sums)
         WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
         return total_FD
 
     def bias_gradient(self, z_PI: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
         """Return Σ z over each expert's pairs, [F]."""
-        total_F = z_PI.new_zeros(num_experts * self.packing.neurons)
+        total_F = z_PI.new_zeros(num_experts * self.packing.neurons, dtype=self.sums)
         numbers = {"experts": num_experts, "chunks": pairs.chunks}
         BIAS.run(self.code, "bias", num_experts, **pairs.fields, **numbers, gradient=total_F, z=z_PI)
         return total_F
@@ -146,5 +154,8 @@ class Library:
 
 @functools.cache
 def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine) -> Library:
-    """Return the loops for a shape, compiled when first asked for; `llvm.why_no_loops` must have returned None."""
-    return Library(Packing(d_model, neurons, dtype == torch.float64, machine))
+    """Return the loops for a shape, compiled when first asked for; `why_no_loops` must have returned None.
+
+    What they multiply, `packing.dtype`, need not be `dtype`, in which a call is computed.
+    """
+    return Library(Packing(d_model, neurons, multiplied(d_model, neurons, dtype, machine), machine))

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from switchable.compute.cpu.llvm import Machine
 
 MANY_NEURONS = 24
@@ -28,18 +30,23 @@ class Packing:
 
     d_model: int
     neurons: int
-    wide: bool
-    """Whether numbers are float64."""
+    dtype: torch.dtype
+    """Of what is multiplied: float32, float64, or bfloat16 in pairs."""
     machine: Machine
 
     @property
     def lanes(self) -> int:
-        return self.machine.vector_bytes // (8 if self.wide else 4)
+        return self.machine.vector_bytes // (8 if self.dtype == torch.float64 else 4)
+
+    @property
+    def terms(self) -> int:
+        """Neighbouring terms of a sum that a lane multiplies and adds at once."""
+        return 2 if self.dtype == torch.bfloat16 else 1
 
     @property
     def inputs_per_vector(self) -> int:
-        """p: numbers of a token that share a vector in `dot`."""
-        fits = [p for p in (1, 2, 4) if self.d_model % p == 0 and p <= self.lanes]
+        """p: words of a token that share a vector in `dot`."""
+        fits = [p for p in (1, 2, 4) if self.d_model // self.terms % p == 0 and p <= self.lanes]
         return min(fits, key=lambda p: (-(-self.neurons // (self.lanes // p)) * (self.lanes // p), p))
 
     @property
@@ -53,8 +60,8 @@ class Packing:
 
     @property
     def steps(self) -> int:
-        """Of `dot` through a token's numbers."""
-        return self.d_model // self.inputs_per_vector
+        """Of `dot` through a token's words."""
+        return self.d_model // self.terms // self.inputs_per_vector
 
     def columns(self, most: int) -> int:
         """Vectors in a block of columns."""
@@ -71,7 +78,7 @@ class Packing:
     @property
     def scatter_pieces(self) -> int:
         """In how many pieces `scatter` copies an expert's part of a block of columns; 0: not at all."""
-        block = self.neurons * self.scatter_columns * self.machine.vector_bytes
+        block = self.neurons // self.terms * self.scatter_columns * self.machine.vector_bytes
         return -(-block // FIRST_LEVEL_CACHE) if self.neurons >= MANY_NEURONS else 0
 
     @property
@@ -86,3 +93,14 @@ class Packing:
     def tile_rows(self) -> tuple[int, ...]:
         """Rows of the tiles of results, the largest first."""
         return (8, 4, 2, 1) if self.machine.registers >= 32 else (4, 2, 1)
+
+
+def multiplied(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> torch.dtype:
+    """Return the numbers that a machine multiplies where a call is computed in `dtype`; sums are float32 at least.
+
+    Half precision is multiplied in float32, unless there is an instruction for it, and whole pairs and vectors.
+    """
+    if dtype == torch.bfloat16 and machine is not None and machine.pairs and neurons % 2 == 0:
+        whole = d_model // 2 % (machine.vector_bytes // 4) == 0
+        return torch.bfloat16 if whole else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32

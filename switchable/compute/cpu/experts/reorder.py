@@ -1,11 +1,11 @@
 """Copying an expert's weights into the order in which `dot` reads them, so that its inner loop reads straight on.
 
-    [I, D]  ->  vectors of neurons, steps through a token's numbers, neurons of a vector, p neighbouring numbers
+    [I, D]  ->  vectors of neurons, steps through a token's words, neurons of a vector, p neighbouring words
 
-Squares of L/p neurons by L numbers are transposed in registers, p numbers staying together: it costs 1/T of a product.
+Squares of L/p neurons by L words are transposed in registers, p words staying together: it costs 1/T of a product.
 Lanes of the last vector that have no neuron are zero.
 
-Shapes: D d_model, I neurons per expert, L lanes of a vector, p numbers of a token that share a vector.
+Shapes: D d_model, I neurons per expert, L lanes of a vector, p words of a token that share a vector.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from switchable.compute.cpu.llvm import Writer
 def write_reorder(w: Writer, packing: Packing) -> None:
     """Write the body of a function of two addresses: an expert's weights [I, D], and where they go."""
     weights, packed = w.arguments
-    rows, lanes, width = packing.neurons_per_vector, packing.lanes, packing.d_model
+    rows, lanes, width = packing.neurons_per_vector, packing.lanes, packing.steps * packing.inputs_per_vector
 
     def square(d: ir.Value, v: int) -> None:
         present = min(rows, packing.neurons - v * rows)

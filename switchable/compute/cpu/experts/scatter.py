@@ -19,8 +19,9 @@ from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
-SCATTER = Tasks(("experts", "per_chunk", "token_count"), (*PAIRS, "y", "weights", "z"))
-"""A task is a chunk; `y` [T, D] is written."""
+SCATTER = Tasks(("experts", "per_chunk", "token_count"), (*PAIRS, "y", "weights", "packed", "z"), stages=2)
+"""Tasks are experts, whose `weights` become words in `packed` (no tasks where they are), and then chunks; `y` [T, D] is
+written, in float32 or float64."""
 
 
 def write_scatter(loops: Loops) -> None:
@@ -38,24 +39,39 @@ def write_scatter(loops: Loops) -> None:
 
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)
-            tokens, z = w.at(record["tokens"], first, I32), w.at(record["z"], w.mul(first, loops.I))
-            weights = w.at(record["weights"], w.mul(e, loops.I * loops.D))
+            tokens, z = w.at(record["tokens"], first, I32), w.at(record["z"], w.mul(first, loops.words_I))
+            weights = w.at(record["packed"], w.mul(e, loops.words_I * loops.D))
             w.b.call(product.function, [count, tokens, record["y"], weights, z])
 
         w.each(record["experts"], expert)
 
-    SCATTER.write(w, chunk)
+    def pack(record: Record, e: ir.Value) -> None:
+        weights = loops.at_z(w, record["weights"], w.mul(e, loops.I * loops.D))
+        packed = w.at(record["packed"], w.mul(e, loops.words_I * loops.D))
+
+        def row(j: ir.Value) -> None:
+            def vector(d: ir.Value) -> None:
+                first = loops.at_z(w, weights, w.add(w.mul(j, 2 * loops.D), d))
+                words = loops.pair_up(w, first, loops.at_z(w, first, loops.D), loops.L)
+                w.store(words, w.at(packed, w.add(w.mul(j, loops.D), d)))
+
+            w.range(0, loops.D, loops.L, vector)
+
+        if loops.paired:
+            w.each(loops.words_I, row)
+
+    SCATTER.write(w, pack, chunk)
 
 
 def _product(loops: Loops, w: Writer) -> None:
     """Add an expert's part to its tokens' rows, block of columns by block of columns and piece by piece of it."""
     packing, count = loops.packing, w.arguments[0]
     width, pieces = packing.scatter_columns * loops.L, max(1, packing.scatter_pieces)
-    copies = w.scratch(-(-loops.I // pieces) * width) if packing.scatter_pieces else None
+    copies = w.scratch(-(-loops.words_I // pieces) * width) if packing.scatter_pieces else None
 
     def block(d: ir.Value) -> None:
         def piece(number: ir.Value) -> None:
-            rows = w.share(loops.I, number, pieces)
+            rows = w.share(loops.words_I, number, pieces)
             pieces_before = w.add(w.mul(w.div(d, width), pieces), number)
             _piece(loops, w, d, rows, w.mul(pieces_before, count), copies)
 
@@ -74,14 +90,14 @@ def _piece(
     vectors, sizes = packing.scatter_columns, packing.scatter_rows
     width, most = vectors * loops.L, sizes[0]
     pieces = max(1, packing.scatter_pieces) * loops.D // width  # of the whole expert
-    following_z = w.at(z, w.mul(count, loops.I))
-    pace = Pace(w, loops.I, pieces)
+    following_z = w.at(z, w.mul(count, loops.words_I))
+    pace = Pace(w, loops.words_I, pieces)
     # From a row of this piece to the row that the next piece has in its place. The next piece holds further rows of
     # the same columns, after the last rows the first ones of the next columns, after the last columns the next expert.
     next_columns = w.add(d, width)
-    jump = b.select(w.compare(next_columns, ">=", loops.D), i64(loops.I * loops.D), next_columns)
+    jump = b.select(w.compare(next_columns, ">=", loops.D), i64(loops.words_I * loops.D), next_columns)
     following = b.select(
-        w.compare(high, "==", loops.I),
+        w.compare(high, "==", loops.words_I),
         w.sub(jump, w.mul(low, loops.D)),
         w.add(d, w.mul(w.sub(high, low), loops.D)),
     )
@@ -100,22 +116,22 @@ def _piece(
 
     def tile(i: ir.Value, size: int, source: str = "weights") -> None:
         for r in range(size):
-            w.prefetch(w.at(loops.row(w, y, tokens, i, size + r), d), vectors)
-        lines = -(-most * loops.I // (pieces * loops.L))
+            w.prefetch(w.at(loops.row(w, y, tokens, i, size + r, words=loops.D), d), vectors)
+        lines = -(-most * loops.words_I // (pieces * loops.L))
         w.prefetch(w.at(following_z, pace(w.add(steps_before, i))), lines, near=False)
-        own = w.at(z, w.mul(i, loops.I))
+        own = w.at(z, w.mul(i, loops.words_I))
 
         def step(j: ir.Value, carried: Values) -> Values:
             sums, found = list(carried), columns(j, source)
             for r in range(size):
-                value = w.load_broadcast(w.at(own, w.add(j, r * loops.I)))
+                value = w.load_broadcast(w.at(own, w.add(j, r * loops.words_I)))
                 for v, column in enumerate(found):
-                    sums[r * vectors + v] = w.fma(value, column, sums[r * vectors + v])
+                    sums[r * vectors + v] = loops.multiply_add(w, value, column, sums[r * vectors + v])
             return sums
 
         _, sums = w.loop(low, high, 1, [w.zero()] * (size * vectors), step)
         for r in range(size):
-            row = w.at(loops.row(w, y, tokens, i, r), d)
+            row = w.at(loops.row(w, y, tokens, i, r, words=loops.D), d)
             before = w.vectors(row, vectors)
             w.store_vectors([b.fadd(old, sums[r * vectors + v]) for v, old in enumerate(before)], row)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
-from switchable.compute.cuda.dtypes import compute_dtype, why_not_dtype
+from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 """Whether Triton's interpreter runs the kernels, on the CPU. Triton reads the variable when it is imported."""

@@ -1,4 +1,4 @@
-"""Which dtype a call is computed in, and whether a backend takes it: said once for both CUDA backends.
+"""Which dtype a call is computed in, and whether a backend takes it: said once for all of them.
 
 A backend computes in the dtype that `nn.Linear` would: autocast's where autocast is on, else the input's.
 
