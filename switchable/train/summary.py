@@ -186,7 +186,8 @@ def plain_seconds(
     ):
         most = full - timed[kind]
         saved = min(1.0, max(0.0, (full - flops / max(1, steps)) / most)) if most > 0 else 1.0
-        took = (1 - saved) * seconds["dense_router"] + saved * seconds[kind]
+        # Where no layer takes part there is no sparse step to be timed, and none was made.
+        took = (1 - saved) * seconds["dense_router"] + saved * seconds.get(kind, seconds["dense_router"])
         total += clock * seconds["dense"] / took
     return total
 
