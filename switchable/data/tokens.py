@@ -70,7 +70,8 @@ class PreparedData:
     def __str__(self) -> str:
         """Return what was read, skipped, and set aside for validation."""
         train, val = (
-            f"{side.documents:,} documents, {side.tokens:,} tokens" for side in (self.train, self.val)
+            f"{side.tokens:,} tokens in {side.documents:,} document{'s' * (side.documents > 1)}"
+            for side in (self.train, self.val)
         )
         megabytes = (self.train.text_bytes + self.val.text_bytes) / 1e6
         return f"read {self.read}; {megabytes:,.1f} MB of text: {train} to train on; {val} set aside for validation"

@@ -22,16 +22,15 @@ from switchable.train.setup import Job
 
 
 def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> list[str]:
-    """Return what a run says before its first step: recipe, text, model, steps, and where it writes."""
+    """Return what a run says of itself before its first step; what it has read, it has said while reading."""
     train, text = job.config.train, job.data.train
     processes = f", {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
     resumed = f"goes on after step {counters.steps:,}; " if counters.steps else ""
     tokens, threads = train.steps * flops.tokens, torch.get_num_threads()
     return [
         *([_recipe(job.config)] if type(job.controller.schedule) is Schedule else []),
-        f"text: {', '.join(job.config.data.data) or 'source files of the Python installation'}: {text.tokens:,} tokens "
-        f"to train on, {job.data.val.tokens:,} to validate on; vocabulary of {job.data.vocab_size:,}",
-        f"model: {job.config.model.family}, {job.parameters:,} parameters; {job.report}",
+        f"model: {job.config.model.family}, {job.parameters:,} parameters, vocabulary of {job.data.vocab_size:,}; "
+        f"{job.report}",
         f"training: {train.steps:,} steps of {flops.tokens:,} tokens, {tokens:,} in all ({tokens / text.tokens:.2g} "
         f"times the text); {train.precision} on {job.device}, {threads} CPU thread{'s' * (threads > 1)}{processes}",
         f"{resumed}writes to {rundir.path}: a checkpoint every {train.checkpoint_every:,} steps, figures in "

@@ -251,7 +251,7 @@ def test_the_lines_of_the_readme_open_each_folder(tmp_path: Path) -> None:
     before = os.getcwd()
     os.chdir(tmp_path)
     try:
-        for folder, mode in (("dense", None), ("sparse", "dense"), ("own", "sparse")):
+        for folder, mode in (("dense", None), ("sparse", "sparse"), ("own", "sparse")):
             text = (tmp_path / folder / "README.md").read_text()
             lines = text.partition("```python\n")[2].partition("```")[0]
             assert len(lines.splitlines()) == 3

@@ -105,7 +105,9 @@ def test_eval_shows_the_models_own_k(folder: Path, corpus: Path, capsys: pytest.
     text = next(corpus.iterdir())
     assert main(["eval", str(folder), "--data", str(text), "--threads", "1", "--experts-per-token", "6"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("the model's own: sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense")
+    assert said.err.startswith(
+        "reading 1 x text file\nthe model's own: sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense"
+    )
     assert said.out.splitlines()[0].split() == [
         "task", "metric", "examples", "dense", "sparse", "K=6", "sparse", "K=3"
     ]  # fmt: skip
@@ -118,16 +120,18 @@ def test_without_a_sparse_mode_nothing_pretends_to_be_sparse(
     for layer in layers_of(model):
         layer.ssd.takes_part = False
     save(tmp_path / "dense", model, tokenizer=tokenizer)
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 9)
     dense = str(tmp_path / "dense")
     for arguments in (
         ["generate", dense, "--mode", "sparse"],
         ["export", dense, "--to", "sparse", "--out", str(tmp_path / "out")],
         ["bench", dense],
-        ["eval", dense, "--mode", "sparse", "--data", str(folder / "tokenizer_config.json")],
+        ["eval", dense, "--mode", "sparse", "--data", str(tmp_path / "text.txt")],
     ):
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1
+        # The last two say what they are going to do first.
+        assert said.count("\n") == 1 + (arguments[0] in ("export", "eval"))
         assert "no sparse mode: 2 of 2 FFNs stay dense (transformer.h.0.mlp: activation ratio 0.620" in said
     assert not (tmp_path / "out").exists()
 
