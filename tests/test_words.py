@@ -68,8 +68,8 @@ def test_pretrain(said: Say, corpus: Path, tmp_path: Path, family: str) -> None:
     layers = 4 if family == "t5" else 2
     vocabulary = json.loads((tmp_path / "a run/final/config.json").read_text())["vocab_size"]
     assert model == (
-        f"model: {family}, {figures['parameters']:,} parameters, vocabulary of {vocabulary}; {layers} of {layers} FFNs are "
-        "switchable: 8 experts of 8 neurons"
+        f"model: {family}, {figures['parameters']:,} parameters, vocabulary of {vocabulary}; {layers} of {layers} "
+        "FFNs are switchable: 8 experts of 8 neurons"
     )
     assert training.startswith("training: 12 steps of 64 tokens, 768 in all (")
     assert training.endswith("times the text); float32 on cpu, 1 CPU thread")

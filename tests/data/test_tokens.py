@@ -302,8 +302,8 @@ def test_what_was_read_is_said_the_second_time_too(
         assert capsys.readouterr().err == (
             f"{training}read {str(folder)!r}: 1 x JSON lines file, 1 x text file; skipped: {str(folder / 'c.png')!r} "
             f"(not text but binary, or an archive); {size / 1e6:.1f} MB of text: {data.train.tokens:,} tokens in "
-            f"{data.train.documents} documents to train on; {data.val.tokens} tokens in {data.val.documents} documents set "
-            "aside for validation\n"
+            f"{data.train.documents} documents to train on; {data.val.tokens} tokens in {data.val.documents} documents "
+            "set aside for validation\n"
         )
     assert data.train.documents + data.val.documents == 101
     prepare(config_for(folder), tmp_path / "cache", progress=False)
