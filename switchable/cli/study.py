@@ -35,6 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text to measure on; default: the run's probe, or the Python installation's own source files",
     )
+    verb.add_argument("--overwrite", action="store_true", help="replace the study in --out")
     add_dataclass_flags(verb, StudyConfig)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
-    from switchable.files import write_json
+    from switchable.files import whole_folder, write_json
+    from switchable.store.export import check_output
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
@@ -57,14 +59,16 @@ def run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and not args.quiet
     is_run = args.folder is not None and not (args.folder / "config.json").is_file()
     out = args.out or (args.folder / "study" if is_run else Path("study"))
+    check_output(out, args.overwrite, [args.folder] if args.folder else [], "study", "study.json")
     if is_run:
         study = study_run(args.folder, config, progress)
     else:
         study = study_checkpoints(args.checkpoints or [str(args.folder)], config, progress)
     try:
-        names = write_files(study, out / "pictures")
-        write_json(out / "study.json", study.to_json())
-        write_report(study, out / "report.html")
+        with whole_folder(out) as folder:
+            names = write_files(study, folder / "pictures")
+            write_json(folder / "study.json", study.to_json())
+            write_report(study, folder / "report.html")
     except OSError as error:
         raise InputError(
             f"{out} cannot be written: {error.strerror}; choose another folder with --out"

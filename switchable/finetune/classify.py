@@ -38,6 +38,7 @@ from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
 from switchable.store import checkpoint
+from switchable.store.export import check_output
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.train.memory import keep_freed_memory
@@ -66,8 +67,8 @@ def finetune(
     """
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
-    if out is not None and (out / "config.json").exists() and not overwrite:
-        raise InputError(f"{out} holds a model already; replace it with --overwrite or choose another --out")
+    if out is not None:
+        check_output(out, overwrite, sources=(run,))
     train, dev = (glue.examples(config.task, data, split) for split in ("train", "dev"))
     if config.threads:
         torch.set_num_threads(config.threads)

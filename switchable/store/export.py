@@ -95,8 +95,10 @@ def write(
         tokenizer.save_pretrained(folder)
 
 
-def check_output(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse an output folder that holds something else than a model to be replaced.
+def check_output(
+    out: Path, overwrite: bool, sources: Sequence[Path], what: str = "model", told_by: str = "config.json"
+) -> None:
+    """Refuse an output folder that holds something else than what is to be replaced, which a file in it tells.
 
     Raises:
         InputError: says what to do.
@@ -105,9 +107,9 @@ def check_output(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise InputError(f"{out} is what is read; choose another folder with --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "config.json").is_file():
-        raise InputError(f"{out} exists and does not hold a model; choose another folder with --out")
+    if not (out / told_by).is_file():
+        raise InputError(f"{out} exists and does not hold a {what}; choose another folder with --out")
     if not overwrite:
         raise InputError(
-            f"{out} holds a model already; replace it with --overwrite, or choose another folder with --out"
+            f"{out} holds a {what} already; replace it with --overwrite, or choose another folder with --out"
         )

@@ -58,10 +58,13 @@ def routing_changes(fingerprints: Sequence[Sequence[Fingerprint]]) -> list[list[
     """Compare each checkpoint's choice of experts with the one before.
 
     Returns per checkpoint but the first, per layer: the share of tokens whose set of experts changed, and the mean
-    share of a token's experts that were replaced.
+    share of a token's experts that were replaced; NaN where K is not that of the one before.
     """
     return [
-        [routes_changed(a.route_TK, b.route_TK) for a, b in zip(before, after, strict=True)]
+        [
+            routes_changed(a.route_TK, b.route_TK) or (np.nan, np.nan)
+            for a, b in zip(before, after, strict=True)
+        ]
         for before, after in pairwise(fingerprints)
     ]
 

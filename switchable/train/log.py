@@ -22,6 +22,14 @@ from switchable.errors import InputError
 from switchable.files import is_no_space, write_text
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
+from switchable.switching.monitor import LayerMeasures
+
+_MEASURES = [f.name for f in dataclasses.fields(LayerMeasures) if f.name != "mass_by_k"]
+CHARTS = {
+    "loss": {"loss": ["Multiline", ["train/loss", "eval/val_loss_"]]},
+    "layers": {name: ["Multiline", [f"{name}/"]] for name in _MEASURES},
+}
+"""TensorBoard's tab "Custom Scalars": all tags that begin so in one chart, which is all layers of a measure."""
 
 
 def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> RunLog:
@@ -44,6 +52,7 @@ class RunLog:
             self._rewind(rundir, start_step)
         self._file = rundir.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(rundir.tensorboard), purge_step=start_step or None)
+        self._board.add_custom_scalars(CHARTS)
         self._quiet = quiet
         live = sys.stderr.isatty() and not quiet
         self._bar = tqdm(

@@ -154,7 +154,7 @@ def _begin(rundir: RunDir, job: Job) -> None:
     rundir.claim()
     job.tokenizer.save_pretrained(rundir.tokenizer)
     write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
-    save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
+    save_probe(rundir.probe, job.controller.probe)
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:

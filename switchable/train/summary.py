@@ -62,7 +62,7 @@ class Summary:
         "1 for each layer whose dense steps multiply active neurons only at the end"
     )
     switches: int = figure("changes of mode")
-    regroupings: int = figure("structures given to layers")
+    regroupings: int = figure("regroupings", "layers", "whose neurons moved, each time counted")
     step_speedup_sparse: float = figure(
         "time of a plain dense step / of a sparse step",
         more="without routers / with them: forward, backward and optimizer, in turns on one batch after training",

@@ -223,7 +223,7 @@ def test_weights_that_are_missing_pickled_or_of_another_model(tmp_path: Path) ->
     with pytest.raises(InputError, match="cannot be loaded"):
         load_pretrained(tmp_path / "plain")
     weights.rename(weights.with_name("pytorch_model.bin"))
-    with pytest.raises(InputError, match=r"only pickled ones \(pytorch_model\.bin\), which we never open"):
+    with pytest.raises(InputError, match=r"are pickled \(pytorch_model\.bin\), which we never open"):
         load_pretrained(tmp_path / "plain")
     weights.with_name("pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"holds no weights \(\*\.safetensors\)"):
