@@ -111,7 +111,7 @@ def adapt(
     _calibrate(model, text, config.calibration_tokens, config, quiet)
     rows = layer_rows(model, probe_inputs(model, text.validation, sys.maxsize))
     found = losses(model, text.validation)
-    _say(as_text(rows, found, config.default_k, config.num_experts), quiet)
+    _say(as_text(rows, found, config.num_experts), quiet)
     figures |= {
         "ffns": len(rows),
         "num_experts": config.num_experts,

@@ -20,11 +20,13 @@ class Way:
     """`"dense"` or `"sparse"`."""
     experts_per_token: int | None = None
     """K in sparse mode; None where layers differ and each keeps its own."""
+    own: tuple[int, ...] = ()
+    """The K of each layer that takes part, where they differ."""
 
     def __str__(self) -> str:
         if self.mode == "dense":
             return "dense"
-        return "sparse" if self.experts_per_token is None else f"sparse K={self.experts_per_token}"
+        return f"sparse K={f'{min(self.own)} to {max(self.own)}' if self.own else self.experts_per_token}"
 
 
 def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequence[int] = ()) -> list[Way]:
@@ -50,9 +52,10 @@ def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequenc
             )
     found = [Way("dense")] if "dense" in modes or not modes else []
     if can_be_sparse and ("sparse" in modes or not modes):
-        own = {layer.ssd.experts_per_token for layer in layers if layer.ssd.takes_part}
-        wanted: Sequence[int | None] = experts_per_token or [own.pop() if len(own) == 1 else None]
-        found += [Way("sparse", k) for k in dict.fromkeys(wanted)]
+        own = tuple(layer.ssd.experts_per_token for layer in layers if layer.ssd.takes_part)
+        if not experts_per_token and len(set(own)) > 1:
+            return [*found, Way("sparse", own=own)]
+        found += [Way("sparse", k) for k in dict.fromkeys(experts_per_token or own)]
     return found
 
 

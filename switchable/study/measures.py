@@ -90,8 +90,6 @@ class Fingerprint:
     """Which neurons are active on which tokens, packed (`patterns.pack`)."""
     structure_F: Tensor
     """The expert of each neuron."""
-    route_TK: Tensor
-    """The experts that the router chooses for each token."""
 
 
 def measure_model(
@@ -143,7 +141,7 @@ class _Meter:
         self.sums = LayerSums(layer)
         self.pattern_every = 1 if pattern_tokens is None else max(1, -(-tokens // pattern_tokens))
         self.sample_every = max(1, tokens // SAMPLED_TOKENS)
-        # A piece per call, for each token: its active share, needed neurons, pattern and experts.
+        # A piece per call, for each token: its active share, needed neurons and pattern.
         self.kept: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
@@ -163,7 +161,7 @@ class _Meter:
         self.kept["ratios"].append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
         self.kept["patterns"].append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self.kept["routes"].append(self.sums.add_activity(layer, x_TD, hidden_TF, active_TF).cpu())
+        self.sums.add_activity(layer, x_TD, hidden_TF, active_TF)
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""
@@ -189,6 +187,4 @@ class _Meter:
         )
         structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
         structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)
-        return study, Fingerprint(
-            torch.cat(self.kept["patterns"]), structure_F, torch.cat(self.kept["routes"])
-        )
+        return study, Fingerprint(torch.cat(self.kept["patterns"]), structure_F)

@@ -203,16 +203,4 @@ def _experts(study: Study) -> list[PictureOf]:
         ks = partial(panels.layer_lines, study, study.experts_in_use(), "K (experts per token)")
         caught = _curve(study, "mass_caught", "share of the mass", 1.02)
         found.append(_one("experts", "What the router catches", caption, ks, caught))
-    found += _curves(study, "load_imbalance")
-    if len(study.changes) <= 1:
-        return found + _curves(study, "routing")
-    caption = (
-        "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
-        "a token's experts that were replaced (below); where K is the same."
-    )
-    labels = ("tokens with another set (share)", "experts replaced (share)")
-    draws = (
-        partial(panels.layer_lines, study, study.changes_of(part), label, at_k=True, top=1.02)
-        for part, label in enumerate(labels)
-    )
-    return [*found, _one("routing", CURVES["routing"][0], caption, *draws)]
+    return found + _curves(study, "load_imbalance", "routing")

@@ -10,7 +10,7 @@ by the template, or set as text by the script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,6 @@ def _step_table(study: Study) -> dict[str, Any]:
         "mass in router's K": lambda _, layers: _share(mean([r.mass_caught for r in layers])),
         "busiest / mean load": lambda _, layers: f"{mean([r.load_imbalance for r in layers]):.2f}",
         "Jaccard with the one before": lambda n, _: f"{before[n - 1]:.3f}" if n and before else "",
-        "tokens with other experts": lambda n, _: _share_known(
-            [t for t, _ in study.changes[n - 1]] if n else []
-        ),
     }
     return _table("The checkpoints, mean over layers", columns, enumerate(study.results))
 
@@ -161,11 +158,6 @@ def _table(
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-def _share_known(values: Sequence[float]) -> str:
-    known = [value for value in values if value == value]
-    return _share(mean(known)) if known else ""
 
 
 def _text(value: Any) -> str:

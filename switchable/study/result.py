@@ -41,8 +41,6 @@ class Study:
     """Per checkpoint, per layer."""
     pairs: dict[str, list[npt.NDArray[np.float64]]] = field(default_factory=dict)
     """Per kind of similarity, per layer: a matrix [checkpoints, checkpoints]."""
-    changes: list[list[tuple[float, float]]] = field(default_factory=list)
-    """Per checkpoint but the first, per layer: tokens whose expert set changed, experts replaced; shares."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """The run's own records (`metrics.jsonl`)."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -114,14 +112,6 @@ class Study:
         """Return, per layer, the similarity of each checkpoint to the one before."""
         steps = [float(s) for s in self.steps[1:]]
         return [(steps, [float(v) for v in np.diagonal(m, offset=1)]) for m in self.pairs[kind]]
-
-    def changes_of(self, part: int) -> Series:
-        """Return, per layer, the tokens whose set of experts changed (part 0), or the experts replaced (part 1)."""
-        each = [[layers[i][part] for layers in self.changes] for i in range(self.num_layers)]
-        known: list[dict[float, float]] = [
-            {s: v for s, v in zip(self.steps[1:], values, strict=True) if v == v} for values in each
-        ]
-        return _sorted(known)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values (not-a-numbers as null)."""

@@ -142,7 +142,6 @@ def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
 
 def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:
     sums = seen.sums
-    routes = None if last is None else routes_changed(last.route_TK, found.route_TK)
     return LayerMeasures(
         activation_ratio=sums.activation_ratio,
         mass_caught=sums.mass_caught,
@@ -155,5 +154,5 @@ def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Foun
         dead=sums.dead,
         always_on=sums.always_on,
         pattern_similarity=None if last is None else jaccard(last.pattern_TW, found.pattern_TW),
-        routing_changed=None if routes is None else routes[0],
+        routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,11 @@ def test_pairs_are_compared_before_they_are_averaged(table: dict[str, Any]) -> N
 
 def test_the_table_to_read(table: dict[str, Any]) -> None:
     text = markdown(table)
+    assert re.match(
+        r"\*\*ssd against dense: 0\.\d+ .*of the FLOPs, .* of the wall-clock; loss \+0\.0200 ± 0\.0141 nats in dense "
+        r"mode, .* in sparse mode\.\*\*\n\n\| ",
+        text,
+    )
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert rows[""].count("|") == 5
     assert "| +0.0200 ± 0.0141 |" in rows["dense mode - dense's loss (nats)"]

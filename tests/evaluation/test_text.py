@@ -59,9 +59,13 @@ def test_by_hand(switchable_gpt2: nn.Module) -> None:
 
 def test_ways(switchable_gpt2: nn.Module) -> None:
     assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 3)]
+    set_mode(switchable_gpt2, "dense", [2, 5])
+    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse K=2 to 5"]
+    assert ways(switchable_gpt2)[1] == Way("sparse", own=(2, 5))
+    layers_of(switchable_gpt2)[0].ssd.takes_part = False  # the K of a layer that stays dense is not used
+    assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 5)]
+    layers_of(switchable_gpt2)[0].ssd.takes_part = True
     assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [Way("sparse", 2), Way("sparse", 8)]
-    layers_of(switchable_gpt2)[0].ssd.experts_per_token = 5
-    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse"]  # each layer has a K of its own
     with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
         ways(switchable_gpt2, [], [9])
     for layer in layers_of(switchable_gpt2):

@@ -86,7 +86,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=list(steps),
         results=[[layer(0.5), layer(0.5 / (n + 1))] for n in range(4)],
         pairs=dict.fromkeys(("pattern", "coactivation", "structure"), matrices),
-        changes=[[(0.9, 0.5), (float("nan"),) * 2]] * 3,
         config={"train.steps": 1000},
         metrics=[
             {"kind": "train", "step": s, "loss": 9.0 / s, "flops": 1e9 * s, "sparse_fraction": 0.5}
