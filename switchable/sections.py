@@ -92,7 +92,11 @@ class TrainConfig:
         None, "text that the finished model continues in both modes; none: no sample", metavar="TEXT"
     )
     optimizer: str = option(
-        "adamw", "optimizer of torch.optim", choices=("adamw", "sgd"), metavar="NAME", advanced=True
+        "adamw",
+        "of torch.optim; muon: for the matrices of the blocks, adamw for all else",
+        choices=("adamw", "muon", "sgd"),
+        metavar="NAME",
+        advanced=True,
     )
     router_learning_rate: float = option(
         1e-2, "peak learning rate of the routers", above=0, metavar="LR", advanced=True

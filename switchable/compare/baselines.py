@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,8 @@ class PaperSchedule(Schedule):
 class PaperController(Controller):
     """Routers are the means of their experts' neurons, anew after each regrouping."""
 
-    def _regroup(
-        self, wanted: Sequence[Tensor | None], optimizer: torch.optim.Optimizer
-    ) -> list[Tensor | None]:
-        perms = super()._regroup(wanted, optimizer)
+    def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
+        perms = super()._regroup(wanted, optimizers)
         for layer, labels_F in zip(self.layers, wanted, strict=True):
             if labels_F is not None:
                 with gathered(*layer.ssd.holders):

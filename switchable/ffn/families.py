@@ -19,7 +19,6 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError, nearest
-from switchable.ranks import permute
 
 
 @dataclass(frozen=True)
@@ -230,16 +229,21 @@ def _candidates(model: nn.Module) -> str:
     return "Its modules with two or more projections: " + "; ".join(f"{k} ({v})" for k, v in seen.items())
 
 
-def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
-    """Return the projection's weight as [F, D], a view: row i belongs to neuron i.
+def neuron_dim(projection: nn.Linear, output: bool) -> int:
+    """Return which dimension of a projection's weight belongs to neurons.
 
     Args:
         projection: an input (`output=False`) or output projection of an FFN.
         output: whether it is the output projection.
     """
     stored_in_by_out = isinstance(projection, Conv1D)
+    return 0 if stored_in_by_out == output else 1
+
+
+def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
+    """Return the projection's weight as [F, D], a view: row i belongs to neuron i."""
     weight: Tensor = projection.weight
-    return weight if stored_in_by_out == output else weight.T
+    return weight if neuron_dim(projection, output) == 0 else weight.T
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -256,24 +260,3 @@ def activation_name(module: nn.Module) -> str | None:
         ):  # settings count too, as a slope or a bound
             return str(name)
     return None
-
-
-def permute_neurons(
-    projection: nn.Linear, output: bool, perm_F: Tensor, tensor: Tensor, is_bias: bool
-) -> None:
-    """Reorder in place one tensor that is shaped like a projection's weight or bias: neuron perm[i] becomes i.
-
-    Args:
-        projection: the projection the tensor belongs to.
-        output: whether it is the FFN's output projection, whose bias does not belong to neurons.
-        perm_F: new row i is old row perm_F[i].
-        tensor: the weight or bias itself, its gradient, or an optimizer's moment of the same shape.
-        is_bias: whether the tensor is shaped like the bias.
-    """
-    if is_bias:
-        dim = None if output else 0
-    else:
-        stored_in_by_out = isinstance(projection, Conv1D)
-        dim = 0 if stored_in_by_out == output else 1
-    if dim is not None:
-        permute(tensor, dim, perm_F)

@@ -21,27 +21,32 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from switchable.ffn.families import neurons_first
+from switchable.ffn.families import neuron_dim
 from switchable.ffn.layer import SwitchableFFN
+
+
+def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[Tensor, int]]:
+    """Yield every parameter with a neuron axis, and which dimension that is."""
+    ssd = layer.ssd
+    for projection, output in (
+        (ssd.gate_projection, False),
+        (ssd.up_projection, False),
+        (ssd.down_projection, True),
+    ):
+        if projection is not None:
+            yield projection.weight, neuron_dim(projection, output)
+            if projection.bias is not None and not output:
+                yield projection.bias, 0
 
 
 def store_by_neuron(layer: SwitchableFFN) -> None:
     """Lay out a layer's weights so that each neuron's are contiguous, in place; a second call changes nothing."""
-    for parameter, neurons_FD in _matrices(layer):
-        if neurons_FD.stride(1) != 1:
+    for parameter, dim in neuron_parameters(layer):
+        if parameter.ndim == 2 and parameter.stride(1 - dim) != 1:
             parameter.data = parameter.data.t().contiguous().t()
 
 
 def store_by_row(layer: SwitchableFFN) -> None:
     """Lay out a layer's weights as `torch.empty` would, in place: every parameter contiguous."""
-    for parameter, _ in _matrices(layer):
+    for parameter, _ in neuron_parameters(layer):
         parameter.data = parameter.data.contiguous()
-
-
-def _matrices(layer: SwitchableFFN) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each matrix of the FFN with its view neuron by neuron."""
-    gate = layer.ssd.gate_projection
-    if gate is not None:
-        yield gate.weight, neurons_first(gate, output=False)
-    yield layer.ssd.up_projection.weight, neurons_first(layer.ssd.up_projection, output=False)
-    yield layer.ssd.down_projection.weight, neurons_first(layer.ssd.down_projection, output=True)

@@ -85,10 +85,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     ) -> None:
         """Count the step, measure if it is time, set the mode of the next step."""
         assert self.controller is not None, "on_train_begin comes first"
-        optimizer = getattr(
-            kwargs["optimizer"], "optimizer", kwargs["optimizer"]
-        )  # out of accelerate's wrapper
-        measurement = self.controller.step(optimizer)
+        measurement = self.controller.step(kwargs["optimizer"])
         if measurement is not None:
             state.log_history.append(_line(measurement, state.epoch))
         if control.should_evaluate:

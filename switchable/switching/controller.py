@@ -5,7 +5,7 @@
     for batch in batches:                      # any loop
         model(**batch).loss.backward()
         optimizer.step(); optimizer.zero_grad()
-        controller.step(optimizer)             # decides the mode of the next step
+        controller.step(optimizer)             # or of several: step(muon, adamw); decides the mode of the next step
 
 Its state (`state_dict`) is all that a resumed run needs besides weights and optimizer.
 """
@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.settings import SwitchConfig, settled
+from switchable.switching.copies import copied_tensors, twins
 from switchable.switching.measures import Batch
 from switchable.switching.monitor import Found, LayerMeasures, measure
+from switchable.switching.optimizers import check_state, check_trained, optimizers_in
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 
@@ -41,6 +42,8 @@ class Measurement:
     """Whether each layer is sparse in sparse steps from now on."""
     experts_per_token: tuple[int, ...]
     """K of each layer in sparse mode from now on."""
+    permutations: tuple[Tensor | None, ...]
+    """How each layer's neurons moved, for whatever else is kept of them: row i was row perm_F[i]. None: they stayed."""
 
 
 class Controller:
@@ -54,9 +57,11 @@ class Controller:
         config: the settings of the schedule; default: those given to `convert`.
         seed: seed of the clustering.
         schedule: when to switch; a baseline's is another one.
+        copies: what else holds the model's weights and must stay the same model when neurons move, such as
+            averages (EMA): modules, state dicts, or lists of tensors in the order of `model.parameters()`.
 
     Raises:
-        InputError: the model is not converted, or total_steps is not positive.
+        InputError: the model is not converted, total_steps is not positive, or a copy is not of this model.
     """
 
     def __init__(
@@ -67,13 +72,17 @@ class Controller:
         config: SwitchConfig | None = None,
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
+        copies: Sequence[object] = (),
     ) -> None:
         self.layers = layers_of(model)
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
         if total_steps < 1:
             raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.copies = model, seed, tuple(copies)
+        self.twins = twins(self.layers, self.copies)
+        copied_tensors(model, self.copies)  # found out now, not at the first regrouping
+        self._checked = False
         first = self.layers[0].ssd.settings
         self.schedule = schedule(
             first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
@@ -106,33 +115,39 @@ class Controller:
         """Whether the next call of `step` takes a measurement."""
         return self.schedule.is_measured(self.steps_done + 1, self.state)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
+    def step(self, *optimizers: Any) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
 
         Args:
-            optimizer: the one that has just stepped; its state moves with the neurons.
+            optimizers: all that have just stepped, wrapped or not; their state moves with the neurons.
 
         Returns:
             The measurement, if one was taken.
 
         Raises:
-            InputError: the optimizer holds state that cannot move with the neurons.
+            InputError: what is to be trained is in none of them, or one holds state that cannot move with the
+                neurons. Both are found at the first call; nothing has moved then.
         """
-        if self.steps_done == 0:
-            self._check_covers_routers(optimizer)
-        before, due = self.mode, self.measures_next
+        due = self.measures_next
+        if due or not self._checked:
+            found = optimizers_in(optimizers)
+        if not self._checked:
+            check_trained(self.layers, found)
+            check_state(self.layers, found)
+            self._checked = True
+        before = self.mode
         self.steps_done += 1
-        measurement = self._measure(optimizer) if due else None
+        measurement = self._measure(found) if due else None
         self.switches += before != self.mode
         self._apply_mode()
         return measurement
 
-    def _measure(self, optimizer: torch.optim.Optimizer) -> Measurement:
+    def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
         measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done, fresh=fresh)
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
-        perms = self._regroup(wanted, optimizer)
+        perms = self._regroup(wanted, optimizers)
         self.last = [
             f if perm is None else replace(f, labels_F=f.labels_F[perm])
             for f, perm in zip(found, perms, strict=True)
@@ -146,13 +161,13 @@ class Controller:
             regrouped,
             decision.state.takes_part,
             decision.state.experts_per_token,
+            tuple(perms),
         )
 
-    def _regroup(
-        self, wanted: Sequence[Tensor | None], optimizer: torch.optim.Optimizer
-    ) -> list[Tensor | None]:
+    def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
         """Give layers new structures; return how the neurons of each moved."""
-        return regroup(self.layers, wanted, optimizer)
+        copies = copied_tensors(self.model, self.copies)
+        return regroup(self.layers, wanted, optimizers, copies, self.twins)
 
     @property
     def experts_now(self) -> tuple[int | None, ...]:
@@ -164,8 +179,9 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, part, k, few_active, penalty in zip(
+        for layer, others, part, k, few_active, penalty in zip(
             self.layers,
+            self.twins,
             state.takes_part,
             state.experts_per_token,
             state.multiplies_active,
@@ -175,16 +191,12 @@ class Controller:
             ssd = layer.ssd
             ssd.takes_part, ssd.multiplies_active, ssd.activation_l1 = part, few_active, penalty
             ssd.set_experts_per_token(k)
+            for (
+                twin
+            ) in others:  # that its sparse mode is the model's; in which mode it is, is its owner's choice
+                twin.ssd.takes_part = part
+                twin.ssd.set_experts_per_token(k)
         set_mode(self.model, self.mode)
-
-    def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [layer.ssd.name for layer in self.layers if id(layer.router.weight) not in trained]
-        if missing:
-            raise InputError(
-                f"the optimizer does not train the routers of {missing[0]} and {len(missing) - 1} more; "
-                "build it after convert(model), from model.parameters()"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs: plain values, and tensors per layer of the last measurement."""

@@ -3,28 +3,31 @@
     FFN(x) = down · act(up · x) = down[:, π] · act(up[π] · x)        for every permutation π of the neurons
 
 so regrouping changes nothing but the names of the neurons. An optimizer that works element by element (AdamW, SGD
-with momentum, Lion) commutes with it exactly, provided its state moves along: step-then-permute equals
-permute-then-step. This module is the only one that moves weights.
+with momentum, Lion) commutes with it exactly, and one that treats rows alike (Muon) to its rounding, provided its
+state moves along: step-then-permute equals permute-then-step. This module is the only one that moves weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from switchable.errors import InputError
-from switchable.ffn.families import permute_neurons
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ranks import gathered
+from switchable.ffn.layout import neuron_parameters
+from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
+from switchable.switching.optimizers import check_state, state_of
 
 
 def regroup(
     layers: Sequence[SwitchableFFN],
     structures: Sequence[Tensor | None],
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Sequence[Any] = (),
+    copies: Sequence[Mapping[int, Tensor]] = (),
+    twins: Sequence[Sequence[SwitchableFFN]] | None = None,
 ) -> list[Tensor | None]:
     """Give each layer a new structure by permuting its neurons in place.
 
@@ -33,7 +36,9 @@ def regroup(
     Args:
         layers: switchable FFNs.
         structures: labels_F per layer, the expert of each neuron in its present place; None leaves a layer alone.
-        optimizer: the one that trains the layers, whose state moves along; None if there is none.
+        optimizers: those that train the layers, as `optimizers_in` gives them; their state moves along.
+        copies: tensors that move along, as `copied_tensors` gives them.
+        twins: for each layer, those of other models that move along, as `twins` gives them.
 
     Returns:
         The permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
@@ -45,14 +50,14 @@ def regroup(
         None if labels is None else _permutation(layer, labels)
         for layer, labels in zip(layers, structures, strict=True)
     ]
-    moving = [(layer, perm) for layer, perm in zip(layers, perms, strict=True) if perm is not None]
-    if optimizer is not None:
-        for layer, _ in moving:
-            check_optimizer(layer, optimizer)
-    for layer, perm in moving:
+    check_state(layers, optimizers)
+    for layer, perm, others in zip(layers, perms, twins or [()] * len(layers), strict=True):
+        if perm is None:
+            continue
         before = _fingerprint(layer)
-        _permute(layer, perm, optimizer)
-        layer.ssd.neuron_ids_F = layer.ssd.neuron_ids_F[perm]
+        _permute(layer, perm, optimizers, copies)
+        for twin in others:
+            _permute(twin, perm)
         after = _fingerprint(layer)
         scale = before.abs().max().clamp_min(1e-6)
         if not torch.isnan(before).any() and (after - before).abs().max() > 1e-2 * scale:
@@ -69,7 +74,7 @@ def group_anew(layers: Sequence[SwitchableFFN], structures: Sequence[Tensor]) ->
         layers: switchable FFNs.
         structures: labels_F per layer.
     """
-    regroup(layers, [labels_F.cpu() for labels_F in structures], None)
+    regroup(layers, [labels_F.cpu() for labels_F in structures])
     for layer in layers:
         layer.router.initialise(layer.ssd.reads_FD)
 
@@ -86,48 +91,23 @@ def current_structure(layer: SwitchableFFN) -> Tensor:
     return torch.arange(layer.ssd.num_experts).repeat_interleave(layer.ssd.d_ff // layer.ssd.num_experts)
 
 
-def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[nn.Linear, bool, Tensor, bool]]:
-    """Yield (projection, is output projection, parameter, is bias) for every parameter with a neuron axis."""
-    for projection, output in (
-        (layer.ssd.gate_projection, False),
-        (layer.ssd.up_projection, False),
-        (layer.ssd.down_projection, True),
-    ):
-        if projection is None:
-            continue
-        yield projection, output, projection.weight, False
-        if projection.bias is not None and not output:
-            yield projection, output, projection.bias, True
-
-
-def check_optimizer(layer: SwitchableFFN, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state cannot move with the neurons.
-
-    Raises:
-        InputError: names the optimizer and the state.
-    """
-    for _, _, parameter, _ in neuron_parameters(layer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            movable = not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameter.shape
-            if isinstance(value, (list, tuple, dict)) or not movable:
-                kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(
-                    f"the state {key!r} of optimizer {type(optimizer).__name__} ({kind}) does not have the shape of "
-                    f"its parameter {tuple(parameter.shape)} in {layer.ssd.name} and cannot move with the neurons; "
-                    "use an element-wise optimizer, e.g. AdamW, SGD with momentum, Lion"
-                )
-
-
 @torch.no_grad()
-def _permute(layer: SwitchableFFN, perm_F: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    for projection, output, parameter, is_bias in neuron_parameters(layer):
-        tensors = [parameter.detach()]
+def _permute(
+    layer: SwitchableFFN,
+    perm_F: Tensor,
+    optimizers: Sequence[Any] = (),
+    copies: Sequence[Mapping[int, Tensor]] = (),
+) -> None:
+    for parameter, dim in neuron_parameters(layer):
+        moving = [(parameter.detach(), dim), *((copy[id(parameter)], dim) for copy in copies)]
         if parameter.grad is not None:
-            tensors.append(parameter.grad)
-        state = {} if optimizer is None else optimizer.state.get(parameter, {})
-        tensors += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
-        for tensor in tensors:
-            permute_neurons(projection, output, perm_F, tensor, is_bias)
+            moving.append((parameter.grad, dim))
+        for optimizer in optimizers:
+            moving += state_of(parameter, dim, optimizer)
+        # Wrappers and what they wrap may hold one tensor; twice moved it would be wrong.
+        for tensor, at in {id(tensor): (tensor, at) for tensor, at in moving}.values():
+            permute(tensor, at, perm_F)
+    layer.ssd.neuron_ids_F = layer.ssd.neuron_ids_F[perm_F]
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
-"""The optimizer and its learning rate: torch.optim, three parameter groups, a trapezoid.
+"""The optimizer and its learning rate: torch.optim, parameter groups, a trapezoid.
 
     lr(step) = peak · min(1, (step+1)/warmup, (steps-step)/decay)
 
 Matrices decay, vectors do not; routers have a learning rate of their own and no decay, and they are left out of the
 gradient clipping so that learning to route never changes how the model learns.
+
+With `muon` (Jordan et al. 2024, torch.optim.Muon) the matrices between embeddings and output head are trained by it,
+all else by AdamW. Its updates are scaled to the size of AdamW's (Liu et al. 2025): the learning rate is the same one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,33 +21,65 @@ from switchable.ffn.convert import is_router_parameter
 from switchable.sections import TrainConfig
 
 
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups that say so (`muon: True`), AdamW for the others; to its caller one optimizer."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, {})
+        muon = [group for group in self.param_groups if group.get("muon")]
+        rest = [group for group in self.param_groups if not group.get("muon")]
+        self._parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, betas=betas, fused=True),
+        )
+        # The same groups and the same state: learning rates are set, and moments stored and moved, in one place.
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter once."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer with the groups `matrices`, `vectors` and `routers`.
+    """Return the optimizer with the groups `matrices`, `vectors` and `routers`, for Muon `embeddings` too.
 
     Args:
         model: the converted model.
         config: optimizer name, learning rates, weight decay, betas.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    routers: list[nn.Parameter] = []
+    of_tokens = {id(p) for p in _embeddings_and_head(model)} if config.optimizer == "muon" else set()
+    found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "routers": [], "embeddings": []}
     for name, parameter in model.named_parameters():
-        group = routers if is_router_parameter(name) else matrices if parameter.ndim >= 2 else vectors
-        group.append(parameter)
+        kind = "routers" if is_router_parameter(name) else "matrices" if parameter.ndim >= 2 else "vectors"
+        found["embeddings" if id(parameter) in of_tokens else kind].append(parameter)
     groups = [
         {
-            "name": "matrices",
-            "params": matrices,
-            "weight_decay": config.weight_decay,
-            "peak": config.learning_rate,
-        },
-        {"name": "vectors", "params": vectors, "weight_decay": 0.0, "peak": config.learning_rate},
-        {"name": "routers", "params": routers, "weight_decay": 0.0, "peak": config.router_learning_rate},
+            "name": name,
+            "params": params,
+            "weight_decay": config.weight_decay if name in ("matrices", "embeddings") else 0.0,
+            "peak": config.router_learning_rate if name == "routers" else config.learning_rate,
+            "lr": config.learning_rate,
+        }
+        for name, params in found.items()
+        if params
     ]
+    betas = (config.beta1, config.beta2)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
+        return torch.optim.SGD(groups, momentum=config.beta1)
+    if config.optimizer == "muon":
+        return MuonAdamW([{**group, "muon": group["name"] == "matrices"} for group in groups], betas)
     # One pass over each tensor; the default makes ten, 5 % of a small model's step.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def _embeddings_and_head(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices whose rows belong to tokens or positions: Muon is not for them."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
+    return [p for module in modules for p in module.parameters(recurse=False)]
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

@@ -98,8 +98,10 @@ def check_division(config: TrainConfig, world_size: int) -> None:
     """Refuse a batch that cannot be shared out.
 
     Raises:
-        InputError: says by what it must be divisible.
+        InputError: says by what it must be divisible; or Muon is asked for, which needs whole matrices, of shares.
     """
+    if world_size > 1 and config.parallel == "fsdp" and config.optimizer == "muon":
+        raise InputError("optimizer=muon needs whole matrices, parallel=fsdp holds rows; use ddp, or adamw")
     parts = config.gradient_accumulation_steps
     if config.batch_size % (world_size * parts):
         nearest = -(-config.batch_size // (world_size * parts)) * world_size * parts

@@ -82,7 +82,7 @@ def test_the_layout_survives_copies_casts_loading_and_regrouping(make_gpt2: Make
     other = copy.deepcopy(model).double()
     other.load_state_dict({name: t.contiguous() for name, t in model.state_dict().items()})
     labels = torch.arange(64) % 8
-    regroup(layers_of(other), [labels] * 2, None)
+    regroup(layers_of(other), [labels] * 2)
     assert layers_of(other)[0].ssd.up_projection.weight.stride() == strides
     assert layers_of(other)[0].ssd.weights.up_FD.is_contiguous()
 

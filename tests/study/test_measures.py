@@ -25,7 +25,7 @@ def shuffled(activation: str = "relu") -> nn.Module:
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     generator = torch.Generator().manual_seed(3)
     labels = [torch.arange(8).repeat(8)[torch.randperm(64, generator=generator)] for _ in range(2)]
-    regroup(layers_of(model), labels, None)
+    regroup(layers_of(model), labels)
     return model
 
 

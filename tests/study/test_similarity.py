@@ -37,7 +37,7 @@ def shuffle(model: nn.Module, seed: int, times: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(times):
         labels = [torch.arange(8).repeat(8)[torch.randperm(64, generator=generator)] for _ in range(2)]
-        regroup(layers_of(moved), labels, None)
+        regroup(layers_of(moved), labels)
     return moved
 
 

@@ -91,6 +91,26 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     assert _without_clock(tmp_path / "run") == _without_clock(whole[0])
 
 
+def test_muon_trains_the_blocks_through_switches_and_resumes_bitwise(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(corpus, train={"optimizer": "muon"})
+    figures = pretrain(config, tmp_path / "whole", tmp_path / "cache", quiet=True)
+    assert figures["switches"] >= 4
+    assert figures["regroupings"] > 0
+    resumed = in_two_parts(config, tmp_path, monkeypatch)
+    assert [resumed[k] for k in ("val_loss_dense", "val_loss_sparse")] == [
+        figures[k] for k in ("val_loss_dense", "val_loss_sparse")
+    ]
+    last = weights(tmp_path / "run/checkpoints/step-000020")
+    assert all(
+        torch.equal(t, last[n]) for n, t in weights(tmp_path / "whole/checkpoints/step-000020").items()
+    )
+    by_muon = {n.split(":")[-1] for n in last if "momentum_buffer" in n}
+    assert by_muon
+    assert not any("wte" in n or "wpe" in n or "router" in n or "bias" in n for n in by_muon)
+
+
 @pytest.mark.skipif(this_machine() is None, reason="no loops for this processor")
 def test_active_neurons_cost_less_change_nothing_and_resume_bitwise(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,69 @@
+"""Copies of the model's weights that somebody else keeps, such as averages over steps: their neurons move too.
+
+A copy is a module (`torch.optim.swa_utils.AveragedModel`, another converted model), a state dict, or a list of tensors
+in the order of `model.parameters()`. It is looked at anew at each regrouping, since a loop may replace its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.layout import neuron_parameters
+
+
+def twins(layers: Sequence[SwitchableFFN], copies: Sequence[object]) -> list[list[SwitchableFFN]]:
+    """Return for each layer the switchable FFNs that it is in those copies that are modules.
+
+    Raises:
+        InputError: a copy has other layers.
+    """
+    models = [layers_of(copy) for copy in copies if isinstance(copy, nn.Module)]
+    sizes = [(layer.ssd.d_ff, layer.ssd.d_model) for layer in layers]
+    for theirs in models:
+        if [(layer.ssd.d_ff, layer.ssd.d_model) for layer in theirs] != sizes:
+            raise InputError(
+                f"a copy of the model has {len(theirs)} switchable FFNs, not the same {len(layers)} as the model; make "
+                "it after convert(model), e.g. AveragedModel(model)"
+            )
+    return [[theirs[i] for theirs in models] for i in range(len(layers))]
+
+
+def copied_tensors(model: nn.Module, copies: Sequence[object]) -> list[dict[int, Tensor]]:
+    """Return for each copy that is no module its tensor of each parameter of neurons, by that parameter's id.
+
+    Raises:
+        InputError: a copy does not fit the model.
+    """
+    named = dict(model.named_parameters())
+    of_neurons = {id(p) for layer in layers_of(model) for p, _ in neuron_parameters(layer)}
+    found = []
+    for copy in copies:
+        if isinstance(copy, nn.Module):
+            continue
+        tensors = _by_name(named, copy)
+        for name, parameter in named.items():
+            theirs, ours = tuple(tensors[name].shape), tuple(parameter.shape)
+            if id(parameter) in of_neurons and theirs != ours:
+                raise InputError(f"a copy of the model has {name} of shape {theirs}, the model of {ours}")
+        found.append({id(p): tensors[name] for name, p in named.items() if id(p) in of_neurons})
+    return found
+
+
+def _by_name(named: Mapping[str, nn.Parameter], copy: object) -> dict[str, Tensor]:
+    """The tensors of a copy under the names of the model's parameters."""
+    if isinstance(copy, Mapping) and set(named) <= set(copy):
+        return {name: copy[name] for name in named}
+    if isinstance(copy, (list, tuple)) and len(copy) == len(named):
+        return dict(zip(named, copy, strict=True))
+    kind = (
+        f"{type(copy).__name__} of {len(copy)}" if isinstance(copy, (Mapping, list)) else type(copy).__name__
+    )
+    raise InputError(
+        f"a copy of the model is a {kind}; give a module such as AveragedModel(model), a state dict with the model's "
+        f"{len(named)} parameters under their names, or a list of them in the order of model.parameters()"
+    )
