@@ -136,7 +136,7 @@ def main() -> int:
             return 1
         for layer in layers_of(job.model):
             layer.ssd.takes_part = True
-        seconds = step_seconds(job.model, job.batch(0), rounds=rounds)
+        seconds = step_seconds(job, rounds)
         for layer in layers_of(job.model):
             layer.ssd.router_learns = False
         figures = {"loop_overhead": loop_overhead(job, folder, rounds)}

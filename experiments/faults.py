@@ -150,8 +150,8 @@ class Harness:
         if not steps or steps != b.steps()[-len(steps) :]:
             return self.expect(False, f"{name} ended with checkpoints {steps}, {other} with {b.steps()}")
         equal = True
-        for file in ("model", "switchable", "training"):
-            ours, theirs = (load_file(r.checkpoint(steps[-1]) / f"{file}.safetensors") for r in (a, b))
+        for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
+            ours, theirs = (load_file(r.checkpoint(steps[-1]) / file) for r in (a, b))
             equal &= ours.keys() == theirs.keys()
             equal = equal and all(torch.equal(ours[k], theirs[k]) for k in ours)
         final = [load_file(r.final / "model.safetensors") for r in (a, b)]
@@ -259,7 +259,7 @@ def damage(harness: Harness, steps: int, how: str) -> bool:
     trap = Trap("step", 3 * INTERVAL + 2, 0.0)
     harness.finish(replace(attempt, trap=trap))
     newest = RunDir(Path(attempt.out)).checkpoint(_newest(attempt))
-    file = newest / harness.random.choice(["model.safetensors", "training.safetensors"])
+    file = newest / harness.random.choice(["model.safetensors", "training.tensors"])
     if how == "truncated":
         os.truncate(file, harness.random.randrange(file.stat().st_size))
     elif how == "bit-flipped":

@@ -10,13 +10,30 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from switchable.errors import InputError
+
 TEMPORARY = ".tmp-"
 """Prefix of names that are not complete yet."""
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that is not UTF-8: the libraries that write tokenizers and weights cannot take it.
+
+    Raises:
+        InputError: says so.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the name {str(path)!r} is not UTF-8; rename it, or choose another folder"
+        ) from None
 
 
 def temporary_name(path: Path) -> Path:
@@ -52,6 +69,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def finish_folder(temporary: Path, path: Path) -> None:
     """Flush a folder with all its files to disk and rename it to `path`; an older folder there is removed."""
     for below in temporary.rglob("*"):
+        # Some libraries make files for their owner alone. The folder was made by the umask.
+        if below.is_file():
+            below.chmod(temporary.stat().st_mode & 0o666)
         flush(below)
     flush(temporary)
     remove(path)
@@ -82,9 +102,9 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all; in it, the bytes of file names that are not UTF-8 are spelled out."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +120,7 @@ def read_json(path: Path) -> Any:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the values of a file with one JSON value a line; a line that is not whole is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -112,6 +132,49 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
+    """Refuse an output that is, contains or lies in something that is read; links are followed.
+
+    Raises:
+        InputError: names both.
+    """
+    written = out.resolve()
+    for source in map(Path, sources):
+        read = source.expanduser().resolve()
+        if not read.exists():
+            continue
+        if written == read or read in written.parents or written in read.parents:
+            relation = "is" if written == read else "lies in" if read in written.parents else "contains"
+            raise InputError(f"{out} {relation} {source}, which is read; choose another place with --out")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path at which nothing can be made, before any work; folders on the way to it may be missing.
+
+    Raises:
+        InputError: says why.
+    """
+    try:
+        place = next(above for above in path.absolute().parents if above.exists())
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; choose another place with --out"
+        ) from None
+
+
+@contextmanager
+def full_disk_told(what: str, remedy: str) -> Iterator[None]:
+    """Within the `with` block a full disk becomes an InputError; other errors stay what they are."""
+    try:
+        yield
+    except Exception as error:  # the Rust side of tokenizers raises a bare one
+        if isinstance(error, InputError) or not is_no_space(error):
+            raise
+        raise InputError(f"no space left on the device while {what}; {remedy}") from None
 
 
 def is_no_space(error: BaseException) -> bool:

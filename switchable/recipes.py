@@ -15,6 +15,12 @@ from typing import Any
 
 AUTO = "auto"
 
+WHY_AUTO = {
+    "late": "dense steps can leave out idle neurons",
+    "early": "dense steps cannot leave out idle neurons with this model, precision and device",
+}
+"""Why `auto` is the one or the other."""
+
 LEAST_NEURONS = 8
 """Of an expert, in any recipe: no smaller ones were measured."""
 

@@ -184,7 +184,12 @@ def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> N
     first = run(trained, "pretrain", "small.yaml", "--data", str(tmp_path), "--out", "changing")
     assert first.returncode == 0, first.stderr
     (tmp_path / "0.txt").write_text("something else " * 50)
-    refused(run(trained, "pretrain", "--out", "changing", "--resume"), "has changed since")
+    refused(
+        run(trained, "pretrain", "--out", "changing", "--resume", "--quiet"),
+        "changed since",
+        " documents, ",
+        "; now ",
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
@@ -283,4 +288,21 @@ def test_reading_settings_compiles_no_kernel() -> None:
         "print(load(None, {}).switch.recipe)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_not_utf8(trained: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / odd
+    folder.mkdir()
+    for i in range(30):
+        Path(folder, os.fsdecode(b"\xff") + f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
+    for place in ("--out", "--cache"):
+        command = ["small.yaml", "--data", str(folder), "--out", "odd", place, odd]
+        refused(run(trained, "pretrain", *command), r"the name 'caf\udce9' is not UTF-8")
+    assert not (trained / "odd").exists()
+    done = run(trained, "pretrain", "small.yaml", "--data", str(folder), "--out", "odd")
+    assert done.returncode == 0, done.stderr
+    assert r"caf\udce9" in (trained / "odd/report.html").read_text(encoding="utf-8")
+    done = run(trained, "pretrain", "--out", "odd", "--resume")  # its configuration names the folder
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the README shows works: its commands, on a small model, in its order, and its training loop."""
+"""What README and docs show works: README's commands on a small model, its training loop; docs' flags exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import tiny_gpt2
 
-from switchable.cli import main
+from switchable.cli import build_parser, main
+from switchable.cli.flags import given_flags
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +55,18 @@ def test_the_commands_in_their_order(
             arguments[arguments.index("other-run/step*")] = "other-run/step-1"  # as the shell does
         code = main(arguments)
         assert code == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_commands_in_the_docs_have_flags_that_there_are() -> None:
+    parser, _ = build_parser()
+    pattern = re.compile(r"(?m)^ *(?:torchrun .* )?switchable (\w+ [^#\n]+)")
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    commands = [command for text in texts for command in pattern.findall(text.replace("\\\n", " "))]
+    assert len(commands) >= 20
+    for command in commands:
+        args, unknown = parser.parse_known_args(shlex.split(command))
+        assert not unknown, command
+        given_flags(args)  # refuses a setting that there is not
 
 
 def _bring(source: str, place: str) -> None:

@@ -35,11 +35,12 @@ def calibrate(
     batches: Sequence[Batch],
     learning_rate: float,
     seed: int = 0,
-    advance: Callable[[int], object] | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> int:
     """Train the routers of a converted model on model inputs without labels; nothing else changes, its modes neither.
 
-    `learning_rate` is AdamW's at the start, `seed` orders the tokens, and `advance` is told the number of batches done.
+    `learning_rate` is AdamW's at the start, `seed` orders the tokens, and `advance` is told of batches done: each
+    counts once when it is shown to the model and once in every epoch.
     Returns the optimizer steps that each router took, at most.
     """
     layers = layers_of(model)
@@ -52,15 +53,16 @@ def calibrate(
         model.eval()
         for piece in pieces:
             inputs = [_LayerInputs() for _ in layers]
-            show(model, piece, inputs)
+            for batch in piece:
+                show(model, [batch], inputs)
+                advance(1)
             seen = [each.rows() for each in inputs]
             for epoch in range(EPOCHS):
                 share = (done + len(piece) * epoch / EPOCHS) / len(batches)
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
                 steps += _epoch(layers, seen, optimizer, generator)
-            done += len(piece)
-            if advance is not None:
                 advance(len(piece))
+            done += len(piece)
     return steps
 
 

@@ -46,7 +46,7 @@ def train_on(
     batch: Callable[[int], Batch],
     steps: int,
     learning_rate: float,
-    advance: Callable[[int], object] | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> float:
     """Train all weights of a plain model for some steps; it is in evaluation mode afterwards.
 
@@ -69,8 +69,7 @@ def train_on(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last = [*last, loss.detach()][-max(1, steps // 10) :]
-        if advance is not None:
-            advance(1)
+        advance(1)
     model.eval()
     mean = float(torch.stack(last).mean())
     if not math.isfinite(mean):

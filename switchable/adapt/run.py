@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from switchable.adapt.calibrate import calibrate
+from switchable.adapt.calibrate import EPOCHS, calibrate
 from switchable.adapt.config import AdaptConfig
 from switchable.adapt.relufy import train_on, with_relu
 from switchable.adapt.table import as_text, layer_rows, losses, sparse_losses
@@ -32,7 +31,8 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
-from switchable.infer.loss import objective_of_model, validation_loss
+from switchable.infer.loss import objective_of_model, positions_of, validation_loss
+from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
@@ -44,6 +44,7 @@ from switchable.structure.groups import cluster_layers
 from switchable.switching.measures import Batch
 from switchable.switching.monitor import watch
 from switchable.switching.switch import group_anew
+from switchable.train.optim import in_float32
 from switchable.train.setup import model_inputs, pick_device, probe_inputs
 
 COST_TOKENS = 20_480
@@ -88,12 +89,12 @@ def adapt(
         torch.set_num_threads(config.threads)
     if not source.is_dir():
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
-    final = RunDir(source).final
+    given, final = source, RunDir(source).final
     source = final if (final / "config.json").is_file() else source
     if is_sparse_export(source):
         raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
-    check_output(out, overwrite, sources=(source,))
+    check_output(out, overwrite, sources=(given, *data.sources))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
     with torch.device(
         "meta"
@@ -102,16 +103,18 @@ def adapt(
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
+    _say_what(model, source, text, config, out, quiet)
     figures: dict[str, Any] = {"model": str(source), "out": str(out)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
-    _say(str(convert(model, switch)), quiet)
-    _group(model, text, config)
+    say(str(convert(model, switch)), not quiet)
+    _group(model, text, config, quiet)
     _choose_layers(model, text, config)
     _calibrate(model, text, config.calibration_tokens, config, quiet)
-    rows = layer_rows(model, probe_inputs(model, text.validation, sys.maxsize))
-    found = losses(model, text.validation)
-    _say(as_text(rows, found, config.num_experts), quiet)
+    probe = probe_inputs(model, text.validation, sys.maxsize)
+    rows = layer_rows(model, progress_bar("measuring", "batch", show=not quiet, over=probe))
+    found = losses(model, text.validation, not quiet)
+    say(as_text(rows, found, config.num_experts), not quiet)
     figures |= {
         "ffns": len(rows),
         "num_experts": config.num_experts,
@@ -126,20 +129,33 @@ def adapt(
     return figures
 
 
+def _say_what(
+    model: PreTrainedModel, source: Path, text: _Text, config: AdaptConfig, out: Path, quiet: bool
+) -> None:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    relu = f"trained with ReLU for {config.relufy:,} steps, " if config.relufy else ""
+    validated = sum(batch["input_ids"].numel() for batch in text.validation)
+    say(f"model: {source}, a {type(model).__name__} of {size:,} parameters, on {text.device}", not quiet)
+    say(
+        f"conversion: {relu}neurons grouped by {config.structure} on {config.structure_tokens:,} tokens, routers "
+        f"calibrated on {config.calibration_tokens:,}, losses measured on {validated:,}; writes to {out}",
+        not quiet,
+    )
+
+
 def _text(
-    model: nn.Module, source: Path, data: DataConfig, config: AdaptConfig, device: torch.device, cache: Path,
+    model: PreTrainedModel, source: Path, data: DataConfig, config: AdaptConfig, device: torch.device, cache: Path,
     quiet: bool,
 ) -> tuple[_Text, PreTrainedTokenizerBase]:  # fmt: skip
     """Prepare the text for what the model predicts."""
-    predicts = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    predicts = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if predicts is None or getattr(model, "main_input_name", "") != "input_ids":
         raise InputError(
             f"{source} is a {type(model).__name__}, which predicts no text; routers are calibrated on text with a "
             "language model. Convert such a model in Python: switchable.convert(model, config)"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    length = min(config.sequence_length, int(positions or config.sequence_length))
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    length = min(config.sequence_length, positions_of(model) or config.sequence_length)
+    rows = int(model.get_input_embeddings().weight.shape[0])
     check_fits(load_tokenizer(str(data.tokenizer)), rows, source)
     name = objective_of_model(model)
     prepared = prepare(data, cache, objective=name, progress=not quiet)
@@ -154,29 +170,34 @@ def _relufy(
     model: nn.Module, source: Path, text: _Text, config: AdaptConfig, figures: dict[str, Any], quiet: bool
 ) -> nn.Module:
     """Return the model with ReLU, trained on."""
-    before = validation_loss(model, text.validation)
+    before = validation_loss(model, text.validation, not quiet)
     changed = with_relu(load_config(source), family_of(model))
     model = load_pretrained(source, changed).to(text.device)
-    swapped = validation_loss(model, text.validation)
-    with _bar("training with ReLU", config.relufy, quiet) as bar:
+    swapped = validation_loss(model, text.validation, not quiet)
+    with (
+        in_float32(model),
+        progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar,
+    ):
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
-    after = validation_loss(model, text.validation)
+    after = validation_loss(model, text.validation, not quiet)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
-    _say(f"loss, nats per token: {stages}", quiet)
+    say(f"loss, nats per token: {stages}", not quiet)
     found = {"loss_before": before, "loss_swapped": swapped, "loss_after": after}
     figures["relufy"] = {"steps": config.relufy, **found}
     return model
 
 
-def _group(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
+def _group(model: nn.Module, text: _Text, config: AdaptConfig, quiet: bool) -> None:
     """Put the neurons of every FFN in the order of the structure that the text shows."""
     layers = layers_of(model)
-    watches = watch(model, text.probe(model, config.structure_tokens))
+    probe = text.probe(model, config.structure_tokens)
+    watches = watch(model, progress_bar("watching neurons", "batch", show=not quiet, over=probe))
     rows = [
         features(layer.ssd.reads_FD.detach(), seen.active_TF, config.structure)
         for layer, seen in zip(layers, watches, strict=True)
     ]
-    group_anew(layers, cluster_layers(rows, config.num_experts, random_state=config.seed))
+    labels = cluster_layers(rows, config.num_experts, random_state=config.seed, progress=not quiet)
+    group_anew(layers, labels)
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
@@ -189,6 +210,8 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
     rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
     for layer, row in zip(layers, rows, strict=True):
         layer.ssd.takes_part = row.activation_ratio <= config.max_activation_ratio
+        limit = f"max_activation_ratio={config.max_activation_ratio:g}"
+        layer.ssd.why_dense = f"activation ratio {row.activation_ratio:.3f}, above {limit}"
     if any(layer.ssd.takes_part for layer in layers):
         return
     for layer in layers:
@@ -208,14 +231,5 @@ def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
 
 def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, quiet: bool) -> None:
     batches = text.probe(model, tokens)
-    with _bar("calibrating routers", len(batches), quiet) as bar:
+    with progress_bar("calibrating routers", "batch", len(batches) * (1 + EPOCHS), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        tqdm.write(text, file=sys.stderr)
-
-
-def _bar(what: str, total: int, quiet: bool) -> Any:
-    return tqdm(total=total, desc=what, disable=True if quiet else None, leave=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -41,7 +41,7 @@ class Losses:
     """By K/E; FFNs that do not take part are dense."""
 
 
-def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
+def layer_rows(model: nn.Module, probe: Iterable[Batch]) -> list[LayerRow]:
     """Measure every FFN at its own K on model inputs without labels."""
     layers = layers_of(model)
     every = [LayerSums(layer) for layer in layers]
@@ -54,14 +54,14 @@ def layer_rows(model: nn.Module, probe: Sequence[Batch]) -> list[LayerRow]:
     ]
 
 
-def losses(model: nn.Module, validation: Sequence[Batch]) -> Losses:
+def losses(model: nn.Module, validation: Sequence[Batch], progress: bool = False) -> Losses:
     """Measure the loss in dense mode and at each K/E."""
     sparse = {}
     with kept_modes(model) as layers:
         for name, fraction in FRACTIONS.items():
             set_mode(model, "sparse", [max(1, round(fraction * layer.ssd.num_experts)) for layer in layers])
-            sparse[name] = validation_loss(model, validation)
-    return Losses(loss_in_mode(model, validation, "dense"), sparse)
+            sparse[name] = validation_loss(model, validation, progress)
+    return Losses(loss_in_mode(model, validation, "dense", progress), sparse)
 
 
 def as_text(rows: Sequence[LayerRow], found: Losses, num_experts: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from switchable.cli import (
     bench,
@@ -27,6 +28,7 @@ from switchable.cli import (
 )
 from switchable.cli.parser import Parser
 from switchable.errors import InputError
+from switchable.files import check_name, full_disk_told
 from switchable.versions import __version__
 
 VERBS = {
@@ -52,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         verbs[args.verb].refuse_unknown(unknown)
     try:
-        return int(VERBS[args.verb].run(args))
+        for value in vars(args).values():
+            if isinstance(value, Path):
+                check_name(value)
+        with full_disk_told(f"running {args.verb}", "free some space and start again"):
+            return int(VERBS[args.verb].run(args))
     except InputError as error:
         if (
             os.environ.get("RANK", "0") == "0"

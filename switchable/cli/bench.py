@@ -27,6 +27,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--training", action="store_true", help="forward and backward instead of forward alone")
     verb.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of the multiplications (default: the run's, else the weights')",
+    )
+    verb.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="for each line (default %(default)g)"
     )
 
@@ -38,9 +43,13 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.seconds <= 3600:
         raise InputError(f"seconds={args.seconds:g} is out of range; use a number above 0, at most 3600")
     from switchable.evaluation.bench import measure
-    from switchable.store.load import load
+    from switchable.store.load import load, run_config
 
     model, _ = load(args.folder)
-    found = measure(model, args.tokens, args.experts_per_token, args.training, args.seconds, show=print)
+    trained = run_config(args.folder)
+    precision = args.precision or (trained.train.precision if trained else None)
+    found = measure(
+        model, args.tokens, args.experts_per_token, args.training, args.seconds, precision, show=print
+    )
     print(json.dumps({"model": str(args.folder), **found}))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
 from switchable.errors import InputError
+from switchable.files import check_apart, check_writable
 
 HELP = "train with several methods on the same data and initial weights; write one table"
 
@@ -38,7 +40,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--jobs",
         default="1",
         metavar="N",
-        help="runs at a time, each with cores / N threads unless --threads says otherwise (default %(default)s)",
+        help="runs at a time, each with cores / N threads unless threads are given (default %(default)s)",
     )
     add_common(verb)
     add_config_flags(verb, skip=("seed",))
@@ -54,18 +56,28 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("no configuration given; name a YAML file, e.g. configs/parity-quick.yaml")
     methods, seeds = check_methods(args.methods), check_seeds(args.seeds)
     jobs = _jobs(args.jobs)
-    flags = {"threads": max(1, cores() // jobs)} | given_flags(args)
-    config = load(args.config, flags)
+    config = load(args.config, given_flags(args))
+    threads = config.train.threads or max(1, cores() // jobs)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
     runs = runs_of(config, methods, seeds, args.out)
-    make_folder(args.out)
+    check_apart(args.out, config.data.sources)
+    check_writable(args.out / "compare.json")
     # What a user can get wrong by typing is refused above, before torch is loaded.
-    from switchable.compare.report import last_line, markdown, write_report
+    from switchable.cli.output import finish
+    from switchable.compare.report import headline, markdown, sentences, write_report
     from switchable.compare.supervise import Supervisor
     from switchable.data.tokens import prepare
+    from switchable.progress import say
 
+    say(
+        f"comparison: {', '.join(methods)} with seed {', '.join(map(str, seeds))}: {len(runs)} runs, of "
+        f"{config.train.steps:,} steps where NAME@FACTOR does not say otherwise, {jobs} at a time with {threads} "
+        f"CPU thread{'s' * (threads > 1)} each; writes to {args.out}",
+        not args.quiet,
+    )
     if not all(run.finished() for run in runs):
         prepare(config.data, args.cache, objective=objective_of(config), progress=not args.quiet)
-    supervisor = Supervisor(runs, args.cache, jobs, config.train.threads or 1, args.quiet)
+    supervisor = Supervisor(runs, args.cache, jobs, threads, args.quiet)
     signum = supervisor.train()
     if signum is not None:
         print(f"stopped; go on with: {shlex.join(['switchable', *sys.argv[1:]])}", file=sys.stderr)
@@ -75,8 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if finished:
         table = write_report(finished, args.out)
         print(markdown(table))
-        print(f"table: {args.out / 'compare.md'}   picture: {args.out / 'compare.png'}", file=sys.stderr)
-        print(last_line(table, args.out))
+        saved = f"saved in {args.out}: compare.md (the table), compare.png, compare.json, a folder per run"
+        then = ("switchable", "study", finished[-1].path)
+        figures, place = headline(table, args.out), args.out / "compare.json"
+        finish(figures, place, saved, *sentences(table), then=then, show=not args.quiet)
     if supervisor.failed:
         whys = "; ".join(f"{name}: {why}" for name, why in supervisor.failed.items())
         raise InputError(f"{len(supervisor.failed)} of {len(runs)} runs failed ({whys})")
@@ -86,18 +100,6 @@ def run(args: argparse.Namespace) -> int:
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def make_folder(out: Path) -> None:
-    """Create the comparison's folder.
-
-    Raises:
-        InputError: the path is not a folder that can be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be used as output folder: {error.strerror}; choose another") from None
 
 
 def _jobs(given: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import add_cache, add_dataclass_flags, given_flags
@@ -27,7 +26,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert; print a table and the figures as one JSON line."""
+    """Convert; say what came of it, and the figures as one JSON line."""
     from switchable.adapt.config import AdaptConfig
     from switchable.coercion import build
     from switchable.data.config import DataConfig
@@ -37,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
     data = build(DataConfig, flags, "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.adapt.run import adapt
+    from switchable.cli.output import finish
 
-    print(json.dumps(adapt(args.model, data, config, args.out, args.cache, args.overwrite, args.quiet)))
+    figures = adapt(args.model, data, config, args.out, args.cache, args.overwrite, args.quiet)
+    saved = f"saved in {args.out}: the model, its dense function unchanged, with routers; conversion.json"
+    then = ("switchable", "export", args.out, "--to", "sparse", "--out", f"{args.out}-sparse")
+    finish(figures, args.out / "conversion.json", saved, then=then, show=not args.quiet)
     return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
 from switchable.errors import InputError
+from switchable.files import check_writable, read_json, write_json
 
 HELP = "evaluate a model on tasks (lm-eval) and text, dense and over a range of K"
 
@@ -17,7 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 
-    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--mode",
         dest=f"{RESERVED}mode",
@@ -37,12 +37,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the scores there too, as JSON")
+    verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of scores with standard errors, and the same as one JSON line."""
     from switchable.coercion import build
     from switchable.data.config import DataConfig
+    from switchable.data.sources import resolve
     from switchable.evaluation.config import EvalConfig
 
     flags = given_flags(args)
@@ -51,15 +53,39 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "nothing to evaluate on; give --tasks, e.g. lambada=PATH, or text with --data, or both"
         )
+    if args.out is not None:
+        _check_out(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.cli.output import finish
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
-    from switchable.files import write_json
+    from switchable.progress import say
 
-    scores = evaluate(args.folder, config, data)
+    if data.data:
+        say(f"reading {resolve(data.data)}", not args.quiet)
+
+    scores = evaluate(args.folder, config, data, not args.quiet)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     print(table(scores))
-    print(json.dumps(result))
+    finish(result, args.out or "the table above; --out FILE writes them as JSON")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that cannot be written, or that is something else than older scores.
+
+    Raises:
+        InputError: says which.
+    """
+    check_writable(out)
+    if not out.exists():
+        return
+    try:
+        older = "scores" in read_json(out)
+    except (OSError, ValueError, TypeError):
+        older = False
+    if not older:
+        raise InputError(f"{out} exists and does not hold scores; choose another file with --out")

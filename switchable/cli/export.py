@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switchable)"
+
+WHAT = {
+    "dense": "a plain checkpoint, which any tool opens",
+    "sparse": "a switchable model, which transformers opens after switchable.register()",
+}
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -18,7 +22,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--to",
         choices=("dense", "sparse"),
         required=True,
-        help="dense: any tool opens it; sparse: AutoModelFor...from_pretrained does after switchable.register()",
+        help="; ".join(f"{to}: {what}" for to, what in WHAT.items()),
     )
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
     verb.add_argument(
@@ -39,9 +43,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print what was written as one JSON line."""
+    from switchable.cli.output import finish, opened_by_transformers
+    from switchable.progress import say
     from switchable.store.export import export
 
     given = args.experts_per_token
     each = given[0] if given is not None and len(given) == 1 else given
-    print(json.dumps(export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite)))
+    say(f"{args.to} export of {args.folder} to {args.out}: {WHAT[args.to]}")
+    found = export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite)
+    size = f"{found['parameters']:,} parameters, {found['bytes'] / 1e6:,.1f} MB in {found['weight_files']} file(s)"
+    then = opened_by_transformers(args.out) if args.to == "dense" else ["switchable", "bench", args.out]
+    finish(found, "the lines above", f"saved in {args.out}: {size}", then=then)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from switchable.cli.flags import add_dataclass_flags, given_flags
@@ -32,10 +32,17 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(FinetuneConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
+    from switchable.cli.output import finish, opened_by_transformers
     from switchable.evaluation.scores import table
     from switchable.finetune.classify import finetune
 
     scores, result = finetune(args.folder, args.data, config, args.out, args.overwrite, args.quiet)
     print(table(scores))
-    print(json.dumps(result))
+    if args.out is None:
+        said, place = "nothing was saved; the same with --out keeps the model", "the table above"
+        then = ["switchable", *sys.argv[1:], "--out", f"{args.folder}-{config.task}"]
+    else:
+        said, place = f"saved in {args.out}: the classifier, and results.json", f"{args.out}/results.json"
+        then = opened_by_transformers(args.out)
+    finish(result, place, said, then=then, show=not args.quiet)
     return 0

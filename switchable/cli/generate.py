@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 HELP = "write text with a trained model, dense or sparse"
@@ -10,7 +11,7 @@ HELP = "write text with a trained model, dense or sparse"
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--prompt",
         default="",
@@ -31,12 +32,16 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and its continuation."""
-    from switchable.infer.generate import generate_text
+    """Print the prompt and its continuation; on stderr, how it was written and how fast."""
+    from switchable.ffn.convert import shown_mode
+    from switchable.infer.generate import write
     from switchable.infer.sampling import Sampling
     from switchable.store.load import load_with_tokenizer
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     model, tokenizer = load_with_tokenizer(args.folder)
-    print(generate_text(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling))
+    text, tokens, seconds = write(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling)
+    print(text)
+    how = shown_mode(model, args.mode)
+    print(f"{how}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     return 0

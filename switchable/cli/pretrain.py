@@ -7,13 +7,13 @@ any work is done, so that ranks that were started differently end at once instea
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.cli.output import finish
 from switchable.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _read(args: argparse.Namespace) -> tuple[dict[str, Any], RunConfig]:
 def _train(args: argparse.Namespace, given: dict[str, Any], config: RunConfig) -> int:
     # What a user can get wrong by typing has been refused by now, before torch is loaded.
     from switchable import ranks
+    from switchable.store.rundir import RunDir
     from switchable.train.pretrain import pretrain, resume
     from switchable.train.signals import TrainingStopped
 
@@ -117,9 +118,10 @@ def _train(args: argparse.Namespace, given: dict[str, Any], config: RunConfig) -
         return 128 + int(stopped.args[0])
     if ranks.is_main():
         from switchable.study.report import write_run_report  # matplotlib takes a second to import
+        from switchable.train.words import closing
 
-        report = write_run_report(args.out)
-        if not args.quiet:
-            print(f"report: {report}", file=sys.stderr)
-        print(json.dumps(figures))
+        write_run_report(args.out)
+        rundir = RunDir(args.out)
+        said, then = closing(rundir, figures)
+        finish(figures, rundir.summary, *said, then=then, show=not args.quiet)
     return 0

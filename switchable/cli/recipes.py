@@ -17,7 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     from switchable.config import auto_recipe
-    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
+    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES, WHY_AUTO
     from switchable.sections import ModelConfig, TrainConfig
     from switchable.settings import SwitchConfig
 
@@ -33,12 +33,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"\nnum_experts is the most: experts get at least {LEAST_NEURONS} neurons. experts_per_token keeps its share.\n"
         f"activation_l1 is for {', '.join(PENALISED)}; other activations get 0.\n"
-        f"auto is {here} here for the default model: "
-        + (
-            "dense steps can leave out idle neurons on this processor in float32."
-            if here == "late"
-            else "dense steps cannot leave out idle neurons on this device."
-        )
+        f"auto is {here} here for the default model: {WHY_AUTO[here]}."
     )
     return 0
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
 from switchable.errors import InputError
+from switchable.files import write_json
 
 HELP = "measure activation over a run, a series of checkpoints or one model; pictures and report.html"
 
@@ -49,32 +48,37 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
-    from switchable.files import whole_folder, write_json
+    from switchable.cli.output import finish
+    from switchable.files import whole_folder
+    from switchable.progress import say
     from switchable.store.export import check_output
+    from switchable.store.rundir import RunDir
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
     from switchable.study.study import study_checkpoints, study_run
 
-    progress = sys.stderr.isatty() and not args.quiet
     is_run = args.folder is not None and not (args.folder / "config.json").is_file()
     out = args.out or (args.folder / "study" if is_run else Path("study"))
-    check_output(out, args.overwrite, [args.folder] if args.folder else [], "study", "study.json")
+    sources = RunDir(args.folder).contents() if is_run else args.checkpoints or [args.folder]
+    check_output(out, args.overwrite, sources, "study", "study.json")
     if is_run:
-        study = study_run(args.folder, config, progress)
+        study = study_run(args.folder, config, not args.quiet)
     else:
-        study = study_checkpoints(args.checkpoints or [str(args.folder)], config, progress)
+        study = study_checkpoints(args.checkpoints or [str(args.folder)], config, not args.quiet)
     try:
         with whole_folder(out) as folder:
             names = write_files(study, folder / "pictures")
-            write_json(folder / "study.json", study.to_json())
+            write_json(folder / "study.json", study.to_json() | {"findings": findings(study)})
             write_report(study, folder / "report.html")
     except OSError as error:
-        raise InputError(
-            f"{out} cannot be written: {error.strerror}; choose another folder with --out"
-        ) from None
-    found = {"report": str(out / "report.html"), "checkpoints": len(study.steps), "pictures": names}
-    print(json.dumps(found | {"findings": findings(study), "problems": study.problems}))
+        why = error.strerror or error
+        raise InputError(f"{out} cannot be written: {why}; choose another folder with --out") from None
     for problem in study.problems:
-        print(f"switchable study: {problem}", file=sys.stderr)
+        say(f"switchable study: {problem}")
+    report, sentences = out / "report.html", findings(study)
+    found = {"report": str(report), "checkpoints": len(study.steps), "pictures": names, "findings": sentences}
+    said = (*sentences, f"saved in {out}: report.html, study.json and pictures/")
+    figures, then = found | {"problems": study.problems}, ("python", "-m", "webbrowser", report)
+    finish(figures, out / "study.json", *said, then=then, show=not args.quiet)
     return 2 if study.problems else 0

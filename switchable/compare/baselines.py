@@ -67,7 +67,12 @@ class SparseSchedule(StaticSchedule):
 
     def initial(self, num_layers: int) -> ScheduleState:
         """Return the state at step 0: every layer sparse."""
-        return replace(super().initial(num_layers), takes_part=(True,) * num_layers, began=0)
+        return replace(
+            super().initial(num_layers),
+            takes_part=(True,) * num_layers,
+            began=0,
+            why_dense=("",) * num_layers,
+        )
 
     def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002
         """Return False."""

@@ -25,6 +25,7 @@ from switchable.config import to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, kept_modes, layers_of, set_mode
 from switchable.files import read_json, write_text
+from switchable.progress import progress_bar
 from switchable.store import folders
 from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
@@ -59,8 +60,7 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
         job = set_up(run.config, cache)
         dense = RunDir(run.starts_from)
         _load_weights(dense.final, job.model)
-        rundir.clear()
-        write_text(rundir.config, yaml.safe_dump(to_dict(run.config), sort_keys=False))
+        rundir.begin(yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
         return _cut(job, rundir, read_json(dense.summary), jobs)
     finally:
@@ -72,6 +72,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
         job.data.train.sha256, **{name: before[name] for name in ("steps", "flops", "ran_with")}
     )
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
+    counters.flops_dense = counters.flops
     counters.note_machine(jobs, job.device)
     with closing(RunLog(rundir, counters.steps, counters.steps)) as log:
         flops = count_step(job)
@@ -98,7 +99,8 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     """
     switch, controller, layers = job.config.switch, job.controller, layers_of(job.model)
     seed, total = job.config.train.seed, job.config.train.steps
-    _, found = measure(job.model, controller.probe, [None] * len(layers), seed)
+    precision = job.replica.autocast
+    _, found = measure(job.model, controller.probe, [None] * len(layers), seed, precision=precision)
     group_anew(layers, [layer.labels_F for layer in found])
     steps = max(1, round(ROUTER_FRACTION * total))
     train_routers(job, steps)
@@ -106,14 +108,15 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     # Which layers take part, and with how many experts, is decided as in training, but for their stability.
     structures = map(current_structure, layers)
     last = [dataclasses.replace(a, labels_F=labels_F) for a, labels_F in zip(found, structures, strict=True)]
-    measures, _ = measure(job.model, controller.probe, last, seed)
+    measures, _ = measure(job.model, controller.probe, last, seed, precision=precision)
     rule = dataclasses.replace(
         switch, recipe="early", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )
     stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
     controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
-    for layer, part, k in zip(layers, state.takes_part, state.experts_per_token, strict=True):
-        layer.ssd.takes_part = part
+    parts = zip(layers, state.takes_part, state.why_dense, state.experts_per_token, strict=True)
+    for layer, part, why, k in parts:
+        layer.ssd.takes_part, layer.ssd.why_dense = part, why
         layer.ssd.set_experts_per_token(k)
     return spent
 
@@ -134,10 +137,10 @@ def train_routers(job: Job, steps: int) -> None:
             model.train()
             for layer in layers:
                 layer.ssd.router_learns = True
-            for step in range(steps):
+            for step in progress_bar("training routers", "step", over=range(steps)):
                 optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
                 # Every router's loss is attached to its layer's output: this trains them all.
-                model(**job.batch(step)).loss.backward()
+                job.replica.forward_backward(job.batch(step))
                 optimizer.step()
                 optimizer.zero_grad()
     finally:

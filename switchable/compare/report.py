@@ -5,7 +5,6 @@ It covers every finished run of the comparison that is in the folder, whoever tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,7 @@ def tabulate(
             **{name: over_seeds({seed: values[name] for seed, values in own.items()}) for name in OWN},
             **{name: over_seeds({seed: values[name] for seed, values in paired.items()}) for name in PAIRED},
             GAIN: over_seeds(gains),
+            "why_dense": {seed: why for seed in seeds if (why := _why_dense(summaries[method, seed]))},
             "ended_before_dense": _ended_before_dense(method, seeds, curves),
             "ran_with": _distinct([how for seed in seeds for how in summaries[method, seed]["ran_with"]]),
         }
@@ -122,6 +122,9 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
                 said.append(
                     f"{name} has seeds without a dense run ({_list(lacking)}); its ratios leave them out"
                 )
+    for name, found in methods.items():
+        for seed, why in found.get("why_dense", {}).items():
+            said.append(f"{name}, seed {seed}, has no sparse mode: {why}")
     if len(_distinct([how for found in methods.values() for how in found["ran_with"]])) > 1:
         how = "{threads} threads on {device}, {jobs} at a time".format_map
         shown = "; ".join(
@@ -131,10 +134,16 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _why_dense(summary: Mapping[str, Any]) -> str | None:
+    """Say why a run that was to become sparse did not; None if it did, or was not to."""
+    asked = summary["experts"].get("min_dense_fraction") != 1
+    return summary.get("why_dense") if asked and not any(summary["sparse_layers"]) else None
+
+
 def markdown(table: Mapping[str, Any]) -> str:
     """Return the table to read: a row per figure, a column per method."""
     methods = table["methods"]
-    lines = [_headline(methods), ""] if {"dense", "ssd"} <= set(methods) else []
+    lines = [*sentences({**table, "warnings": []}), ""]
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
@@ -149,25 +158,36 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + methods_list + "\n"
 
 
-def _headline(methods: Mapping[str, Any]) -> str:
-    """Say what ssd costs and how much it loses against dense."""
-    shown = [_cell(methods["ssd"][name], ROWS[name][1], "") for name in HEADLINE]
-    delta_dense, delta_sparse, flops, _, wall, _ = shown
-    return (
-        f"**ssd against dense: {flops} of the FLOPs, {wall} of the wall-clock; loss {delta_dense} nats in dense mode, "
-        f"{delta_sparse} in sparse mode.**"
-    )
+SAID = {
+    "delta_dense": "loss {:+.4f} nats in dense mode",
+    "delta_sparse": "{:+.4f} in sparse mode",
+    "flops_ratio_nonembedding": "{:.3f} of the FLOPs without embeddings and head",
+    "wall_ratio": "{:.3f} of the wall-clock",
+}
+"""Figures of a method in its closing sentence."""
 
 
-def last_line(table: Mapping[str, Any], out: Path) -> str:
-    """Return the comparison's closing line of JSON: ssd's headline figures, then every method's means."""
+def sentences(table: Mapping[str, Any]) -> list[str]:
+    """Return a closing sentence for every method that has a dense run to be compared with."""
+    said = []
+    for name, found in table["methods"].items():
+        parts = [
+            form.format(found[key]["mean"]) for key, form in SAID.items() if found[key]["mean"] is not None
+        ]
+        if name != "dense" and parts:
+            said.append(f"{name} against dense, seeds {_list(found['seeds'])}: {', '.join(parts)}.")
+    return said + [f"{warning}." for warning in table["warnings"]]
+
+
+def headline(table: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Return the comparison's closing figures: ssd's headline ones, then every method's means."""
     names = (*OWN, *PAIRED, GAIN)
     means = {
         method: {name: found[name]["mean"] for name in names} for method, found in table["methods"].items()
     }
-    headline = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
+    first = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
     rest = {"methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
-    return json.dumps(headline | rest)
+    return first | rest
 
 
 def _ended_before_dense(

@@ -148,7 +148,7 @@ class Supervisor:
             new = file.read()
         complete = new[: new.rfind(b"\n") + 1]
         child.shown += len(complete)
-        for line in complete.decode("utf-8", errors="replace").splitlines():
+        for line in complete.decode("utf-8", errors="replace").split("\n")[:-1]:
             self._say(f"{run.name}: {line}")
 
     def _say(self, text: str) -> None:
@@ -157,5 +157,5 @@ class Supervisor:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"it left nothing in {log}"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return last or f"it left nothing in {log}"

@@ -16,6 +16,7 @@ from switchable.compare.methods import UNCOMPARED
 from switchable.compare.runs import Run
 from switchable.config import from_dict, to_dict
 from switchable.errors import InputError
+from switchable.files import full_disk_told
 from switchable.store.rundir import FolderInUse, RunDir
 from switchable.study.report import write_run_report
 from switchable.train.pretrain import pretrain, resume
@@ -62,7 +63,8 @@ def main() -> int:
     told = json.loads(sys.argv[1])
     run = Run(told["method"], told["seed"], Path(told["path"]), from_dict(told["config"]))
     try:
-        train(run, Path(told["cache"]), told["jobs"])
+        with full_disk_told(f"training {run.path}", "what was saved stands. Free some space and start again"):
+            train(run, Path(told["cache"]), told["jobs"])
     except FolderInUse:
         return IN_USE
     except InputError as error:

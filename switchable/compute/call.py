@@ -46,15 +46,17 @@ class FFNWeights:
 
     def part(self, own: slice) -> FFNWeights:
         """The weights of some neurons."""
-        fields = (self.up_FD, self.down_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F)
-        return FFNWeights(*(None if tensor is None else tensor[own] for tensor in fields))  # type: ignore[arg-type]
+        rest = (self.up_bias_F, self.gate_FD, self.gate_bias_F)
+        others = (None if tensor is None else tensor[own] for tensor in rest)
+        return FFNWeights(self.up_FD[own], self.down_FD[own], *others)
 
     def activations(self, x_TD: Tensor, activation: str) -> Tensor:
         """Return act(x · upᵀ + up_bias) of all neurons; gated: act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)."""
-        act, up_TF = ACT2FN[activation], linear(x_TD, self.up_FD, self.up_bias_F)
+        act: Callable[[Tensor], Tensor] = ACT2FN[activation]
+        up_TF = linear(x_TD, self.up_FD, self.up_bias_F)
         if self.gate_FD is None:
-            return act(up_TF)  # type: ignore[no-any-return]
-        return act(linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF  # type: ignore[no-any-return]
+            return act(up_TF)
+        return act(linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -74,7 +74,7 @@ def check_backend(name: str) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def choose(call: ExpertCall) -> Backend:
     """Return the backend that `auto` is for a call."""
     return next((backend for backend in _wished(call) if backend.supports(call) is None), REFERENCE)

@@ -20,7 +20,7 @@ class DataConfig:
         metavar="PATH",
     )
     text_field: str = option(
-        "text", "field of a JSONL record, or Parquet column, that holds the text", metavar="NAME"
+        "text", "field of a JSON record, or Parquet column, that holds the text", metavar="NAME"
     )
     document_separator: str | None = option(
         None,
@@ -52,6 +52,11 @@ class DataConfig:
             object.__setattr__(self, "max_text_mb", float(self.max_text_mb))
         if self.tokenizer is None:
             tokenizers.check_vocab_size(self.vocab_size)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that is read, by name."""
+        return self.data if self.tokenizer is None else (*self.data, self.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def examples(task: str, folder: Path, split: str) -> list[Example]:
     described = TASKS[task]
     path = _file(described, folder, split, task)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # other line ends may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
     found = [

@@ -1,4 +1,8 @@
-"""What is in a file: its documents, whatever form it has. InputError says where it is not what it should be."""
+"""What is in a file: `documents_of(file, ...)`, whatever form it has.
+
+Line ends become \\n (from \\r\\n and \\r), and a byte-order mark is dropped: the same words are the same tokens.
+InputError says where a file is not what it should be.
+"""
 
 from __future__ import annotations
 
@@ -8,97 +12,129 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from switchable.data import packing
+from switchable.data.packing import opened
+from switchable.data.sources import SourceFile
 from switchable.errors import InputError, nearest
 
-CHUNK_BYTES = 1 << 20
+BEFORE_A_RECORD = re.compile(r"\s*[\[,]\s*(?=\S)")  # of a JSON array
+END_OF_ARRAY = re.compile(r"\s*(\[\s*)?\]\s*")
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """Open a file, decompressed."""
-    if path.suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), CHUNK_BYTES)
-    return path.open("rb")
+def documents_of(file: SourceFile, text_field: str = "text", separator: str | None = None) -> Iterator[str]:
+    """Yield the documents of a file.
+
+    Args:
+        file: what to read.
+        text_field: field of a record that holds its text.
+        separator: what stands between the documents of a text file.
+    """
+    if file.form == "text":
+        return text_documents(file, separator)
+    records = {"JSON lines": _lines, "JSON array": _array, "Parquet": _rows}[file.form]
+    return (text_of(record, text_field, where) for where, record in records(file, text_field))
 
 
-def text_documents(path: Path, separator: re.Pattern[str] | None) -> Iterator[str]:
+def text_documents(file: SourceFile, separator: str | None) -> Iterator[str]:
     """Yield a text file as one document, or cut at a separator."""
     if separator is None:
-        yield "".join(_decoded(path))
+        yield "".join(_decoded(file))
         return
     rest = ""
-    for text in _decoded(path):
+    for text in _decoded(file):
         # A separator may straddle two chunks, but never begins before the tail that has not been searched.
-        start = max(0, len(rest) - 2 * len(separator.pattern))
+        start, begin = max(0, len(rest) - len(separator) + 1), 0
         rest += text
-        begin = 0
-        for match in separator.finditer(rest, start):
-            yield rest[begin : match.start()]
-            begin = match.end()
+        while (end := rest.find(separator, start)) >= 0:
+            yield rest[begin:end]
+            start = begin = end + len(separator)
         rest = rest[begin:]
     yield rest
 
 
-def _decoded(path: Path) -> Iterator[str]:
-    """The text of a file chunk by chunk, without a byte-order mark; InputError where it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, first = 0, True
+def _decoded(file: SourceFile) -> Iterator[str]:
+    """The text of a file chunk by chunk; InputError where it is not UTF-8."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    end = 0
+    with opened(file.path, file.packing) as stream:
+        while True:
+            chunk = stream.read(packing.CHUNK_BYTES)
+            end += len(chunk)
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(file.path, error, end) from error
+            if not chunk:
+                return
+
+
+def _lines(file: SourceFile, _: str) -> Iterator[tuple[str, Any]]:
+    """The records of JSON lines, and where each is. Only \\n ends a line: other line ends may stand in a string."""
+    end = 0
+    with opened(file.path, file.packing) as stream:
+        for number, line in enumerate(stream, start=1):
+            where, end = f"{file.path}, line {number}", end + len(line)
+            if line.isspace():
+                continue
+            try:
+                yield where, json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise _not_utf8(where, error, end) from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from error
+
+
+def _array(file: SourceFile, _: str) -> Iterator[tuple[str, Any]]:
+    """The records of a JSON array, and where each is; in memory are one of them and a chunk of the file."""
+    decode = json.JSONDecoder().raw_decode
+    rest, number, wanted = "", 0, 0
+    problem: Exception | str = "it does not end with ]"
+    for text in chain(_decoded(file), [""]):
+        rest += text
+        if text and len(rest) < wanted:
+            continue
+        begin = 0
+        while match := BEFORE_A_RECORD.match(rest, begin):
+            try:
+                record, begin = decode(rest, match.end())
+            except (ValueError, RecursionError) as error:
+                problem = error  # perhaps only cut off: look again when there is twice as much
+                break
+            number += 1
+            yield f"{file.path}, record {number}", record
+        rest = rest[begin:]
+        wanted = 2 * len(rest)
+    if not END_OF_ARRAY.fullmatch(rest):
+        raise InputError(f"{file.path}, after record {number}: not valid JSON ({problem}); correct the file")
+
+
+def _rows(file: SourceFile, text_field: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a Parquet file, of which only the text is read, and where each is."""
+    row = 0
     try:
-        with open_file(path) as file:
-            while True:
-                chunk = file.read(CHUNK_BYTES)
-                pending = len(decoder.getstate()[0])  # bytes of a character cut by the last chunk
-                try:
-                    text = decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(path, error, offset - pending) from error
-                yield text.removeprefix("\ufeff") if first else text
-                offset, first = offset + len(chunk), False
-                if not chunk:
-                    return
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the text of each record."""
-    offset = 0
-    try:
-        with open_file(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield _jsonl_text(path, number, offset, line, text_field)
-                offset += len(line)
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _jsonl_text(path: Path, number: int, offset: int, line: bytes, text_field: str) -> str:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
+        with opened(file.path, file.packing) as stream:
+            source = pa.BufferReader(stream.read()) if file.packing else stream
+            with closing(pq.ParquetFile(source)) as table:
+                text_of(dict.fromkeys(table.schema_arrow.names, ""), text_field, str(file.path))
+                for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                    for value in batch.column(0):
+                        yield f"{file.path}, row {row}", {text_field: value.as_py()}
+                        row += 1
     except UnicodeDecodeError as error:
-        raise _not_utf8(where, error, offset) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from error
+        raise _not_utf8(f"{file.path}, row {row}", error, len(error.object)) from error
+
+
+def text_of(record: Any, text_field: str, where: str) -> str:
+    """Return the text of a record, empty where it is null."""
     if not isinstance(record, dict):
         raise InputError(f'{where}: {type(record).__name__}, not an object; write {{"{text_field}": "..."}}')
-    text = text_of(record, text_field, where)
-    if b"\\u" in line:  # only an escape can write half a surrogate pair, which no UTF-8 text holds
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half a surrogate pair, not UTF-8 text; correct this line") from error
-    return text
-
-
-def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
-    """Return the text of a record, empty where it is null."""
     if text_field not in record:
         raise InputError(
             f"{where}: no field {text_field!r}{nearest(text_field, record)}; it has "
@@ -111,34 +147,17 @@ def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
         raise InputError(
             f"{where}: field {text_field!r} holds {type(text).__name__}; name one of text (--text-field)"
         )
-    return text
-
-
-def parquet_documents(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the text of each row."""
-    row = 0
     try:
-        with closing(pq.ParquetFile(path)) as file:
-            text_of(dict.fromkeys(file.schema_arrow.names, ""), text_field, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
-                    yield text_of({text_field: value.as_py()}, text_field, f"{path}, row {row}")
-                    row += 1
-    except UnicodeDecodeError as error:
-        raise _not_utf8(f"{path}, row {row}", error, 0) from error
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(path, error) from error
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half a surrogate pair, not UTF-8 text; correct it") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def unreadable(path: Path, error: Exception) -> InputError:
-    """Return the error to raise for a file that cannot be read."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return InputError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions")
-    return InputError(f"{path}: truncated, damaged or not what its suffix says ({error}); fetch it again")
-
-
-def _not_utf8(where: str | Path, error: UnicodeDecodeError, offset: int) -> InputError:
+def _not_utf8(where: str | Path, error: UnicodeDecodeError, end: int) -> InputError:
+    """Return the error to raise; `end` is the offset in the file at which the decoded bytes end."""
+    offset = end - len(error.object) + error.start
     return InputError(
-        f"{where}: byte {error.object[error.start]:#04x} at offset {offset + error.start} is not UTF-8 text; "
+        f"{where}: byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 text; "
         "convert the file to UTF-8 (iconv) or leave it out"
     )

@@ -11,13 +11,11 @@ import hashlib
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from tqdm import tqdm
 
 from switchable.data import corpora
 from switchable.data.config import DataConfig
 from switchable.errors import InputError
+from switchable.progress import progress_bar
 
 SAMPLE_BYTES = 10_000_000  # of text that the BPE is trained on
 
@@ -54,7 +52,7 @@ def scan_corpus(config: DataConfig, progress: bool) -> Scan:
     found = Scan()
     lowest, highest, sampled = 1 << 64, -1, 0
     limit = None if config.max_text_mb is None else config.max_text_mb * 1e6
-    with progress_bar("reading text", limit, progress) as bar:
+    with progress_bar("reading text", "B", limit, progress) as bar:
         for text, h, size in hashed_documents(config):
             found.documents += 1
             found.text_bytes += size
@@ -75,8 +73,3 @@ def scan_corpus(config: DataConfig, progress: bool) -> Scan:
     # Neither side may be empty: the smallest hash is always validation, the largest always training.
     found.threshold = min(max(int(config.val_fraction * 2**64), lowest + 1), highest)
     return found
-
-
-def progress_bar(what: str, total: float | None, progress: bool) -> Any:
-    """Return a progress bar in bytes of text; `disable=None` shows it on terminals only."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if progress else True)

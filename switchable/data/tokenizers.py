@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from switchable.errors import InputError, nearest
+from switchable.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,19 +41,20 @@ TEMPLATES = {
     "masked": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"),
     "span": ("$A </s>", "$A </s> $B </s>"),
 }  # what a tokenizer trained here puts around one text and around two
+SHOWS_RULES = (
+    "Hello, WORLD! don't I'LL we've 12 345 1,234.56 2026-11-29  two   spaces\ttab\n\n  new line \r\n(snake_case)="
+    "CamelCase naïve e\u0301 Straße ﬁ Ａ 日本語 हिन्दी \u00a0\u2028😀👩‍👩‍👧 https://a.b/c?d=e&f ----- $x^2$ x1y22z333 "
+)
+"""A text on which tokenizers with other rules (digits, contractions, case, accents, spaces) differ."""
+WORD_CHARS = 250
+"""Longer words are trained on in pieces: the trainer's time grows with the square of a word's length."""
 PIECE_CHARS = 200_000  # longer texts are encoded in pieces, so that memory stays bounded
 BATCH_CHARS = 2_000_000  # of text encoded at once
-TOKENIZER_FILES = (  # what a folder may hold of a tokenizer; a checkpoint folder holds much else
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer.model",
-)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+"""What a folder may hold of a tokenizer; a checkpoint's holds much else."""
 
 
 class EndOfText(NamedTuple):
@@ -87,7 +90,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     if objective in TEMPLATES:
         single, pair = TEMPLATES[objective]
         ids = list(zip(special, range(len(special)), strict=True))
@@ -98,6 +101,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") 
         additional_special_tokens=SENTINELS if objective == "span" else None,
         **SPECIAL_TOKENS[objective],
     )
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Cut a text within its very long words and very long white space."""
+    start = 0
+    for run in re.finditer(rf"\S{{{WORD_CHARS}}}|\s{{{WORD_CHARS}}}", text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def special_tokens(objective: str) -> list[str]:
@@ -121,14 +133,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, offline and without running code from it.
 
     The folder is in Hugging Face form (as `save_pretrained` writes it), or holds the files of GPT-2 (`vocab.json`,
-    `merges.txt`), BERT (`vocab.txt`; lower-cased if no word in it has a capital) or T5 (`spiece.model`).
+    `merges.txt`), BERT (`vocab.txt`; lower-cased if no word in it has a capital) or T5 (`spiece.model`). Where there is
+    a `tokenizer.json`, its ids count: some classes of transformers build parts of it anew, by their own rules.
 
     Raises:
         InputError: no such folder, no tokenizer in it, one that cannot be read, or a package for it is missing.
     """
     path = Path(folder).expanduser()
     present = {file.name for file in tokenizer_files(path)}
-    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, T5Tokenizer
+    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
     options: dict[str, object] = {}
     if present & {"tokenizer.json", "tokenizer_config.json"}:
@@ -150,7 +163,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             "GPT-2's vocab.json and merges.txt, BERT's vocab.txt or T5's spiece.model"
         )
     try:
-        return loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+        options |= {"local_files_only": True, "trust_remote_code": False}
+        for kind in (loader, PreTrainedTokenizerFast):
+            tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(str(path), **options)
+            if _follows(tokenizer, path / "tokenizer.json"):
+                return tokenizer
     except Exception as error:
         # The Rust side raises a bare Exception for a broken file; the Python side, any of these.
         expected = (OSError, ValueError, KeyError, TypeError, ImportError)
@@ -161,6 +178,35 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"the tokenizer in {str(path)!r} cannot be loaded ({first_line}); "
             "save it again with save_pretrained"
         ) from error
+    raise InputError(
+        f"transformers reads the tokenizer in {str(path)!r} so that it gives other tokens than its tokenizer.json; "
+        'set "tokenizer_class" in its tokenizer_config.json to one that fits'
+    )
+
+
+def _follows(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a tokenizer gives the ids of its `tokenizer.json`, if there is one, on a text that shows the rules."""
+    if not file.is_file():
+        return True
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_buffer(file.read_bytes())
+    own.no_truncation()
+    own.no_padding()
+    (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
+    return bool(own.encode(SHOWS_RULES, add_special_tokens=False).ids == ids.tolist())
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under names that transformers 4 and tools made for it know; transformers 5 writes its own."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
 
 
 def _is_lower_case(vocabulary: Path) -> bool:
@@ -192,6 +238,17 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> EndOfText:
         "the tokenizer has no token to end a document with (no eos, sep or bos); "
         'set one in its folder, e.g. "eos_token": "</s>" in tokenizer_config.json'
     )
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and behind a text by itself.
+
+    Before it, a causal model was trained with them (Llama's and Gemma's bos); a prompt must not end in those behind it.
+    """
+    text, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    places = range(len(whole) - len(text) + 1)
+    first = next((i for i in places if whole[i : i + len(text)] == text), 0)
+    return list(whole[:first]), list(whole[first + len(text) :])
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,8 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-from switchable.data import corpora, tokenizers
+from switchable.data import sources, tokenizers
 from switchable.data.config import DataConfig
-from switchable.data.split import Scan, hashed_documents, progress_bar, scan_corpus
+from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
-from switchable.files import is_no_space, read_json, whole_folder, write_json
+from switchable.files import check_name, is_no_space, read_json, whole_folder, write_json
+from switchable.progress import progress_bar, say
 
-FORMAT = 1  # of the folder's contents; raise it and older folders are not used any more
+FORMAT = 2  # of the folder's contents; raise it and older folders are not used any more
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,22 @@ class PreparedData:
     tokenizer_path: Path
     """For `AutoTokenizer.from_pretrained`."""
     end_of_text: tokenizers.EndOfText
+    read: str
+    """What was read, and what was skipped."""
+
+    def __str__(self) -> str:
+        """Return what was read, skipped, and set aside for validation."""
+        train, val = (
+            f"{side.documents:,} documents, {side.tokens:,} tokens" for side in (self.train, self.val)
+        )
+        megabytes = (self.train.text_bytes + self.val.text_bytes) / 1e6
+        return f"read {self.read}; {megabytes:,.1f} MB of text: {train} to train on; {val} set aside for validation"
 
 
 def prepare(
-    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True
-) -> PreparedData:
+    config: DataConfig, cache_dir: str | os.PathLike[str], *, objective: str = "causal", progress: bool = True,
+    known: str | None = None,
+) -> PreparedData:  # fmt: skip
     """Make the token files of `config` under `cache_dir`, unless they are there; return where they are.
 
     Any number of processes may call this at once: one works, the others wait and use its result.
@@ -78,14 +88,22 @@ def prepare(
         config: the corpus, its split and its tokenizer.
         cache_dir: folder for the results of all configurations, created if missing.
         objective: what the tokens are for; decides the special tokens of a tokenizer trained here.
-        progress: show progress bars, when standard error is a terminal.
+        progress: say how far the work is, and what was read.
+        known: checksum of the training tokens; where they lie in the cache, the text itself need not be there any more.
 
     Raises:
         InputError: unusable source or tokenizer; fewer than two different documents; a folder that cannot be
             written in, or no space left there (what was written is removed); damaged files in the cache.
     """
-    fingerprint = _fingerprint(config, objective)
-    folder = Path(cache_dir) / fingerprint
+    check_name(Path(cache_dir))
+    try:
+        folder = Path(cache_dir) / _fingerprint(config, objective)
+    except InputError as missing:
+        found = None if known is None else find_prepared(cache_dir, known)
+        if found is None:
+            raise
+        say(f"{missing}; going on with the tokens in {found.folder}", progress)
+        return found
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +112,19 @@ def prepare(
                     _make(config, folder, objective, progress)
         except OSError as error:
             raise InputError(f"cannot write in {folder.parent} ({error}); give another folder") from error
-    return load_prepared(folder)
+    data = load_prepared(folder)
+    say(str(data), progress)
+    return data
+
+
+def find_prepared(cache_dir: str | os.PathLike[str], sha256: str) -> PreparedData | None:
+    """Return the folder of the cache whose training tokens have a checksum, if it is there and whole."""
+    for meta in sorted(Path(cache_dir).glob("[!.]*/meta.json")):
+        with suppress(InputError):
+            data = load_prepared(meta.parent)
+            if data.train.sha256 == sha256:
+                return data
+    return None
 
 
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
@@ -106,8 +136,9 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
         train, val = (Split(path / f"{side}.bin", **meta["splits"][side]) for side in ("train", "val"))
         end = tokenizers.EndOfText(**meta["end_of_text"])
         data = PreparedData(
-            path, meta["fingerprint"], train, val, meta["vocab_size"], meta["dtype"], path / "tokenizer", end
-        )
+            path, meta["fingerprint"], train, val, meta["vocab_size"], meta["dtype"], path / "tokenizer", end,
+            meta.get("read", "by an earlier version"),
+        )  # fmt: skip
         item_bytes = np.dtype(data.dtype).itemsize
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / 'meta.json'}: missing or damaged ({error}); {remedy}") from error
@@ -128,8 +159,9 @@ def _fingerprint(config: DataConfig, objective: str) -> str:
     files = [] if config.tokenizer is None else tokenizers.tokenizer_files(config.tokenizer)
     known: dict[str, Any] = {
         "format": FORMAT,
-        "settings": dataclasses.asdict(config) | {"tokenizer": corpora.signature(files)},
-        "sources": corpora.signature(corpora.resolve(config.data)),
+        "settings": dataclasses.asdict(config)
+        | {"tokenizer": [sources.file_signature(file) for file in files]},
+        "sources": sources.signature(sources.resolve(config.data).items),
     }
     if config.tokenizer is None and objective != "causal":
         known["objective"] = objective
@@ -142,8 +174,7 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        if progress:
-            tqdm.write(f"waiting for another process to prepare {folder}", file=sys.stderr)
+        say(f"waiting for another process to prepare {folder}", progress)
         return lock.acquire()
 
 
@@ -167,11 +198,12 @@ def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> N
 def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:
     scan = scan_corpus(config, progress)
     if config.tokenizer is None:
+        say(f"training a byte-level BPE of {config.vocab_size:,} tokens", progress)
         sample = (text for h, _, text in sorted(scan.sample) if h >= scan.threshold)
         trained = tokenizers.train_bpe(sample, config.vocab_size, objective)
-        trained.save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(trained, folder / "tokenizer")
     else:
-        tokenizers.load_tokenizer(config.tokenizer).save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save_tokenizer(tokenizers.load_tokenizer(config.tokenizer), folder / "tokenizer")
     scan.sample.clear()
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")  # the one that others will load
     end = tokenizers.end_of_text(tokenizer)
@@ -180,19 +212,26 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     with (
         _SplitWriter(folder / "train.bin", dtype) as train,
         _SplitWriter(folder / "val.bin", dtype) as val,
-        progress_bar("tokenizing", scan.text_bytes, progress) as bar,
+        progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar,
     ):
         _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "settings": dataclasses.asdict(config),
+        "read": _what_is_read(config),
         "splits": {"train": train.summary(), "val": val.summary()},
         "vocab_size": vocab_size,
         "dtype": dtype,
         "end_of_text": end._asdict(),
     }
     write_json(folder / "meta.json", meta)
+
+
+def _what_is_read(config: DataConfig) -> str:
+    where = ", ".join(map(repr, config.data)) or "the Python installation's own source files (no --data)"
+    cap = "" if config.max_text_mb is None else f", up to {config.max_text_mb:g} MB"
+    return f"{where}{cap}: {sources.resolve(config.data)}"
 
 
 # --- second pass: tokens ---

@@ -2,8 +2,8 @@
 
     speedup = median over turns of (seconds of a dense layer / seconds of the sparse one)
 
-Dense is the plain layer: no router, every neuron. Each layer is timed alone, on random tokens, in the precision of its
-weights. With few tokens the weights of other layers are not read in between, so they may come from the cache;
+Dense is the plain layer: no router, every neuron. Each layer is timed alone, on random tokens, in a run's precision.
+With few tokens the weights of other layers are not read in between, so they may come from the cache;
 `python -m benchmarks.decode` times whole models.
 """
 
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchable.errors import InputError
-from switchable.ffn.convert import kept_modes, layers_of, set_mode
+from switchable.ffn.convert import check_sparse, kept_modes, layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
 from switchable.timing import processor, take_turns
 
@@ -28,28 +27,33 @@ def measure(
     experts_per_token: int | None,
     training: bool,
     seconds: float,
+    precision: str | None = None,
     show: Callable[[str], object] = lambda _line: None,
 ) -> dict[str, Any]:
     """Time every layer of a converted model on the CPU that takes part in sparse mode; the model's modes are kept.
 
     `tokens` are numbers of tokens at once, `seconds` are spent on each of them in each layer, and `show` is given each
     line of the table. K is `experts_per_token`, or each layer's own. Without `training`, which times forward and
-    backward, it is the forward alone, without gradients.
+    backward, it is the forward alone, without gradients. `precision` is that of the products: `"bfloat16"` is autocast,
+    as in training; None takes the weights'.
 
     Raises:
         InputError: no layer takes part in sparse mode, or K is impossible.
     """
+    check_sparse(model)
     layers = [layer for layer in layers_of(model) if layer.ssd.takes_part]
-    if not layers:
-        raise InputError(
-            "no layer of this model takes part in sparse mode (it was trained all dense): nothing to compare"
-        )
-    precision = str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
+    if precision == "float32":
+        model.float()
+    autocast = precision == "bfloat16"
+    precision = precision or str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    show("{processor}, {threads} threads, torch {torch}, ".format_map(machine) + precision)
+    show("{processor}, {threads} threads, torch {torch}".format_map(machine))
+    show(f"{precision}, forward{' and backward' * training}")
+    if why := why_dense(model):
+        show(f"{why}: not timed")
     show(f"{'layer':40} {'K':>5} {'tokens':>7} {'dense':>11} {'sparse':>11} {'speed-up':>9}")
     rows = []
-    with kept_modes(model):
+    with kept_modes(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         set_mode(model, "dense", experts_per_token)
         model.train(training)
         for layer in layers:

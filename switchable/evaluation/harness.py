@@ -18,10 +18,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable.data.tokenizers import added_tokens
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.tasks import NAMES, task_config
 from switchable.evaluation.ways import Way, multiplying
+from switchable.infer.loss import objective_of_model
 
 LOCAL = [f"{name}=PATH" for name in NAMES]
 RESAMPLES = 1000
@@ -84,7 +86,9 @@ def task_scores(
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
-        live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # A tokenizer that ends every text by itself would end the context before its answer.
+        leading = False if objective_of_model(model) == "causal" and added_tokens(tokenizer)[1] else None
+        live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=leading)
         for way in found_ways:
             with multiplying(model, way):
                 try:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from switchable.config import RunConfig
-from switchable.data import corpora
+from switchable.data import sources
 from switchable.data.config import DataConfig
 from switchable.data.objectives import build_objective
 from switchable.data.split import hashed_documents
@@ -19,36 +19,42 @@ from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import Way, ways
-from switchable.infer.loss import objective_of_model
+from switchable.ffn.convert import layers_of, shown_mode
+from switchable.infer.loss import objective_of_model, positions_of
+from switchable.progress import progress_bar, say
 from switchable.store.load import load_with_tokenizer, run_config
 from switchable.train.setup import pick_device
 
 
-def evaluate(folder: Path, config: EvalConfig, data: DataConfig) -> list[Score]:
-    """Return the scores of a run's or checkpoint's model, on tasks and on the text of `data`, if there is any.
+def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> list[Score]:
+    """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
+
+    With `show` say what the model's own sparse mode is, and how far the work is.
 
     Raises:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
-    corpora.resolve(data.data)  # missing files are named before anything is loaded
+    sources.resolve(data.data)  # missing files are named before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, tokenizer = load_with_tokenizer(folder)
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
+    if model.get_output_embeddings() is None:
         raise InputError(
             f"{folder} holds a {type(model).__name__}, which predicts no text; give a language model. "
             "What finetune measured is in the results.json of its --out"
         )
     found_ways = ways(model, config.mode, config.experts_per_token)
+    if layers_of(model):
+        say(f"the model's own: {shown_mode(model, 'sparse')}", show)
     if tasks and objective_of_model(model) == "masked":
         raise InputError(
             "a masked language model gives no probability of a text, which tasks need; "
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
     model.to(device)
-    scores = _on_text(folder, config, data, model, tokenizer, found_ways) if data.data else []
+    scores = _on_text(folder, config, data, model, tokenizer, found_ways, show) if data.data else []
     if tasks:
         scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
     return scores
@@ -61,11 +67,18 @@ def _on_text(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     found: list[Way],
+    progress: bool,
 ) -> list[Score]:
-    text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
-    positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
-    length = config.sequence_length or min(trained.train.sequence_length, positions)
+    length = config.sequence_length or trained.train.sequence_length
+    positions = positions_of(model) or length
+    if config.sequence_length is not None and length > positions:
+        raise InputError(
+            f"sequence_length={length} is more than the {positions} positions of the model; use fewer"
+        )
+    length = min(length, positions)
+    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
+    text = tokenise((document for document, _, _ in documents), tokenizer)
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
-    return text_scores(model, text, objective, length, found, config.batch_size)
+    return text_scores(model, text, objective, length, found, config.batch_size, progress)

@@ -6,6 +6,7 @@ sample of them. They say nothing of other seeds of training.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,7 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON."""
         rest = {"value": self.value, "stderr": self.stderr, "examples": self.examples}
-        way = {"mode": self.way.mode, "experts_per_token": self.way.own or self.way.experts_per_token}
-        return {"task": self.task, "metric": self.metric, **way, **rest}
+        return {"task": self.task, "metric": self.metric, **dataclasses.asdict(self.way), **rest}
 
 
 def table(scores: Sequence[Score]) -> str:

@@ -11,7 +11,6 @@ The prompts are ours: scores are comparable among models evaluated with them, no
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import yaml
 
 from switchable.data import glue
+from switchable.data.readers import documents_of
+from switchable.data.sources import look_at
 from switchable.errors import InputError, nearest
 
 LAMBADA_FILE = "lambada_test.jsonl"
@@ -58,13 +59,9 @@ def _lambada(path: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise InputError(f"no LAMBADA data at {file}; give {LAMBADA_FILE} or its folder")
     documents = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            text = str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{file}, line {number}: not a record {{"text": ...}}') from None
-        context, space, word = text.rpartition(" ")
+    for number, text in enumerate(documents_of(look_at(file)), 1):
+        context, space, word = text.strip().rpartition(" ")
         if not space:
-            raise InputError(f"{file}, line {number}: a single word has nothing to predict it from")
+            raise InputError(f"{file}, record {number}: a single word has nothing to predict it from")
         documents.append({"context": context, "word": word})
     return documents

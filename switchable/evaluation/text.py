@@ -13,7 +13,7 @@ same places every time: a loss per predicted token, from which no bits per byte 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, multiplying
 from switchable.infer.loss import shifts_labels
+from switchable.progress import progress_bar
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +63,7 @@ def tokenise(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> To
 
 def text_scores(
     model: nn.Module, text: TokenisedText, objective: Objective, sequence_length: int, found_ways: Iterable[Way],
-    batch_size: int,
+    batch_size: int, progress: bool = False,
 ) -> list[Score]:  # fmt: skip
     """Return the loss (nats per predicted token) in each way; of causal models perplexity and bits per byte too.
 
@@ -70,13 +71,16 @@ def text_scores(
     """
     causal = objective.name == "causal"
     if causal:
-        batches = list(overlapping_windows(text.ids, sequence_length, batch_size))
+        leading = getattr(objective, "leading", ())
+        batches = list(overlapping_windows(text.ids, sequence_length, batch_size, leading))
     else:
         batches = validation_batches(text.ids[1:], objective, batch_size, len(text.ids))
     scores = []
     for way in found_ways:
         with multiplying(model, way):
-            nats, tokens = _per_window(model, batches)
+            nats, tokens = _per_window(
+                model, progress_bar(f"text, {way}", "batch", show=progress, over=batches)
+            )
         loss, stderr = float(nats.sum() / tokens.sum()), _ratio_stderr(nats, tokens)
         found = {f"loss ({objective.unit})": (loss, stderr)}
         if causal:
@@ -88,16 +92,25 @@ def text_scores(
     return scores
 
 
-def overlapping_windows(ids: npt.NDArray[np.int64], sequence_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield `input_ids` and `labels` [B, S] such that every token but the first is predicted once."""
-    step = sequence_length - 1
+def overlapping_windows(
+    ids: npt.NDArray[np.int64], sequence_length: int, batch_size: int, leading: Sequence[int] = ()
+) -> Iterator[Batch]:
+    """Yield `input_ids` and `labels` [B, S] such that every token but the first is predicted once.
+
+    The token before a window's first predicted one is in it, or in place of that the model's begin of text, `leading`.
+    """
+    step = sequence_length - (len(leading) or 1)
     starts = list(range(0, len(ids) - 1, step))
     for first in range(0, len(starts), batch_size):
-        rows = [ids[start : start + sequence_length] for start in starts[first : first + batch_size]]
+        rows = [
+            np.concatenate([leading or ids[start : start + 1], ids[start + 1 : start + 1 + step]])
+            for start in starts[first : first + batch_size]
+        ]
         inputs = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
         labels = torch.full_like(inputs, -100)
         for i, row in enumerate(rows):
             inputs[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row)
+        labels[:, : len(leading)] = -100
         yield {"input_ids": inputs, "labels": labels}
 
 

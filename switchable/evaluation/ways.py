@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from switchable.errors import InputError
-from switchable.ffn.convert import in_mode, layers_of
+from switchable.ffn.convert import check_sparse, in_mode, layers_of
 
 
 @dataclass(frozen=True)
@@ -18,44 +17,38 @@ class Way:
 
     mode: str
     """`"dense"` or `"sparse"`."""
-    experts_per_token: int | None = None
-    """K in sparse mode; None where layers differ and each keeps its own."""
-    own: tuple[int, ...] = ()
-    """The K of each layer that takes part, where they differ."""
+    experts_per_token: int | tuple[int | None, ...] | None = None
+    """K in sparse mode; for each FFN where they differ, None for one that stays dense."""
 
     def __str__(self) -> str:
         if self.mode == "dense":
             return "dense"
-        return f"sparse K={f'{min(self.own)} to {max(self.own)}' if self.own else self.experts_per_token}"
+        if not isinstance(self.experts_per_token, tuple):
+            return f"sparse K={self.experts_per_token}"
+        sparse = [k for k in self.experts_per_token if k is not None]
+        return f"sparse K={min(sparse)}-{max(sparse)}"
 
 
 def ways(model: nn.Module, modes: Sequence[str] = (), experts_per_token: Sequence[int] = ()) -> list[Way]:
-    """Return the ways to evaluate a converted model in.
+    """Return the ways to evaluate a model in.
 
     `modes` are `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
-    `experts_per_token` has the values of K for sparse mode; empty: the model's own.
+    `experts_per_token` has values of K for sparse mode; the model's own comes last, to compare them with.
 
     Raises:
-        InputError: an impossible K, or sparse mode of a model that was trained all dense.
+        InputError: an impossible K, or sparse mode of a model that has none.
     """
-    layers = layers_of(model)
-    experts = layers[0].ssd.num_experts
-    can_be_sparse = any(layer.ssd.takes_part for layer in layers)
-    if not can_be_sparse and ("sparse" in modes or experts_per_token):
-        raise InputError(
-            "no layer of this model takes part in sparse mode (it was trained all dense); use --mode dense"
-        )
+    layers = [layer.ssd for layer in layers_of(model)]
+    if "sparse" in modes or experts_per_token:
+        check_sparse(model)
     for k in experts_per_token:
-        if not 1 <= k <= experts:
-            raise InputError(
-                f"experts_per_token={k} is not possible with the model's {experts} experts; use 1 to {experts}"
-            )
+        layers[0].check_experts_per_token(k)
     found = [Way("dense")] if "dense" in modes or not modes else []
-    if can_be_sparse and ("sparse" in modes or not modes):
-        own = tuple(layer.ssd.experts_per_token for layer in layers if layer.ssd.takes_part)
-        if not experts_per_token and len(set(own)) > 1:
-            return [*found, Way("sparse", own=own)]
-        found += [Way("sparse", k) for k in dict.fromkeys(experts_per_token or own)]
+    own = tuple(ssd.experts_per_token if ssd.takes_part else None for ssd in layers)
+    values = set(own) - {None}
+    if values and ("sparse" in modes or not modes):
+        each = [*experts_per_token, own if len(values) > 1 else values.pop()]
+        found += [Way("sparse", k) for k in dict.fromkeys(each)]
     return found
 
 

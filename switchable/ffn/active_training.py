@@ -31,12 +31,13 @@ def applies(ssd: SSD, x_BSD: Tensor) -> bool:
 def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     """Map [..., D] to [..., D] as dense mode does, up to rounding; `applies` must hold."""
     x_TD = x_BSD.reshape(-1, ssd.d_model)
+    factor, penalty = ssd.loss_scale.now, ssd.activation_l1 / len(x_TD)
     found = active(
         x_TD,
         ssd.weights,
         ssd.settings.activation,
         num_experts=ssd.num_experts if ssd.router_learns else None,
-        penalty=ssd.activation_l1 * ssd.loss_weight / len(x_TD),
+        penalty=(lambda: float(factor) * penalty) if penalty else None,
     )
     ssd.active_count.entries += found.entries
     ssd.active_count.tokens += len(x_TD)
@@ -47,4 +48,5 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     every = stride(ssd.settings.config.router_token_fraction)
     mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
     seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
-    return attach_loss(y_BSD, ssd.loss_weight * router_loss(router(seen), mass_TE))
+    attached: Tensor = attach_loss(y_BSD, router_loss(router(seen), mass_TE), factor)
+    return attached

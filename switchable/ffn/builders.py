@@ -7,10 +7,9 @@ every dropout is 0, as is usual where the text is seen about once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import transformers
-from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -34,7 +33,9 @@ Sizes = Mapping[str, int]
 Tokens = Mapping[str, int]
 
 
-def build_model(family: str, sizes: Sizes, activation: str, vocab_size: int, tokens: Tokens) -> nn.Module:
+def build_model(
+    family: str, sizes: Sizes, activation: str, vocab_size: int, tokens: Tokens
+) -> PreTrainedModel:
     """Return a model with random weights (drawn from torch's global generator), to pre-train from scratch.
 
     Args:
@@ -47,12 +48,17 @@ def build_model(family: str, sizes: Sizes, activation: str, vocab_size: int, tok
             where the family pads (bert, roberta, t5), `bos_token_id`, `decoder_start_token_id` if they differ.
 
     Raises:
-        InputError: a family that cannot be built here.
+        InputError: a family that cannot be built here, or that pads with the end of text.
     """
     if family not in BUILDERS:
         raise InputError(
             f"family={family!r} cannot be pre-trained from scratch; use one of {', '.join(BUILDERS)}"
             + nearest(family, BUILDERS)
+        )
+    if family in PADDING and tokens.get("pad_token_id") == tokens["eos_token_id"]:
+        raise InputError(
+            f"the tokenizer pads with its end of text (id {tokens['eos_token_id']}), so family={family} would never "
+            "learn it; give the tokenizer a pad_token of its own"
         )
     return model_of(BUILDERS[family](sizes, activation, {"vocab_size": vocab_size, **tokens}))
 
@@ -73,17 +79,17 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return kind
 
 
-def model_of(config: PreTrainedConfig) -> nn.Module:
+def model_of(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that a config names in `architectures`, with random weights."""
     model = class_of(config)(config)
     name_the_loss(model)
-    return cast(nn.Module, model)
+    return model
 
 
-def name_the_loss(model: nn.Module) -> None:
+def name_the_loss(model: PreTrainedModel) -> None:
     """Tell transformers which loss a language model has where it would guess it from the class's name and warn."""
     if type(model).__name__.endswith("LMHeadModel"):
-        cast(Any, model).loss_type = "ForCausalLM"
+        model.loss_type = "ForCausalLM"
 
 
 def _gpt2(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
@@ -98,7 +104,7 @@ def _gpt2(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        **{"bos_token_id": rest["eos_token_id"], **rest},
+        **_causal(rest),
     )
 
 
@@ -113,7 +119,7 @@ def _opt(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         num_attention_heads=sizes["num_heads"],
         activation_function=activation,
         dropout=0.0,
-        **{"bos_token_id": rest["eos_token_id"], "pad_token_id": None, **rest},
+        **_causal(rest),
     )
 
 
@@ -126,8 +132,19 @@ def _llama(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
         num_hidden_layers=sizes["num_layers"],
         num_attention_heads=sizes["num_heads"],
         hidden_act=activation,
-        **{"bos_token_id": rest["eos_token_id"], **rest},
+        **_causal(rest),
     )
+
+
+def _causal(rest: Tokens) -> dict[str, Any]:
+    """Return the vocabulary and special tokens of a causal model.
+
+    It has no padding token where that is a token of the text too: transformers leaves its embedding zero for ever.
+    """
+    tokens = {"bos_token_id": rest["eos_token_id"], "pad_token_id": None, **rest}
+    if tokens["pad_token_id"] in (tokens["bos_token_id"], tokens["eos_token_id"]):
+        tokens["pad_token_id"] = None
+    return tokens
 
 
 def _bert(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
@@ -185,3 +202,5 @@ BUILDERS: dict[str, Callable[[Sizes, str, Tokens], PreTrainedConfig]] = {
     "t5": _t5,
 }
 """Families that can be pre-trained from scratch."""
+PADDING = ("bert", "roberta", "t5")
+"""Those that need a padding token."""

@@ -18,13 +18,18 @@ from switchable.errors import InputError
 from switchable.ffn.families import Family, family_of, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
+from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
+from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
 from switchable.recipes import AUTO
 from switchable.settings import SwitchConfig, settled
 
 MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active")
 """What decides how an FFN is multiplied."""
+NOT_SWITCHABLE = (
+    "the model has no switchable FFNs; convert it first: convert(model), or `switchable convert` for a folder"
+)
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,16 @@ def convert(
         (name, ffn, _switchable(ffn, settings_of(ffn, family, name, config), layer_type))
         for name, ffn in found
     ]
+    scale = LossScale()
     for name, ffn, layer in built:
         if family.in_layer:
             put_into_layer(ffn, family, layer)
         else:
             model.set_submodule(name, layer)
+        layer.ssd.loss_scale = scale
         if neuron_major:
             store_by_neuron(layer)
+    scale.watch(model)
     names = tuple(name for name, _ in found)
     return ConversionReport(len(built), names, config.num_experts, built[0][2].ssd.d_ff)
 
@@ -151,22 +159,25 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
     return [module for module in model.modules() if isinstance(module, SwitchableFFN)]
 
 
-def set_mode(model: nn.Module, mode: str, experts_per_token: int | Sequence[int] | None = None) -> None:
+def set_mode(
+    model: nn.Module, mode: str, experts_per_token: int | Sequence[int | None] | None = None
+) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
     Layers that do not take part in sparse mode (`layer.ssd.takes_part`, set by the schedule) stay dense.
 
     Args:
-        model: a converted model.
+        model: a converted model; dense mode alone can be had of any other too.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K, 1 to E, one for all layers or one for each; None keeps each layer's own.
 
     Raises:
-        InputError: unknown mode, impossible K, or the model is not converted; nothing has been changed then.
+        InputError: unknown mode, impossible K, the model is not converted, or it has no sparse mode (no layer takes
+            part, or something hangs on a projection that sparse mode would pass by); nothing has been changed then.
     """
     found = layers_of(model)
-    if not found:
-        raise InputError("the model has no switchable FFNs; call convert(model) first")
+    if not found and (mode != "dense" or experts_per_token is not None):
+        raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
     each = (
@@ -179,15 +190,56 @@ def set_mode(model: nn.Module, mode: str, experts_per_token: int | Sequence[int]
     for layer, k in zip(found, each, strict=True):
         if k is not None:
             layer.ssd.check_experts_per_token(k)
+    if mode == "sparse":
+        check_sparse(model)
     for layer, k in zip(found, each, strict=True):
         if k is not None:
             layer.ssd.experts_per_token = k
         layer.ssd.mode = mode if layer.ssd.takes_part else "dense"
 
 
+def check_sparse(model: nn.Module) -> None:
+    """Refuse a model without a sparse mode, or with one that with all experts would not be the dense mode.
+
+    Raises:
+        InputError: says why no FFN takes part in it, or what hangs on a projection that it would pass by.
+    """
+    taking_part = [layer.ssd for layer in layers_of(model) if layer.ssd.takes_part]
+    if not taking_part:
+        raise InputError(f"the model has no sparse mode: {why_dense(model)}; use dense mode")
+    for ssd in taking_part:
+        check_plain(ssd)
+
+
+def why_dense(model: nn.Module) -> str | None:
+    """Say which FFNs sparse mode leaves dense, and why; None if there are none."""
+    layers = layers_of(model)
+    if not layers:
+        return NOT_SWITCHABLE
+    names: dict[str, list[str]] = {}
+    for ssd in (layer.ssd for layer in layers if not layer.ssd.takes_part):
+        names.setdefault(ssd.why_dense or "the model's folder does not say why", []).append(ssd.name)
+    reasons = "; ".join(f"{', '.join(which)}: {why}" for why, which in names.items())
+    return f"{sum(map(len, names.values()))} of {len(layers)} FFNs stay dense ({reasons})" if names else None
+
+
+def shown_mode(model: nn.Module, mode: str) -> str:
+    """Say what a mode is in this model: K of E, for each FFN where they differ, and which FFNs stay dense, and why."""
+    if mode == "dense":
+        return "dense mode"
+    layers = [layer.ssd for layer in layers_of(model)]
+    each = [str(ssd.experts_per_token) if ssd.takes_part else "all" for ssd in layers]
+    own = set(each) - {"all"}
+    shown = own.pop() if len(own) == 1 else f"({', '.join(each)})"
+    why = why_dense(model)
+    if not any(ssd.takes_part for ssd in layers):
+        return f"no sparse mode, {why}"
+    return f"sparse mode, K={shown} of {layers[0].num_experts} experts" + (f"; {why}" if why else "")
+
+
 @contextmanager
 def in_mode(
-    model: nn.Module, mode: str, experts_per_token: int | Sequence[int] | None = None
+    model: nn.Module, mode: str, experts_per_token: int | Sequence[int | None] | None = None
 ) -> Iterator[None]:
     """Within the `with` block the FFNs multiply so (see `set_mode`); afterwards as before: for single calls."""
     with kept_modes(model):

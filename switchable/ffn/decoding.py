@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, prepare_call
+from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import SSD
 
 Modules = dict[str, nn.Module | None]
@@ -53,19 +54,38 @@ class PreparedLayer:
         x_BSD: the first input.
     """
 
-    __slots__ = ("call", "experts_per_token", "modules", "numbers", "parameters", "threads")
+    __slots__ = (
+        "call",
+        "experts_per_token",
+        "hooks",
+        "modules",
+        "namespaces",
+        "numbers",
+        "parameters",
+        "threads",
+    )
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
+        check_plain(ssd)
         self.numbers, self.experts_per_token = x_BSD.numel(), ssd.experts_per_token
         self.threads = torch.get_num_threads()
         layer, home, family = ssd.holders[0], ssd.holders[-1], ssd.settings.family
         self.modules = [*_path(home, family.up), *_path(home, family.down), *_path(layer, "router")]
+        called = [ssd.router, *(module for _, module in ssd.called)]
+        self.namespaces = [vars(module) for module in called]
+        self.hooks = [
+            hooks
+            for module in called
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            if not hooks
+        ]
         owners = [module._parameters for module in (ssd.up_projection, ssd.down_projection, ssd.router)]
         self.parameters = [
             (owner, name, owner[name], *_whereabouts(owner[name])) for owner in owners for name in owner
         ]
         # A parametrised or wrapped projection keeps its weight elsewhere: what it computes is not known here.
         plain = all("weight" in owner and "bias" in owner for owner in owners)
+        plain = plain and not ssd.router._forward_pre_hooks and not ssd.router._forward_hooks
         self.call = None
         if plain:
             self.call = prepare_call(
@@ -79,13 +99,19 @@ class PreparedLayer:
             )
 
     def fits(self, ssd: SSD, x_BSD: Tensor) -> bool:
-        """Return whether all is as it was: x's size, K, the threads, and which modules hold which numbers where."""
+        """Return whether all is as it was: x's size, K, threads, hooks, and which modules hold which numbers where."""
         if (
             x_BSD.numel() != self.numbers
             or ssd.experts_per_token != self.experts_per_token
             or torch.get_num_threads() != self.threads
         ):
             return False
+        for hooks in self.hooks:
+            if hooks:
+                return False
+        for namespace in self.namespaces:
+            if "forward" in namespace:
+                return False
         for modules, name, module in self.modules:
             if modules.get(name) is not module:
                 return False

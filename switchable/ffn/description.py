@@ -17,7 +17,7 @@ from switchable.settings import SwitchConfig
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what makes a model switchable besides its routers' weights: plain values for `make_switchable`."""
     first, *_ = layers = layers_of(model)
-    names = ("experts_per_token", "takes_part")
+    names = ("experts_per_token", "takes_part", "why_dense")
     described = {
         "num_experts": first.ssd.num_experts,
         "family": dataclasses.asdict(first.ssd.settings.family),
@@ -48,6 +48,7 @@ def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
         stored = _entry(layer.ssd.name, described["layers"])
         layer.ssd.set_experts_per_token(stored["experts_per_token"])
         layer.ssd.takes_part = stored["takes_part"]
+        layer.ssd.why_dense = stored.get("why_dense", "")  # which version 0.1 did not write
 
 
 def _entry(name: str, stored: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
 from switchable.ffn.decoding import decoded
+from switchable.ffn.plain import check_plain
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
 
@@ -110,12 +111,15 @@ class SwitchableFFN(nn.Module):
 
     def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
         """Return y; whatever is learned from it, the loss is learned besides."""
-        return attach_loss(y, self.ssd.loss_weight * loss)
+        attached: Tensor = attach_loss(y, loss, self.ssd.loss_scale.now)
+        return attached
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         done_BSD = decoded(self.ssd, self.training, x_BSD)
         if done_BSD is not None:
             return done_BSD
+        if not torch.compiler.is_compiling():  # `set_mode` has looked already
+            check_plain(self.ssd)
         y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
         bias = self.ssd.down_projection.bias
         if bias is not None:

@@ -31,7 +31,7 @@ CHILD = "switchable_ffn"
 """The name of the FFN among the layer's children."""
 
 
-class _Held(nn.Linear):
+class Held(nn.Linear):
     """The parameters of a projection, under their old names; what its forward does is the subclass's."""
 
     def __init__(self, projection: nn.Linear) -> None:
@@ -44,7 +44,7 @@ class _Held(nn.Linear):
         return nnf.linear(x, self.weight, self.bias)
 
 
-class Entrance(_Held):
+class Entrance(Held):
     """Stands where the input projection (of a gated FFN: the one under the activation) was."""
 
     def __init__(self, projection: nn.Linear, ffn: nn.Module) -> None:
@@ -57,7 +57,7 @@ class Entrance(_Held):
         return y
 
 
-class Factor(_Held):
+class Factor(Held):
     """Stands where the input projection of a gated FFN was that the activation is multiplied with."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Factor(_Held):
         return x.new_ones(())
 
 
-class Exit(_Held):
+class Exit(Held):
     """Stands where the output projection was."""
 
     def forward(self, y: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Exit(_Held):
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """Multiply by a projection's weight and add its bias, wherever the projection stands."""
-    y: Tensor = projection.project(x) if isinstance(projection, _Held) else projection(x)
+    y: Tensor = projection.project(x) if isinstance(projection, Held) else projection(x)
     return y
 
 

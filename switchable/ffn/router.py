@@ -84,22 +84,24 @@ def stride(fraction: float) -> int:
     return max(1, round(1.0 / fraction))
 
 
-def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # compiled, `factor` is read too early
+def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
     """Pass `y` through unchanged and add `loss` to whatever is minimised downstream.
 
-    So a router learns in any training loop, without the loop having to collect its loss.
+    So a router learns in any training loop, without the loop having to collect its loss. The loss counts `factor`
+    times, by the value that this number has in the backward pass (`loss_scale.py`).
     """
-    attached: Tensor = _AttachLoss.apply(y, loss)  # type: ignore[no-untyped-call]
+    attached: Tensor = _AttachLoss.apply(y, loss, factor)  # type: ignore[no-untyped-call]
     return attached
 
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.ones_like(loss))
+    def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - what has a gradient
+        ctx.save_for_backward(factor)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        (one,) = ctx.saved_tensors
-        return grads[0], one
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grads[0], factor, None

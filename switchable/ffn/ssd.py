@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.families import Family, activation_name, neurons_first
+from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
@@ -88,6 +89,8 @@ class SSD:
         """`"dense"` or `"sparse"`: how the layer multiplies now."""
         self.takes_part = True
         """Whether `set_mode(model, "sparse")` makes this layer sparse; the first layer's activation often is not."""
+        self.why_dense = ""
+        """What keeps the layer out of sparse mode, if it does not take part and this is known."""
         self.set_experts_per_token(settings.config.experts_per_token)
         self.router_learns = not settings.config.never_sparse
         """Whether the router is trained in steps with gradients."""
@@ -97,8 +100,8 @@ class SSD:
         """What that came to."""
         self.activation_l1 = settings.config.activation_l1
         """Penalty on activations, in nats per unit."""
-        self.loss_weight = 1.0
-        """Factor of the losses that the layer adds: 1 / micro-batches where a loop adds up their gradients."""
+        self.loss_scale = LossScale()
+        """The factor of the losses that the layer adds."""
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
@@ -177,6 +180,18 @@ class SSD:
         return cast(nn.Linear, self.part(self.settings.family.down))
 
     @property
+    def activation(self) -> nn.Module:
+        """The activation's module."""
+        return self._activation or self.part(self.settings.family.activation)
+
+    @property
+    def called(self) -> list[tuple[str, nn.Module]]:
+        """What dense mode calls, each by its path: projections and activation."""
+        family = self.settings.family
+        paths = [path for path in (family.gate, family.up, family.down) if path is not None]
+        return [*((path, self.part(path)) for path in paths), (family.activation, self.activation)]
+
+    @property
     def hidden_dropout(self) -> float:
         """Probability of the dropout between the projections."""
         if self._dropout is not None:
@@ -207,8 +222,7 @@ class SSD:
         A neuron is active where its activation is not zero.
         """
         gate = self.gate_projection
-        act = self._activation or self.part(self.settings.family.activation)
-        hidden: Tensor = act(project(gate or self.up_projection, x))
+        hidden: Tensor = self.activation(project(gate or self.up_projection, x))
         return hidden if gate is None else hidden * project(self.up_projection, x)
 
     def write(self, hidden: Tensor) -> Tensor:

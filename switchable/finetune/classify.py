@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -34,14 +35,17 @@ from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
 from switchable.evaluation.ways import multiplying, ways
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.infer.loss import positions_of
+from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.train.memory import keep_freed_memory
+from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
 
 NEW_HEAD = r"score|classif|pooler|pre_classifier"
@@ -68,7 +72,7 @@ def finetune(
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
     if out is not None:
-        check_output(out, overwrite, sources=(run,))
+        check_output(out, overwrite, sources=(run, data))
     train, dev = (glue.examples(config.task, data, split) for split in ("train", "dev"))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -82,8 +86,14 @@ def finetune(
     trainer = _trainer(model, tokenizer, config, device, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
+    say(
+        f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
+        f"head, trained {way} for {config.epochs:g} epochs on {device}; writes to {out or 'nothing (no --out)'}",
+        not quiet,
+    )
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
-        outcome = trainer.train()
+        with in_float32(model):
+            outcome = trainer.train()
         scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),
@@ -111,6 +121,9 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
     chosen = find_model(run)
     if is_sparse_export(chosen):
         raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
+    before = layers_of(body)
+    if not before:
+        raise InputError(NOT_SWITCHABLE)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = load_config(chosen, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
@@ -118,7 +131,6 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     model = load_pretrained(chosen, settings, kind, new=NEW_HEAD)
-    before = layers_of(body)
     make_switchable(model, describe(body))
     for old, new in zip(before, layers_of(model), strict=True):
         new.router.load_state_dict(old.router.state_dict())
@@ -150,24 +162,55 @@ def _trainer(
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        disable_tqdm=quiet,
+        disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(not quiet))
     return trainer
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Says how far Trainer is, as every job of ours does: its own bars fill a log."""
+
+    def __init__(self, show: bool) -> None:
+        self._show = show
+        self._bar: Any = None
+
+    def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._bar = progress_bar("fine-tuning", "step", state.max_steps, self._show)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._bar.update()
+
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+        if self._bar is None:
+            self._bar = progress_bar("scoring", "batch", len(eval_dataloader), self._show)
+        self._bar.update()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+        self._bar = None
+
+    on_predict = on_train_end
 
 
 def _encode(
     found: Sequence[glue.Example], tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int
 ) -> list[dict[str, Any]]:
     """Return examples as model inputs with `labels`, not padded."""
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
     texts = [example.texts for example in found]
     if not tokenizer.num_special_tokens_to_add(pair=True):  # nothing would stand between the two
         texts = [("\n".join(pair),) for pair in texts]
-    columns = map(list, zip(*texts, strict=True))
-    encoded = tokenizer(*columns, truncation=True, max_length=min(max_length, positions), padding=False)
-    accepted = [name for name in encoded if name in tokenizer.model_input_names]
+    columns = list(map(list, zip(*texts, strict=True)))
+    least = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2) + len(columns)
+    if max_length < least:
+        raise InputError(f"max_length={max_length} leaves no room for a text; use at least {least}")
+    longest = min(max_length, positions_of(model) or max_length)
+    encoded = tokenizer(*columns, truncation=True, max_length=longest, padding=False)
+    # GPT-2 would add the embeddings of tokens 0 and 1 for them, RoBERTa has no second one.
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    accepted = [name for name in tokenizer.model_input_names if name != "token_type_ids" or has_types]
     return [
         {name: encoded[name][i] for name in accepted} | {"labels": example.label}
         for i, example in enumerate(found)

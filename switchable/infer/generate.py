@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
-from switchable.infer.fill import fill_masks, fill_spans
-from switchable.infer.loss import objective_of_model
+from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
+from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
+
+
+class Written(NamedTuple):
+    """A prompt and what a model has written to it."""
+
+    text: str
+    tokens: int
+    """Those that are new."""
+    seconds: float
+    """Reading the prompt included."""
 
 
 def generate_text(
@@ -24,10 +34,22 @@ def generate_text(
     experts_per_token: int | None = None,
     sampling: Sampling | None = None,
 ) -> str:
-    """Return the prompt and what the model writes after it, or into its blanks (see `fill.py`).
+    """Return the prompt and what the model writes after it, or into its blanks (see `fill.py`)."""
+    return write(model, tokenizer, prompt, mode, experts_per_token, sampling).text
+
+
+def write(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    mode: str = "dense",
+    experts_per_token: int | None = None,
+    sampling: Sampling | None = None,
+) -> Written:
+    """Return the prompt with what the model writes after it, or into its blanks (see `fill.py`), and how fast it was.
 
     Args:
-        model: a converted language model: causal, masked, or encoder-decoder.
+        model: a language model: causal, masked, or encoder-decoder; converted, for sparse mode.
         tokenizer: its tokenizer.
         prompt: text to continue, which may be empty; for a masked model, text with masks.
         mode: `"dense"` or `"sparse"`.
@@ -35,28 +57,25 @@ def generate_text(
         sampling: how tokens are drawn.
 
     Raises:
-        InputError: impossible mode or K, no room for a new token within the model's positions, or no mask in the
-            prompt of a masked model.
+        InputError: impossible mode or K, no room for a new token within the model's positions, a prompt that is not
+            UTF-8, or no mask in that of a masked model.
     """
     sampling = sampling or Sampling()
+    objective = objective_of_model(model)
+    check_prompt(objective, tokenizer, prompt, positions_of(model))
     set_mode(model, mode, experts_per_token)
     torch.manual_seed(sampling.seed)
-    objective = objective_of_model(model)
-    if objective == "masked":
-        return fill_masks(model, tokenizer, prompt, sampling)
-    write = fill_spans if objective == "span" else _continue
-    return write(model, tokenizer, prompt, sampling)
+    ways = {"masked": fill_masks, "span": fill_spans, "causal": _continue}
+    begin = time.perf_counter()
+    text, tokens = ways[objective](model, tokenizer, prompt, sampling)
+    return Written(text, tokens, time.perf_counter() - begin)
 
 
-def _continue(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    positions = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    room = min(sampling.max_new_tokens, positions - len(ids))
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and the model {positions} positions: there is no room for an answer; "
-            f"use a prompt of at most {positions - 1} tokens"
-        )
+def _continue(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
+) -> tuple[str, int]:
+    ids, positions = prompt_ids(tokenizer, prompt), positions_of(model)
+    room = min(sampling.max_new_tokens, sys.maxsize if positions is None else positions - len(ids))
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
     written = sampling.generate(model, input_ids, room, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(written, skip_special_tokens=True))
+    return str(tokenizer.decode(written, skip_special_tokens=True)), len(written) - len(ids)

@@ -5,8 +5,11 @@
     trainer.train()                                  # and trainer.train(resume_from_checkpoint=True)
 
 The callback calls the same `Controller` as our own loop, after every optimizer step. Its state travels in the
-Trainer's `trainer_state.json`, as plain numbers; routers and moments are in the checkpoints anyway. Evaluations run
-in dense mode, whatever mode comes next. One process or DDP; a model sharded by accelerate is refused.
+Trainer's `trainer_state.json`, as plain numbers; routers and moments are in the checkpoints anyway. One process or DDP;
+a model sharded by accelerate is refused.
+
+Evaluations and predictions while training are of the dense model, whatever started them, so that they compare across
+steps; then the loop's own mode comes back. After training the model is dense until `set_mode` says otherwise.
 
 Needs `accelerate`, as the Trainer itself does.
 """
@@ -16,17 +19,19 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.layer import SwitchableFFN
 from switchable.settings import SwitchConfig
 from switchable.store.contents import PER_LAYER
 from switchable.switching.controller import Controller, Measurement
@@ -50,6 +55,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         seed: int = 0,
     ) -> None:
         self.probe, self.config, self.seed = probe, config or SwitchConfig(), seed
+        self._hooks: list[RemovableHandle] = []
         self.controller: Controller | None = None
         """The controller, from the beginning of training on."""
 
@@ -75,28 +81,48 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.controller = Controller(
             model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
         )
-        for layer in layers_of(model):
-            layer.ssd.loss_weight = 1.0 / args.gradient_accumulation_steps
+        # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
+        layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
+        self._unhook()
+        self._hooks = [layer.register_forward_pre_hook(self._choose_mode) for layer in layers_of(model)]
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
 
     def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the step, measure if it is time, set the mode of the next step."""
         assert self.controller is not None, "on_train_begin comes first"
         measurement = self.controller.step(kwargs["optimizer"])
         if measurement is not None:
             state.log_history.append(_line(measurement, state.epoch))
-        if control.should_evaluate:
-            set_mode(kwargs["model"], "dense")
+
+    def _choose_mode(self, layer: nn.Module, _args: object) -> None:
+        """Before an FFN multiplies while training: in dense mode if it evaluates, else in the loop's mode."""
+        assert self.controller is not None, "on_train_begin comes first"
+        ssd = cast(SwitchableFFN, layer).ssd
+        ssd.mode = self.controller.mode if layer.training and ssd.takes_part else "dense"
 
     def on_evaluate(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Return from the evaluation's dense mode to that of the next step."""
-        if self.controller is not None:
+        """Return from the dense mode of an evaluation while training to that of the next step."""
+        if self._hooks and self.controller is not None:
             set_mode(kwargs["model"], self.controller.mode)
+
+    on_predict = on_evaluate
+
+    def on_train_end(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model in dense mode."""
+        self._unhook()
+        set_mode(kwargs["model"], "dense")
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def state(self) -> dict[str, Any]:
         """Return what `trainer_state.json` keeps: the controller's state as plain numbers."""

@@ -1,8 +1,8 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.safetensors, .json     routers, which neuron is which; experts, K and which layers are sparse
-    training.safetensors, .json       optimizer moments, structures, random state; step, data position, schedule
+    switchable.tensors, .json         routers, which neuron is which; experts, K and which layers are sparse
+    training.tensors, .json           optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
 The folder is written under a temporary name, flushed to disk, and renamed. Nothing is ever pickled. One process or
@@ -21,16 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
+from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
-from switchable.files import finish_folder, remove, temporary_name, write_json
+from switchable.files import finish_folder, full_disk_told, remove, temporary_name, write_json, write_text
 from switchable.store import tensorfile
 from switchable.store.contents import Contents, contents_of
-from switchable.store.folders import entry, full_disk_told, seal
-from switchable.store.pretrained import quiet_transformers
+from switchable.store.folders import entry, seal
+from switchable.store.pretrained import name_as_before, quiet_transformers
+from switchable.store.readme import readme
 
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
-REMEDY = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
+REMEDY = (
+    "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
+    "(and perhaps a lower --keep)"
+)
 
 
 def save(
@@ -38,14 +43,15 @@ def save(
     model: nn.Module,
     training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the `contents_of` a model as the checkpoint `folder`; every rank must call it.
 
     Raises:
         InputError: no space left on the device. What was there before is untouched.
     """
-    write(folder, contents_of(model, training, tokenizer, notes))
+    text = readme(model, "own", folder.name, tokenizer is not None)
+    write(folder, contents_of(model, training, tokenizer, {"README.md": text, **(notes or {})}))
 
 
 def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = None) -> None:
@@ -63,7 +69,7 @@ def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = No
 
     def guarded(step: Any, *arguments: Any) -> list[Any]:
         def work() -> Any:
-            with full_disk_told(folder, REMEDY):
+            with full_disk_told(f"saving {folder}", REMEDY):
                 return step(temporary, *arguments)
 
         return ranks.gather(work, group)
@@ -88,8 +94,11 @@ def _begin(temporary: Path, contents: Contents) -> None:
     with quiet_transformers():
         for config in contents.configs:
             config.save_pretrained(temporary)
+    name_as_before(temporary)
+    if contents.tokenizer is not None:
+        save_tokenizer(contents.tokenizer, temporary)
     for name, value in contents.documents.items():
-        write_json(temporary / name, value)
+        (write_text if name.endswith(".md") else write_json)(temporary / name, value)
     for name, pieces in contents.tensors.items():
         tensorfile.create(temporary / name, pieces, METADATA)
 

@@ -9,21 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.description import describe
+from switchable.store.readme import class_name
 from switchable.store.tensorfile import Piece, copy_piece
 
 PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
 """Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
 NEURON_IDS = ".neuron_ids"
 """Ending of the names under which `layer.ssd.neuron_ids_F` is stored."""
+SUFFIX = ".tensors"
+"""Of our own safetensors files: tools that read every `*.safetensors` of a folder take them for weights."""
 
 
 @dataclass
@@ -31,18 +34,19 @@ class Contents:
     """The contents of a checkpoint, by file."""
 
     tensors: dict[str, dict[str, Piece]]
-    """Safetensors file -> tensor name -> this rank's rows."""
+    """File in safetensors form -> tensor name -> this rank's rows."""
     documents: dict[str, Any]
-    """JSON file -> value."""
+    """File -> value, as JSON, or the text of a `.md`."""
     configs: list[Any] = field(default_factory=list)
-    """Objects with `save_pretrained(folder)`: the model's config, its generation config, the tokenizer."""
+    """Objects with `save_pretrained(folder)`: the model's config, its generation config."""
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def contents_of(
     model: nn.Module,
     training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Contents:
     """Copy what a checkpoint of `model` holds.
 
@@ -53,18 +57,24 @@ def contents_of(
         notes: plain values to keep beside it, by file name.
     """
     state = untied_state(model)
-    tensors = {
-        "model.safetensors": {n: copy_piece(t) for n, t in state.items() if not is_router_parameter(n)},
-        "switchable.safetensors": {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)},
-    }
+    routers = {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)}
     for layer in layers_of(model):
-        tensors["switchable.safetensors"][layer.ssd.name + NEURON_IDS] = copy_piece(layer.ssd.neuron_ids_F)
+        routers[layer.ssd.name + NEURON_IDS] = copy_piece(layer.ssd.neuron_ids_F)
+    weights = {n: copy_piece(t) for n, t in state.items() if not is_router_parameter(n)}
+    tensors = {"model.safetensors": weights, f"switchable{SUFFIX}": routers}
     documents: dict[str, Any] = {"switchable.json": describe(model), **(notes or {})}
     if training is not None:
-        tensors["training.safetensors"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
+        tensors[f"training{SUFFIX}"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
         documents["training.json"] = training[1]
-    extras = [getattr(model, "generation_config", None), tokenizer]
-    return Contents(tensors, documents, [_config(model), *(extra for extra in extras if extra is not None)])
+    generation = getattr(model, "generation_config", None)
+    configs = [_config(model), *([] if generation is None else [generation])]
+    return Contents(tensors, documents, configs, tokenizer)
+
+
+def own_tensors(folder: Path, name: str) -> Path:
+    """Return our own tensors of a checkpoint: `"switchable"` or `"training"`. Until 0.2 they were `*.safetensors`."""
+    path = folder / f"{name}{SUFFIX}"
+    return path if path.exists() else path.with_suffix(".safetensors")
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
@@ -81,9 +91,7 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
 def _config(model: nn.Module) -> Any:
     """Return the model's config as transformers would save it."""
     config: Any = copy.deepcopy(model.config)
-    # fully_shard gives a model a class of its own, derived from the model's.
-    plain = type(model).__mro__[1] if isinstance(model, FSDPModule) else type(model)
-    config.architectures = [plain.__name__]
+    config.architectures = [class_name(model)]
     config.dtype = next(model.parameters()).dtype
     return config
 

@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
-from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
+from switchable.ffn.convert import check_sparse, is_router_parameter, layers_of, set_mode, why_dense
 from switchable.ffn.description import describe
-from switchable.files import whole_folder
-from switchable.store.folders import full_disk_told
+from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_pretrained
+from switchable.store.readme import readme
 from switchable.store.sparse_folder import METHOD
 
 
@@ -44,10 +45,10 @@ def export(
         overwrite: replace a model that is there.
 
     Returns:
-        What was written: `out`, `to`, `parameters`, `weight_files`, `bytes`.
+        What was written: `out`, `to`, `parameters`, `weight_files`, `bytes`; of a switchable model the experts too.
 
     Raises:
-        InputError: nothing to export, a bad K, or an output folder that is in use.
+        InputError: nothing to export, no sparse mode, a bad K, or an output folder that is in use.
     """
     if to not in ("dense", "sparse"):
         raise InputError(f"to={to!r} is not known; use 'dense' or 'sparse'")
@@ -55,12 +56,20 @@ def export(
         raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB")
     check_output(out, overwrite, sources=(folder,))
     model, tokenizer = load(folder)
+    if to == "sparse":
+        check_sparse(model)
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"
-    with full_disk_told(out, remedy), whole_folder(out) as temporary:
+    with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
         write(model, tokenizer, to, temporary, max_shard_size)
+        write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
     weights = sorted(out.glob("*.safetensors"))
+    experts = {
+        "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
+        "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
+        "why_dense": why_dense(model),
+    }
     return {
         "out": str(out),
         "to": to,
@@ -69,9 +78,7 @@ def export(
         ),
         "weight_files": len(weights),
         "bytes": sum(path.stat().st_size for path in weights),
-        "num_experts": layers_of(model)[0].ssd.num_experts,
-        "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
-    }
+    } | (experts if layers_of(model) else {})
 
 
 def write(
@@ -92,19 +99,25 @@ def write(
         elif to == "sparse":
             del config.quantization_config
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def check_output(
-    out: Path, overwrite: bool, sources: Sequence[Path], what: str = "model", told_by: str = "config.json"
+    out: Path,
+    overwrite: bool,
+    sources: Sequence[Path | str],
+    what: str = "model",
+    told_by: str = "config.json",
 ) -> None:
-    """Refuse an output folder that holds something else than what is to be replaced, which a file in it tells.
+    """Refuse an output folder that holds something else than what is to be replaced, or that cannot be written.
+
+    What it holds is told by a file in it.
 
     Raises:
         InputError: says what to do.
     """
-    if any(out.resolve() == source.resolve() for source in sources):
-        raise InputError(f"{out} is what is read; choose another folder with --out")
+    check_apart(out, sources)
+    check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / told_by).is_file():

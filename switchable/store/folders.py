@@ -7,30 +7,13 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from switchable.errors import InputError
-from switchable.files import is_no_space, read_json, sha256, write_json
+from switchable.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
-
-
-@contextmanager
-def full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
-    """Within the `with` block a full disk becomes an InputError; other errors stay what they are."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device while saving {folder}; nothing was damaged and {remedy}"
-        ) from None
 
 
 def seal(folder: Path, files: Mapping[str, Any]) -> None:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.config import RunConfig, read_stored
 from switchable.data.tokenizers import check_fits, load_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.description import make_switchable
 from switchable.files import read_json
-from switchable.store.folders import verify
+from switchable.store.folders import MANIFEST, verify
 from switchable.store.pretrained import load_pretrained
 from switchable.store.restore import restore_routers
 from switchable.store.rundir import RunDir
 from switchable.store.sparse_folder import METHOD, register
 
 
-def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
-    """Load a model with its routers, in dense mode, in evaluation mode, on the CPU.
+def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model with its routers, in evaluation mode, on the CPU: a sparse export in sparse mode, others in dense.
+
+    A plain Hugging Face checkpoint is opened as it is, without switchable FFNs, which is logged as a warning.
 
     Args:
-        folder: a run's folder (its `final` model, else its newest checkpoint), or a checkpoint's.
+        folder: a run's folder (its `final` model, else its newest checkpoint), a checkpoint's, or an export's.
 
     Returns:
         The model, and its tokenizer if there is one.
@@ -35,19 +37,32 @@ def load(folder: Path | str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]
     tokenizer = load_tokenizer_of(chosen)
     if is_sparse_export(chosen):
         register()
-        return load_pretrained(chosen), tokenizer
-    damage = verify(chosen)
-    if damage is not None:
-        raise InputError(f"{chosen} is damaged ({damage}); name another checkpoint of the run")
-    model = load_pretrained(chosen)
-    make_switchable(model, read_json(chosen / "switchable.json"))
-    restore_routers(chosen, model)
+        model = load_pretrained(chosen)
+    elif is_plain(chosen):
+        model = load_pretrained(chosen)
+        logging.getLogger(__name__).warning(
+            "%s is a plain dense model; make it switchable with: switchable convert %s --data TEXT --out DIR",
+            *(folder, folder),
+        )
+    else:
+        model = _load_ours(chosen)
     if tokenizer is not None:
-        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)  # type: ignore[operator]
+        check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], chosen)
     return model.eval(), tokenizer
 
 
-def load_with_tokenizer(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _load_ours(folder: Path) -> PreTrainedModel:
+    """Load a model that `checkpoint.save` wrote, or a run."""
+    damage = verify(folder)
+    if damage is not None:
+        raise InputError(f"{folder} is damaged ({damage}); name another checkpoint of the run")
+    model = load_pretrained(folder)
+    make_switchable(model, read_json(folder / "switchable.json"))
+    restore_routers(folder, model)
+    return model
+
+
+def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return what `load` does, for jobs that cannot do without the tokenizer.
 
     Raises:
@@ -67,6 +82,12 @@ def is_sparse_export(folder: Path) -> bool:
         return False
 
 
+def is_plain(folder: Path) -> bool:
+    """Return whether a folder is a Hugging Face checkpoint with nothing of ours, as `switchable export --to dense`."""
+    ours = ("switchable.json", MANIFEST)
+    return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
+
+
 def run_config(folder: Path) -> RunConfig | None:
     """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
     for place in (folder, folder.parent, folder.parent.parent):
@@ -83,7 +104,7 @@ def find_model(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give the folder of a run, e.g. runs/demo")
-    if (folder / "switchable.json").is_file() or is_sparse_export(folder):
+    if (folder / "switchable.json").is_file() or is_plain(folder):
         return folder
     rundir = RunDir(folder)
     if (rundir.final / "switchable.json").is_file():

@@ -9,17 +9,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
 from switchable.ffn.convert import is_router_parameter
-from switchable.files import read_json
+from switchable.files import read_json, write_json
 
 SHARD_SIZE = "5GB"
 """Largest file of weights that an export writes."""
@@ -27,7 +26,7 @@ SHARD_SIZE = "5GB"
 
 def load_pretrained(
     folder: Path, config: PreTrainedConfig | None = None, kind: Any = None, new: str = ""
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a plain Hugging Face checkpoint on the CPU, in its own dtype, in evaluation mode.
 
     Args:
@@ -57,7 +56,7 @@ def load_pretrained(
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     _check_complete(folder, found, new)
     name_the_loss(model)
-    return cast(nn.Module, model.eval())
+    return model.eval()
 
 
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
@@ -117,7 +116,7 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 
 
 def save_pretrained(
-    folder: Path, model: nn.Module, routers: bool = False, max_shard_size: str = SHARD_SIZE
+    folder: Path, model: PreTrainedModel, routers: bool = False, max_shard_size: str = SHARD_SIZE
 ) -> None:
     """Write a converted model in Hugging Face form, under the plain model's names.
 
@@ -128,8 +127,25 @@ def save_pretrained(
         max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
     """
     state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.
+    vars(model).pop("_weight_conversions", None)
     with quiet_transformers():
-        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    name_as_before(folder)
+
+
+def name_as_before(folder: Path) -> None:
+    """Say in `config.json` what transformers 5 has renamed under its older names too, by which other tools read it."""
+    path = folder / "config.json"
+    config = read_json(path)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    write_json(path, config)
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.data.corpora import documents
+from switchable.data.tokenizers import added_tokens
 from switchable.errors import InputError
 from switchable.files import whole_file
+from switchable.infer.loss import objective_of_model, positions_of
 
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64
@@ -58,7 +60,7 @@ def save_probe(path: Path, batches: Sequence[Batch]) -> None:
         if isinstance(value, Tensor)
     }
     with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file makes it for its owner alone
 
 
 def load_probe(path: Path, tokens: int | None = None) -> Probe:
@@ -128,8 +130,7 @@ def probe_from_text(
         InputError: the text holds too few tokens, or the tokenizer is not the model's.
     """
     config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or sequence_length
-    sequence_length = min(sequence_length, longest)
+    sequence_length = min(sequence_length, positions_of(model) or sequence_length)
     ids = _token_ids(documents(sources), tokenizer, tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:
@@ -144,7 +145,10 @@ def probe_from_text(
             f"{where} holds {ids.numel()} tokens, {rows} sequences of {sequence_length}; measuring needs at least "
             f"{MIN_TOKENS} tokens: give more text with --text, or a shorter --sequence-length"
         )
-    windows = ids[: rows * sequence_length].view(rows, sequence_length)
+    before = added_tokens(tokenizer)[0] if objective_of_model(model) == "causal" else []
+    leading = torch.tensor(before, dtype=torch.long).expand(rows, -1)
+    text = ids[: rows * (sequence_length - len(before))].view(rows, -1)
+    windows = torch.hstack([leading, text])
     batches = [
         _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
         for piece in torch.split(windows, ROWS)

@@ -12,7 +12,7 @@ from torch import nn
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.files import read_json
-from switchable.store.contents import NEURON_IDS, PER_LAYER, untied_state
+from switchable.store.contents import NEURON_IDS, PER_LAYER, own_tensors, untied_state
 from switchable.store.tensorfile import TensorFile
 
 
@@ -25,7 +25,7 @@ def restore_training(
         The controller's state and the loop's counters.
     """
     restore_model(folder, model)
-    file = TensorFile(folder / "training.safetensors")
+    file = TensorFile(own_tensors(folder, "training"))
     values = read_json(folder / "training.json")
     torch.set_rng_state(file.tensor("random.cpu"))
     if "random.cuda" in file.names and torch.cuda.is_available():
@@ -63,7 +63,7 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
         InputError: names or shapes do not fit; the model is unchanged then.
     """
     state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
-    paths = [*folder.glob("model*.safetensors"), *([folder / "switchable.safetensors"] if routers else [])]
+    paths = [*folder.glob("model*.safetensors"), *([own_tensors(folder, "switchable")] if routers else [])]
     stored = {name: file for file in map(TensorFile, paths) for name in file.names}
     _take_neuron_ids(stored, model)
     strange = sorted(state.keys() ^ stored.keys())
@@ -89,7 +89,7 @@ def restore_routers(folder: Path, model: nn.Module) -> None:
     Raises:
         InputError: names or shapes do not fit.
     """
-    path = folder / "switchable.safetensors"
+    path = own_tensors(folder, "switchable")
     state = load_file(path)
     names = dict.fromkeys(state, TensorFile(path))
     _take_neuron_ids(names, model)

@@ -9,14 +9,14 @@ One process writes at a time: it holds a lock that the operating system releases
 from __future__ import annotations
 
 import os
-import shutil
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from switchable.errors import InputError
-from switchable.files import TEMPORARY, remove, write_text
+from switchable.files import TEMPORARY, check_apart, check_name, remove, write_text
 
 
 class FolderInUse(InputError):
@@ -53,6 +53,7 @@ class RunDir:
             FolderInUse: another process holds it.
             InputError: the path is not a folder that can be written.
         """
+        check_name(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -86,12 +87,45 @@ class RunDir:
         """Return whether the launcher of this process is the one that ran this folder last."""
         return self._launcher.is_file() and self._launcher.read_text(encoding="utf-8") == _launcher()
 
-    def clear(self) -> None:
-        """Remove what an earlier run left here; the lock stays."""
-        for folder in (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.metrics, self.summary, self.curves, self.report, self.probe):
-            file.unlink(missing_ok=True)
+    def contents(self) -> tuple[Path, ...]:
+        """Return what a run leaves here, besides its configuration."""
+        folders = (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer)
+        return (*folders, self.metrics, self.summary, self.curves, self.report, self.probe)
+
+    def refuse_to_replace(self, overwrite: bool, sources: Iterable[Path | str]) -> None:
+        """Refuse to start a run over another one, over something else, or over what it reads.
+
+        Raises:
+            InputError: says what to do.
+        """
+        for path in self.contents():
+            check_apart(path, sources)
+        if self.config.exists():
+            if not overwrite:
+                raise InputError(
+                    f"{self.path} holds a run already; go on with it with --resume, replace it with --overwrite, "
+                    "or choose another folder with --out"
+                )
+            return
+        for path in self.contents():
+            if path.exists():
+                raise InputError(
+                    f"{self.path} holds no run (no {self.config.name}) but {path.name}, which a run would replace; "
+                    "choose another folder with --out"
+                )
+
+    def begin(self, config: str) -> None:
+        """Remove what an earlier run left here, and write the configuration of the new one; the lock stays."""
+        write_text(self.config, config)  # first: by it the folder is known as a run's
+        for path in self.contents():
+            remove(path)
+
+    def go_back(self, step: int) -> None:
+        """Remove checkpoints and snapshots of later steps: a run that goes on from `step` makes them again."""
+        for place in (self.checkpoints, self.snapshots):
+            for later, folder in steps_in(place).items():
+                if later > step:
+                    remove(folder)
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""

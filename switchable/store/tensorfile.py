@@ -106,7 +106,7 @@ def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) 
     with path.open("r+b") as file:
         for name, piece in pieces.items():
             if piece.data is not None and piece.data.numel():
-                rows = memoryview(piece.data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+                rows = piece.data.reshape(-1).view(torch.uint8).numpy().data
                 position = begins[name] + piece.offset
                 while rows:
                     done = os.pwrite(file.fileno(), rows, position)

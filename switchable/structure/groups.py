@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +21,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
-from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
+from switchable.progress import progress_bar
 from switchable.structure.kmeans import BalancedKMeans
 
-QUIET_SECONDS = 2.0
 PROMISING = 0.003  # a fresh fit this close above its goal after one sweep is worth finishing
 
 
@@ -41,6 +39,7 @@ def cluster_layers(
     fresh: bool = True,
     margin: float = 0.005,
     workers: int | None = None,
+    progress: bool = True,
 ) -> list[Tensor]:
     """Group the neurons of all layers into `num_experts` equal groups each; return labels_F per layer.
 
@@ -50,6 +49,7 @@ def cluster_layers(
     margin: it replaces the warm result if its inertia is lower by more than this fraction. Groupings of
         nearly equal inertia can have little in common: with 0 experts change for next to nothing.
     workers: threads; None means one per CPU thread that torch may use.
+    progress: say how far the work is, if it takes a while.
 
     Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
     the others may be None. Every rank gets the same labels.
@@ -68,8 +68,9 @@ def cluster_layers(
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
     mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
+    show = progress and ranks.is_main()
     parts = ranks.gather(
-        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show=ranks.is_main())]
+        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show)]
     )
     world = len(parts)
     return [
@@ -116,8 +117,8 @@ def _in_threads(
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
             futures = [pool.submit(one, layer) for layer in layers]
-            look: Any = {"desc": "clustering", "unit": "layer", "delay": QUIET_SECONDS, "leave": False}
-            for _ in tqdm(as_completed(futures), total=len(futures), disable=not show, **look):
+            done = as_completed(futures)
+            for _ in progress_bar("clustering", "layer", len(futures), show, done):
                 pass
             return [future.result() for future in futures]
     finally:

@@ -20,7 +20,9 @@ class StudyConfig:
     probe_tokens: int | None = option(
         None, "tokens to measure on; none: the run's probe, or 2048", least=1, metavar="N"
     )
-    sequence_length: int = option(256, "tokens per sequence of --text", least=1, metavar="N")
+    sequence_length: int = option(
+        256, "tokens per sequence of --text, at most the model's positions", least=2, metavar="N"
+    )
     num_experts: int | None = option(
         None, "experts for models without any; none: near 32", least=1, metavar="E"
     )

@@ -65,6 +65,8 @@ def write_run_report(folder: Path) -> Path:
         "Measured during training, on the probe. `switchable study` on this run compares its checkpoints with one "
         "another and shows more."
     )
+    if study.summary.get("why_dense"):
+        study.notes.append(f"Sparse mode at the end: {study.summary['why_dense']}.")
     run = RunDir(folder)
     draw_curves(study, run.curves)
     write_report(study, run.report, "Training run")

@@ -14,19 +14,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
 from switchable.settings import SwitchConfig
-from switchable.store.contents import NEURON_IDS
+from switchable.store.contents import NEURON_IDS, own_tensors
 from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
@@ -96,12 +96,15 @@ class Loader:
     the model's own, or 3/16 of the experts.
     """
 
-    def __init__(self, num_experts: int | None, experts_per_token: int | None, device: torch.device) -> None:
+    def __init__(
+        self, num_experts: int | None, experts_per_token: int | None, device: torch.device, progress: bool
+    ) -> None:
         self.num_experts, self.experts_per_token, self.device = num_experts, experts_per_token, device
+        self._progress = progress
         self._labels: list[Tensor] | None = None
         self._shape: list[tuple[str, int, int, int]] | None = None
 
-    def load(self, source: Source) -> nn.Module:
+    def load(self, source: Source) -> PreTrainedModel:
         """Return the model of a checkpoint.
 
         Raises:
@@ -114,18 +117,18 @@ class Loader:
         except UNREADABLE as error:
             first_line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Skipped(f"{source.path} cannot be read ({first_line})") from None
-        cast(Any, model).config.use_cache = False
+        model.config.use_cache = False
         self._check_shape(source, model)
         return model.eval().to(self.device)
 
-    def _ours(self, source: Source) -> nn.Module:
+    def _ours(self, source: Source) -> PreTrainedModel:
         model, _ = load(source.path)
         if self.experts_per_token is not None:
             for layer in layers_of(model):
                 layer.ssd.set_experts_per_token(self.experts_per_token)
         return model
 
-    def _other(self, source: Source) -> nn.Module:
+    def _other(self, source: Source) -> PreTrainedModel:
         model = load_pretrained(source.path).float()
         family = family_of(model)
         projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
@@ -137,11 +140,11 @@ class Loader:
         rows = [weight_features(layer.ssd.reads_FD.detach()) for layer in layers]
         before = self._labels or []
         fits = [len(labels) for labels in before] == [len(rows_FD) for rows_FD in rows]
-        self._labels = cluster_layers(rows, experts, warm=before if fits else None)
+        self._labels = cluster_layers(rows, experts, warm=before if fits else None, progress=self._progress)
         group_anew(layers, self._labels)
         return model
 
-    def _check_shape(self, source: Source, model: nn.Module) -> None:
+    def _check_shape(self, source: Source, model: PreTrainedModel) -> None:
         ssds = [layer.ssd for layer in layers_of(model)]
         shape = [(ssd.name, ssd.d_model, ssd.d_ff, ssd.num_experts) for ssd in ssds]
         self._shape = first = self._shape or shape
@@ -160,7 +163,7 @@ def order_is_known(source: Source) -> bool:
     if not source.is_ours:
         return True
     try:
-        with safe_open(source.path / "switchable.safetensors", "pt") as file:
+        with safe_open(own_tensors(source.path, "switchable"), "pt") as file:
             return any(str(name).endswith(NEURON_IDS) for name in file.keys())  # noqa: SIM118
     except UNREADABLE:
         return False

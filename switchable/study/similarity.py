@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from switchable.progress import progress_bar
 from switchable.structure.groups import similarity
 from switchable.study.measures import Fingerprint
 from switchable.switching.patterns import jaccard, unpack
@@ -45,7 +45,7 @@ def compare_checkpoints(
     """
     found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": [], "structure": []}
     layers = list(zip(*fingerprints, strict=True))
-    for layer in tqdm(layers, desc="comparing", unit="layer", disable=not progress, leave=False):
+    for layer in progress_bar("comparing", "layer", show=progress, over=layers):
         patterns = [f.pattern_TW for f in layer]
         structures = [f.structure_F for f in layer]
         found["pattern"].append(_all_pairs(patterns, jaccard))

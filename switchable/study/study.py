@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from tqdm import tqdm
 
 from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
+from switchable.progress import progress_bar, say
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.config import StudyConfig
@@ -101,12 +101,14 @@ def _fill(
     study: Study, sources: Sequence[Source], config: StudyConfig, run: RunDir | None, progress: bool
 ) -> Study:
     """Measure the checkpoints one after another and compare them."""
-    loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device))
+    reach = f"steps {sources[0].step:,} to {sources[-1].step:,}" if len(sources) > 1 else str(sources[0].path)
+    say(f"study of {study.title}: {len(sources)} checkpoints ({reach})", progress)
+    loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device), progress)
     probe: Probe | None = None
     fingerprints: list[list[Fingerprint]] = []
     pattern_tokens = 0
     read: list[Source] = []
-    for source in tqdm(sources, desc="measuring", unit="checkpoint", disable=not progress, leave=False):
+    for source in progress_bar("measuring", "checkpoint", show=progress, over=sources):
         try:
             model = loader.load(source)
         except Skipped as skipped:
@@ -116,6 +118,7 @@ def _fill(
             probe = _probe(config, run, sources, model)
             pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
             _describe(study, model, probe, pattern_tokens)
+            say(f"measured on {probe.tokens:,} tokens: {probe.source}", progress)
         results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
         study.steps.append(source.step)
         study.results.append(list(results))

@@ -12,14 +12,17 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import layers_of, set_mode, why_dense
+from switchable.ranks import is_main
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
 from switchable.switching.measures import Batch
@@ -49,6 +52,9 @@ class Measurement:
 class Controller:
     """Switches a converted model between dense and sparse training.
 
+    Gradients may be accumulated and the loss scaled: routers follow what the loop makes of the loss that the model
+    returns. Of a loss computed outside the model they do not know: `layers[0].ssd.loss_scale.unseen` is its factor.
+
     Args:
         model: a converted model.
         probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model
@@ -59,6 +65,8 @@ class Controller:
         schedule: when to switch; a baseline's is another one.
         copies: what else holds the model's weights and must stay the same model when neurons move, such as
             averages (EMA): modules, state dicts, or lists of tensors in the order of `model.parameters()`.
+        precision: the context in which the probe is multiplied, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`
+            in a loop that trains so.
 
     Raises:
         InputError: the model is not converted, total_steps is not positive, or a copy is not of this model.
@@ -73,6 +81,7 @@ class Controller:
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
         copies: Sequence[object] = (),
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.layers = layers_of(model)
         if not self.layers:
@@ -83,6 +92,7 @@ class Controller:
         self.twins = twins(self.layers, self.copies)
         copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self._checked = False
+        self.precision = precision
         first = self.layers[0].ssd.settings
         self.schedule = schedule(
             first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
@@ -140,11 +150,27 @@ class Controller:
         measurement = self._measure(found) if due else None
         self.switches += before != self.mode
         self._apply_mode()
+        if (
+            self.steps_done == self.schedule.total_steps
+            and not self.schedule.config.never_sparse
+            and is_main()
+        ):
+            self._tell_if_dense()
         return measurement
+
+    def why_dense(self) -> str | None:
+        """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
+        return why_dense(self.model)
+
+    def _tell_if_dense(self) -> None:
+        """Log why a run that was to become sparse has ended dense."""
+        if not any(self.state.takes_part):
+            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
 
     def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
-        measures, found = measure(self.model, self.probe, self.last, self.seed + self.steps_done, fresh=fresh)
+        seed, precision = self.seed + self.steps_done, self.precision
+        measures, found = measure(self.model, self.probe, self.last, seed, fresh=fresh, precision=precision)
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = self._regroup(wanted, optimizers)
@@ -179,22 +205,24 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, k, few_active, penalty in zip(
+        for layer, others, part, why, k, few_active, penalty in zip(
             self.layers,
             self.twins,
             state.takes_part,
+            state.why_dense,
             state.experts_per_token,
             state.multiplies_active,
             state.activation_l1,
             strict=True,
         ):
             ssd = layer.ssd
-            ssd.takes_part, ssd.multiplies_active, ssd.activation_l1 = part, few_active, penalty
+            ssd.takes_part, ssd.why_dense = part, why
+            ssd.multiplies_active, ssd.activation_l1 = few_active, penalty
             ssd.set_experts_per_token(k)
             for (
                 twin
             ) in others:  # that its sparse mode is the model's; in which mode it is, is its owner's choice
-                twin.ssd.takes_part = part
+                twin.ssd.takes_part, twin.ssd.why_dense = part, why
                 twin.ssd.set_experts_per_token(k)
         set_mode(self.model, self.mode)
 
@@ -209,6 +237,7 @@ class Controller:
             "experts_per_token": list(self.state.experts_per_token),
             "multiplies_active": list(self.state.multiplies_active),
             "activation_l1": list(self.state.activation_l1),
+            "why_dense": list(self.state.why_dense),
             "began": self.state.began,
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
@@ -235,6 +264,7 @@ class Controller:
             tuple(state["multiplies_active"]),
             tuple(state["activation_l1"]),
             state["began"],
+            tuple(state.get("why_dense", [""] * len(self.layers))),  # which version 0.1 did not write
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]

@@ -11,8 +11,10 @@ The training forward holds no measuring code; the layers are watched through hoo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ class Watch:
         return torch.cat(self._routes)
 
 
-def watch(model: nn.Module, probe: Sequence[Batch]) -> list[Watch]:
+def watch(model: nn.Module, probe: Iterable[Batch]) -> list[Watch]:
     """Run the probe through the model in dense, evaluation mode; return what each switchable FFN did."""
     watches = [Watch(layer) for layer in layers_of(model)]
     show(model, probe, watches)
@@ -108,6 +110,7 @@ def measure(
     last: Sequence[Found | None],
     random_state: int,
     fresh: bool = True,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
 
@@ -115,13 +118,15 @@ def measure(
 
     `last` is what was found last time per layer, labels for the neurons in their present order; or None. With `fresh`
     the structure is found from scratch too, and taken if it is better by a margin, as the paper's authors do; otherwise
-    from last time's alone, which takes a fraction of the time. `random_state` is the seed of the clustering.
+    from last time's alone, which takes a fraction of the time. `random_state` is the seed of the clustering. The probe
+    is multiplied in the context `precision`: a loop's autocast.
 
     Returns measures per layer, and what was found: the best structures now (labels for the neurons in their present
     order), patterns and routes, on the CPU.
     """
     layers = layers_of(model)
-    watches = watch(model, probe)
+    with precision():
+        watches = watch(model, probe)
     rows = [_features_here(i, layer) for i, layer in enumerate(layers)]
     warm = [None if before is None else before.labels_F for before in last]
     experts = layers[0].ssd.num_experts

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from switchable.settings import SwitchConfig
 from switchable.switching.monitor import LayerMeasures
@@ -31,6 +31,9 @@ MAX_EXPERT_FRACTION = 0.65
 ACTIVATION_TARGET = 0.12
 """Activation ratio down to which the penalty on activations is paid, per layer."""
 
+NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
+NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
+
 
 @dataclass(frozen=True)
 class ScheduleState:
@@ -45,6 +48,8 @@ class ScheduleState:
     """Each layer's penalty on activations, in nats per unit."""
     began: int | None = None
     """The step at which alternating began; None before."""
+    why_dense: tuple[str, ...] = field(default=(), compare=False)
+    """What keeps each layer out of sparse steps: what was measured against which limit; empty where nothing does."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Schedule:
             experts_per_token=(self.config.experts_per_token,) * num_layers,
             multiplies_active=(False,) * num_layers,
             activation_l1=(self.config.activation_l1,) * num_layers,
+            why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
         )
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
@@ -157,7 +163,10 @@ class Schedule:
         takes_part = self._who_takes_part(step, state, measures)
         regroup = self._who_is_regrouped(step, state, takes_part, measures)
         began = step if state.began is None and any(takes_part) else state.began
-        return Decision(replace(state, takes_part=takes_part, began=began), regroup)
+        why = tuple(
+            "" if part else self._why_dense(step, m) for part, m in zip(takes_part, measures, strict=True)
+        )
+        return Decision(replace(state, takes_part=takes_part, why_dense=why, began=began), regroup)
 
     def _followed(self, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
         """Return the state with what follows from any measurement."""
@@ -197,18 +206,43 @@ class Schedule:
         return threshold == 0 or _mean([m.similarity for m in measures]) >= threshold
 
     def _is_sparse(self, measures: Sequence[LayerMeasures], slack: float = 1.0) -> bool:
-        """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit.
+        """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit."""
+        return not self._missed(measures, slack)
+
+    def _missed(self, measures: Sequence[LayerMeasures], slack: float = 1.0) -> list[str]:
+        """Return the limits of sparsity that the layers, on average, miss, each with what was measured.
 
         A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
         mass, and a layer that joins so costs more than all others.
         """
-        config = self.config
+        config, missed = self.config, []
         if config.mass_target is not None:
             used = _mean([self.experts_needed(m) / len(m.mass_by_k) for m in measures])
-            return used <= slack * MAX_EXPERT_FRACTION
+            if used > slack * MAX_EXPERT_FRACTION:
+                missed.append(
+                    f"mass_target={config.mass_target:g} takes {used:.2f} of its experts, above {MAX_EXPERT_FRACTION}"
+                )
+            return missed
         active = _mean([m.activation_ratio for m in measures])
+        if active > slack * config.max_activation_ratio:
+            missed.append(
+                f"activation ratio {active:.3f}, above max_activation_ratio={config.max_activation_ratio:g}"
+            )
         caught = _mean([m.mass_caught for m in measures])
-        return active <= slack * config.max_activation_ratio and slack * caught >= config.min_mass_caught
+        if slack * caught < config.min_mass_caught:
+            missed.append(f"mass caught {caught:.3f}, below min_mass_caught={config.min_mass_caught:g}")
+        return missed
+
+    def _why_dense(self, step: int, measured: LayerMeasures) -> str:
+        """Say what keeps a layer out of sparse steps after a measurement."""
+        missed = self._missed([measured])
+        if not self._is_stable([measured]):
+            missed.append(
+                f"similarity {measured.similarity:.3f}, below stability_threshold={self.config.stability_threshold:g}"
+            )
+        if step < self.dense_until:
+            missed.append(f"no layer joins before step {self.dense_until} (min_dense_fraction)")
+        return f"at step {step}: {', '.join(missed) or 'the mean over layers misses a limit'}"
 
     def _who_is_regrouped(
         self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import neuron_parameters
+from switchable.ffn.plain import check_movable
 from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
 from switchable.switching.optimizers import check_state, state_of
@@ -44,12 +45,16 @@ def regroup(
         The permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
 
     Raises:
-        InputError: the optimizer holds state that cannot be permuted; nothing has been changed then.
+        InputError: the optimizer holds state, or a projection something, that cannot be permuted; nothing has been
+            changed then.
     """
     perms = [
         None if labels is None else _permutation(layer, labels)
         for layer, labels in zip(layers, structures, strict=True)
     ]
+    for layer, perm in zip(layers, perms, strict=True):
+        if perm is not None:
+            check_movable(layer.ssd)
     check_state(layers, optimizers)
     for layer, perm, others in zip(layers, perms, twins or [()] * len(layers), strict=True):
         if perm is None:

@@ -21,6 +21,10 @@ class Counters:
     sparse_steps: int = 0
     flops: float = 0.0
     """FLOPs so far, measurements included."""
+    flops_dense: float = 0.0
+    """FLOPs of dense steps."""
+    flops_sparse: float = 0.0
+    """FLOPs of sparse steps."""
     seconds_dense: float = 0.0
     """Wall-clock of dense steps."""
     seconds_sparse: float = 0.0

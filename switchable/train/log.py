@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), the terminal (a bar, or lines).
+"""Where a run's numbers go: `metrics.jsonl` (the record), TensorBoard (live), standard error (a bar, or lines).
 
 Every line of metrics.jsonl has a `kind` and a `step`:
 
@@ -11,25 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import os
+from contextlib import closing
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
 from switchable import ranks
-from switchable.errors import InputError
-from switchable.files import is_no_space, write_text
+from switchable.files import read_records, write_text
+from switchable.progress import progress_bar, say
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
-from switchable.switching.monitor import LayerMeasures
-
-_MEASURES = [f.name for f in dataclasses.fields(LayerMeasures) if f.name != "mass_by_k"]
-CHARTS = {
-    "loss": {"loss": ["Multiline", ["train/loss", "eval/val_loss_"]]},
-    "layers": {name: ["Multiline", [f"{name}/"]] for name in _MEASURES},
-}
-"""TensorBoard's tab "Custom Scalars": all tags that begin so in one chart, which is all layers of a measure."""
+from switchable.train.board import Board
 
 
 def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> RunLog:
@@ -51,27 +42,16 @@ class RunLog:
         if start_step:
             self._rewind(rundir, start_step)
         self._file = rundir.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(rundir.tensorboard), purge_step=start_step or None)
-        self._board.add_custom_scalars(CHARTS)
-        self._quiet = quiet
-        live = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not live, dynamic_ncols=True
-        )
+        self._board = Board(rundir.tensorboard, start_step)
+        self.shows = not quiet
+        self._bar = progress_bar("dense", "step", total_steps, self.shows, initial=start_step)
         self._total = total_steps
 
     @staticmethod
     def _rewind(rundir: RunDir, step: int) -> None:
         """Drop lines after `step`, and a last line that was cut off: the resumed run writes them again."""
-        if not rundir.metrics.exists():
-            return
-        kept = []
-        for line in rundir.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
+        records = read_records(rundir.metrics) if rundir.metrics.exists() else []
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         write_text(rundir.metrics, "".join(kept))
 
     def advance(self, mode: str, loss: float | None, tokens_per_second: float) -> None:
@@ -84,8 +64,8 @@ class RunLog:
     def train(self, step: int, values: dict[str, Any]) -> None:
         """Record a line of training figures."""
         self._write({"kind": "train", "step": step, **values})
-        for key in ("loss", "learning_rate", "flops", "tokens_per_second", "sparse_fraction"):
-            self._board.add_scalar(f"train/{key}", values[key], step)
+        shown = ("loss", "learning_rate", "flops", "tokens_per_second", "sparse_fraction")
+        self._board.add(step, {f"train/{key}": values[key] for key in shown})
 
     def measure(self, measurement: Measurement) -> None:
         """Record a measurement of the monitor."""
@@ -102,41 +82,34 @@ class RunLog:
         )
         for i, (layer, k) in enumerate(zip(layers, measurement.experts_per_token, strict=True)):
             curves = {key: value for key, value in layer.items() if not isinstance(value, tuple)}
-            for key, value in {**curves, "experts_per_token": k}.items():
-                if value is not None:
-                    self._board.add_scalar(f"{key}/layer {i}", value, measurement.step)
+            points = {f"{key}/layer {i}": value for key, value in {**curves, "experts_per_token": k}.items()}
+            self._board.add(measurement.step, {tag: v for tag, v in points.items() if v is not None})
 
     def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
         """Record a validation, and what training had cost by then, and say it on the terminal."""
         self._write({"kind": "eval", "step": step, **values, **progress})
-        for key, value in values.items():
-            if value is not None:
-                self._board.add_scalar(f"eval/{key}", value, step)
+        self._board.add(step, {f"eval/{key}": value for key, value in values.items() if value is not None})
         modes = [(mode, values[f"val_loss_{mode}"]) for mode in ("dense", "sparse")]
         shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in modes if loss is not None)
         self.say(f"step {step}/{self._total}: validation loss {shown}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if not self._quiet:
-            tqdm.write(text, file=sys.stderr)
+        say(text, self.shows)
+
+    def sync(self) -> None:
+        """Return when all that was recorded is on the disk: a checkpoint must not outlast it."""
+        os.fsync(self._file.fileno())
+        self._board.sync()
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+        """Close everything, whatever fails."""
+        with closing(self._board), self._file:
+            self._bar.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            if not is_no_space(error):
-                raise
-            raise InputError(
-                f"no space left on the device while writing {self._file.name}; free some and go on with --resume"
-            ) from None
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
 
 class NoLog(RunLog):

@@ -16,11 +16,12 @@ import math
 import time
 
 import torch
+from torch import Tensor
 
 from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
 from switchable.infer.loss import loss_in_mode
-from switchable.ranks import sum_over_ranks, world_size
+from switchable.ranks import is_main, sum_over_ranks, world_size
 from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
@@ -103,13 +104,7 @@ class Trainer:
         begin, cpu = time.perf_counter(), time.process_time()
         mode, experts = controller.mode, controller.experts_now
         learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
-
-        loss = job.replica.forward_backward(job.batch(counters.steps))
-        clip_gradients(job.optimizer, config.grad_clip)
-        job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
-
-        self._window_loss += loss
+        self._window_loss += update(job, counters.steps)
         self._count(mode, experts, time.perf_counter() - begin)
         self._learning_rate = learning_rate
         begin = time.perf_counter()
@@ -125,17 +120,18 @@ class Trainer:
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
         counters.steps += 1
-        counters.flops += self.flops.step(
-            experts, [layer.ssd.active_count.take(layer.ssd.d_ff) for layer in self.job.controller.layers]
-        )
+        flops = self.flops.step(experts, active_shares(self.job))
+        counters.flops += flops
         counters.sparse_steps += sparse
         counters.window_steps += 1
         counters.window_sparse += sparse
         counters.window_seconds += seconds
         if sparse:
             counters.seconds_sparse += seconds
+            counters.flops_sparse += flops
         else:
             counters.seconds_dense += seconds
+            counters.flops_dense += flops
         self.log.advance(mode, self._shown_loss, self.flops.tokens / seconds)
 
     def _settle(self) -> None:
@@ -213,9 +209,10 @@ class Trainer:
             "dense": controller.layers[0].has_dense_mode,
             "sparse": any(controller.state.takes_part),
         }
+        shows = is_main() and self.log.shows
         with job.replica.autocast():
             losses = {
-                mode: loss_in_mode(job.model, job.validation, mode) if exists else None
+                mode: loss_in_mode(job.model, job.validation, mode, shows) if exists else None
                 for mode, exists in modes.items()
             }
         return {f"val_loss_{mode}": loss for mode, loss in losses.items()} | {
@@ -240,6 +237,7 @@ class Trainer:
         """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
         begin = time.perf_counter()
         job, counters = self.job, self.counters
+        self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_finite(counters.window_loss)
         state = training_state(
@@ -251,6 +249,20 @@ class Trainer:
             then=lambda: self.rundir.drop_old(job.config.train.keep),
         )
         counters.seconds_other += time.perf_counter() - begin
+
+
+def update(job: Job, step: int) -> Tensor:
+    """Learn from the batch of step `step` (counted from 0); return its mean loss."""
+    loss = job.replica.forward_backward(job.batch(step))
+    clip_gradients(job.optimizer, job.config.train.grad_clip)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def active_shares(job: Job) -> list[float | None]:
+    """Return what share of each layer's activations was not zero since last asked; None where nobody counted."""
+    return [layer.ssd.active_count.take(layer.ssd.d_ff) for layer in job.controller.layers]
 
 
 def snapshot_steps(total_steps: int, count: int) -> set[int]:

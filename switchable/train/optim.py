@@ -11,11 +11,12 @@ all else by AdamW. Its updates are scaled to the size of AdamW's (Liu et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from switchable.ffn.convert import is_router_parameter
 from switchable.sections import TrainConfig
@@ -107,3 +108,19 @@ def _model_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter
     for group in optimizer.param_groups:
         if group["name"] != "routers":
             yield from group["params"]
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block all weights are float32, in which small updates are not rounded away; then as before."""
+    kept = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(kept[name])
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -28,6 +28,7 @@ from switchable import ranks
 from switchable.config import RunConfig, to_dict
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_row
 from switchable.infer.loss import shifts_labels
 from switchable.sections import TrainConfig
@@ -119,9 +120,6 @@ def distribute(model: nn.Module, config: TrainConfig) -> None:
         config: which of them.
     """
     blocks = blocks_of(model)
-    for layer in layers_of(model):
-        # Attached losses are added up over micro-batches, as the model's own is.
-        layer.ssd.loss_weight = 1.0 / config.gradient_accumulation_steps
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if config.compile:
@@ -166,9 +164,11 @@ class Replica:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model, self._config, self._device = model, config, device
         self._wrapped = model
+        self._expected: list[SwitchableFFN] = []
         if ranks.running() and config.parallel == "ddp":
             # A router that does not learn is one whose gradient DDP must not wait for.
-            some_idle = not all(layer.ssd.router_learns for layer in layers_of(model))
+            self._expected = [layer for layer in layers_of(model) if layer.ssd.router_learns]
+            some_idle = len(self._expected) < len(layers_of(model))
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -191,6 +191,11 @@ class Replica:
                     loss = self._wrapped(**piece).loss * weight
                 loss.backward()
             total = total + loss.detach()
+        idle = [
+            p for layer in self._expected if not layer.ssd.router_learns for p in layer.router.parameters()
+        ]
+        if idle:  # a router that learned when DDP was set up: it waits for a gradient
+            torch.autograd.backward([0 * p.sum() for p in idle])
         return total
 
     def _weights(self, pieces: list[Batch]) -> Tensor:

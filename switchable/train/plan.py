@@ -8,7 +8,7 @@ The rest is arithmetic on them; W ranks, A micro-batches per step, P parameters 
                                     fsdp  (W-1)/W · 4 P · (2 A + 1)                (two gathers, one reduce-scatter)
     checkpoint                      12 P  (weights and both moments)
     regrouping a layer              its weights and moments gathered once: (W-1)/W · 12 · FFN, sharded only
-    gain                            FLOPs of all-dense training / FLOPs with sparse steps
+    FLOPs of the run                the run's own schedule, step by step, given what measurements will find
 
 What it does not know: how much of a device's peak is reached (`utilization`, measured by any short run), and the
 time of clustering, which runs on the CPU and is printed by every run as `wall_seconds_measure`.
@@ -16,20 +16,30 @@ time of clustering, which runs on the CPU and is printed by every run as `wall_s
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from switchable.config import RunConfig, check
+from switchable.config import RunConfig, auto_recipe, check
 from switchable.errors import InputError, nearest
+from switchable.ffn.active_training import LEAST_TOKENS
 from switchable.ffn.convert import convert, layers_of
-from switchable.switching.schedule import Schedule
-from switchable.train.flops import count
+from switchable.sections import TrainConfig
+from switchable.switching.monitor import LayerMeasures
+from switchable.switching.schedule import Schedule, ScheduleState
+from switchable.timing import processor, take_turns
+from switchable.train.flops import StepFlops, count
 from switchable.train.parallel import blocks_of, check_division
-from switchable.train.setup import build_model
+from switchable.train.setup import build_model, pick_device
 
+PRODUCT = 1024
+"""Rows and columns of the matrices that this machine's processor is measured with."""
 TOKENS = {"eos_token_id": 0, "pad_token_id": 0}
 """Special tokens of a model that is only looked at."""
 WEIGHT, MOMENTS = 4, 8
@@ -40,20 +50,21 @@ WEIGHT, MOMENTS = 4, 8
 class Device:
     """What a rank computes on."""
 
-    flops: float
-    """Peak of dense bfloat16 products, FLOPs per second."""
+    name: str
+    flops: Mapping[str, float]
+    """Peak of products by their precision, FLOPs per second."""
     memory: float
     """Bytes."""
-    link: float
-    """Bytes per second that a rank sends, while it receives as much, to the ranks of its own machine."""
+    link: float | None
+    """Bytes per second that a rank sends, while it receives as much, to the ranks of its own machine; None: unknown."""
 
 
 DEVICES = {
-    "a100": Device(flops=312e12, memory=80e9, link=300e9),
-    "h100": Device(flops=989e12, memory=80e9, link=450e9),
-    "h200": Device(flops=989e12, memory=141e9, link=450e9),
+    "a100": Device("a100", {"bfloat16": 312e12, "float32": 19.5e12}, memory=80e9, link=300e9),
+    "h100": Device("h100", {"bfloat16": 989e12, "float32": 67e12}, memory=80e9, link=450e9),
+    "h200": Device("h200", {"bfloat16": 989e12, "float32": 67e12}, memory=141e9, link=450e9),
 }
-"""Peaks of the makers' data sheets (SXM boards): bfloat16 without sparsity, NVLink in one direction."""
+"""Peaks of the makers' data sheets (SXM boards): without sparsity, float32 without TF32, NVLink in one direction."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +88,20 @@ class Plan:
     """A dense step, routers left out."""
     step_flops_sparse: float
     """A sparse step in which all layers but the first take part."""
+    sparse_fraction: float
+    """Share of sparse steps, if layers after the first are sparse from `min_dense_fraction` on."""
     flops_ratio: float
-    """All-dense FLOPs over the run's, if layers after the first are sparse from `min_dense_fraction` on."""
+    """FLOPs of the run over those of all-dense training."""
 
 
-def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
+def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: float) -> Plan:
     """Work out a run.
 
     Args:
         config: the run.
         vocab_size: rows of the embedding.
         world_size: number of ranks.
+        activation_ratio: what the monitor will find in every layer from its first measurement on, 0 to 1.
 
     Raises:
         InputError: settings that cannot work.
@@ -99,8 +113,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     with torch.device("meta"):
         model = build_model(config.model, train.sequence_length, vocab_size, TOKENS)
     convert(model, switch)
-    model_config = cast(Any, model).config
-    model_config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
+    model.config.pad_token_id = None  # else transformers looks for padding in the ids, which have no values
     ids = torch.zeros(rows, train.sequence_length, dtype=torch.int64, device="meta")
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)
@@ -110,8 +123,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
     others = (world_size - 1) / world_size
     passes = 2 * train.gradient_accumulation_steps + 1 if sharded else 2
     sparse = flops.step([None, *([switch.experts_per_token] * (len(layers) - 1))])
-    dense = flops.step([None] * len(layers))
-    share = sparse_share(config)
+    spent, sparse_steps = _schedule(config, flops, len(layers), activation_ratio, ids.numel())
     return Plan(
         parameters=every - routers,
         router_parameters=routers,
@@ -122,20 +134,52 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> Plan:
         regroup_bytes=others * (WEIGHT + MOMENTS) * ffn if sharded else 0.0,
         step_flops_dense=flops.dense,
         step_flops_sparse=sparse,
-        flops_ratio=flops.dense / (share * sparse + (1 - share) * dense),
+        sparse_fraction=sparse_steps / train.steps,
+        flops_ratio=spent / (flops.dense * train.steps),
     )
 
 
-def sparse_share(config: RunConfig) -> float:
-    """Return the share of steps that are sparse if the layers are stable as soon as they may be."""
-    switch = config.switch
-    alternating = max(0.0, 1 - switch.min_dense_fraction - switch.final_dense_fraction)
-    return alternating * switch.sparse_steps / (switch.sparse_steps + Schedule.dense_steps)
+def _schedule(
+    config: RunConfig, flops: StepFlops, layers: int, ratio: float, micro_tokens: int
+) -> tuple[float, int]:
+    """Go through the run's schedule with one result of all measurements; return its FLOPs and its sparse steps.
+
+    All layers have the activation ratio `ratio`, and all but the first catch enough of the mass with the settings' K.
+    """
+    train, switch = config.train, config.switch
+    skips = micro_tokens >= LEAST_TOKENS and auto_recipe(config.model, train) == "late"
+    few, every = switch.experts_per_token, switch.num_experts
+    measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
+    schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length
+    probe = -(-train.probe_tokens // batch) * batch
+
+    @functools.cache
+    def cost(mode: str, state: ScheduleState) -> float:
+        parts = zip(state.takes_part, state.experts_per_token, strict=True)
+        shares = [ratio if skips and active else None for active in state.multiplies_active]
+        return flops.step([k if part and mode == "sparse" else None for part, k in parts], shares)
+
+    state, spent, sparse_steps = schedule.initial(layers), 0.0, 0
+    for step in range(train.steps):
+        mode = schedule.mode_at(step, state)
+        spent += cost(mode, state)
+        sparse_steps += mode == "sparse"
+        if schedule.is_measured(step + 1, state):
+            spent += flops.measurement(probe)
+            state = schedule.decide(step + 1, state, measures).state
+    return spent, sparse_steps
+
+
+def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMeasures:
+    by_k = (0.0,) * (enough - 1) + (1.0,) * (experts - enough + 1)
+    return LayerMeasures(
+        ratio, caught, by_k, 1.0, 1.0, similarity=1.0, similarity_in_use=1.0, experts_per_token=enough
+    )
 
 
 def estimates(
     found: Plan, config: RunConfig, world_size: int, device: Device, utilization: float
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return seconds per step and what follows from them.
 
     Args:
@@ -145,15 +189,16 @@ def estimates(
         device: what each computes on.
         utilization: share of the peak that products reach in practice, 0 to 1.
     """
-    rate = world_size * device.flops * utilization
+    rate = world_size * device.flops[config.train.precision] * utilization
+    link = device.link or math.inf if world_size == 1 else device.link
     seconds = found.step_flops_dense / rate
     return {
         "seconds_per_dense_step": seconds,
         "seconds_per_sparse_step": found.step_flops_sparse / rate,
-        "seconds_of_traffic": found.traffic_bytes / device.link,
-        "seconds_to_regroup": found.regroup_bytes / device.link,
-        "days_all_dense": seconds * config.train.steps / 86400,
-        "days": seconds * config.train.steps / found.flops_ratio / 86400,
+        "seconds_of_traffic": None if link is None else found.traffic_bytes / link,
+        "seconds_to_regroup": None if link is None else found.regroup_bytes / link,
+        "seconds_all_dense": seconds * config.train.steps,
+        "seconds_of_run": seconds * config.train.steps * found.flops_ratio,
         "memory_left_for_activations": device.memory - found.state_bytes - found.gathered_bytes,
     }
 
@@ -169,6 +214,32 @@ def device_named(name: str) -> Device:
             f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {', '.join(DEVICES)}"
         )
     return DEVICES[name]
+
+
+def device_here(train: TrainConfig, world_size: int) -> Device:
+    """Return what a rank has if the run is made on this machine: a GPU of its own, or its share of the processor.
+
+    How fast the processor multiplies is measured, in the run's precision, for a second.
+
+    Raises:
+        InputError: there is a GPU that is not in DEVICES.
+    """
+    if pick_device(train.device).type == "cuda":
+        name = torch.cuda.get_device_name()
+        known = next((device for key, device in DEVICES.items() if key in name.lower()), None)
+        if known is None:
+            raise InputError(
+                f"nothing is known of this machine's {name}; plan for one of {', '.join(DEVICES)} with --gpu"
+            )
+        return known
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    a = torch.ones(PRODUCT, PRODUCT, dtype=getattr(torch, train.precision))
+    seconds = take_turns({"product": lambda: a @ a}, 1.0).median("product")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rate = {train.precision: 2 * PRODUCT**3 / seconds / world_size}
+    name = f"{processor()}, {torch.get_num_threads()} threads"
+    return Device(name, rate, memory / world_size, link=None)
 
 
 def _size(module: nn.Module) -> int:

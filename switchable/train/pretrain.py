@@ -20,9 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from switchable import ranks
 from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
+from switchable.data.tokenizers import load_tokenizer, save_tokenizer
+from switchable.data.tokens import find_prepared
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
-from switchable.files import read_json, write_json, write_text
+from switchable.files import full_disk_told, read_json, write_json
 from switchable.infer.generate import generate_text
 from switchable.infer.sampling import Sampling
 from switchable.store import checkpoint, folders, restore
@@ -37,6 +39,8 @@ from switchable.train.parallel import split
 from switchable.train.setup import SSD, Job, Variant, micro_rows, set_up
 from switchable.train.signals import StopRequest, TrainingStopped
 from switchable.train.summary import summarise
+from switchable.train.timing import warm_up
+from switchable.train.words import opening
 
 MAY_CHANGE = (
     "log_every",
@@ -52,6 +56,8 @@ MAY_CHANGE = (
     "sample_prompt",
 )
 """Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
+MAY_MOVE = ("data", "tokenizer")
+"""Settings of `data` that say where something lies: they may differ where the tokens are the same."""
 
 
 def pretrain(
@@ -83,7 +89,7 @@ def pretrain(
     """
     check(config)
     with _locked(RunDir(out)) as rundir:
-        ranks.on_main(lambda: _refuse_to_replace(rundir, overwrite))
+        ranks.on_main(lambda: rundir.refuse_to_replace(overwrite, config.data.sources))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
@@ -116,44 +122,44 @@ def resume(
     with _locked(RunDir(out)) as rundir:
         config = ranks.together(lambda: _same_config(rundir, flags))
         step = ranks.on_main(lambda: _choose_checkpoint(rundir, resume_from))
-        job = set_up(config, cache, quiet or not ranks.is_main(), variant)
-        ranks.together(lambda: _check_same_data(rundir, job, step))
+        tokens = read_json(rundir.checkpoint(step) / "training.json")["counters"]["data"]
+        moved = config.data != read_stored(rundir.config).data
+        job = set_up(config, cache, quiet or not ranks.is_main(), variant, None if moved else tokens)
+        ranks.together(lambda: _check_same_data(rundir, job, cache, tokens))
         ranks.on_main(rundir.claim)
         folder = rundir.checkpoint(step)
         controller_state, counters = restore.restore_training(folder, job.model, job.optimizer)
+        ranks.on_main(lambda: rundir.go_back(step))
         job.controller.load_state_dict(controller_state)
         return _run(job, rundir, Counters(**counters), quiet, jobs)
 
 
 @contextmanager
 def _locked(rundir: RunDir) -> Iterator[RunDir]:
-    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block."""
+    """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block.
+
+    Raises:
+        InputError: the folder is in use, or the disk is full.
+    """
 
     def lock() -> None:
         rundir.acquire()
         rundir.sweep()
 
+    remedy = "what was saved stands. Free some space and go on with --resume"
     try:
         ranks.on_main(lock)
-        yield rundir
+        with full_disk_told(f"writing in {rundir.path}", remedy):
+            yield rundir
     finally:
         if ranks.is_main():
             rundir.release()
 
 
-def _refuse_to_replace(rundir: RunDir, overwrite: bool) -> None:
-    if rundir.config.exists() and not overwrite:
-        raise InputError(
-            f"{rundir.path} holds a run already; go on with it with --resume, replace it with --overwrite, "
-            "or choose another folder with --out"
-        )
-
-
 def _begin(rundir: RunDir, job: Job) -> None:
-    rundir.clear()
+    rundir.begin(yaml.safe_dump(to_dict(job.config), sort_keys=False))
     rundir.claim()
-    job.tokenizer.save_pretrained(rundir.tokenizer)
-    write_text(rundir.config, yaml.safe_dump(to_dict(job.config), sort_keys=False))
+    save_tokenizer(job.tokenizer, rundir.tokenizer)
     save_probe(rundir.probe, job.controller.probe)
 
 
@@ -164,12 +170,14 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
         values.update({key: value for key, value in flags.items() if key in values})
     after = from_dict(merged, "the flags")
     forbidden = [
-        line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in MAY_CHANGE
+        line
+        for line in changed(before, after)
+        if line.split(":")[0].split(".")[1] not in MAY_CHANGE + MAY_MOVE
     ]
     if forbidden:
         raise InputError(
             f"a run cannot be resumed with other settings ({'; '.join(forbidden)}); "
-            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE)}"
+            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE + MAY_MOVE)}"
         )
     return after
 
@@ -198,13 +206,18 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     raise InputError(f"checkpoint {rundir.checkpoint(step)} is damaged ({damage}); {remedy}")
 
 
-def _check_same_data(rundir: RunDir, job: Job, step: int) -> None:
-    values = read_json(rundir.checkpoint(step) / "training.json")
-    if values["counters"]["data"] != job.data.train.sha256:
-        raise InputError(
-            f"the text or tokenizer has changed since {rundir.path} was started; put the old files back, "
-            "or start a new run in another folder"
-        )
+def _check_same_data(rundir: RunDir, job: Job, cache: Path, tokens: str) -> None:
+    """Refuse other training tokens than those with the checksum `tokens`, and say what differs."""
+    if job.data.train.sha256 == tokens:
+        return
+    tokenizer = load_tokenizer(rundir.tokenizer).get_vocab() != job.tokenizer.get_vocab()
+    before = find_prepared(cache, tokens)
+    sizes = [f"{d.train.documents:,} documents, {d.train.tokens:,} tokens" for d in (before, job.data) if d]
+    raise InputError(
+        f"the text{' and the tokenizer have' if tokenizer else ' has'} changed since {rundir.path} was started: "
+        f"{'; now '.join(sizes)}; put the old files back, name where they are now with --data or --tokenizer, "
+        "or start a new run in another folder"
+    )
 
 
 def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -> dict[str, Any]:
@@ -213,14 +226,13 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
         counters.note_machine(jobs, job.device)
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
-        processes = f"; {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
-        log.say(
-            f"{job.report}; {job.parameters:,} parameters; {job.data.train.tokens:,} training tokens; "
-            f"{job.device}{processes}"
-        )
         flops = count_step(job)
+        for line in opening(job, rundir, flops, counters):
+            log.say(line)
         with StopRequest() as stop, Saver() as saver:
             trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
+            if counters.steps < train.steps:
+                warm_up(job)
             try:
                 trainer.train()
             except TrainingStopped:
@@ -243,12 +255,12 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Export, measure the speed of both modes, and write the summary."""
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
+    trainer.log.say("timing steps of each kind in turns")
     found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
     figures = dataclasses.asdict(found)
     if ranks.is_main():
         write_json(rundir.summary, figures)
         _show_samples(trainer)
-    trainer.log.say(f"model: {rundir.final}   figures: {rundir.summary}")
     return figures
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable import ranks
 from switchable.config import RunConfig, check, objective_of
@@ -27,6 +27,7 @@ from switchable.ffn import builders
 from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.fill import check_prompt
+from switchable.infer.loss import positions_of
 from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
@@ -81,7 +82,9 @@ class Job:
         return self.batches.objective.name
 
 
-def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD) -> Job:
+def set_up(
+    config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD, tokens: str | None = None
+) -> Job:
     """Prepare the data and build model, optimizer and controller at step 0.
 
     Args:
@@ -89,6 +92,7 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
         cache: folder for token files, shared between runs.
         quiet: show no progress.
         variant: what a baseline exchanges.
+        tokens: checksum of the training tokens, if they are known (see `prepare`).
 
     Raises:
         InputError: a setting or the data is unusable.
@@ -97,20 +101,25 @@ def set_up(config: RunConfig, cache: Path, quiet: bool = False, variant: Variant
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     # What a user can get wrong is refused in here, before ranks wait for one another.
-    parts = ranks.together(lambda: _build(config, cache, quiet, variant))
+    parts = ranks.together(lambda: _build(config, cache, quiet, variant, tokens))
     model, train = parts.model, config.train
     distribute(model, train)
     probe = vars(parts).pop("probe")
+    replica = Replica(model, train, parts.device)
     return Job(
         **vars(parts),
         config=config,
-        replica=Replica(model, train, parts.device),
+        replica=replica,
         optimizer=build_optimizer(model, train),
-        controller=variant.controller(model, probe, train.steps, config.switch, train.seed, variant.schedule),
+        controller=variant.controller(
+            model, probe, train.steps, config.switch, train.seed, variant.schedule, precision=replica.autocast
+        ),
     )
 
 
-def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> SimpleNamespace:
+def _build(
+    config: RunConfig, cache: Path, quiet: bool, variant: Variant, tokens: str | None
+) -> SimpleNamespace:
     """Return the parts of a job that are made before the model is divided among the ranks, and the probe."""
     train, rank, world = config.train, ranks.rank(), ranks.world_size()
     check_division(train, world)
@@ -118,10 +127,8 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> Sim
     if device.type == "cpu":
         keep_freed_memory()
     name = objective_of(config)
-    data = prepare(config.data, cache, objective=name, progress=not quiet)
+    data = prepare(config.data, cache, objective=name, progress=not quiet, known=tokens)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    if train.sample_prompt is not None:
-        check_prompt(name, tokenizer, train.sample_prompt)
     objective = build_objective(name, config.objective, tokenizer, train.sequence_length)
     batches = Batches(data.train.path, objective, train.batch_size, train.seed, rank, world)
 
@@ -133,6 +140,8 @@ def _build(config: RunConfig, cache: Path, quiet: bool, variant: Variant) -> Sim
     model = build_model(
         config.model, train.sequence_length, data.vocab_size, _special_tokens(data, tokenizer)
     ).to(device)
+    if train.sample_prompt is not None:
+        check_prompt(name, tokenizer, train.sample_prompt, positions_of(model))
     report = convert(model, config.switch, layer_type=variant.layer)
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
@@ -156,7 +165,7 @@ def micro_rows(train: TrainConfig) -> int:
 
 def build_model(
     model: ModelConfig, sequence_length: int, vocab_size: int, tokens: Mapping[str, int]
-) -> nn.Module:
+) -> PreTrainedModel:
     """Return a transformers model with random weights (drawn from torch's global generator).
 
     Args:
@@ -176,10 +185,9 @@ def build_model(
 
 
 def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    tokens = {"eos_token_id": data.end_of_text.id}
-    if tokenizer.pad_token_id is not None:
-        tokens["pad_token_id"] = int(tokenizer.pad_token_id)
-    return tokens
+    own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    tokens = {name: int(number) for name, number in own.items() if number is not None}
+    return tokens | {"eos_token_id": data.end_of_text.id}
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -206,7 +214,7 @@ def model_inputs(batch: Batch, device: torch.device) -> Batch:
     return inputs | {"use_cache": False}
 
 
-def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list[Batch]:
+def probe_inputs(model: PreTrainedModel, validation: list[Batch], tokens: int) -> list[Batch]:
     """Return the first validation batches with at least `tokens` tokens together, without the loss.
 
     A decoder gets its inputs, which it otherwise makes of the labels.
@@ -217,9 +225,9 @@ def probe_inputs(model: nn.Module, validation: list[Batch], tokens: int) -> list
         if seen >= tokens:
             break
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        if model.config.is_encoder_decoder:
             shift = model.prepare_decoder_input_ids_from_labels  # transformers' name for it
-            inputs["decoder_input_ids"] = shift(labels=batch["labels"])  # type: ignore[operator]
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
         probe.append(inputs)
         seen += batch["input_ids"].numel()
     return probe

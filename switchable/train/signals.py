@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
+
+PATIENCE = 1.0
+"""Seconds in which further signals are the same request: launchers and terminals send theirs more than once."""
 
 
 class TrainingStopped(Exception):
@@ -12,10 +16,14 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """Within the `with` block, SIGINT and SIGTERM set `signum` instead of ending the process; a second one ends it."""
+    """Within the `with` block, SIGINT and SIGTERM set `signum` instead of ending the process.
+
+    Any number of SIGTERMs is one request. Ctrl-C a second or more after the first signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     @property
@@ -35,7 +43,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a handler
-        if self.requested:
-            signal.signal(signum, self._before[signum])
-            signal.raise_signal(signum)
-        self.signum = signum
+        if not self.requested:
+            self.signum, self._since = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self._since >= PATIENCE:
+            raise KeyboardInterrupt

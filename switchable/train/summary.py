@@ -12,10 +12,11 @@ from typing import Any
 
 from switchable import ranks
 from switchable.compute.cpu.active.active import has_active
+from switchable.ffn.convert import why_dense
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
-from switchable.train.parallel import split
-from switchable.train.setup import Job, micro_rows
+from switchable.train.loop import active_shares
+from switchable.train.setup import Job
 from switchable.train.timing import step_seconds
 from switchable.versions import versions
 
@@ -57,15 +58,19 @@ class Summary:
     flops_ratio_nonembedding: float = figure("the same ratio without the output head")
     sparse_fraction: float = figure("share of sparse steps")
     sparse_layers: Sequence[int] = figure("1 for each layer that takes part in sparse mode at the end")
+    why_dense: str | None = figure(
+        "which layers do not, and the limits that keep them out", more="null if all take part"
+    )
     experts_per_token: Sequence[int] = figure("K of each layer in sparse mode at the end", "experts")
     active_layers: Sequence[int] = figure(
         "1 for each layer whose dense steps multiply active neurons only at the end"
     )
     switches: int = figure("changes of mode")
     regroupings: int = figure("regroupings", "layers", "whose neurons moved, each time counted")
-    step_speedup_sparse: float = figure(
+    step_speedup_sparse: float | None = figure(
         "time of a plain dense step / of a sparse step",
-        more="without routers / with them: forward, backward and optimizer, in turns on one batch after training",
+        more="without routers / with them; the run's own step (precision, micro-batches, compiled blocks), "
+        "in turns on one batch after training; null if no layer takes part",
     )
     step_speedup_active: float = figure(
         "time of a plain dense step / of a dense step as the run makes it at the end",
@@ -85,7 +90,10 @@ class Summary:
     wall_seconds_sparse: float = figure("wall-clock of sparse steps", SECONDS)
     wall_seconds_measure: float = figure("wall-clock of measuring and regrouping", SECONDS)
     processes: int = figure("training", "processes")
-    wall_ratio: float = figure("wall-clock of training / that of as many plain dense steps")
+    wall_ratio: float = figure(
+        "wall-clock of training / that of as many plain dense steps",
+        more="these from the steps' own clock and the speed-ups above, in between by FLOPs",
+    )
     ran_with: Sequence[dict[str, Any]] = figure(
         "threads, runs at a time, device", more="more than one entry if that changed on the way"
     )
@@ -114,9 +122,11 @@ def markdown() -> str:
 
 def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]) -> Summary:
     """Return the closing figures of a run; the speed of both modes is measured for it."""
-    train, state = job.config.train, job.controller.state
-    batch = split(job.batch(0), micro_rows(train))[0]
-    seconds = step_seconds(job.model, batch, train.gradient_accumulation_steps)
+    state = job.controller.state
+    seconds = step_seconds(job)
+    experts = [k if part else None for k, part in zip(state.experts_per_token, state.takes_part, strict=True)]
+    dense = [None] * len(experts)
+    timed = {"active": flops.step(dense, active_shares(job)), "sparse": flops.step(experts)}
     # All-dense training has neither routers nor a monitor.
     all_dense, head = flops.dense * counters.steps, flops.head * counters.steps
     return Summary(
@@ -133,11 +143,12 @@ def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[s
         flops_ratio_nonembedding=(counters.flops - head) / (all_dense - head),
         sparse_fraction=counters.sparse_steps / counters.steps,
         sparse_layers=[int(part) for part in state.takes_part],
+        why_dense=why_dense(job.model),
         experts_per_token=list(state.experts_per_token),
         active_layers=_active_layers(job),
         switches=job.controller.switches,
         regroupings=job.controller.regroupings,
-        step_speedup_sparse=seconds["dense"] / seconds["sparse"],
+        step_speedup_sparse=seconds["dense"] / seconds["sparse"] if "sparse" in seconds else None,
         step_speedup_active=seconds["dense"] / seconds["active"],
         router_overhead=seconds["dense_router"] / seconds["dense"] - 1.0,
         wall_seconds=counters.train_seconds + counters.seconds_other,
@@ -147,11 +158,37 @@ def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[s
         wall_seconds_sparse=counters.seconds_sparse,
         wall_seconds_measure=counters.seconds_measure,
         processes=ranks.world_size(),
-        wall_ratio=counters.train_seconds / (seconds["dense"] * counters.steps),
+        wall_ratio=counters.train_seconds / plain_seconds(counters, seconds, flops.step(dense), timed),
         ran_with=counters.ran_with,
         versions=versions(),
         experts=dataclasses.asdict(job.config.switch),
     )
+
+
+def plain_seconds(
+    counters: Counters, seconds: Mapping[str, float], full: float, timed: Mapping[str, float]
+) -> float:
+    """Return how long plain dense steps would have taken in place of a run's, at the speed the machine had then.
+
+    A step's time, over that of a plain one, is taken to follow its FLOPs in a straight line: from a dense step in which
+    routers learn and every neuron is multiplied to the step of its mode that was timed after training.
+
+    Args:
+        counters: seconds and FLOPs of the run's steps, by mode.
+        seconds: of one step of each kind (`step_seconds`).
+        full: FLOPs of a dense step that multiplies every neuron.
+        timed: FLOPs of the kinds `active` and `sparse` as they were timed.
+    """
+    total, dense_steps = 0.0, counters.steps - counters.sparse_steps
+    for kind, steps, flops, clock in (
+        ("active", dense_steps, counters.flops_dense, counters.seconds_dense),
+        ("sparse", counters.sparse_steps, counters.flops_sparse, counters.seconds_sparse),
+    ):
+        most = full - timed[kind]
+        saved = min(1.0, max(0.0, (full - flops / max(1, steps)) / most)) if most > 0 else 1.0
+        took = (1 - saved) * seconds["dense_router"] + saved * seconds[kind]
+        total += clock * seconds["dense"] / took
+    return total
 
 
 def _active_layers(job: Job) -> list[int]:

@@ -1,69 +1,85 @@
-"""How much faster a sparse step is: both modes timed in turns, on the same batch, in the same process.
+"""How long the steps of a run take: its own optimizer step, timed in turns by its kinds, after one that does not count.
 
     step_speedup_sparse = median time of a plain dense step / median time of a sparse step
 
     step_speedup_active = median time of a plain dense step / median time of a dense step as the run makes it now
 
 A *plain* dense step is one of the model without any router that multiplies every neuron, what all-dense training would
-pay. Forward, backward and optimizer step are timed; the weights stay as they are (learning rate 0).
+pay. What is timed is what the loop calls (`loop.update`): the run's batches, precision, micro-batches, compiled blocks
+and exchange between ranks. The weights stay as they are (learning rate 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
 
 from switchable.ffn.convert import kept_modes, set_mode
 from switchable.timing import take_turns
+from switchable.train.loop import update
+from switchable.train.setup import Job
+
+KINDS = {
+    "dense": ("dense", False, False),
+    "dense_router": ("dense", True, False),
+    "active": ("dense", True, True),
+    "sparse": ("sparse", True, False),
+}
+"""Kinds of steps: the mode, whether routers learn, and whether layers multiply active neurons only, if they do now."""
 
 
-def step_seconds(
-    model: nn.Module, batch: Mapping[str, Tensor], micro_batches: int = 1, rounds: int = 9
-) -> dict[str, float]:
-    """Time forward + backward + optimizer step in turns.
+def step_seconds(job: Job, rounds: int = 9) -> dict[str, float]:
+    """Return the median seconds of one step of each kind, over so many rounds.
 
-    The kinds are `dense` (no routers), `dense_router` (they learn), `active` (as the layers are set: they learn, and
-    some layers multiply only active neurons) and `sparse`.
-
-    Args:
-        model: a converted model; its weights, modes and gradients are as before afterwards.
-        batch: model inputs with labels; one micro-batch.
-        micro_batches: how many of them a step has, one after another.
-        rounds: timed rounds.
-
-    Returns:
-        Median seconds of one step of each kind.
+    Without a layer that takes part there is no `sparse`. Weights, modes and gradients are as before afterwards; the
+    optimizer's moments are not.
     """
-    # A learning rate of 0 leaves the weights as they are.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
-    def step(mode: str, *, routers: bool = True, active: bool = False) -> None:
-        set_mode(model, mode)
+    def step(mode: str, routers: bool, active: bool) -> None:
+        set_mode(job.model, mode)
         for layer, (learns, multiplies_active) in zip(layers, given, strict=True):
             layer.ssd.router_learns, layer.ssd.multiplies_active = (
                 learns and routers,
                 multiplies_active and active,
             )
-        for _ in range(micro_batches):
-            model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(job, 0)
 
-    with kept_modes(model) as layers:
+    groups = job.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    with kept_modes(job.model) as layers:
         given = [(layer.ssd.router_learns, layer.ssd.multiplies_active) for layer in layers]
-        model.train()
-        device = next(model.parameters()).device
-        contenders = {
-            "dense": lambda: step("dense", routers=False),
-            "dense_router": lambda: step("dense"),
-            "active": lambda: step("dense", active=True),
-            "sparse": lambda: step("sparse"),
-        }
-        return take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(device)).medians
+        job.model.train()
+        for group in groups:
+            group["lr"] = 0.0
+        contenders = {kind: lambda how=how: step(*how) for kind, how in KINDS.items()}
+        if not any(layer.ssd.takes_part for layer in layers):
+            del contenders["sparse"]
+        medians = take_turns(contenders, 0.0, turns=rounds, wait=lambda: _wait(job)).medians
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    return medians
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def warm_up(job: Job) -> None:
+    """Go forward and backward once in every way that the run may, so that no compiling falls into its clock.
+
+    A run that was resumed would have paid for that several times. Nothing that is computed later changes.
+    """
+    switch = job.config.switch
+    ways = [("dense", False), ("dense", True), ("sparse", False)]
+    with kept_modes(job.model) as layers, torch.random.fork_rng():
+        job.model.train()
+        for mode, active in ways:
+            if (active and not switch.active_below) or (mode == "sparse" and switch.never_sparse):
+                continue
+            for layer in layers:
+                layer.ssd.mode, layer.ssd.multiplies_active = mode, active
+            job.replica.forward_backward(job.batch(0))
+            job.optimizer.zero_grad(set_to_none=True)
+        for layer in layers:
+            layer.ssd.active_count.take(layer.ssd.d_ff)
+    _wait(job)
+
+
+def _wait(job: Job) -> None:
+    if job.device.type == "cuda":
+        torch.cuda.synchronize(job.device)

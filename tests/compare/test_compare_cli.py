@@ -122,7 +122,7 @@ def test_a_run_that_fails_is_named_with_its_reason(
         (["--jobs", "999"], ["jobs='999' is not possible"]),
         (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64"]),
         (["--monitor-every", "0"], ["monitor_every=0 would never find"]),
-        (["--out", "SMALL"], ["small.yaml cannot be used as output folder"]),
+        (["--out", "SMALL"], ["small.yaml/compare.json cannot be written: Not a directory"]),
     ],
 )
 def test_wrong_input(

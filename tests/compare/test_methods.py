@@ -12,8 +12,11 @@ import torch
 from switchable import InputError
 from switchable.compare.baselines import VARIANTS
 from switchable.compare.methods import METHODS, check_methods, check_seeds, in_order, method_config, named
-from switchable.config import RunConfig, check, from_dict
+from switchable.compute.cpu.active.active import skips_idle_neurons
+from switchable.config import RunConfig, changed, check, from_dict, load
 from switchable.ffn.convert import is_router_parameter
+from switchable.files import read_records
+from switchable.train.pretrain import pretrain
 from switchable.train.setup import set_up
 
 GIVEN: dict[str, Any] = {
@@ -89,6 +92,33 @@ def test_what_each_method_changes(given: RunConfig) -> None:
     assert VARIANTS["moe"].schedule(moe, 400).initial(2).takes_part == (True, True)
     for name in ("moe", "ssd-paper"):
         assert found[name].train.router_learning_rate == given.train.learning_rate
+
+
+def test_dense_active_is_the_cheaper_dense_model_of_the_readme(corpus: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "switchable pretrain --recipe dense --activation-l1 1e-4 " in readme
+    flags = {
+        "data": [str(corpus)], "vocab_size": 300, "d_model": 64, "num_layers": 2, "steps": 24, "batch_size": 4,
+        "sequence_length": 32, "learning_rate": 1e-2, "eval_tokens": 256, "probe_tokens": 128, "threads": 1,
+        "monitor_every": 4, "log_every": 1,
+    }  # fmt: skip
+    configs = {
+        "readme": load(None, flags | {"recipe": "dense", "activation_l1": 1e-4}),
+        "method": method_config(load(None, flags | {"recipe": "late"}), "dense-active", 0),
+    }
+    # Where no layer is ever sparse, the number of experts decides nothing.
+    differ = {line.partition(":")[0] for line in changed(*configs.values())}
+    assert differ == {"switch.num_experts", "switch.experts_per_token"}
+    found = {}
+    for name, config in configs.items():
+        summary = pretrain(config, tmp_path / name, tmp_path / "cache", quiet=True)
+        records = read_records(tmp_path / name / "metrics.jsonl")
+        losses = [(r["loss"], r["flops"]) for r in records if r["kind"] == "train"]
+        found[name] = (losses, summary["val_loss_dense"], summary["flops"], summary["active_layers"])
+        if skips_idle_neurons(64, "relu2", False, torch.float32, "cpu"):
+            assert any(summary["active_layers"])
+    assert found["readme"] == found["method"]
+    assert len(found["readme"][0]) == 24
 
 
 def test_tuning_the_recipe_leaves_the_others_alone(given: RunConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from compute.problems import Case, problem, relative_error
 from compute.test_fused import MACHINES
 from torch import Tensor
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from switchable import SwitchConfig, convert, set_mode
@@ -220,7 +220,9 @@ CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
     "another order in memory": lambda layer: setattr(
         layer.ssd.up_projection.weight, "data", layer.ssd.up_projection.weight.data.contiguous()
     ),
-    "a pruned projection": lambda layer: prune.l1_unstructured(layer.ssd.down_projection, "weight", 0.5),
+    "a parametrization": lambda layer: parametrize.register_parametrization(
+        layer.ssd.down_projection, "weight", torch.nn.Dropout(0.0)
+    ),
     "double precision": lambda layer: layer.double(),
 }
 

@@ -1,4 +1,4 @@
-"""`prepare`: the split, the tokenizers, the token files; done once, by one process, whole or not at all."""
+"""`prepare`: the split, the token files; done once, by one process, whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,76 +7,26 @@ import errno
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from texts import TEXTS, config_for, documents_in, write_jsonl
 
 from switchable.data import corpora, split, tokenizers, tokens
 from switchable.data.batches import token_array
 from switchable.data.config import DataConfig
-from switchable.data.tokens import PreparedData, Split, load_prepared, prepare
+from switchable.data.tokens import load_prepared, prepare
 from switchable.errors import InputError
-
-SHARED = Path(os.environ.get("SWITCHABLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
-TEXTS = [
-    f"document {i}: the number {i * 7919} has {i % 7} as its rest, é€😀\n" * (1 + i % 5) for i in range(200)
-]
-
-
-def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "source.jsonl", TEXTS)
-
-
-def config_for(source: Path, **settings: Any) -> DataConfig:
-    return DataConfig(data=(str(source),), **({"vocab_size": 300} | settings))
 
 
 def hash_of(text: str) -> int:
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
-
-
-def documents_in(data: PreparedData, split: Split) -> list[str]:
-    """The documents of a token file, decoded by plain transformers."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(data.tokenizer_path), local_files_only=True)
-    ids = np.fromfile(split.path, dtype=data.dtype).tolist()
-    documents: list[list[int]] = [[]]
-    for token in ids:
-        if token == data.end_of_text.id:
-            documents.append([])
-        else:
-            documents[-1].append(token)
-    assert documents.pop() == []
-    return [tokenizer.decode(document) for document in documents]
-
-
-def save_word_tokenizer(folder: Path, words: int = 10, **special: str) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.enable_truncation(3)  # some published tokenizers come with one; it must not cut documents
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special).save_pretrained(
-        str(folder)
-    )
-    return folder
 
 
 # --- the split ---
@@ -197,102 +147,6 @@ def test_source_that_changes_while_read(
     monkeypatch.setattr(corpora, "documents", lambda *_: iter(next(passes)))
     with pytest.raises(InputError, match="the text changed while it was read"):
         prepare(config_for(source), tmp_path / "cache")
-
-
-# --- tokenizers ---
-
-
-def strange_texts() -> list[str]:
-    rng = random.Random(0)
-    anything = [chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000]
-    texts = ["".join(rng.choices(anything, k=300)) for _ in range(40)]
-    return [
-        *texts,
-        "a <|endoftext|> b<|endoftext|>",
-        " leading,  double , trailing  ",
-        "tabs\t\r\n\r\n\n don't n't . ! ? ' s\x00\x7f\u200b\ufeff",
-        "👩‍👩‍👧 \U0010ffff é e\u0301 ﬁ Ａ",
-    ]
-
-
-def test_bpe_round_trip_of_any_text(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = prepare(config_for(source), tmp_path / "cache")
-    tokenizer = tokenizers.load_tokenizer(data.tokenizer_path)
-    texts = strange_texts()
-    for piece in (tokenizers.PIECE_CHARS, 7):  # 7: documents cut in pieces, several batches
-        monkeypatch.setattr(tokenizers, "PIECE_CHARS", piece)
-        monkeypatch.setattr(tokenizers, "BATCH_CHARS", 10 * piece)
-        for text, ids in zip(texts, tokenizers.encode_batch(tokenizer, texts), strict=True):
-            assert tokenizer.decode(ids.tolist()) == text
-            assert data.end_of_text.id not in ids  # spelled out in a document, it is text
-
-
-def test_pieces_prefer_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "PIECE_CHARS", 10)
-    assert list(tokenizers._pieces("ab cd\nef gh ij")) == ["ab cd\n", "ef gh ij"]
-    assert list(tokenizers._pieces("abcd efghijklm")) == ["abcd", " efghijklm"]
-    assert list(tokenizers._pieces(" bcdefghijklm")) == [" bcdefghij", "klm"]
-    assert list(tokenizers._pieces("abcdefghijklmn")) == ["abcdefghij", "klmn"]
-    assert list(tokenizers._pieces("")) == [""]
-
-
-def test_vocabulary_of_a_small_corpus(tmp_path: Path) -> None:
-    data = prepare(
-        config_for(write_jsonl(tmp_path / "s.jsonl", ["aa", "bb"]), vocab_size=5000), tmp_path / "c"
-    )
-    assert 257 <= data.vocab_size < 270
-
-
-def test_gpt2_files() -> None:
-    folder = SHARED / "tokenizer_gpt2"
-    if not folder.exists():
-        pytest.skip(f"no {folder}: set SWITCHABLE_DATA to the folder of shared data")
-    tokenizer = tokenizers.load_tokenizer(folder)
-    (ids,) = tokenizers.encode_batch(tokenizer, ["Hello world"])
-    assert ids.tolist() == [15496, 995]
-    assert tokenizers.end_of_text(tokenizer) == ("<|endoftext|>", 50256, "eos")
-    assert tokenizers.vocabulary_size(tokenizer) == 50257
-
-
-def test_given_tokenizer_is_copied_beside_the_tokens(source: Path, tmp_path: Path) -> None:
-    bpe = prepare(config_for(source), tmp_path / "cache").tokenizer_path
-    data = prepare(config_for(source, tokenizer=str(bpe)), tmp_path / "cache")
-    assert data.tokenizer_path != bpe
-    assert documents_in(data, data.val) == documents_in(
-        data, prepare(config_for(source), tmp_path / "cache").val
-    )
-
-
-def test_large_vocabulary_is_uint32_and_truncation_is_off(tmp_path: Path) -> None:
-    folder = save_word_tokenizer(tmp_path / "words", 70_000, sep_token="</s>")
-    source = write_jsonl(tmp_path / "s.jsonl", ["w69999 w3 w4 w65536 nonsense", "w5 <s> w6"])
-    data = prepare(config_for(source, tokenizer=str(folder)), tmp_path / "cache")
-    assert (data.dtype, data.vocab_size, data.end_of_text) == ("uint32", 70_000, ("</s>", 2, "sep"))
-    both = sorted(token_array(data.train.path).tolist() + token_array(data.val.path).tolist())
-    assert 69_999 in both
-    assert 65_536 in both
-    assert both.count(2) == 2
-    assert data.train.tokens + data.val.tokens == 5 + 1 + 5 + 1  # "<s>" is split into "<", "s", ">" as text
-
-
-def test_tokenizer_errors(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "my_tokenizer").mkdir()
-    for folder, says in (
-        (tmp_path / "my_tokeniser", r"no such tokenizer folder: .*did you mean 'my_tokenizer'"),
-        (tmp_path / "my_tokenizer", r"no tokenizer in the folder .*vocab.json and merges.txt"),
-        (
-            save_word_tokenizer(tmp_path / "endless"),
-            r"no token to end a document with \(no eos, sep or bos\)",
-        ),
-    ):
-        with pytest.raises(InputError, match=says):
-            prepare(config_for(source, tokenizer=str(folder)), tmp_path / "cache")
-    broken = save_word_tokenizer(tmp_path / "broken", eos_token="</s>")
-    whole = (broken / "tokenizer.json").read_text(encoding="utf-8")
-    for text in (whole[:-200], "[]", ""):
-        (broken / "tokenizer.json").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=r"broken' cannot be loaded .*save it again"):
-            prepare(config_for(source, tokenizer=str(broken)), tmp_path / "cache")
 
 
 # --- done once, whole or not at all ---
@@ -429,3 +283,39 @@ def test_config_fields_have_help_and_are_checked() -> None:
         with pytest.raises(InputError, match=says):
             DataConfig(**settings)  # type: ignore[arg-type]
     assert DataConfig(vocab_size=5, tokenizer="given").vocab_size == 5  # not used then
+
+
+# --- what is said ---
+
+
+def test_what_was_read_is_said_the_second_time_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(folder / "a.ndjson", TEXTS[:100])
+    (folder / "b.txt").write_text("é " * 600_000, encoding="utf-8")
+    (folder / "c.png").write_bytes(b"\0")
+    for training in ("training a byte-level BPE of 300 tokens\n", ""):
+        data = prepare(config_for(folder), tmp_path / "cache")
+        size = sum(len(text.encode()) for text in TEXTS[:100]) + 3 * 600_000
+        assert capsys.readouterr().err == (
+            f"{training}read {str(folder)!r}: 1 x JSON lines file, 1 x text file; skipped: {str(folder / 'c.png')!r} "
+            f"(not text but binary, or an archive); {size / 1e6:.1f} MB of text: {data.train.documents} documents, "
+            f"{data.train.tokens:,} tokens to train on; {data.val.documents} documents, {data.val.tokens} tokens set "
+            "aside for validation\n"
+        )
+    assert data.train.documents + data.val.documents == 101
+    prepare(config_for(folder), tmp_path / "cache", progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_same_words_are_the_same_tokens_whatever_ends_their_lines(tmp_path: Path) -> None:
+    text = "the first line\nthe second line\n\nthe third\n"
+    found = set()
+    for name, end in (("lf", "\n"), ("crlf", "\r\n"), ("cr", "\r")):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.txt").write_bytes((text * (i + 1)).replace("\n", end).encode())
+        found.add(prepare(config_for(tmp_path / name), tmp_path / "cache").train.sha256)
+    assert len(found) == 1

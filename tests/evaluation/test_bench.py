@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from support import tiny_gpt2
 from torch import nn
 
@@ -14,6 +15,7 @@ from switchable import SwitchConfig, convert
 from switchable.cli import main
 from switchable.evaluation import bench
 from switchable.ffn.convert import layers_of
+from switchable.ffn.ssd import SSD
 from switchable.store.checkpoint import save
 from switchable.timing import Times
 
@@ -54,8 +56,12 @@ def test_a_line_for_each_layer_with_its_own_k(
 ) -> None:
     assert main(["bench", str(folder), "--tokens", "1", "600", *training]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("float32")
-    rows = [line.split() for line in lines[2:-1]]
+    assert lines[1] == "float32, forward" + " and backward" * bool(training)
+    assert (
+        lines[2]
+        == "1 of 3 FFNs stay dense (transformer.h.2.mlp: the model's folder does not say why): not timed"
+    )
+    rows = [line.split() for line in lines[4:-1]]
     first, second = "transformer.h.0.mlp", "transformer.h.1.mlp"
     assert [row[:3] for row in rows] == [
         [first, "3", "1"], [first, "3", "600"], [second, "2", "1"], [second, "2", "600"],
@@ -89,6 +95,43 @@ def test_dense_is_the_plain_layer_and_the_model_stays_as_it_was(model: nn.Module
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("known_times")
+@pytest.mark.parametrize(
+    ("trained", "flags", "expected"),
+    [
+        ("bfloat16", [], "bfloat16"), ("float32", [], "float32"), ("bfloat16", ["--precision", "float32"], "float32"),
+        (None, [], "float32"), (None, ["--precision", "bfloat16"], "bfloat16"),
+    ],
+)  # fmt: skip
+def test_layers_are_multiplied_in_the_runs_precision_unless_told_otherwise(
+    model: nn.Module,
+    tmp_path: Path,
+    trained: str | None,
+    flags: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save(tmp_path / "final", model)
+    if trained:
+        (tmp_path / "config.yaml").write_text(f"train: {{precision: {trained}}}\n")
+    seen = set()
+    multiply = SSD.activations
+
+    def activations(self: SSD, x: torch.Tensor) -> torch.Tensor:
+        hidden = multiply(self, x)
+        if x.shape[-2] == 600:  # not while the model is loaded
+            seen.add(hidden.dtype)
+        return hidden
+
+    monkeypatch.setattr(SSD, "activations", activations)
+    assert main(["bench", str(tmp_path / "final"), "--tokens", "600", *flags]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert json.loads(shown[-1])["precision"] == expected
+    assert shown[1] == f"{expected}, forward"
+    assert seen == {getattr(torch, expected)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
@@ -115,4 +158,4 @@ def test_folders_without_a_model_and_models_without_sparse_layers(
         layer.ssd.takes_part = False
     save(tmp_path / "dense", model)
     assert main(["bench", str(tmp_path / "dense")]) == 2
-    assert "no layer of this model takes part in sparse mode" in capsys.readouterr().err
+    assert "no sparse mode: 3 of 3 FFNs stay dense" in capsys.readouterr().err

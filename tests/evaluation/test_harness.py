@@ -15,9 +15,11 @@ import torch
 from switchable import InputError, set_mode
 from switchable.cli import main
 from switchable.data.config import DataConfig
+from switchable.data.glue import Example, examples
 from switchable.evaluation.config import EvalConfig
 from switchable.evaluation.run import evaluate
 from switchable.evaluation.tasks import task_config
+from switchable.files import read_records
 from switchable.store.load import load
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
@@ -137,5 +139,20 @@ def test_wrong_lines_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no examples"):
         task_config("sst2", tmp_path)
     (tmp_path / "lambada_test.jsonl").write_text('{"text": "one two"}\n{"txt": "three"}\n')
-    with pytest.raises(InputError, match="line 2: not a record"):
+    with pytest.raises(InputError, match="line 2: no field 'text'; did you mean 'txt'"):
         task_config("lambada", tmp_path)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    odd = "one\u2028two\x85three\x0bfour\x1cfive"  # what str.splitlines takes for ends of lines
+    records = [{"text": f"{odd} six"}, {"text": "seven eight\n"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "lambada_test.jsonl").write_bytes("\r\n".join([*lines, "", " "]).encode())
+    found = task_config("lambada", tmp_path)["custom_dataset"]()["test"].to_list()
+    assert found == [{"context": odd, "word": "six"}, {"context": "seven", "word": "eight"}]
+    (tmp_path / "dev.tsv").write_bytes(f"\ufeffsentence\tlabel\r\n{odd}\t1\r\n\r\n".encode())
+    assert examples("sst2", tmp_path, "dev") == [Example((odd,), 1)]
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"a": odd}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert read_records(tmp_path / "metrics.jsonl") == [{"a": odd}]

@@ -59,19 +59,20 @@ def test_by_hand(switchable_gpt2: nn.Module) -> None:
 
 def test_ways(switchable_gpt2: nn.Module) -> None:
     assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 3)]
-    set_mode(switchable_gpt2, "dense", [2, 5])
-    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse K=2 to 5"]
-    assert ways(switchable_gpt2)[1] == Way("sparse", own=(2, 5))
-    layers_of(switchable_gpt2)[0].ssd.takes_part = False  # the K of a layer that stays dense is not used
-    assert ways(switchable_gpt2) == [Way("dense"), Way("sparse", 5)]
-    layers_of(switchable_gpt2)[0].ssd.takes_part = True
-    assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [Way("sparse", 2), Way("sparse", 8)]
+    assert ways(switchable_gpt2, ["sparse"], [2, 8, 2]) == [
+        Way("sparse", 2),
+        Way("sparse", 8),
+        Way("sparse", 3),
+    ]
+    layers_of(switchable_gpt2)[0].ssd.experts_per_token = 5
+    assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse K=3-5"]
+    assert ways(switchable_gpt2)[1].experts_per_token == (5, 3)  # each layer has a K of its own
     with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
         ways(switchable_gpt2, [], [9])
     for layer in layers_of(switchable_gpt2):
         layer.ssd.takes_part = False
     assert ways(switchable_gpt2) == [Way("dense")]
-    with pytest.raises(InputError, match="trained all dense"):
+    with pytest.raises(InputError, match="no sparse mode: 2 of 2 FFNs stay dense"):
         ways(switchable_gpt2, ["sparse"])
 
 
@@ -91,3 +92,12 @@ def test_a_run_on_text(trained: Runs, family: str, corpus: Path) -> None:
     unit = f"loss ({figures['loss_unit']})"
     causal = {unit, "perplexity", "bits per byte"}
     assert {s.metric for s in scores} == (causal if family == "gpt2" else {unit})
+
+
+def test_a_window_that_the_model_cannot_take(trained: Runs, corpus: Path) -> None:
+    folder, data = trained("gpt2")[0], DataConfig((str(corpus),))
+    with pytest.raises(InputError, match="sequence_length=1 is out of range"):
+        EvalConfig(sequence_length=1)
+    with pytest.raises(InputError, match="sequence_length=25 is more than the 24 positions of the model"):
+        evaluate(folder, EvalConfig(sequence_length=25), data)
+    assert evaluate(folder, EvalConfig(sequence_length=2, mode=("dense",), threads=1), data)

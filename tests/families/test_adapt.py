@@ -26,6 +26,7 @@ from switchable.infer.generate import generate_text
 from switchable.store.checkpoint import save
 from switchable.store.export import export
 from switchable.store.load import load, load_pretrained
+from switchable.train.optim import in_float32
 
 SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
 SMALL = [
@@ -133,7 +134,7 @@ def test_calibration_trains_the_routers_and_nothing_else() -> None:
     seen: list[int] = []
     steps = calibrate(model, batches, 3e-2, advance=seen.append)
     assert steps == 4 * 8  # epochs x minibatches of 512 among 16 x 256 tokens
-    assert seen == [16]
+    assert seen == [1] * 16 + [16] * 4  # shown, then four epochs
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != is_router_parameter(name), name
     assert all(
@@ -218,6 +219,45 @@ def test_a_model_that_is_not_sparse(
     model, _ = load(tmp_path / "out")
     assert model.config.activation_function == "relu"
     assert layers_of(model)[0].ssd.settings.activation == "relu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_half_precision_trains_in_float32(
+    checkpoint: Checkpoint, corpus: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """It comes to the weights of float32 training, rounded once, and is saved as it was."""
+    folder = checkpoint("gpt2", "gelu")
+    half = load_pretrained(folder).to(dtype)
+    half.save_pretrained(folder)
+    steps = ("--relufy", "6", "--relufy-learning-rate", "1e-3", "--structure", "weights")
+    assert converted(folder, corpus, tmp_path, *steps) == 0
+    found, _ = load(tmp_path / "out")
+    half.float().save_pretrained(folder)
+    assert converted(folder, corpus, tmp_path, *steps, "--overwrite") == 0
+    expected, _ = load(tmp_path / "out")
+    assert found.config.dtype == dtype
+    ours, theirs = (
+        {n: p for n, p in model.named_parameters() if not is_router_parameter(n) and "mlp" not in n}
+        for model in (found, expected)
+    )
+    assert len(ours) > 10
+    for name, tensor in ours.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, theirs[name].to(dtype)), name
+    assert {p.dtype for n, p in found.named_parameters() if is_router_parameter(n)} == {torch.float32}
+
+
+def test_weights_are_float32_for_a_while_and_then_what_each_was() -> None:
+    model = make("t5").bfloat16()
+    model.encoder.block[0].layer[1].DenseReluDense.wo.float()  # T5 keeps its output projections in float32
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
+    with in_float32(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model.lm_head.weight is model.shared.weight
+    assert model.lm_head.weight is model.shared.weight
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name][0], name
+        assert torch.equal(tensor, before[name][1])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import FAMILIES, family_of
 from switchable.ffn.ssd import RESERVED
+from switchable.infer.loss import positions_of
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
 
@@ -280,3 +281,18 @@ def test_conversion_survives_a_copy_and_generation() -> None:
 def test_which_row_depends_on_the_model_not_only_on_its_type() -> None:
     assert family_of(make("t5")).ffn == "T5DenseActDense"
     assert family_of(make("t5-gated")).gate == "wi_0"
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt", "bert", "roberta", "xlm-roberta", "electra", "bart-decoder"])
+def test_a_model_takes_as_many_tokens_as_it_is_said_to_and_no_more(case: str) -> None:
+    model, batch = make(case), {key: value for key, value in inputs(case).items() if key == "use_cache"}
+    positions = positions_of(model)
+    assert positions is not None
+    with torch.no_grad():
+        model(input_ids=torch.full((1, positions), 5), **batch)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, positions + 1), 5), **batch)
+
+
+def test_relative_positions_have_no_end() -> None:
+    assert positions_of(make("t5")) is None

@@ -141,7 +141,7 @@ def test_errors_say_what_to_do(make_gpt2: Make) -> None:
     ):
         convert(make_gpt2(), SwitchConfig(num_experts=10, experts_per_token=3))
     model = make_gpt2()
-    with pytest.raises(InputError, match="call convert"):
+    with pytest.raises(InputError, match="convert it first"):
         set_mode(model, "sparse")
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     with pytest.raises(InputError, match="converted already"):

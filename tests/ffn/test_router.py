@@ -59,12 +59,14 @@ def test_initialisation_is_the_mean_direction_scaled_to_a_neurons_norm() -> None
 def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
     y = torch.tensor([2.0], requires_grad=True)
     w = torch.tensor(3.0, requires_grad=True)
-    out = attach_loss(y, w * w)
+    factor = torch.tensor(1.0)
+    out = attach_loss(y, w * w, factor)
+    factor.data.fill_(0.5)  # what it is in the backward pass counts
     (5.0 * out).sum().backward()
     assert torch.equal(out.detach(), y.detach())
     assert y.grad is not None
     assert w.grad is not None
-    assert (float(y.grad), float(w.grad)) == (5.0, 6.0)
+    assert (float(y.grad), float(w.grad)) == (5.0, 3.0)
 
 
 def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:

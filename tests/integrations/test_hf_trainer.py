@@ -14,9 +14,9 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from switchable import Controller, InputError, SwitchConfig, convert
+from switchable import Controller, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.integrations.hf_trainer import SwitchableCallback
 from switchable.store import checkpoint
@@ -107,20 +107,49 @@ def test_micro_batches_weigh_the_router_as_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_evaluations_are_dense_and_the_mode_comes_back(tmp_path: Path) -> None:
+class ByHand(TrainerCallback):
+    """Evaluates and predicts in the middle of training."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.evaluate()
+        self.trainer.predict(ROWS[:4])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["steps", "epoch", "by hand"])
+def test_evaluations_are_dense_and_the_mode_comes_back(tmp_path: Path, how: str) -> None:
     model = tiny_gpt2()
     convert(model, CONFIG)
-    seen = []
+    seen = {True: set(), False: set()}  # type: dict[bool, set[str]]
 
     def watch(layer: Any, *_: Any) -> None:
-        if not layer.training and not torch.is_inference_mode_enabled():
-            seen.append(layer.ssd.mode)
+        seen[layer.training].add(layer.ssd.mode)
 
     layers_of(model)[1].register_forward_hook(watch)
-    trained = trainer(tmp_path, model, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    strategy = {"eval_strategy": "no" if how == "by hand" else how, "eval_steps": 1, "save_strategy": "no"}
+    trained = trainer(tmp_path, model, **strategy, per_device_eval_batch_size=4, max_steps=13)
+    if how == "by hand":
+        by_hand = ByHand()
+        by_hand.trainer = trained
+        trained.add_callback(by_hand)
+    else:
+        trained.args.max_steps = 26
     trained.train()
-    assert set(seen) == {"dense"}
-    assert "sparse" in callback(trained).modes
+    assert seen == {True: {"dense", "sparse"}, False: {"dense"}}
+    modes = callback(trained).modes
+    assert "sparse" in modes[1:]
+    undisturbed = trainer(
+        tmp_path / "undisturbed", eval_strategy="no", save_strategy="no", max_steps=len(modes)
+    )
+    undisturbed.train()
+    assert callback(undisturbed).modes == modes
+    assert {layer.ssd.mode for layer in layers_of(model)} == {"dense"}
+    set_mode(model, "sparse")
+    trained.evaluate()  # after training it is what the user says
+    assert seen[False] == {"dense", "sparse"}
 
 
 def test_what_was_trained_exports_to_a_plain_model(whole: tuple[Path, Trainer], tmp_path: Path) -> None:

@@ -83,9 +83,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "switchable.safetensors", "config.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "switchable.tensors", "config.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_damage_is_found(switchable_gpt2: nn.Module, tmp_path: Path, name: str, damage: str) -> None:
     folder = tmp_path / "model"

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families.models import CASES, inputs, make, output
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchable import InputError, SwitchConfig, convert, in_mode, set_mode
+from switchable.data.tokenizers import load_tokenizer, save_tokenizer, train_bpe
 from switchable.ffn.convert import layers_of
 from switchable.store.checkpoint import save
 from switchable.store.export import export
 from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
+from switchable.store.probe import save_probe
 
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
 
@@ -80,7 +85,7 @@ def test_dense_exports_of_all_families_in_plain_transformers(tmp_path: Path) -> 
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         save_file(tensors, tmp_path / f"{case}-inputs.safetensors")
         names = {p.name for p in (tmp_path / case).iterdir()}
-        assert names <= {"config.json", "generation_config.json", "model.safetensors"}, names
+        assert names <= {"README.md", "config.json", "generation_config.json", "model.safetensors"}, names
         assert "switchable" not in (tmp_path / case / "config.json").read_text()
         assert not any("router" in name for name in load_file(tmp_path / case / "model.safetensors"))
     done = run(PLAIN, *(tmp_path / case for case in CASES))
@@ -116,15 +121,15 @@ batch = {{k: e[k] for k in ("input_ids", "attention_mask")}}
 model = AutoModelForCausalLM.from_pretrained(folder / "sparse")
 assert type(model).__name__ == "OPTForCausalLM"
 with torch.no_grad():
+    assert torch.equal(model(**batch).logits, e["sparse"])  # it opens in sparse mode
+    set_mode(model, "dense")
     assert torch.equal(model(**batch).logits, e["dense"])
     set_mode(model, "sparse")
-    assert torch.equal(model(**batch).logits, e["sparse"])
     with in_mode(model, "sparse", 4):
         assert torch.equal(model(**batch).logits, e["four"])
     assert torch.equal(model(**batch).logits, e["sparse"])
 model.half().float().save_pretrained(folder / "again")
 again = AutoModelForCausalLM.from_pretrained(folder / "again")
-set_mode(again, "sparse")
 assert torch.allclose(again(**batch).logits, e["sparse"], atol=1e-2)
 print("ok")
 """
@@ -193,7 +198,7 @@ def test_bad_input_is_told_and_damages_nothing(tmp_path: Path) -> None:
     export(tmp_path / "checkpoint", "dense", tmp_path / "dense")
     with pytest.raises(InputError, match="replace it with --overwrite"):
         export(tmp_path / "checkpoint", "dense", tmp_path / "dense")
-    with pytest.raises(InputError, match="is what is read"):
+    with pytest.raises(InputError, match=r"is .*checkpoint, which is read"):
         export(tmp_path / "checkpoint", "dense", tmp_path / "checkpoint", overwrite=True)
     with pytest.raises(InputError, match="max_shard_size='big' is not a size"):
         export(tmp_path / "checkpoint", "dense", tmp_path / "x", max_shard_size="big")
@@ -231,3 +236,107 @@ def test_weights_that_are_missing_pickled_or_of_another_model(tmp_path: Path) ->
     config.unlink()
     with pytest.raises(InputError, match=r"holds no config\.json"):
         load_pretrained(tmp_path / "plain")
+
+
+def test_the_lines_of_the_readme_open_each_folder(tmp_path: Path) -> None:
+    """As they stand, each from the folder that the exported one lies in."""
+    model = make("gpt2")
+    model.resize_token_embeddings(257)
+    convert(model, CONFIG)
+    save(tmp_path / "own", model, tokenizer=train_bpe(["the cat sat on a mat " * 9], 257))
+    for to in ("dense", "sparse"):
+        export(tmp_path / "own", to, tmp_path / to)
+    del model
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for folder, mode in (("dense", None), ("sparse", "dense"), ("own", "sparse")):
+            text = (tmp_path / folder / "README.md").read_text()
+            lines = text.partition("```python\n")[2].partition("```")[0]
+            assert len(lines.splitlines()) == 3
+            assert str(tmp_path) not in text
+            found: dict[str, Any] = {}
+            exec(lines, found)
+            assert [layer.ssd.mode for layer in layers_of(found["model"])] == [mode] * 2 * (mode is not None)
+            assert folder == "sparse" or len(found["tokenizer"]) == 257
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_may_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        saved("gpt2", tmp_path / "own")
+        export(tmp_path / "own", "dense", tmp_path / "dense", max_shard_size="10KB")
+        save_probe(tmp_path / "probe", [inputs("gpt2")])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        (path.name for path in files), mode
+    )
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked", "span"])
+def test_a_tokenizer_is_saved_under_names_that_transformers_4_knows(tmp_path: Path, objective: str) -> None:
+    tokenizer = train_bpe(["the cat sat on a mat " * 9], 400, objective)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in config  # a list there ends transformers 4 with an AttributeError
+    again = load_tokenizer(tmp_path)
+    text = "a cat <mask> sat <extra_id_3></s>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_configs_and_weights_have_the_names_that_transformers_4_knows(tmp_path: Path) -> None:
+    theta = {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        hidden_act="relu", rope_parameters=theta,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    convert(model, CONFIG)
+    save(tmp_path / "own", model)
+    export(tmp_path / "own", "dense", tmp_path / "dense")
+    for folder in ("own", "dense"):
+        found = json.loads((tmp_path / folder / "config.json").read_text())
+        assert found["rope_theta"] == 50.0
+        assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+        assert found["torch_dtype"] == "bfloat16"
+        assert load_pretrained(tmp_path / folder).config.rope_parameters == theta
+    saved("gpt_neox", tmp_path / "neox")  # transformers 5 calls its head lm_head, the hub embed_out
+    export(tmp_path / "neox", "dense", tmp_path / "neox-dense")
+    assert "embed_out.weight" in load_file(tmp_path / "neox-dense" / "model.safetensors")
+
+
+def test_no_tensors_of_ours_lie_where_tools_look_for_weights(tmp_path: Path) -> None:
+    model, _ = saved("gpt2", tmp_path / "checkpoint")
+    names = {name for path in (tmp_path / "checkpoint").glob("*.safetensors") for name in load_file(path)}
+    assert names == set(make("gpt2").state_dict()) - {"lm_head.weight"}  # tied
+    # Until 0.2 the routers lay there: such a folder still opens.
+    folder = tmp_path / "checkpoint"
+    (folder / "switchable.tensors").rename(folder / "switchable.safetensors")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("switchable.tensors", "switchable.safetensors"))
+    again, _ = load(folder)
+    assert torch.equal(layers_of(again)[1].router.weight, layers_of(model)[1].router.weight)
+
+
+def test_the_k_that_was_set_is_saved(tmp_path: Path) -> None:
+    model, _ = saved("opt", tmp_path / "own")
+    set_mode(model, "sparse", [5, 2])
+    save(tmp_path / "own", model)
+    export(tmp_path / "own", "sparse", tmp_path / "sparse")
+    opened, _ = load(tmp_path / "sparse")
+    copied = copy.deepcopy(opened)
+    set_mode(opened, "sparse", [7, 6])
+    opened.save_pretrained(tmp_path / "opened")
+    set_mode(copied, "sparse", 1)
+    copied.save_pretrained(tmp_path / "copied")
+    for folder, k in (("own", [5, 2]), ("sparse", [5, 2]), ("opened", [7, 6]), ("copied", [1, 1])):
+        again, _ = load(tmp_path / folder)
+        assert [layer.ssd.experts_per_token for layer in layers_of(again)] == k, folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from switchable import progress
 from switchable.errors import InputError
 from switchable.structure import features
 from switchable.structure import groups as structure
@@ -145,7 +147,8 @@ def test_the_bar_appears_only_when_it_takes_long(
 ) -> None:
     structure.cluster_layers(layers(3), 8)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(structure, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     structure.cluster_layers(layers(3), 8)
     assert "clustering" in capsys.readouterr().err
 

@@ -290,8 +290,8 @@ def test_checkpoints_that_do_not_tell_their_neurons_order_are_not_compared(
     run = tmp_path / "old"
     shutil.copytree(trained, run)
     folder = run / "snapshots/step-000004"
-    state = load_file(folder / "switchable.safetensors")
-    save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.safetensors")
+    state = load_file(folder / "switchable.tensors")
+    save_file({k: v for k, v in state.items() if "neuron_ids" not in k}, folder / "switchable.tensors")
     (folder / folders.MANIFEST).unlink()
     folders.seal(folder, {path.name: folders.entry(path) for path in folder.iterdir()})
     study = study_run(run, StudyConfig())

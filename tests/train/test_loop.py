@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def small(corpus: Path, **changes: dict[str, Any]) -> RunConfig:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
-    for file in ("model.safetensors", "switchable.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
         found |= load_file(folder / file)
     return found
 
@@ -89,6 +90,36 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     for key in ("val_loss_dense", "val_loss_sparse", "flops", "sparse_fraction", "switches", "regroupings"):
         assert figures[key] == whole[1][key], key
     assert _without_clock(tmp_path / "run") == _without_clock(whole[0])
+
+
+def test_a_run_goes_on_when_its_text_has_moved(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("here", "there", "other"):
+        shutil.copytree(corpus, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    config = small(Path("here"), train={"steps": 5})
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    pretrain(config, run, cache, quiet=True)
+    (tmp_path / "here").rename("away")
+    assert resume(run, {}, cache)["steps"] == 5  # its tokens are in the cache
+    assert "no such file or folder: 'here'" in (said := capsys.readouterr().err)
+    assert f"going on with the tokens in {cache}" in said
+    with pytest.raises(InputError, match="no such file or folder: 'nowhere'"):
+        resume(run, {"data": ["nowhere"]}, cache, quiet=True)
+    with pytest.raises(InputError, match="no such file or folder: 'here'"):
+        resume(run, {}, tmp_path / "new cache", quiet=True)
+    assert resume(run, {"data": [str(tmp_path / "there")]}, tmp_path / "new cache", quiet=True)["steps"] == 5
+    tokenizer = str(run / "tokenizer")
+    moved = {"data": ["there"], "tokenizer": tokenizer}
+    assert resume(run, moved, tmp_path / "new cache", quiet=True)["steps"] == 5
+    (tmp_path / "other" / "000.txt").write_text("another text", encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"the text has changed since .*: \d+ documents, .* tokens; now \d+ doc"
+    ):
+        resume(run, moved | {"data": ["other"]}, cache, quiet=True)
+    with pytest.raises(InputError, match="the text and the tokenizer have changed"):
+        resume(run, {"data": ["other"]}, cache, quiet=True)
 
 
 def test_muon_trains_the_blocks_through_switches_and_resumes_bitwise(

@@ -59,7 +59,7 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(
     torch.manual_seed(123)
     resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
     whole, _ = trained(family)
-    for file in ("model.safetensors", "switchable.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
         expected, found = (load_file(r / "checkpoints/step-000020" / file) for r in (whole, tmp_path / "run"))
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
@@ -132,6 +132,23 @@ def test_models_that_fill_blanks(trained: Runs) -> None:
         assert text.startswith("the ")
         assert text.endswith(" sat")
         assert generate_text(t5, tokenizer, "the cat", mode, sampling=greedy).startswith("the cat")
+
+
+@pytest.mark.parametrize(
+    ("family", "mask", "most"), [("gpt2", "", 23), ("bert", "<mask>", 24), ("t5", "", 60)]
+)
+def test_a_sample_for_which_there_is_no_room_is_refused_before_training(
+    corpus: Path, tmp_path: Path, family: str, mask: str, most: int
+) -> None:
+    tokenizer = set_up(small_run(corpus, family), tmp_path, quiet=True).tokenizer
+    prompts = {len(tokenizer(f"{mask}{'!' * n}")["input_ids"]): f"{mask}{'!' * n}" for n in range(1, 62)}
+    set_up(small_run(corpus, family, sample_prompt=prompts[most]), tmp_path, quiet=True)
+    if family == "t5":  # its positions are relative
+        return
+    with pytest.raises(
+        InputError, match=rf"has {most + 1} tokens and the model 24 positions.* at most {most} tokens"
+    ):
+        set_up(small_run(corpus, family, sample_prompt=prompts[most + 1]), tmp_path, quiet=True)
 
 
 def test_a_sample_without_a_blank_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train.test_loop import small
 
 from switchable.cli import main
+from switchable.cli.plan import _shown
 from switchable.config import RunConfig, from_dict
 from switchable.ffn.convert import set_mode
 from switchable.store import checkpoint
 from switchable.store.contents import training_state
+from switchable.timing import processor
 from switchable.train.parallel import process_group
-from switchable.train.plan import plan, sparse_share
+from switchable.train.plan import plan
+from switchable.train.pretrain import pretrain
 from switchable.train.setup import set_up
 
 
@@ -85,7 +88,7 @@ def test_two_ranks_hold_send_and_write_what_was_planned(
     ended = run_ranks(2, weigh, config, tmp_path, log=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
     found = json.loads((tmp_path / "found.json").read_text())
-    planned = plan(config, found["vocab"], 2)
+    planned = plan(config, found["vocab"], 2, 0.1)
     assert planned.parameters + planned.router_parameters == found["parameters"]
     # Shards of odd sizes are rounded up to whole rows.
     assert found["held"] == pytest.approx(planned.state_bytes, rel=0.02)
@@ -112,7 +115,7 @@ def test_a_plan_by_hand() -> None:
             },
         }
     )
-    found = plan(config, 50, 2)
+    found = plan(config, 50, 2, 0.1)
     D, F, V, S, E = 8, 32, 50, 16, 4
     block = 12 * D * D + 13 * D
     assert found.parameters == V * D + S * D + 3 * block + 2 * D
@@ -126,18 +129,64 @@ def test_a_plan_by_hand() -> None:
     tokens = 4 * S
     saved = 2 * tokens * (12 * D * F * 3 / 4 - 4 * D * E)
     assert found.step_flops_dense - found.step_flops_sparse == pytest.approx(saved, rel=0.1)
-    assert sparse_share(config) == pytest.approx((1 - 0.2 - 0.05) * 3 / 4)
-    assert 1.0 < found.flops_ratio < found.step_flops_dense / found.step_flops_sparse
-    alone = plan(config, 50, 1)
+    # From step 100 on, up to the last twentieth, 3 of 4 steps. Measurements cost something too.
+    assert found.sparse_fraction == pytest.approx((1 - 0.2 - 0.05) * 3 / 4, abs=1 / 500)
+    assert found.step_flops_sparse / found.step_flops_dense < found.flops_ratio
+    alone = plan(config, 50, 1, 0.1)
     assert (alone.traffic_bytes, alone.gathered_bytes, alone.regroup_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("active_below", [0.0, 1.0], ids=["every neuron", "active neurons"])
+def test_the_flops_ratio_is_the_one_that_a_run_measures(
+    corpus: Path, tmp_path: Path, active_below: float
+) -> None:
+    config = small(corpus, train={"batch_size": 32}, switch={"active_below": active_below})
+    figures = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    found = [
+        layer["activation_ratio"] for line in lines if line["kind"] == "measure" for layer in line["layers"]
+    ]
+    planned = plan(config, 300, 1, sum(found) / len(found))
+    assert planned.sparse_fraction == figures["sparse_fraction"] == 9 / 20
+    # What fires in training is not quite what fires on the probe.
+    assert planned.flops_ratio == pytest.approx(figures["flops_ratio"], rel=0.01 if active_below else 1e-6)
+
+
+def test_this_machine_is_planned_unless_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--d-model", "64", "--num-layers", "2", "--device", "cpu", "--threads", "1"]
+    assert main(["plan", *sizes, "--steps", "9"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    figures = json.loads(shown[-1])
+    assert shown[0] == f"1 x {processor()}, 1 threads, float32"
+    assert figures["device"] == f"{processor()}, 1 threads"
+    assert figures["seconds_of_run"] == pytest.approx(figures["seconds_all_dense"] * figures["flops_ratio"])
+    assert main(["plan", *sizes, "--world-size", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert json.loads(shown[-1])["seconds_of_traffic"] is None
+    assert any(line.split() == ["seconds_of_traffic", "give", "--link"] for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.002, "2.000 ms"),
+        (1.5, "1.500 s"),
+        (90, "1.500 minutes"),
+        (5400, "1.500 hours"),
+        (172800, "2.000 days"),
+    ],
+)
+def test_durations_are_shown_in_units_that_fit(seconds: float, shown: str) -> None:
+    assert _shown("seconds_of_run", seconds).strip() == shown
 
 
 def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--d-model", "64", "--num-layers", "2", "--batch-size", "8", "--sequence-length", "32"]
-    assert main(["plan", "--world-size", "4", "--gpu", "a100", *sizes]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    expected = figures["step_flops_dense"] / (4 * 312e12 * 0.4)
-    assert figures["seconds_per_dense_step"] == pytest.approx(expected)
+    for precision, peak in (("bfloat16", 312e12), ("float32", 19.5e12)):
+        assert main(["plan", "--world-size", "4", "--gpu", "a100", "--precision", precision, *sizes]) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+        expected = figures["step_flops_dense"] / (4 * peak * 0.4)
+        assert figures["seconds_per_dense_step"] == pytest.approx(expected)
     assert figures["seconds_of_traffic"] == pytest.approx(figures["traffic_bytes"] / 300e9)
     for wrong, word in (
         (["--gpu", "h1000"], "did you mean 'h100'"),
@@ -145,6 +194,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["--world-size", "3"], "does not divide among 3"),
         (["--utilization", "40"], "--utilization=40"),
         (["--link", "0"], "--link=0"),
+        (["--activation-ratio", "2"], "--activation-ratio=2"),
     ):
         assert main(["plan", *sizes, *wrong]) == 2
         assert word in capsys.readouterr().err

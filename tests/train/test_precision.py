@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_loop import small
 
+from switchable.switching import monitor
 from switchable.train.pretrain import pretrain
 
 
@@ -30,6 +32,25 @@ def test_bfloat16_learns_the_same_to_its_precision(corpus: Path, tmp_path: Path,
     found = losses(corpus, tmp_path / "half", precision="bfloat16")
     assert found == pytest.approx(plain, rel=1e-2)  # 8 bits of mantissa: 2^-8 is 4e-3
     assert found != plain  # it was not computed in float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_probe_is_measured_in_the_runs_precision(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    seen: dict[str, set[bool]] = {"probe": set(), "grouping": set()}
+
+    def noting(what: str, call: Any) -> Any:
+        def noted(*args: Any, **keywords: Any) -> Any:
+            seen[what].add(torch.is_autocast_enabled("cpu"))
+            return call(*args, **keywords)
+
+        return noted
+
+    monkeypatch.setattr(monitor, "watch", noting("probe", monitor.watch))
+    monkeypatch.setattr(monitor, "cluster_layers", noting("grouping", monitor.cluster_layers))
+    losses(corpus, tmp_path / precision, precision=precision)
+    assert seen == {"probe": {precision == "bfloat16"}, "grouping": {False}}
 
 
 def test_recomputing_activations_changes_no_bit(corpus: Path, tmp_path: Path, plain: list[float]) -> None:

@@ -31,7 +31,7 @@ def why_not_relu_on_cpu(call: ExpertCall) -> str | None:
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     """Return None if loops can be compiled here for rows of `d_model` numbers, or the reason why not."""
     machine = this_machine()

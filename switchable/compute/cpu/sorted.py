@@ -34,7 +34,7 @@ from switchable.compute.cpu.limits import why_not_relu_on_cpu
 from switchable.compute.cpu.pairs import Chunk, SortedPairs
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD."""
     x, weights = call.x_TD, call.weights
@@ -65,7 +65,7 @@ class _Plan(NamedTuple):
         rows, columns = matrix.shape
         split = (self.num_experts, -1, columns) if dim == 0 else (rows, self.num_experts, -1)
         slices = matrix.view(split).movedim(dim, 0).unsqueeze(1).expand(-1, self.pairs.lanes, -1, -1)
-        return slices.unbind(0)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+        return slices.unbind(0)
 
 
 class _SortedExperts(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _SortedExperts(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):
             return (*_backward(ctx, dy_TD.contiguous()), None)

@@ -59,4 +59,4 @@ def build_objective(
         return MaskedLM.build(config, tokenizer, sequence_length)
     if name == "span":
         return SpanCorruption.build(config, tokenizer, sequence_length)
-    return CausalLM(sequence_length)
+    return CausalLM.build(tokenizer, sequence_length)

@@ -1,22 +1,33 @@
 """Causal language modelling: predict each token from those before it.
 
-The labels are the inputs; `transformers` shifts them by one.
+The labels are the inputs; `transformers` shifts them by one. Where the tokenizer puts a begin of text before a text by
+itself, as Llama's and Gemma's do, every sequence begins with it, and so does a prompt later on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from switchable.data.arrays import Ints
+from switchable.data.objectives.masked import IGNORED
+from switchable.data.tokenizers import added_tokens
+from switchable.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Windows as they are."""
+    """Windows as they are, behind the begin of text."""
 
     window: int
-    """Tokens in a sequence."""
+    """Tokens of text in a sequence."""
+    leading: tuple[int, ...] = ()
+    """Ids of the begin of text."""
     name: ClassVar[str] = "causal"
     unit: ClassVar[str] = "nats per token"
 
@@ -26,5 +37,21 @@ class CausalLM:
         rows_B: Ints,  # noqa: ARG002 - the same call for every objective
         seed: int,  # noqa: ARG002
     ) -> dict[str, Ints]:
-        """Return `input_ids` [B, W] and `labels`, the same array."""
-        return {"input_ids": ids_BW, "labels": ids_BW}
+        """Return `input_ids` [B, S] and `labels`, the same but -100 for the begin of text."""
+        if not self.leading:
+            return {"input_ids": ids_BW, "labels": ids_BW}
+        before = np.broadcast_to(np.array(self.leading), (len(ids_BW), len(self.leading)))
+        ids_BS, labels_BS = (np.hstack([b, ids_BW]) for b in (before, np.full_like(before, IGNORED)))
+        return {"input_ids": ids_BS, "labels": labels_BS}
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> CausalLM:
+        """Return the objective for a tokenizer.
+
+        Raises:
+            InputError: there is no room for text in a sequence.
+        """
+        leading, _ = added_tokens(tokenizer)
+        if sequence_length < len(leading) + 2:
+            raise InputError(f"sequence_length={sequence_length} leaves nothing to predict; use 16 or more")
+        return cls(sequence_length - len(leading), tuple(leading))

@@ -18,6 +18,7 @@ Shapes: T tokens, D d_model, F d_ff, A active entries, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,9 +65,13 @@ def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.
     return device == "cpu" and not gated and activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def active(
-    x_TD: Tensor, weights: FFNWeights, activation: str, num_experts: int | None = None, penalty: float = 0.0
+    x_TD: Tensor,
+    weights: FFNWeights,
+    activation: str,
+    num_experts: int | None = None,
+    penalty: Callable[[], float] | None = None,
 ) -> ActiveOutput:
     """Return act(x · upᵀ + b) · down; `has_active` must hold.
 
@@ -75,7 +80,8 @@ def active(
         weights: the FFN's.
         activation: `"relu"` or `"relu2"`.
         num_experts: of how many groups of neighbouring neurons the mass is wanted, if it is.
-        penalty: the derivative of a loss by every activation that is not zero, besides what comes from the output.
+        penalty: says in the backward pass what the derivative of a loss by every activation that is not zero is,
+            besides what comes from the output.
     """
     loops = active_library(x_TD.shape[-1], x_TD.dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, activation == "relu2", num_experts, penalty, [])
@@ -91,7 +97,7 @@ class _Plan(NamedTuple):
     loops: ActiveLibrary
     squared: bool
     num_experts: int | None
-    penalty: float
+    penalty: Callable[[], float] | None
     counted: list[int]
 
 
@@ -116,7 +122,7 @@ class _Active(torch.autograd.Function):
         return y_TD, mass_TE
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD = ctx.saved_tensors
         plan: _Plan = ctx.plan
@@ -125,7 +131,7 @@ class _Active(torch.autograd.Function):
         dy_TD = dy_TD.contiguous()
         dact_A, hidden_A = loops.dot(entries, dy_TD, down_FD), entries.values
         if plan.penalty:
-            dact_A.add_(plan.penalty)
+            dact_A.add_(plan.penalty())
         if plan.squared:
             dact_A.mul_(entries.values).mul_(2)
             hidden_A = entries.values.square()

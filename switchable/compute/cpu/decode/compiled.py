@@ -136,9 +136,9 @@ def prepare_call(
         fields |= {"router": router[0], "router_bias": router[1]}
     entry, threads = "routed" if router else "given", torch.get_num_threads()
     bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * 8
-    stages = (1, num_experts, threads)
+    stages: tuple[int, ...] = (1, num_experts, threads)
     if threads == 1 or bytes_read < WORTH_THREADS:
-        entry, stages = f"{entry}_alone", (1,)  # type: ignore[assignment]
+        entry, stages = f"{entry}_alone", (1,)
     code = _code(sizes, cast(Machine, this_machine()))
     return DecodeCall(Run(DECODE, code, entry, stages, fields), scratch, given_TK)
 

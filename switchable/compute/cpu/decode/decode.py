@@ -55,7 +55,7 @@ def _compiles(call: ExpertCall) -> bool:
     return x_TD.dtype is torch.float32 and fits(len(x_TD), call.weights, call.num_experts, call.activation)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 

@@ -39,7 +39,7 @@ def supports(call: ExpertCall) -> str | None:
     return why_not_relu_on_cpu(call) or why_no_loops(x_TD.shape[1], x_TD.dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 
@@ -87,7 +87,7 @@ class _Fused(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD, act_PI = ctx.saved_tensors
         plan: _Plan = ctx.plan

@@ -1,0 +1,47 @@
+"""README.md in a folder with a model: the three lines that open it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+PLAIN = """\
+from transformers import AutoTokenizer, {kind}
+model = {kind}.from_pretrained({name!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r})"""
+SPARSE = """\
+import switchable, transformers
+switchable.register()
+model = transformers.{kind}.from_pretrained({name!r})"""
+OWN = """\
+from switchable import load, set_mode
+model, tokenizer = load({name!r})
+set_mode(model, "sparse")"""
+TEXTS = {
+    "dense": (PLAIN, "A plain checkpoint: nothing in it needs switchable."),
+    "sparse": (
+        SPARSE,
+        'Then `switchable.set_mode(model, "sparse")`. Without the first two lines the model is dense.',
+    ),
+    "own": (
+        OWN,
+        "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable.",
+    ),
+}
+"""What a folder holds -> the lines, and what else to know."""
+
+
+def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
+    """Return the README of the folder `name`; `to` is a key of TEXTS."""
+    lines, more = TEXTS[to]
+    code = lines.format(kind=class_name(model), name=name).splitlines()
+    if not has_tokenizer:
+        code = [line.replace("AutoTokenizer, ", "") for line in code if not line.startswith("tokenizer")]
+    said = "\n".join(code)
+    return f"# {name}\n\nFrom the folder in which this one lies:\n\n```python\n{said}\n```\n\n{more}\n"
+
+
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's class in transformers."""
+    # fully_shard gives a model a class of its own, derived from the model's.
+    return (type(model).__mro__[1] if isinstance(model, FSDPModule) else type(model)).__name__
