@@ -114,7 +114,7 @@ def adapt(
     probe = probe_inputs(model, text.validation, sys.maxsize)
     rows = layer_rows(model, progress_bar("measuring", "batch", show=not quiet, over=probe))
     found = losses(model, text.validation, not quiet)
-    say(as_text(rows, found, config.default_k, config.num_experts), not quiet)
+    say(as_text(rows, found, config.num_experts), not quiet)
     figures |= {
         "ffns": len(rows),
         "num_experts": config.num_experts,

@@ -20,6 +20,8 @@ class LayerRow:
     """One FFN on the validation text; shares, 0 to 1."""
 
     name: str
+    experts_per_token: int
+    """K of the FFN."""
     activation_ratio: float
     """Share of (token, neuron) pairs whose activation is not zero."""
     mass_caught: float
@@ -45,7 +47,9 @@ def layer_rows(model: nn.Module, probe: Iterable[Batch]) -> list[LayerRow]:
     every = [LayerSums(layer) for layer in layers]
     show(model, probe, every)
     return [
-        LayerRow(ssd.name, sums.activation_ratio, sums.mass_caught, sums.mass_best_k, ssd.takes_part)
+        LayerRow(
+            ssd.name, sums.chosen, sums.activation_ratio, sums.mass_caught, sums.mass_best_k, ssd.takes_part
+        )
         for ssd, sums in zip((layer.ssd for layer in layers), every, strict=True)
     ]
 
@@ -60,14 +64,13 @@ def losses(model: nn.Module, validation: Sequence[Batch], progress: bool = False
     return Losses(loss_in_mode(model, validation, "dense", progress), sparse)
 
 
-def as_text(rows: Sequence[LayerRow], found: Losses, experts_per_token: int, num_experts: int) -> str:
+def as_text(rows: Sequence[LayerRow], found: Losses, num_experts: int) -> str:
     """Return the table."""
     width = max(len("FFN"), *(len(row.name) for row in rows))
-    caught = f"caught at {experts_per_token}/{num_experts}"
-    lines = [f"{'FFN':<{width}}  active  {caught}  best choice  sparse mode"]
+    lines = [f"{'FFN':<{width}}  active  K of {num_experts:<4}  caught  best choice  sparse mode"]
     for row in rows:
         lines.append(
-            f"{row.name:<{width}}  {row.activation_ratio:6.3f}  {row.mass_caught:{len(caught)}.3f}  "
+            f"{row.name:<{width}}  {row.activation_ratio:6.3f}  {row.experts_per_token:9}  {row.mass_caught:6.3f}  "
             f"{row.mass_best:11.3f}  {'sparse' if row.takes_part else 'stays dense'}"
         )
     lines.append(f"loss, nats per token: dense {found.dense:.4f}; {sparse_losses(found)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
 from switchable.errors import InputError
-from switchable.files import check_apart, check_writable, write_json
+from switchable.files import write_json
 
 HELP = "measure activation over a run, a series of checkpoints or one model; pictures and report.html"
 
@@ -34,6 +34,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text to measure on; default: the run's probe, or the Python installation's own source files",
     )
+    verb.add_argument("--overwrite", action="store_true", help="replace the study in --out")
     add_dataclass_flags(verb, StudyConfig)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
+    from switchable.files import whole_folder
     from switchable.progress import say
+    from switchable.store.export import check_output
     from switchable.store.rundir import RunDir
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
@@ -57,16 +60,17 @@ def run(args: argparse.Namespace) -> int:
 
     is_run = args.folder is not None and not (args.folder / "config.json").is_file()
     out = args.out or (args.folder / "study" if is_run else Path("study"))
-    check_apart(out, RunDir(args.folder).contents() if is_run else args.checkpoints or [args.folder])
-    check_writable(out / "report.html")
+    sources = RunDir(args.folder).contents() if is_run else args.checkpoints or [args.folder]
+    check_output(out, args.overwrite, sources, "study", "study.json")
     if is_run:
         study = study_run(args.folder, config, not args.quiet)
     else:
         study = study_checkpoints(args.checkpoints or [str(args.folder)], config, not args.quiet)
     try:
-        names = write_files(study, out / "pictures")
-        write_json(out / "study.json", study.to_json() | {"findings": findings(study)})
-        write_report(study, out / "report.html")
+        with whole_folder(out) as folder:
+            names = write_files(study, folder / "pictures")
+            write_json(folder / "study.json", study.to_json() | {"findings": findings(study)})
+            write_report(study, folder / "report.html")
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{out} cannot be written: {why}; choose another folder with --out") from None

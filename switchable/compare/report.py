@@ -143,7 +143,8 @@ def _why_dense(summary: Mapping[str, Any]) -> str | None:
 def markdown(table: Mapping[str, Any]) -> str:
     """Return the table to read: a row per figure, a column per method."""
     methods = table["methods"]
-    lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    lines = [*sentences({**table, "warnings": []}), ""]
+    lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
         cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]

@@ -102,8 +102,16 @@ def write(
         save_tokenizer(tokenizer, folder)
 
 
-def check_output(out: Path, overwrite: bool, sources: Sequence[Path | str]) -> None:
-    """Refuse an output folder that holds something else than a model to be replaced, or that cannot be written.
+def check_output(
+    out: Path,
+    overwrite: bool,
+    sources: Sequence[Path | str],
+    what: str = "model",
+    told_by: str = "config.json",
+) -> None:
+    """Refuse an output folder that holds something else than what is to be replaced, or that cannot be written.
+
+    What it holds is told by a file in it.
 
     Raises:
         InputError: says what to do.
@@ -112,9 +120,9 @@ def check_output(out: Path, overwrite: bool, sources: Sequence[Path | str]) -> N
     check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "config.json").is_file():
-        raise InputError(f"{out} exists and does not hold a model; choose another folder with --out")
+    if not (out / told_by).is_file():
+        raise InputError(f"{out} exists and does not hold a {what}; choose another folder with --out")
     if not overwrite:
         raise InputError(
-            f"{out} holds a model already; replace it with --overwrite, or choose another folder with --out"
+            f"{out} holds a {what} already; replace it with --overwrite, or choose another folder with --out"
         )

@@ -40,7 +40,7 @@ def load_pretrained(
     """
     if config is None:
         config = load_config(folder)
-    _check_weights(folder)
+    _check_weights(folder, config)
     kind = class_of(config) if kind is None else kind
     try:
         with quiet_transformers():
@@ -59,17 +59,30 @@ def load_pretrained(
     return model.eval()
 
 
-def _check_weights(folder: Path) -> None:
-    if list(folder.glob("*.safetensors")):
-        return
-    pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-    why = "; give the folder of a whole checkpoint"
-    if pickled:
-        why = (
-            f", only pickled ones ({', '.join(pickled)}), which we never open: they can run code. Load the model "
-            "where you trust it and save it again with save_pretrained"
+def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a folder without weights, and one whose index, config or adapter names anything pickled."""
+    named = [] if (told := getattr(config, "transformers_weights", None)) is None else [str(told)]
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named += map(str, read_json(index)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is damaged ({error}); give the folder of a whole checkpoint") from None
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter; merge it into its model and save that with save_pretrained"
         )
-    raise InputError(f"{folder} holds no weights (*.safetensors){why}")
+    pickled = [name for name in named if not name.endswith(".safetensors")]
+    if not list(folder.glob("*.safetensors")):
+        pickled += [path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind)]
+        if not pickled:
+            raise InputError(
+                f"{folder} holds no weights (*.safetensors); give the folder of a whole checkpoint"
+            )
+    if pickled:
+        raise InputError(
+            f"the weights of {folder} are pickled ({', '.join(sorted(set(pickled)))}), which we never open: they can "
+            "run code. Load the model where you trust it and save it again with save_pretrained"
+        )
 
 
 def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:

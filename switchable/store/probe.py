@@ -1,4 +1,4 @@
-"""The probe of a study: the fixed tokens on which everything is measured, and how frequent each token is.
+"""The probe of a study: the fixed tokens on which everything is measured.
 
 A run keeps its probe (`probe.safetensors`, a few kB), so that it can be studied without its text. For other models the
 probe is made of text: windows of equal length, without padding.
@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.data.batches import TokenSource, token_array
 from switchable.data.corpora import documents
 from switchable.data.tokenizers import added_tokens
 from switchable.errors import InputError
@@ -29,20 +27,16 @@ from switchable.infer.loss import objective_of_model, positions_of
 Batch = Mapping[str, Tensor]
 MIN_TOKENS = 64
 """Fewer tokens than this say nothing about thousands of neurons."""
-COUNTED_TOKENS = 20_000_000
-"""Tokens of the training text that are counted at most, for the frequency bands."""
 ROWS = 8
 """Windows per batch of a probe made of text."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed model inputs, and how often each token stands in the text they are from."""
+    """Fixed model inputs."""
 
     batches: list[Batch]
     """Model inputs: `input_ids` [B, S], and what else the model takes."""
-    counts_V: Tensor
-    """Occurrences of each token in the text."""
     source: str
     """Where the text is from, for the reader of the report."""
 
@@ -57,21 +51,14 @@ class Probe:
         return self.batches[0]["input_ids"].shape[1]
 
 
-def save_probe(path: Path, batches: Sequence[Batch], training_tokens: TokenSource, vocab_size: int) -> None:
-    """Keep a run's probe in its folder.
-
-    Args:
-        path: file to write.
-        batches: the model inputs that the monitor measures on.
-        training_tokens: the run's training tokens, whose first 20 million are counted.
-        vocab_size: V.
-    """
-    ids = token_array(training_tokens)[:COUNTED_TOKENS]
-    tensors = {"token_counts": torch.from_numpy(np.bincount(ids, minlength=vocab_size))}
-    for i, batch in enumerate(batches):
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
+def save_probe(path: Path, batches: Sequence[Batch]) -> None:
+    """Keep a run's probe, the model inputs that the monitor measures on, in a file of its folder."""
+    tensors = {
+        f"{i}.{name}": value.detach().cpu().contiguous()
+        for i, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
     with whole_file(path) as temporary:
         temporary.write_bytes(save(tensors))  # save_file makes it for its owner alone
 
@@ -88,19 +75,19 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
     """
     try:
         tensors = load_file(path)
-        counts_V = tensors.pop("token_counts")
+        tensors.pop("token_counts", None)  # which version 0.2 wrote
     except FileNotFoundError:
         raise InputError(
             f"{path.parent} keeps no probe ({path.name}); say on which text to measure with --text"
         ) from None
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); say on which text to measure with --text") from None
     batches: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
         batches.setdefault(int(number), {})[key] = tensor
     ordered: list[Batch] = [batches[i] for i in sorted(batches)]
-    return _checked(Probe(first_tokens(ordered, tokens), counts_V, "the run's validation text"), tokens)
+    return _checked(Probe(first_tokens(ordered, tokens), "the run's validation text"), tokens)
 
 
 def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
@@ -136,7 +123,7 @@ def probe_from_text(
         sources: files, folders or datasets, as for training; none: the Python installation's own source files.
         tokenizer: the model's.
         model: the model, whose kind and longest sequence count.
-        tokens: tokens wanted (T); four times as many are read, to count how frequent they are.
+        tokens: tokens wanted (T).
         sequence_length: tokens per sequence (S), cut to what the model can take.
 
     Raises:
@@ -144,7 +131,7 @@ def probe_from_text(
     """
     config = model.config
     sequence_length = min(sequence_length, positions_of(model) or sequence_length)
-    ids = _token_ids(documents(sources), tokenizer, 4 * tokens)
+    ids = _token_ids(documents(sources), tokenizer, tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:
         raise InputError(
@@ -166,7 +153,7 @@ def probe_from_text(
         _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
         for piece in torch.split(windows, ROWS)
     ]
-    return _checked(Probe(batches, torch.bincount(ids, minlength=vocab_size), where), tokens)
+    return _checked(Probe(batches, where), tokens)
 
 
 def _inputs(ids_BS: Tensor, encoder_decoder: bool) -> Batch:

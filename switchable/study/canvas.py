@@ -19,6 +19,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETDOWNBASE
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from switchable.files import whole_file
@@ -113,12 +114,15 @@ def layer_style(index: int, count: int) -> dict[str, Any]:
     return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "ms": 4, "lw": 1.2}
 
 
-def step_axis(axes: Axes, steps: Sequence[float]) -> None:
-    """Make the x axis of plain axes one of optimizer steps, logarithmic where that says more."""
+def step_axis(axes: Axes, steps: Sequence[float], regrouped: Sequence[float] = ()) -> None:
+    """Make the x axis of plain axes one of optimizer steps, logarithmic where that says more; mark regroupings."""
     plain_axes(axes)
+    mark_regroupings(axes, regrouped)
     positive = [s for s in steps if s > 0]
     if len(positive) <= 2 or max(positive) / min(positive) <= 8:
         axes.set_xlabel("optimizer step")
+        margin = 0.05 * (max(steps) - min(steps)) or 1
+        axes.set_xlim(min(steps) - margin, max(steps) + margin)
         return
     linear = {} if min(steps) > 0 else {"linthresh": min(positive)}  # a logarithmic axis has no 0
     axes.set_xscale("symlog" if linear else "log", **linear)
@@ -127,6 +131,14 @@ def step_axis(axes: Axes, steps: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("optimizer step (log scale)")
+    axes.set_xlim(0 if linear else 0.9 * min(positive), 1.1 * max(positive))
+
+
+def mark_regroupings(axes: Axes, places: Sequence[float]) -> None:
+    """Mark places on the x axis, along the upper edge, where a layer was regrouped."""
+    if places:
+        style: Any = {"ls": "", "marker": CARETDOWNBASE, "ms": 6, "color": SPARSE, "label": "regrouping"}
+        axes.plot(places, [1.0] * len(places), transform=axes.get_xaxis_transform(), clip_on=False, **style)
 
 
 def plain_axes(axes: Axes) -> None:
@@ -136,11 +148,11 @@ def plain_axes(axes: Axes) -> None:
 
 
 LEGEND_ABOVE: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "fontsize": 8, "frameon": False}
-LEGEND_ABOVE |= {"borderaxespad": 0.2, "columnspacing": 1.2, "handlelength": 1.6}
+LEGEND_ABOVE |= {"borderaxespad": 0.5, "columnspacing": 0.7, "handlelength": 1.3, "handletextpad": 0.4}
 
 
 def legend_above(axes: Axes) -> None:
     """Put the legend above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(handles, labels, ncols=min(4, len(handles)), **LEGEND_ABOVE)
+        axes.legend(handles, labels, ncols=min(5, len(handles)), **LEGEND_ABOVE)

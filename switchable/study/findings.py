@@ -1,4 +1,4 @@
-"""What was found, in three sentences made of numbers: is it sparse, does the pattern settle, do experts catch it.
+"""What was found, as sentences made of numbers: loss and cost, sparsity, how the pattern changes, what experts catch.
 
 The words follow the numbers: "sparse" is a mean activation ratio of at most 0.2, "early" the first third of the
 checkpoints' span of steps, "settled" a Jaccard index of at least 0.9 between the last two. The first layer is told
@@ -6,6 +6,8 @@ apart from the others, because it behaves differently.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from switchable.study.measures import QUANTILES
 from switchable.study.result import Series, Study, mean
@@ -19,6 +21,19 @@ def findings(study: Study) -> list[str]:
     """Return up to three sentences; fewer where nothing was measured."""
     sentences = [_sparsity(study), _pattern(study) or _neurons(study), _experts(study)]
     return [sentence for sentence in sentences if sentence]
+
+
+def headline(study: Study) -> str:
+    """Return what the run ended with and what it cost, beside plain dense training; or where it stands; or nothing."""
+    done = study.summary or next(reversed(study.records("eval")), {})
+    losses = [(mode, done.get(f"val_loss_{mode}")) for mode in ("dense", "sparse")]
+    told = " and ".join(f"{loss:.4f} in {mode} mode" for mode, loss in losses if loss is not None)
+    if not study.summary:
+        return f"So far: validation loss {told} at step {done['step']:,}." if told else ""
+    return (
+        f"Validation loss {told} ({done['loss_unit']}), for {done['flops_ratio']:.2f} of the FLOPs and "
+        f"{done['wall_ratio']:.2f} of the time of as many plain dense steps."
+    )
 
 
 def _behind_first(study: Study) -> list[int]:
@@ -95,30 +110,37 @@ def _neurons(study: Study) -> str:
 
 
 def _experts(study: Study) -> str:
-    layers = _behind_first(study)
-    which, chance = "The experts chosen by the router", ""
+    """The experts of those layers that take part in sparse mode, each with its own K."""
     if study.results:
-        caught = mean([study.mass_at_k("router", i) for i in layers])
-        best = mean([study.mass_at_k("best", i) for i in layers])
-        busiest = max(study.results[-1][i].load_imbalance for i in layers)
-        shapes = [study.layers[i] for i in layers]
-        share = _percent(mean([shape.experts_per_token / shape.num_experts for shape in shapes]))
-        counts = sorted({shape.experts_per_token for shape in shapes})
-        k = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        which = f"The router's {k} of {study.layers[0].num_experts} experts ({share} of the neurons)"
-        chance = f" and a random choice {share}"
+        last = study.results[-1]
+        rows = [(r.experts_per_token, len(r.load), r.mass_caught) for r in last if r.takes_part]
+    elif study.records("measure"):
+        m = study.records("measure")[-1]
+        each = zip(m["experts_per_token"], m["layers"], m["takes_part"], strict=True)
+        rows = [(k, len(v["mass_by_k"]), v["mass_by_k"][k - 1]) for k, v, takes_part in each if takes_part]
+        more = f" at step {m['step']:,}"
     else:
-        names = ("mass_caught", "mass_best", "load_imbalance")
-        ends = [[study.series(name)[i][1][-1:] for i in layers] for name in names]
-        if not layers or not all(last for lasts in ends for last in lasts):
-            return ""
-        all_caught, all_best, loads = ([last[0] for last in lasts] for lasts in ends)
-        caught, best, busiest = mean(all_caught), mean(all_best), max(loads)
-    behind = " behind the first layer" if study.num_layers > 1 else ""
+        return ""
+    if not rows:
+        return "No layer takes part in sparse mode."
+    ks, experts, caught = zip(*rows, strict=True)
+    share = mean([k / e for k, e in zip(ks, experts, strict=True)])
+    if study.results:
+        best = mean([r.mass_best_k for r in last if r.takes_part])
+        more = f", where the best possible choice would catch {_percent(best)} and a random choice {_percent(share)}"
+        busiest = max(r.load_imbalance for r in last if r.takes_part)
+        more += f"; the busiest expert has {busiest:.1f} times the mean load"
     return (
-        f"{which} catch {_percent(caught)} of the activation mass{behind}, where the best possible choice would catch "
-        f"{_percent(best)}{chance}; the busiest expert has {busiest:.1f} times the mean load."
+        f"{len(rows)} of {study.num_layers} layers take part in sparse mode: there the router's {spread(ks)} of "
+        f"{experts[0]} experts ({_percent(share)} of the neurons) catch {_percent(mean(caught))} of the activation "
+        f"mass{more}."
     )
+
+
+def spread(values: Sequence[int]) -> str:
+    """Return whole numbers as `"17 to 19"`, or as one number if they are the same."""
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _percent(value: float) -> str:

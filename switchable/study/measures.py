@@ -16,7 +16,6 @@ Shapes: B batch, S sequence, T tokens, D d_model, F d_ff, E experts, K experts p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
-from switchable.store.probe import Batch, Probe
+from switchable.store.probe import Probe
 from switchable.switching.measures import LayerSums, show
 from switchable.switching.patterns import pack
 from switchable.switching.switch import current_structure
@@ -37,22 +36,20 @@ SAMPLED_TOKENS = 512
 AT_ONCE = 1024
 """Tokens whose activations are in memory at once."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-FREQUENCY_RANKS = (10, 100, 1_000, 10_000)
-"""Last rank of each frequency band but the last."""
 
 
 @dataclass(frozen=True)
 class LayerStudy:
     """The measures of one layer of one checkpoint; shares are 0 to 1."""
 
+    experts_per_token: int
+    """The layer's own K at this checkpoint."""
+    takes_part: bool
+    """Whether the layer is sparse in sparse mode."""
     activation_ratio: float
     """Mean over tokens of the share of neurons that are active."""
     ratio_quantiles: list[float]
     """Quantiles (`QUANTILES`) over tokens of the share of neurons that are active."""
-    by_position: dict[str, float]
-    """Activation ratio per band of positions in the sequence (from 0)."""
-    by_frequency: dict[str, float]
-    """Activation ratio per band of ranks of the token in the text, the most frequent token having rank 1."""
     dead: float
     """Share of neurons active on no token."""
     always_on: float
@@ -74,6 +71,16 @@ class LayerStudy:
         experts = len(self.load)
         return [(k + 1) / experts for k in range(experts)]
 
+    @property
+    def mass_caught(self) -> float:
+        """Share of the activation mass in the router's K experts."""
+        return self.mass_router[self.experts_per_token - 1]
+
+    @property
+    def mass_best_k(self) -> float:
+        """Share of the activation mass in the best K experts."""
+        return self.mass_best[self.experts_per_token - 1]
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -83,8 +90,6 @@ class Fingerprint:
     """Which neurons are active on which tokens, packed (`patterns.pack`)."""
     structure_F: Tensor
     """The expert of each neuron."""
-    route_TK: Tensor
-    """The experts that the router chooses for each token."""
 
 
 def measure_model(
@@ -95,31 +100,10 @@ def measure_model(
     Patterns are kept of `pattern_tokens` tokens at most, evenly spaced; None: of all.
     """
     layers = layers_of(model)
-    band_V = frequency_bands(probe.counts_V)
-    meters = [_Meter(layer, band_V, probe.tokens, pattern_tokens) for layer in layers]
+    meters = [_Meter(layer, probe.tokens, pattern_tokens) for layer in layers]
     device = next(model.parameters()).device
-
-    def on_device() -> Iterator[Batch]:
-        for batch in probe.batches:
-            for meter, layer in zip(meters, layers, strict=True):
-                meter.ids_BS = _ids_for(layer, batch)
-            yield {key: value.to(device) for key, value in batch.items()}
-
-    show(model, on_device(), meters)
+    show(model, ({key: value.to(device) for key, value in batch.items()} for batch in probe.batches), meters)
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
-
-
-def _ids_for(layer: SwitchableFFN, batch: Batch) -> Tensor:
-    """The tokens that a layer sees: a decoder that has inputs of its own sees those."""
-    own = "decoder_input_ids" in batch and "decoder" in layer.ssd.name.split(".")
-    return batch["decoder_input_ids" if own else "input_ids"]
-
-
-def frequency_bands(counts_V: Tensor) -> Tensor:
-    """Return the band of each token, 0 (the 10 most frequent) to 4; equally frequent tokens rank by their number."""
-    rank_V = torch.empty_like(counts_V)
-    rank_V[counts_V.argsort(descending=True, stable=True)] = torch.arange(1, len(counts_V) + 1)
-    return torch.bucketize(rank_V, torch.tensor(FREQUENCY_RANKS))
 
 
 def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHARE) -> tuple[Tensor, Tensor]:
@@ -153,21 +137,15 @@ def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHA
 class _Meter:
     """Takes in one layer's inputs, a batch at a time."""
 
-    def __init__(self, layer: SwitchableFFN, band_V: Tensor, tokens: int, pattern_tokens: int | None) -> None:
+    def __init__(self, layer: SwitchableFFN, tokens: int, pattern_tokens: int | None) -> None:
         self.sums = LayerSums(layer)
-        self.band_V = band_V
-        self.ids_BS = torch.zeros(0)
         self.pattern_every = 1 if pattern_tokens is None else max(1, -(-tokens // pattern_tokens))
         self.sample_every = max(1, tokens // SAMPLED_TOKENS)
-        # A piece per call, for each token: its active share, needed neurons, place, frequency, pattern and experts.
+        # A piece per call, for each token: its active share, needed neurons and pattern.
         self.kept: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        x_TD = x.reshape(-1, layer.ssd.d_model)
-        if self.ids_BS.numel() == len(x_TD):
-            self.kept["positions"].append(torch.arange(self.ids_BS.shape[1]).repeat(len(self.ids_BS)))
-            self.kept["bands"].append(self.band_V[self.ids_BS.reshape(-1)])
-        for piece_TD in torch.split(x_TD, AT_ONCE):
+        for piece_TD in torch.split(x.reshape(-1, layer.ssd.d_model), AT_ONCE):
             self._add_piece(layer, piece_TD)
 
     def _add_piece(self, layer: SwitchableFFN, x_TD: Tensor) -> None:
@@ -183,7 +161,7 @@ class _Meter:
         self.kept["ratios"].append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
         self.kept["patterns"].append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self.kept["routes"].append(self.sums.add_activity(layer, x_TD, hidden_TF, active_TF).cpu())
+        self.sums.add_activity(layer, x_TD, hidden_TF, active_TF)
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""
@@ -195,10 +173,10 @@ class _Meter:
         ratio_T = torch.cat(self.kept["ratios"])
         quantiles = torch.quantile(ratio_T, torch.tensor(QUANTILES, dtype=torch.float64))
         study = LayerStudy(
+            experts_per_token=sums.chosen,
+            takes_part=layer.ssd.takes_part,
             activation_ratio=float(ratio_T.mean()),
             ratio_quantiles=quantiles.tolist(),
-            by_position=_by_band(ratio_T, self.kept["positions"], position_band, position_name),
-            by_frequency=_by_band(ratio_T, self.kept["bands"], lambda band: band, frequency_name),
             dead=sums.dead,
             always_on=sums.always_on,
             needed=float(torch.cat(self.kept["needed"]).double().mean()) / layer.ssd.d_ff,
@@ -209,36 +187,4 @@ class _Meter:
         )
         structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
         structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)
-        return study, Fingerprint(
-            torch.cat(self.kept["patterns"]), structure_F, torch.cat(self.kept["routes"])
-        )
-
-
-def position_band(position: Tensor) -> Tensor:
-    """Return the band of positions in a sequence: 0, 1, 2-3, 4-7, 8-15, ... are 0, 1, 2, 3, 4, ..."""
-    return torch.log2(position.clamp(min=1).double()).floor().long() + (position > 0)
-
-
-def position_name(band: int) -> str:
-    """Return the positions of a band, as `"4-7"`."""
-    return str(band) if band < 2 else f"{2 ** (band - 1)}-{2**band - 1}"
-
-
-def frequency_name(band: int) -> str:
-    """Return the ranks of a frequency band, as `"11-100"`."""
-    first = 1 if band == 0 else FREQUENCY_RANKS[band - 1] + 1
-    return f"{first:,}+" if band == len(FREQUENCY_RANKS) else f"{first:,}-{FREQUENCY_RANKS[band]:,}"
-
-
-def _by_band(
-    ratio_T: Tensor,
-    pieces: Sequence[Tensor],
-    band_of: Callable[[Tensor], Tensor],
-    name_of: Callable[[int], str],
-) -> dict[str, float]:
-    """Mean ratio per band, in the order of the bands; empty if the layer's tokens could not be told."""
-    values_T = torch.cat(list(pieces)) if pieces else torch.zeros(0)
-    if len(values_T) != len(ratio_T):
-        return {}
-    band_T = band_of(values_T)
-    return {name_of(int(band)): float(ratio_T[band_T == band].mean()) for band in torch.unique(band_T)}
+        return study, Fingerprint(torch.cat(self.kept["patterns"]), structure_F)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from switchable.study.canvas import (
     DENSE,
@@ -16,10 +16,10 @@ from switchable.study.canvas import (
     Picture,
     layer_style,
     legend_above,
+    mark_regroupings,
     plain_axes,
     step_axis,
 )
-from switchable.study.measures import QUANTILES
 from switchable.study.result import Series, Study, sparse_spans
 
 LEGEND_LAYERS = 8
@@ -54,8 +54,8 @@ def loss(study: Study, picture: Picture, axes: Axes) -> None:
             picture.line(axes, xs, ys, tell, label=label, **style)
     for r in train:
         picture.hover(axes, r["step"], r["loss"], f"step {r['step']:,}: training loss {r['loss']:.4f}")
-    axes.set_ylabel("loss (nats per token)")
-    step_axis(axes, steps)
+    axes.set_ylabel(f"loss ({study.summary.get('loss_unit', 'nats per token')})")
+    step_axis(axes, study.span, study.regroupings())
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8)
@@ -74,7 +74,8 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
         dense = [s * per_step for s in steps]
         axes.plot(steps, dense, color=TRAIN, ls="--", label="the same steps all dense")
     axes.set_ylabel("computation (FLOPs)")
-    step_axis(axes, steps)
+    axes.set_ylim(bottom=0.0)
+    step_axis(axes, study.span, study.regroupings())
     axes.legend(handles=axes.get_lines(), fontsize=8)
 
 
@@ -85,15 +86,29 @@ def _shade(study: Study, axes: Axes) -> None:
 
 
 def layer_lines(
-    series: Series, label: str, picture: Picture, axes: Axes, limits: tuple[float, float] | None = None
+    study: Study,
+    series: Series,
+    label: str,
+    picture: Picture,
+    axes: Axes,
+    at_k: bool = False,
+    top: float | None = None,
 ) -> None:
-    """A measure over training, a line per layer; `limits` of the y axis, or from 0 on."""
+    """A measure over training, a line per layer; with `at_k` no line joins measurements of different K."""
+    chosen = [dict(zip(*each, strict=True)) for each in study.series("experts_per_token")] if at_k else []
     for i, (steps, values) in enumerate(series):
-        tell = partial("layer {layer}, step {:,.0f}: {:.4g}".format, layer=i)
-        picture.line(axes, steps, values, tell, **_line(i, len(series)))
+        style = _line(i, len(series))
+        k_at = chosen[i] if at_k else {}
+        for k, points in groupby(zip(steps, values, strict=True), key=lambda point: k_at.get(point[0])):
+            which = f"layer {i}" if k is None else f"layer {i}, K = {k:.0f}"
+            tell = partial("{which}, step {:,.0f}: {:.4g}".format, which=which)
+            xs, ys = zip(*points, strict=True)
+            picture.line(axes, xs, ys, tell, **style)
+            style["label"] = None
     axes.set_ylabel(label)
-    axes.set_ylim(*(limits or (min(0.0, axes.get_ylim()[0]), None)))
-    step_axis(axes, sorted({step for steps, _ in series for step in steps}))
+    axes.set_ylim(top=top)
+    axes.set_ylim(min(0.0, *(v for _, vs in series for v in vs), 0.0) - 0.02 * axes.get_ylim()[1])
+    step_axis(axes, study.span, study.regroupings())
     legend_above(axes)
 
 
@@ -107,23 +122,31 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
     """Similarity of all pairs of checkpoints, in one layer or as the mean over layers."""
     matrix = study.mean_pairs(kind) if layer is None else study.pairs[kind][layer]
     where = "mean over layers" if layer is None else f"layer {layer}"
-    low, count = min(0.0, float(np.nanmin(matrix))), len(study.steps)
+    low, count = min(0.0, *(float(np.nanmin(m)) for m in study.pairs[kind])), len(study.steps)
     image = axes.imshow(matrix, vmin=low, vmax=1.0, cmap="cividis", origin="lower")
-    axes.set_yticks(*_step_ticks(study, axes, 12, 60), fontsize=8)
+    axes.set_yticks(*_step_ticks(study, axes, 12, 60, layer), fontsize=8)
     axes.set_ylabel("optimizer step")
     axes.set_title(where)
     picture.figure.colorbar(image, ax=axes, label=SIMILARITY_LABELS[kind], shrink=0.9)
     for i in range(count):
         for j in range(count):
-            text = f"{where}, steps {study.steps[j]:,} and {study.steps[i]:,}: {matrix[i, j]:.3f}"
+            text = f"{where}, steps {study.steps[j]:,} and {study.steps[i]:,}: {matrix[i, j]:z.3f}"
             picture.hover(axes, j, i, text)
             if count <= 8 and np.isfinite(matrix[i, j]):
                 ink = "white" if matrix[i, j] < 0.6 else "black"
-                axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color=ink)
+                axes.text(j, i, f"{matrix[i, j]:z.2f}", ha="center", va="center", fontsize=7, color=ink)
 
 
-def _step_ticks(study: Study, axes: Axes, most: int, rotation: int) -> tuple[list[int], list[str]]:
-    """Name the checkpoints on the x axis, `most` of them at most; return the places and names."""
+def _step_ticks(
+    study: Study, axes: Axes, most: int, rotation: int, layer: int | None
+) -> tuple[list[int], list[str]]:
+    """Name the checkpoints on the x axis, `most` of them at most, and mark regroupings between them.
+
+    Returns the places and names.
+    """
+    steps = study.regroupings(layer)
+    between = enumerate(pairwise(study.steps))
+    mark_regroupings(axes, [n + 0.5 for n, (a, b) in between if any(a < step <= b for step in steps)])
     ticks = list(range(0, len(study.steps), max(1, -(-len(study.steps) // most))))
     names = [f"{study.steps[i]:,}" for i in ticks]
     axes.set_xticks(ticks, names, rotation=rotation, fontsize=8)
@@ -134,14 +157,19 @@ def _step_ticks(study: Study, axes: Axes, most: int, rotation: int) -> tuple[lis
 def mass(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     """Activation mass caught against K; the K in use marked."""
     result, shape = study.results[-1][layer], study.layers[layer]
-    experts = list(range(1, shape.num_experts + 1))
+    experts, k = list(range(1, shape.num_experts + 1)), result.experts_per_token
     curves = (result.mass_best, result.mass_router, result.mass_random)
     for (name, style), values in zip(CHOICES.items(), curves, strict=True):
         what = f"layer {layer}, {name} = {{}} of {shape.num_experts}: {{:.1%}} of the mass"
         picture.line(axes, experts, values, what.format, ms=3, lw=1.2, label=name, **style)
-    k = shape.experts_per_token
     axes.axvline(k, color="black", lw=1, ls=":")
-    axes.annotate(f"K = {k}", (k, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8)
+    axes.annotate(
+        f"K = {k}" if result.takes_part else f"K = {k} (layer is dense)",
+        (k, 0.02),
+        xytext=(3, 0),
+        textcoords="offset points",
+        fontsize=8,
+    )
     axes.set_xlabel("K (experts per token)")
     axes.set_ylabel("share of the activation mass")
     axes.set_ylim(0, 1.02)
@@ -155,9 +183,9 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
     loads = np.array([layers[layer].load for layers in study.results])
     order = np.argsort(-loads[-1], kind="stable")
     relative = loads[:, order].T * loads.shape[1]
-    most = max(2.0, float(relative.max()))
+    most = max(2.0, *(layer.load_imbalance for layers in study.results for layer in layers))
     image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0.0, vmax=most)
-    _step_ticks(study, axes, 10, 45)
+    _step_ticks(study, axes, 10, 45, layer)
     axes.set_ylabel("expert, busiest first")
     axes.set_title(f"layer {layer}")
     picture.figure.colorbar(image, ax=axes, label="load (1 = equal share)", shrink=0.9)
@@ -165,39 +193,3 @@ def load(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
         for j, step in enumerate(study.steps):
             text = f"layer {layer}, expert {expert}, step {step:,}: load {relative[i, j]:.2f}"
             picture.hover(axes, j, i, text)
-
-
-def spread(study: Study, picture: Picture, axes: Axes) -> None:
-    """Distribution of the activation ratio over tokens, a box per layer."""
-    low, first, middle, third, high = range(len(QUANTILES))
-    for i, result in enumerate(study.results[-1]):
-        q = result.ratio_quantiles
-        color = layer_style(i, study.num_layers)["color"]
-        axes.plot([i, i], [q[low], q[high]], color=color, lw=1.5)
-        axes.bar(i, q[third] - q[first], bottom=q[first], width=0.5, color=color, alpha=0.45)
-        axes.plot([i - 0.25, i + 0.25], [q[middle]] * 2, color="black", lw=1.5)
-        half, tenths = f"{q[first]:.3f} to {q[third]:.3f}", f"{q[low]:.3f} to {q[high]:.3f}"
-        text = f"layer {i}: median {q[middle]:.3f}, middle half {half}, middle nine tenths {tenths}"
-        picture.hover(axes, i, q[middle], text)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("activation ratio (share of neurons)")
-    axes.set_ylim(bottom=0.0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plain_axes(axes)
-
-
-def bands(study: Study, field: str, label: str, picture: Picture, axes: Axes) -> None:
-    """Activation ratio per band of positions or frequencies, a line per layer."""
-    names = max((list(getattr(layer, field)) for layer in study.results[-1]), key=len)
-    for i, result in enumerate(study.results[-1]):
-        values = getattr(result, field)
-        places = [names.index(name) for name in values if name in names]
-        axes.plot(places, list(values.values()), **_line(i, study.num_layers))
-        for place, (name, value) in zip(places, values.items(), strict=True):
-            picture.hover(axes, place, value, f"layer {i}, {name}: {value:.4f}")
-    axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 6 else 0, fontsize=8)
-    axes.set_xlabel(label)
-    axes.set_ylabel("activation ratio (share of neurons)")
-    axes.set_ylim(bottom=0.0)
-    plain_axes(axes)
-    legend_above(axes)

@@ -1,7 +1,7 @@
 """The pictures of a study: what each shows, when it can be drawn, and how (`panels.py` draws one panel each).
 
 pictures_of(study) -> list of PictureOf: a name, a caption, one panel or one per layer
-write_files(...)   -> pictures/NAME.png and .svg, all layers side by side
+write_files(...)   -> pictures/NAME.png, all layers side by side
 """
 
 from __future__ import annotations
@@ -51,27 +51,28 @@ def shown_layers(study: Study) -> list[int]:
 
 def pictures_of(study: Study) -> list[PictureOf]:
     """Return the pictures that can be drawn from what a study has."""
-    found = [*_over_training(study), *_similarity(study), *_experts(study), *_tokens(study)]
+    found = [*_over_training(study), *_similarity(study), *_experts(study)]
     return [picture for picture in found if picture.panels]
 
 
 def write_files(study: Study, folder: Path) -> list[str]:
-    """Draw every picture into `folder` as PNG and SVG; return their names."""
+    """Draw every picture into `folder` as PNG; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = pictures_of(study)
     for picture in pictures:
         columns = min(4, math.ceil(len(picture.panels) ** 0.5)) if picture.per_layer else 1
-        drawn = draw_picture(picture.draws, columns)
-        for kind in ("png", "svg"):
-            write_picture(drawn, folder / f"{picture.name}.{kind}")
+        write_picture(draw_picture(picture.draws, columns), folder / f"{picture.name}.png")
     return [picture.name for picture in pictures]
 
 
 def draw_curves(study: Study, path: Path) -> None:
     """Draw a run in one picture, from what it has recorded itself: loss, activation ratio, pattern."""
     draws: list[Draw] = [partial(panels.loss, study)] if study.records("train") else []
-    labels = CURVES["activation_ratio"][2] | {"pattern_similarity": "active sets, overlap (Jaccard)"}
-    draws += [_curve(study, *row) for row in labels.items() if _points(study, row[0])]
+    rows: list[tuple[str, str, float | None]] = [
+        ("activation_ratio", CURVES["activation_ratio"][2]["activation_ratio"], None),
+        ("pattern_similarity", "active sets, overlap (Jaccard)", 1.02),
+    ]
+    draws += [_curve(study, *row) for row in rows if _points(study, row[0])]
     if draws:
         write_picture(draw_picture(draws), path)
 
@@ -80,15 +81,19 @@ def _points(study: Study, name: str) -> int:
     return max((len(steps) for steps, _ in study.series(name)), default=0)
 
 
-def _curve(study: Study, name: str, label: str) -> Draw:
-    return partial(panels.layer_lines, study.series(name), label)
+AT_K = ("mass_caught", "load_imbalance", "routing_changed")
+"""Measures that depend on K."""
+
+
+def _curve(study: Study, name: str, label: str, top: float | None) -> Draw:
+    return partial(panels.layer_lines, study, study.series(name), label, at_k=name in AT_K, top=top)
 
 
 def _over_training(study: Study) -> list[PictureOf]:
     found = []
     if study.records("train"):
         caption = (
-            "Above: loss in nats per token; where the background is coloured, some steps are sparse. "
+            "Above: the loss; where the background is coloured, some steps are sparse. "
             "Below: FLOPs spent so far, measuring included."
         )
         draws = (partial(panels.loss, study), partial(panels.flops, study))
@@ -96,34 +101,33 @@ def _over_training(study: Study) -> list[PictureOf]:
     return found + _curves(study, "activation_ratio", "neurons")
 
 
-CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
+CURVES: dict[str, tuple[str, str, dict[str, str], float | None]] = {
     "activation_ratio": (
         "How many neurons a token needs",
         "Share of a layer's neurons that are active on a token, mean over the probe.",
         {"activation_ratio": "activation ratio (share of neurons)"},
+        None,
     ),
     "neurons": (
         "Dead and always-on neurons",
         "Share of a layer's neurons active on no token of the probe (above) and on every token (below).",
         {"dead": "dead neurons (share)", "always_on": "always-on neurons (share)"},
-    ),
-    "mass_caught": (
-        "What the router catches",
-        "Share of the activation mass in the router's K experts.",
-        {"mass_caught": "share of the mass"},
+        1.02,
     ),
     "load_imbalance": (
         "Imbalance of the load",
-        "Load of the busiest expert over the mean load.",
+        "Load of the busiest expert over the mean load; no line joins measurements of different K.",
         {"load_imbalance": "busiest over mean"},
+        None,
     ),
     "routing": (
         "Tokens that change experts",
-        "Share of tokens whose set of experts is not that of the measurement before.",
+        "Share of tokens whose set of experts is not that of the measurement before, where K is the same.",
         {"routing_changed": "tokens with another set (share)"},
+        1.02,
     ),
 }
-"""By name: title and caption of a picture, and its panels: measure -> label of the axis."""
+"""By name: title and caption of a picture, its panels (measure -> label of the axis), and where their y axes end."""
 
 
 def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
@@ -133,8 +137,8 @@ def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
 def _curves(study: Study, *names: str) -> list[PictureOf]:
     """Return those of the pictures that have more than a point to show."""
     return [
-        _one(name, title, caption, *(_curve(study, *row) for row in labels.items()))
-        for name, (title, caption, labels) in ((name, CURVES[name]) for name in names)
+        _one(name, title, caption, *(_curve(study, *row, top) for row in labels.items()))
+        for name, (title, caption, labels, top) in ((name, CURVES[name]) for name in names)
         if _points(study, next(iter(labels))) > 1
     ]
 
@@ -174,7 +178,7 @@ def _similarity(study: Study) -> list[PictureOf]:
         return found
     caption = f"Jaccard index of the active sets at a {what} and the one before."
     label = "Jaccard index with the one before"
-    draw = partial(panels.layer_lines, series, label, limits=(0.0, 1.02))
+    draw = partial(panels.layer_lines, study, series, label, top=1.02)
     return [*found, _one("pattern_change", "Does the pattern keep changing?", caption, draw)]
 
 
@@ -183,7 +187,7 @@ def _experts(study: Study) -> list[PictureOf]:
     if study.results:
         caption = (
             "Share of the activation mass in K experts: the best ones of each token, those the router chooses, and "
-            "any K drawn at random. The line marks the K in use; at the last checkpoint."
+            "any K drawn at random. The line marks the layer's own K; at the last checkpoint."
         )
         found.append(_per_layer(study, "mass", "How concentrated the activation is", caption, panels.mass))
         caption = (
@@ -191,32 +195,12 @@ def _experts(study: Study) -> list[PictureOf]:
             "share. Experts are sorted by their load at the last checkpoint."
         )
         found.append(_per_layer(study, "load", "Expert load over time", caption, panels.load))
-    found += _curves(study, "mass_caught", "load_imbalance")
-    if len(study.changes) <= 1:
-        return found + _curves(study, "routing")
-    caption = (
-        "Share of tokens whose set of experts is not that of the checkpoint before (above), and mean share of "
-        "a token's experts that were replaced (below)."
-    )
-    labels = ("tokens with another set (share)", "experts replaced (share)")
-    draws = (
-        partial(panels.layer_lines, study.changes_of(part), label, limits=(-0.02, 1.02))
-        for part, label in enumerate(labels)
-    )
-    return [*found, _one("routing", CURVES["routing"][0], caption, *draws)]
-
-
-def _tokens(study: Study) -> list[PictureOf]:
-    if not study.results:
-        return []
-    at = "" if len(study.steps) < 2 else ", at the last checkpoint"
-    caption = f"Activation ratio over tokens: median, middle half and middle nine tenths{at}."
-    found = [_one("spread", "Tokens differ", caption, partial(panels.spread, study))]
-    for name, label in (
-        ("position", "position in the sequence (tokens, from 0)"),
-        ("frequency", "rank of the token by frequency (1 = most frequent)"),
-    ):
-        if any(getattr(layer, f"by_{name}") for layer in study.results[-1]):
-            draw = partial(panels.bands, study, f"by_{name}", label)
-            found.append(_one(name, f"By {name}", f"Activation ratio per band{at}.", draw))
-    return found
+    if _points(study, "mass_caught") > 1:
+        caption = (
+            "The K of each layer (above), and the share of the activation mass in so many experts of its router "
+            "(below); no line joins measurements of different K."
+        )
+        ks = partial(panels.layer_lines, study, study.experts_in_use(), "K (experts per token)")
+        caught = _curve(study, "mass_caught", "share of the mass", 1.02)
+        found.append(_one("experts", "What the router catches", caption, ks, caught))
+    return found + _curves(study, "load_imbalance", "routing")

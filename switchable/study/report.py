@@ -1,8 +1,8 @@
 """report.html: one file that opens anywhere, without network, with everything in it.
 
-It opens with what was found; then the pictures (images whose points tell their values), a slider for K, tables, the
-configuration and the versions. Everything that comes from outside (names, settings, messages) is escaped by the
-template, or set as text by the script.
+It opens with a headline and what was found; then the pictures (images whose points tell their values) and tables;
+configuration and versions are folded away. Everything that comes from outside (names, settings, messages) is escaped
+by the template, or set as text by the script.
 
     write_report(study, path)         from any study
     write_run_report(folder)          from what a run has recorded itself
@@ -19,7 +19,7 @@ import jinja2
 from switchable.files import write_text
 from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
-from switchable.study.findings import findings
+from switchable.study.findings import findings, headline, spread
 from switchable.study.measures import LayerStudy
 from switchable.study.pictures import PictureOf, draw_curves, pictures_of, shown_layers
 from switchable.study.result import LayerShape, Study, mean
@@ -27,26 +27,27 @@ from switchable.study.study import records_of_run
 from switchable.train.summary import FIGURES
 
 
-def write_report(study: Study, path: Path) -> None:
+def write_report(study: Study, path: Path, heading: str = "Activation study") -> None:
     """Write the report of a study, completely or not at all."""
     points: dict[str, Any] = {}
     figures = [_figure(picture, points) for picture in pictures_of(study)]
-    mass = _mass(study)
     names = {i: layer.name for i, layer in enumerate(study.layers)}
     chosen = shown_layers(study) if any(figure["per_layer"] for figure in figures) else []
     templates = jinja2.PackageLoader("switchable.study", "page")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template("report.html.jinja").render(
+        heading=heading,
         title=study.title,
+        headline=headline(study),
         findings=findings(study),
         problems=study.problems,
         notes=study.notes,
         figures=figures,
         layers_shown=[{"number": i, "name": names.get(i, "")} for i in chosen],
         has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
-        mass=mass,
+        regrouped=bool(study.regroupings()),
         tables=list(_tables(study)),
-        data={"points": points, "mass": mass["curves"] if mass else []},
+        data={"points": points},
     )
     write_text(path, page)
 
@@ -68,7 +69,7 @@ def write_run_report(folder: Path) -> Path:
         study.notes.append(f"Sparse mode at the end: {study.summary['why_dense']}.")
     run = RunDir(folder)
     draw_curves(study, run.curves)
-    write_report(study, run.report)
+    write_report(study, run.report, "Training run")
     return run.report
 
 
@@ -87,39 +88,28 @@ def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "images": images}
 
 
-def _mass(study: Study) -> dict[str, Any] | None:
-    if not study.results:
-        return None
-    return {
-        "k": study.layers[-1].experts_per_token,
-        "experts": study.layers[0].num_experts,
-        "rows": [{"name": f"{i} ({layer.name})"} for i, layer in enumerate(study.layers)],
-        "curves": [
-            [[round(share, 5) for share in curve] for curve in (r.mass_router, r.mass_best, r.mass_random)]
-            for r in study.results[-1]
-        ],
-    }
-
-
 def _tables(study: Study) -> Iterable[dict[str, Any]]:
     if study.results:
         yield _layer_table(study)
     if len(study.steps) > 1:
         yield _step_table(study)
-    for title, values in (
-        ("The run's figures", study.summary),
-        ("Probe", study.probe),
-        ("Configuration", study.config),
-        ("Versions", study.versions),
+    for title, values, folded in (
+        ("The run's figures", study.summary, False),
+        ("Probe", study.probe, True),
+        ("Configuration", study.config, True),
+        ("Versions", study.versions, True),
     ):
-        if values:
-            units = FIGURES if values is study.summary else {}
-            rows = [
-                [key, f"{_text(value)} {units[key]['unit'] if key in units else ''}".rstrip()]
-                for key, value in values.items()
-                if not isinstance(value, dict)
-            ]
-            yield {"title": title, "head": ["", ""], "rows": rows, "caption": ""}
+        rows = [
+            _figure_row(*item) if values is study.summary else [item[0], _text(item[1])]
+            for item in values.items()
+        ]
+        if rows:
+            yield {"title": title, "head": [], "rows": rows, "caption": "", "folded": folded}
+
+
+def _figure_row(key: str, value: Any) -> list[str]:
+    known = FIGURES.get(key, {"name": key, "unit": ""})
+    return [str(known["name"]), _text(value) if value is None else f"{_text(value)} {known['unit']}"]
 
 
 def _layer_table(study: Study) -> dict[str, Any]:
@@ -131,13 +121,18 @@ def _layer_table(study: Study) -> dict[str, Any]:
         "needed for 99 %": lambda _, __, r: _share(r.needed),
         "dead": lambda _, __, r: _share(r.dead),
         "always on": lambda _, __, r: _share(r.always_on),
-        "K": lambda _, shape, __: f"{shape.experts_per_token} of {shape.num_experts}",
-        "mass in router's K": lambda i, _, __: _share(study.mass_at_k("router", i)),
-        "in best K": lambda i, _, __: _share(study.mass_at_k("best", i)),
+        "K": lambda _, shape, r: (
+            f"{r.experts_per_token} of {shape.num_experts}{'' if r.takes_part else ' (dense)'}"
+        ),
+        "mass in router's K": lambda _, __, r: _share(r.mass_caught),
+        "in best K": lambda _, __, r: _share(r.mass_best_k),
         "busiest / mean load": lambda _, __, r: f"{r.load_imbalance:.2f}",
     }
     layers = zip(range(study.num_layers), study.layers, study.results[-1], strict=True)
-    caption = "Shares of neurons, and of the activation mass. The measures are defined in docs/measures.md."
+    caption = (
+        "Shares of neurons, and of the activation mass. A layer marked dense takes no part in sparse mode. The "
+        "measures are defined in docs/measures.md."
+    )
     return _table(f"The layers{at}", columns, layers, caption)
 
 
@@ -147,14 +142,10 @@ def _step_table(study: Study) -> dict[str, Any]:
         "step": lambda n, _: f"{study.steps[n]:,}",
         "active per token": lambda _, layers: _share(mean([r.activation_ratio for r in layers])),
         "dead": lambda _, layers: _share(mean([r.dead for r in layers])),
-        "mass in router's K": lambda n, layers: _share(
-            mean([study.mass_at_k("router", i, n) for i in range(len(layers))])
-        ),
+        "K": lambda _, layers: spread([r.experts_per_token for r in layers]),
+        "mass in router's K": lambda _, layers: _share(mean([r.mass_caught for r in layers])),
         "busiest / mean load": lambda _, layers: f"{mean([r.load_imbalance for r in layers]):.2f}",
         "Jaccard with the one before": lambda n, _: f"{before[n - 1]:.3f}" if n and before else "",
-        "tokens with other experts": lambda n, _: (
-            _share(mean([tokens for tokens, _ in study.changes[n - 1]])) if n and study.changes else ""
-        ),
     }
     return _table("The checkpoints, mean over layers", columns, enumerate(study.results))
 
@@ -164,7 +155,7 @@ def _table(
 ) -> dict[str, Any]:
     """Return a table as the page shows it; a column is a function of what a row is about."""
     cells = [[cell(*row) for cell in columns.values()] for row in rows]
-    return {"title": title, "head": list(columns), "rows": cells, "caption": caption}
+    return {"title": title, "head": list(columns), "rows": cells, "caption": caption, "folded": False}
 
 
 def _share(value: float) -> str:
@@ -172,8 +163,10 @@ def _share(value: float) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(v) for v in value) or "none"
     return "none" if value is None else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,6 @@ class LayerShape:
     d_model: int
     d_ff: int
     num_experts: int
-    experts_per_token: int
     activation: str
 
 
@@ -42,8 +41,6 @@ class Study:
     """Per checkpoint, per layer."""
     pairs: dict[str, list[npt.NDArray[np.float64]]] = field(default_factory=dict)
     """Per kind of similarity, per layer: a matrix [checkpoints, checkpoints]."""
-    changes: list[list[tuple[float, float]]] = field(default_factory=list)
-    """Per checkpoint but the first, per layer: tokens whose expert set changed, experts replaced; shares."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """The run's own records (`metrics.jsonl`)."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -77,12 +74,32 @@ class Study:
             for i, layer in enumerate(layers):
                 if hasattr(layer, name):
                     found[i][step] = getattr(layer, name)
-        return [(sorted(values), [values[step] for step in sorted(values)]) for values in found]
+        return _sorted(found)
 
-    def mass_at_k(self, kind: str, layer: int, checkpoint: int = -1) -> float:
-        """Return the share of the activation mass in `"best"` or `"router"` K experts."""
-        curve: list[float] = getattr(self.results[checkpoint][layer], f"mass_{kind}")
-        return curve[self.layers[layer].experts_per_token - 1]
+    def experts_in_use(self) -> Series:
+        """Return the K of each layer from each checkpoint and each of the run's measurements on."""
+        found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
+        given = [(r["step"], r["experts_per_token"]) for r in self.records("measure")]
+        given += [
+            (s, [r.experts_per_token for r in ls]) for s, ls in zip(self.steps, self.results, strict=True)
+        ]
+        for step, ks in given:
+            for values, k in zip(found, ks, strict=True):
+                values[step] = k
+        return _sorted(found)
+
+    def regroupings(self, layer: int | None = None) -> list[int]:
+        """Return the steps at which the neurons of a layer were regrouped; None: of any layer."""
+        return [
+            r["step"]
+            for r in self.records("measure")
+            if (any(r["regrouped"]) if layer is None else r["regrouped"][layer])
+        ]
+
+    @property
+    def span(self) -> list[int]:
+        """All steps of which there is something, ascending: every axis of steps shows them."""
+        return sorted({record["step"] for record in self.metrics} | set(self.steps))
 
     def mean_pairs(self, kind: str) -> npt.NDArray[np.float64]:
         """Return a similarity's mean over the layers in which it is defined."""
@@ -96,16 +113,15 @@ class Study:
         steps = [float(s) for s in self.steps[1:]]
         return [(steps, [float(v) for v in np.diagonal(m, offset=1)]) for m in self.pairs[kind]]
 
-    def changes_of(self, part: int) -> Series:
-        """Return, per layer, the tokens whose set of experts changed (part 0), or the experts replaced (part 1)."""
-        steps = [float(s) for s in self.steps[1:]]
-        return [(steps, [layers[i][part] for layers in self.changes]) for i in range(self.num_layers)]
-
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values (not-a-numbers as null)."""
         return {
             f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
         }
+
+
+def _sorted(layers: Sequence[Mapping[float, float]]) -> Series:
+    return [(sorted(values), [values[step] for step in sorted(values)]) for values in layers]
 
 
 def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:

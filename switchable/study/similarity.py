@@ -13,7 +13,7 @@ layer at a time, one co-activation matrix per checkpoint over at most 512 neuron
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from torch import Tensor
 from switchable.progress import progress_bar
 from switchable.structure.groups import similarity
 from switchable.study.measures import Fingerprint
-from switchable.switching.patterns import jaccard, routes_changed, unpack
+from switchable.switching.patterns import jaccard, unpack
 
 MAX_BYTES = 512 * 2**20
 MAX_NEURONS = 512
@@ -52,18 +52,6 @@ def compare_checkpoints(
         found["coactivation"].append(_coactivation_similarity(patterns, len(structures[0])))
         found["structure"].append(_all_pairs(structures, similarity))
     return found
-
-
-def routing_changes(fingerprints: Sequence[Sequence[Fingerprint]]) -> list[list[tuple[float, float]]]:
-    """Compare each checkpoint's choice of experts with the one before.
-
-    Returns per checkpoint but the first, per layer: the share of tokens whose set of experts changed, and the mean
-    share of a token's experts that were replaced.
-    """
-    return [
-        [routes_changed(a.route_TK, b.route_TK) for a, b in zip(before, after, strict=True)]
-        for before, after in pairwise(fingerprints)
-    ]
 
 
 def _all_pairs(things: Sequence[Tensor], compare: Callable[[Tensor, Tensor], float]) -> Matrix:

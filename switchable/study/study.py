@@ -34,7 +34,7 @@ from switchable.study.series import (
     order_is_known,
     run_sources,
 )
-from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, routing_changes, tokens_within
+from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, tokens_within
 from switchable.train.setup import pick_device
 from switchable.versions import versions
 
@@ -127,7 +127,6 @@ def _fill(
     if not read:
         raise InputError(f"none of {len(sources)} checkpoints can be studied; {study.problems[-1]}")
     if len(read) > 1:
-        study.changes = routing_changes(fingerprints)
         unknown = [source for source in read if not order_is_known(source)]
         if unknown:
             study.problems.append(

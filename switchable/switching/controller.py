@@ -40,7 +40,7 @@ class Measurement:
     """Optimizer steps done."""
     layers: tuple[LayerMeasures, ...]
     regrouped: tuple[bool, ...]
-    """Whether each layer was given the structure just found."""
+    """Whether each layer was given the structure just found, and its neurons moved for it."""
     takes_part: tuple[bool, ...]
     """Whether each layer is sparse in sparse steps from now on."""
     experts_per_token: tuple[int, ...]
@@ -178,12 +178,13 @@ class Controller:
             f if perm is None else replace(f, labels_F=f.labels_F[perm])
             for f, perm in zip(found, perms, strict=True)
         ]
-        self.regroupings += sum(decision.regroup)
+        regrouped = tuple(perm is not None for perm in perms)
+        self.regroupings += sum(regrouped)
         self.state = decision.state
         return Measurement(
             self.steps_done,
             tuple(measures),
-            decision.regroup,
+            regrouped,
             decision.state.takes_part,
             decision.state.experts_per_token,
             tuple(perms),

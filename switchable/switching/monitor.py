@@ -3,7 +3,7 @@
 To what `measures.py` defines come, per layer:
 
     pattern similarity  Jaccard index of the sets of active neurons now and last time, mean over the tokens
-    routing changed     share of tokens whose set of K experts is not last time's
+    routing changed     share of tokens whose set of K experts is not last time's; where K is last time's
     similarity          adjusted Rand index of the best structure now and last time's, and of it and the one in use
 
 The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
@@ -47,6 +47,8 @@ class LayerMeasures:
     """Adjusted Rand index of the best structure now and the best one last time, -0.5 to 1; 0 the first time."""
     similarity_in_use: float
     """Adjusted Rand index of the best structure now and the one in use, -0.5 to 1."""
+    experts_per_token: int
+    """The K of this measurement: the layer's before it, from which the schedule may give it another."""
     dead: float = 0.0
     """Share of neurons that fire on no token of the probe, 0 to 1."""
     always_on: float = 0.0
@@ -54,7 +56,7 @@ class LayerMeasures:
     pattern_similarity: float | None = None
     """Jaccard index of the sets of active neurons now and last time, mean over tokens, 0 to 1; None the first time."""
     routing_changed: float | None = None
-    """Share of tokens whose set of K experts is another than last time, 0 to 1; None the first time."""
+    """Share of tokens whose set of K experts is another than last time, 0 to 1; None at first and if K was another."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Foun
         load_imbalance=sums.load_imbalance,
         similarity=0.0 if last is None else similarity(last.labels_F, found.labels_F),
         similarity_in_use=similarity(current_structure(layer), found.labels_F),
+        experts_per_token=sums.chosen,
         dead=sums.dead,
         always_on=sums.always_on,
         pattern_similarity=None if last is None else jaccard(last.pattern_TW, found.pattern_TW),
-        routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK)[0],
+        routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK),
     )

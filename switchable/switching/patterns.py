@@ -39,14 +39,17 @@ def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
     return float(index_T.mean())
 
 
-def routes_changed(a_TK: Tensor, b_TK: Tensor) -> tuple[float, float]:
+def routes_changed(a_TK: Tensor, b_TK: Tensor) -> float | None:
     """Compare the experts chosen for the same tokens: each token's K expert numbers, in any order.
 
-    Returns the share of tokens whose set of experts is another one, and the mean share of a set that was replaced.
+    Returns the share of tokens whose set of experts is another one; None if K is not the same: then every set is
+    another one, whatever the router does.
     """
+    k = a_TK.shape[1]
+    if b_TK.shape[1] != k:
+        return None
     kept_T = (a_TK[:, :, None] == b_TK[:, None, :]).sum(dim=(1, 2))
-    k = max(a_TK.shape[1], b_TK.shape[1])
-    return float((kept_T < k).double().mean()), 1.0 - float(kept_T.double().mean()) / k
+    return float((kept_T < k).double().mean())
 
 
 def _count(packed_TW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

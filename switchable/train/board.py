@@ -11,17 +11,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars
 
 from switchable.files import remove, whole_file
+from switchable.switching.monitor import LayerMeasures
 
 FILES = "events.out.tfevents."
 """Prefix of the names by which TensorBoard knows its files."""
+
+_MEASURES = [f.name for f in fields(LayerMeasures) if f.name != "mass_by_k"]
+CHARTS = {
+    "loss": {"loss": ["Multiline", ["train/loss", "eval/val_loss_"]]},
+    "layers": {name: ["Multiline", [f"{name}/"]] for name in _MEASURES},
+}
+"""TensorBoard's tab "Custom Scalars": all tags that begin so in one chart, which is all layers of a measure."""
 
 
 class Board:
@@ -41,6 +51,9 @@ class Board:
             writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             # A TensorBoard that is looking on forgets what it has seen, and sees it again here.
             writer.write(Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString())
+            if not before:
+                layout = custom_scalars(CHARTS)  # type: ignore[no-untyped-call]
+                writer.write(Event(summary=layout).SerializeToString())
             for event in _points(before, step):
                 writer.write(event.SerializeToString())
         for old in before:

@@ -172,7 +172,9 @@ def _schedule(
 
 def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMeasures:
     by_k = (0.0,) * (enough - 1) + (1.0,) * (experts - enough + 1)
-    return LayerMeasures(ratio, caught, by_k, 1.0, 1.0, similarity=1.0, similarity_in_use=1.0)
+    return LayerMeasures(
+        ratio, caught, by_k, 1.0, 1.0, similarity=1.0, similarity_in_use=1.0, experts_per_token=enough
+    )
 
 
 def estimates(

@@ -160,7 +160,7 @@ def _begin(rundir: RunDir, job: Job) -> None:
     rundir.begin(yaml.safe_dump(to_dict(job.config), sort_keys=False))
     rundir.claim()
     save_tokenizer(job.tokenizer, rundir.tokenizer)
-    save_probe(rundir.probe, job.controller.probe, job.data.train.path, job.data.vocab_size)
+    save_probe(rundir.probe, job.controller.probe)
 
 
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:

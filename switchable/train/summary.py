@@ -66,7 +66,7 @@ class Summary:
         "1 for each layer whose dense steps multiply active neurons only at the end"
     )
     switches: int = figure("changes of mode")
-    regroupings: int = figure("structures given to layers")
+    regroupings: int = figure("regroupings", "layers", "whose neurons moved, each time counted")
     step_speedup_sparse: float | None = figure(
         "time of a plain dense step / of a sparse step",
         more="without routers / with them; the run's own step (precision, micro-batches, compiled blocks), "

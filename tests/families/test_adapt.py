@@ -189,12 +189,12 @@ def test_losses_are_taken_at_an_eighth_a_quarter_and_half_of_the_experts() -> No
 
 
 def test_the_table() -> None:
-    rows = [LayerRow("h.0.mlp", 0.39, 0.64, 0.65, False), LayerRow("h.1.mlp", 0.06, 0.95, 0.96, True)]
-    text = as_text(rows, Losses(2.0, {"1/8": 2.1, "1/4": 2.02}), 8, 32)
+    rows = [LayerRow("h.0.mlp", 16, 0.39, 0.64, 0.65, False), LayerRow("h.1.mlp", 8, 0.06, 0.95, 0.96, True)]
+    text = as_text(rows, Losses(2.0, {"1/8": 2.1, "1/4": 2.02}), 32)
     assert text.splitlines() == [
-        "FFN      active  caught at 8/32  best choice  sparse mode",
-        "h.0.mlp   0.390           0.640        0.650  stays dense",
-        "h.1.mlp   0.060           0.950        0.960  sparse",
+        "FFN      active  K of 32    caught  best choice  sparse mode",
+        "h.0.mlp   0.390         16   0.640        0.650  stays dense",
+        "h.1.mlp   0.060          8   0.950        0.960  sparse",
         "loss, nats per token: dense 2.0000; K/E = 1/8 2.1000 (+5.0 %), K/E = 1/4 2.0200 (+1.0 %)",
     ]
 

@@ -13,12 +13,8 @@ from switchable.ffn.convert import layers_of
 from switchable.store.probe import Probe
 from switchable.study.measures import (
     QUANTILES,
-    frequency_bands,
-    frequency_name,
     measure_model,
     needed_neurons,
-    position_band,
-    position_name,
 )
 from switchable.switching.switch import regroup
 
@@ -34,8 +30,7 @@ def shuffled(activation: str = "relu") -> nn.Module:
 
 
 def probe_of(tokens: Tensor) -> Probe:
-    counts = torch.bincount(tokens.flatten(), minlength=61)
-    return Probe([{"input_ids": tokens[:3]}, {"input_ids": tokens[3:]}], counts, "a test")
+    return Probe([{"input_ids": tokens[:3]}, {"input_ids": tokens[3:]}], "a test")
 
 
 def hidden_and_input(model: nn.Module, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -81,23 +76,6 @@ def test_measures_equal_brute_force(tokens: Tensor, index: int) -> None:
     needed = [slow_needed(row, down) for row in hidden_TF]
     assert found.needed == pytest.approx(sum(needed) / len(needed) / 64)
 
-    ids = tokens.flatten().tolist()
-    counts = torch.bincount(tokens.flatten(), minlength=61).tolist()
-    by_rank = sorted(range(61), key=lambda v: (-counts[v], v))
-    frequent = [r for r, v in zip(ratios, ids, strict=True) if by_rank.index(v) < 10]
-    rare = [r for r, v in zip(ratios, ids, strict=True) if by_rank.index(v) >= 10]
-    assert found.by_frequency == pytest.approx({"1-10": np.mean(frequent), "11-100": np.mean(rare)})
-    bands = {
-        "0": [0],
-        "1": [1],
-        "2-3": [2, 3],
-        "4-7": range(4, 8),
-        "8-15": range(8, 16),
-        "16-31": range(16, 24),
-    }
-    expected = {n: np.mean([r for t, r in enumerate(ratios) if t % 24 in p]) for n, p in bands.items()}
-    assert found.by_position == pytest.approx(expected)
-
     best, routed, load, total = np.zeros(8), np.zeros(8), [0] * 8, 0.0
     for row, x in zip(hidden_TF, x_TD, strict=True):
         mass = [sum(float(row[i].abs() * down[i].norm()) for i in range(8 * e, 8 * e + 8)) for e in range(8)]
@@ -110,6 +88,9 @@ def test_measures_equal_brute_force(tokens: Tensor, index: int) -> None:
         total += sum(mass)
     assert found.mass_best == pytest.approx(best / total, rel=1e-5)
     assert found.mass_router == pytest.approx(routed / total, rel=1e-5)
+    assert (found.experts_per_token, found.takes_part) == (3, True)
+    assert found.mass_caught == found.mass_router[2]
+    assert found.mass_best_k == found.mass_best[2]
     assert found.mass_random == pytest.approx([k / 8 for k in range(1, 9)])
     assert found.load == pytest.approx([n / sum(load) for n in load])
     assert found.load_imbalance == pytest.approx(max(load) / (sum(load) / 8))
@@ -150,13 +131,3 @@ def test_measuring_leaves_the_model_as_it_was_and_fewer_patterns_can_be_kept(tok
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(layer._forward_pre_hooks for layer in layers_of(model))
-
-
-def test_bands_by_hand() -> None:
-    counts = torch.tensor([5, 0, 9, 9] + [1] * 8)
-    # By frequency: 2 and 3 (9 each), 0, then 4 to 11, then 1, the twelfth.
-    assert frequency_bands(counts).tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert [frequency_name(b) for b in range(5)] == ["1-10", "11-100", "101-1,000", "1,001-10,000", "10,001+"]
-    positions = torch.tensor([0, 1, 2, 3, 4, 7, 8, 255, 256])
-    assert position_band(positions).tolist() == [0, 1, 2, 2, 3, 3, 4, 8, 9]
-    assert [position_name(b) for b in (0, 1, 2, 9)] == ["0", "1", "2-3", "256-511"]

@@ -43,13 +43,9 @@ addEventListener("load", () => {
   select.value = "1";
   select.dispatchEvent(new Event("change"));
   found.layersAfter = [shown("similarity_pattern"), shown("mass")];
-  const cells = () => [...document.querySelectorAll("#mass-table tbody tr:first-child td")].map((c) => c.textContent);
-  const slider = document.getElementById("k");
-  found.massBefore = cells();
-  slider.value = 4;
-  slider.dispatchEvent(new Event("input"));
-  found.massAfter = cells();
-  found.k = document.getElementById("k-shown").textContent;
+  const wide = [...document.querySelectorAll(".wide")];
+  found.cutOff = wide.filter((box) => box.scrollWidth > box.clientWidth).length;
+  found.folded = [...document.querySelectorAll("details")].map((each) => [each.open, each.innerText.trim()]);
   const plot = document.querySelector("#activation_ratio .plot");
   plot.scrollIntoView();
   const box = plot.getBoundingClientRect();
@@ -71,8 +67,9 @@ addEventListener("load", () => {
 
 def layer(ratio: float) -> LayerStudy:
     return LayerStudy(
+        experts_per_token=2, takes_part=True,
         activation_ratio=ratio, ratio_quantiles=[ratio * f for f in (0.5, 0.8, 1.0, 1.2, 1.5)],
-        by_position={"0": ratio, "1": ratio}, by_frequency={"1-10": ratio}, dead=0.1, always_on=0.0, needed=ratio / 2,
+        dead=0.1, always_on=0.0, needed=ratio / 2,
         mass_best=[0.5, 0.8, 0.95, 1.0], mass_router=[0.4, 0.7, 0.9, 1.0], load=[0.4, 0.3, 0.2, 0.1],
         load_imbalance=1.6,
     )  # fmt: skip
@@ -85,11 +82,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = (1, 10, 100, 1000)
     study = Study(
         title="runs/<b>x</b>",
-        layers=[LayerShape(f"h.{i}.mlp", 16, 64, 4, 2, "relu") for i in range(2)],
+        layers=[LayerShape(f"bert.encoder.layer.1{i}", 16, 64, 4, "relu") for i in range(2)],
         steps=list(steps),
         results=[[layer(0.5), layer(0.5 / (n + 1))] for n in range(4)],
         pairs=dict.fromkeys(("pattern", "coactivation", "structure"), matrices),
-        changes=[[(0.9, 0.5), (0.8, 0.3)]] * 3,
+        config={"train.steps": 1000},
         metrics=[
             {"kind": "train", "step": s, "loss": 9.0 / s, "flops": 1e9 * s, "sparse_fraction": 0.5}
             for s in steps
@@ -100,7 +97,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def browse(page: Path, tmp_path: Path, width: int = 1280) -> tuple[str, str]:
+def browse(page: Path, tmp_path: Path, width: int = 1200) -> tuple[str, str]:
     """Open a page; return its final DOM, and what the browser said on the console."""
     profile = tmp_path / f"profile-{width}"
     arguments = [*FLAGS.split(), f"--user-data-dir={profile}", f"--window-size={width},900", page.as_uri()]
@@ -130,9 +127,8 @@ def test_it_loads_clean_has_figures_and_its_controls_work(report: Path, tmp_path
         assert natural > 100, name  # the image could be decoded
     assert found["layersBefore"] == ["mean", "0"]
     assert found["layersAfter"] == ["1", "1"]
-    assert found["massBefore"] == ["0 (h.0.mlp)", "70.0 %", "80.0 %", "50.0 %"]
-    assert found["massAfter"] == ["0 (h.0.mlp)", "100.0 %", "100.0 %", "100.0 %"]
-    assert found["k"] == "4"
+    assert found["cutOff"] == 0  # the widest table fits the window
+    assert found["folded"] == [[False, "Configuration"]]
     hidden, told, expected = found["tip"]
     assert (hidden, told, found["tipAfter"]) == (False, expected, True)
     assert told == "layer 0, step 1: 0.5"

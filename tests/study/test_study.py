@@ -24,11 +24,12 @@ from switchable.store import folders
 from switchable.store.load import load
 from switchable.store.probe import load_probe
 from switchable.study.config import StudyConfig
+from switchable.study.findings import findings, spread
 from switchable.study.measures import measure_model
 from switchable.study.pictures import pictures_of
 from switchable.study.report import write_report, write_run_report
 from switchable.study.result import Study
-from switchable.study.study import study_checkpoints, study_run
+from switchable.study.study import records_of_run, study_checkpoints, study_run
 from switchable.train.loop import snapshot_steps
 from switchable.train.pretrain import pretrain
 
@@ -84,7 +85,6 @@ def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
     assert len(printed["findings"]) == 3
     for name in printed["pictures"]:
         assert (tmp_path / f"out/pictures/{name}.png").stat().st_size > 5000
-        assert "<svg" in (tmp_path / f"out/pictures/{name}.svg").read_text()
     needed = {"loss", "activation_ratio", "similarity_pattern", "mass", "load"}
     assert needed <= set(printed["pictures"])
     # The figures of the last checkpoint are those of the finished model, and the monitor's at that step or near it.
@@ -96,6 +96,46 @@ def test_a_run_is_studied(trained: Path, study_of: Any, tmp_path: Path) -> None:
     assert any(not torch.equal(layer.ssd.neuron_ids_F, torch.arange(64)) for layer in layers_of(model))
     page = (tmp_path / "out/report.html").read_text()
     assert all(sentence.replace("'", "&#39;") in page for sentence in printed["findings"])
+
+
+def test_k_is_that_of_the_checkpoint_and_the_layer(corpus: Path, tmp_path: Path) -> None:
+    switch = SMALL["switch"] | {"mass_target": 0.6}
+    config = from_dict(SMALL | {"data": {"vocab_size": 300, "data": [str(corpus)]}, "switch": switch})
+    summary = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
+    study = study_run(tmp_path / "run", StudyConfig())
+    ks = [[layer.experts_per_token for layer in layers] for layers in study.results]
+    assert ks[0] == [3, 3]  # the settings', before anything was measured
+    assert ks[-1] == list(summary["experts_per_token"]) != ks[0]
+    own = load(tmp_path / "run/final")[0]
+    assert ks[-1] == [layer.ssd.experts_per_token for layer in layers_of(own)]
+    last = study.results[-1]
+    assert [layer.mass_caught for layer in last] == [
+        r.mass_router[k - 1] for r, k in zip(last, ks[-1], strict=True)
+    ]
+    assert f"router's {spread(ks[-1])} of 8 experts" in findings(study)[-1]
+    assert f"router's {spread(ks[-1])} of 8 experts" in findings(records_of_run(tmp_path / "run"))[-1]
+    write_report(study, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for layer, k in zip(last, ks[-1], strict=True):
+        assert f"<td>{k} of 8<td>{100 * layer.mass_caught:.1f} %" in page
+
+
+def test_an_older_study_is_replaced_only_when_told(trained: Path, tmp_path: Path, study_of: Any) -> None:
+    assert study_of(trained)[0] == 0
+    (tmp_path / "out/pictures/of-older-version.svg").write_text("<svg>")
+    before = (tmp_path / "out/report.html").read_bytes()
+    code, printed, err = study_of(trained)
+    assert (code, printed) == (2, {})
+    assert "holds a study already; replace it with --overwrite, or choose another folder with --out" in err
+    assert (tmp_path / "out/report.html").read_bytes() == before
+    assert study_of(trained, "--overwrite")[0] == 0
+    assert not (tmp_path / "out/pictures/of-older-version.svg").exists()
+    for name in ("report.html", "study.json"):
+        (tmp_path / "out" / name).unlink()
+    code, printed, err = study_of(trained, "--overwrite")
+    assert (code, printed) == (2, {})
+    assert "exists and does not hold a study" in err
+    assert (tmp_path / "out/pictures").is_dir()
 
 
 def test_the_monitor_measures_patterns_and_routes_live(trained: Path) -> None:
@@ -199,7 +239,7 @@ def test_plain_checkpoints_are_studied_and_stay_as_they_are(series: Path, corpus
     before = {p: p.read_bytes() for p in series.rglob("*") if p.is_file()}
     study = study_checkpoints([f"{series}/step*"], settings(corpus, probe_tokens=256, num_experts=16))
     assert (study.problems, study.steps) == ([], [3, 20, 100])
-    assert (study.layers[0].num_experts, study.layers[0].experts_per_token) == (16, 3)
+    assert (study.layers[0].num_experts, study.results[0][0].experts_per_token) == (16, 3)
     assert study.probe["tokens"] == 256
     pattern = study.pairs["pattern"][0]
     assert pattern[0][1] > pattern[0][2]  # further apart, less alike: neurons are compared with themselves
@@ -292,12 +332,8 @@ def test_models_of_other_families_are_studied(
         settings(corpus, tokenizer=str(series), sequence_length=32, probe_tokens=256),
     )
     assert study.problems == []
-    assert [(shape.d_ff, shape.num_experts, shape.experts_per_token) for shape in study.layers] == [
-        (48, 24, 4)
-    ] * ffns
+    assert [(shape.d_ff, shape.num_experts) for shape in study.layers] == [(48, 24)] * ffns
     for layer in study.results[0]:
+        assert layer.experts_per_token == 4
         assert 0.2 < layer.activation_ratio < 0.8  # random weights: about half the neurons, gated or not
-        assert layer.by_frequency.keys() == {"1-10", "11-100"} or "101-1,000" in layer.by_frequency
-        # An encoder-decoder model reads half of each window on either side.
-        assert list(layer.by_position)[-1] == ("8-15" if family == "t5" else "16-31")
         assert layer.mass_router[-1] == pytest.approx(1.0)

@@ -149,6 +149,32 @@ def test_the_structure_is_carried_along_until_the_last_measurement_before_layers
     assert all(layer.similarity == 1.0 for m in found[1:6] for layer in m.layers)
 
 
+def test_a_regrouping_is_one_in_which_neurons_move(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    never_joins = dataclasses.replace(CONFIG, min_mass_caught=1.0)
+    controller = Controller(switchable_gpt2, tokens, total_steps=20, config=never_joins)
+    optimizer = torch.optim.SGD(switchable_gpt2.parameters(), lr=0.0)
+    found = [m for m in (controller.step(optimizer) for _ in range(10)) if m is not None]
+    # The weights stay what they are, and so does the structure that is found: only the first one moves neurons.
+    assert len(found) > 2
+    assert [m.regrouped for m in found] == [(True, True)] + [(False, False)] * (len(found) - 1)
+    assert controller.regroupings == 2
+
+
+def test_a_measurement_tells_the_k_it_was_taken_with(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    config = dataclasses.replace(CONFIG, mass_target=0.9)
+    controller = Controller(switchable_gpt2, tokens, total_steps=20, config=config)
+    optimizer = torch.optim.SGD(switchable_gpt2.parameters(), lr=0.0)
+    first, second, third = [m for m in (controller.step(optimizer) for _ in range(20)) if m is not None][:3]
+    assert [layer.experts_per_token for layer in first.layers] == [3, 3]
+    assert first.experts_per_token[0] > 3
+    assert tuple(layer.experts_per_token for layer in second.layers) == first.experts_per_token
+    for k, layer in zip(first.experts_per_token, second.layers, strict=True):
+        assert layer.mass_caught == layer.mass_by_k[k - 1]
+    assert second.layers[0].routing_changed is None  # of another K every set is another one
+    assert second.experts_per_token == third.experts_per_token
+    assert third.layers[0].routing_changed == 0.0
+
+
 def test_an_optimizer_without_the_routers_is_refused(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     controller = Controller(switchable_gpt2, tokens, total_steps=20, config=CONFIG)
     others = [p for n, p in switchable_gpt2.named_parameters() if "router" not in n]

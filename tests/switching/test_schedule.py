@@ -33,7 +33,7 @@ def changed(kind: type[Schedule] = Schedule, steps: int = 100, **changes: object
 
 
 def measured(ratio: float, similarity: float, in_use: float = 1.0, caught: float = 0.8) -> LayerMeasures:
-    return LayerMeasures(ratio, caught, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use)
+    return LayerMeasures(ratio, caught, (0.5, 0.8, 0.95, 1.0), 0.95, 1.5, similarity, in_use, 2)
 
 
 def alternating(*takes_part: bool, k: int = CONFIG.experts_per_token) -> ScheduleState:

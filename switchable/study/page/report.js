@@ -58,18 +58,3 @@ if (layer) {
   layer.addEventListener("change", showLayer);
   showLayer();
 }
-
-const slider = document.getElementById("k");
-function showMass() {
-  const k = Number(slider.value);
-  document.getElementById("k-shown").textContent = k;
-  for (const row of document.querySelectorAll("#mass-table tbody tr")) {
-    data.mass[Number(row.dataset.row)].forEach((curve, column) => {
-      row.cells[column + 1].textContent = (100 * curve[k - 1]).toFixed(1) + " %";
-    });
-  }
-}
-if (slider) {
-  slider.addEventListener("input", showMass);
-  showMass();
-}
