@@ -15,7 +15,7 @@ FLOORS = (
     ("versions",),
     ("errors",),
     ("coercion", "options", "files", "timing", "ranks"),
-    ("recipes", "gone"),
+    ("recipes", "gone", "finite"),
     ("settings",),
     ("data", "structure"),
     ("compute",),

@@ -32,6 +32,7 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
+from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, validation_loss
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
@@ -210,6 +211,7 @@ def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, 
     batches = text.probe(model, tokens)
     with _bar("calibrating routers", len(batches), quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
+    check_finite(model, "the model with its routers", "lower --router-learning-rate")
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import add_cache, add_dataclass_flags, given_flags
+from switchable.files import as_json
 
 HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
 
@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.adapt.run import adapt
 
-    print(json.dumps(adapt(args.model, data, config, args.out, args.cache, args.overwrite, args.quiet)))
+    print(as_json(adapt(args.model, data, config, args.out, args.cache, args.overwrite, args.quiet)))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
@@ -54,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
-    from switchable.files import write_json
+    from switchable.files import as_json, write_json
 
     scores = evaluate(args.folder, config, data)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
     if args.out is not None:
         write_json(args.out, result)
     print(table(scores))
-    print(json.dumps(result))
+    print(as_json(result))
     return 0

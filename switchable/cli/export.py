@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from switchable.files import as_json
 
 HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switchable)"
 
@@ -43,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
 
     given = args.experts_per_token
     each = given[0] if given is not None and len(given) == 1 else given
-    print(json.dumps(export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite)))
+    print(as_json(export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite)))
     return 0

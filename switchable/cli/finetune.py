@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from switchable.cli.flags import add_dataclass_flags, given_flags
+from switchable.files import as_json
 
 HELP = "fine-tune a model on sst2, cola or rte, dense or sparse"
 
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
 
     scores, result = finetune(args.folder, args.data, config, args.out, args.overwrite, args.quiet)
     print(table(scores))
-    print(json.dumps(result))
+    print(as_json(result))
     return 0

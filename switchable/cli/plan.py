@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
-from switchable.errors import InputError
+from switchable.files import as_json
+from switchable.options import checked
 
 HELP = "what a run needs: memory, traffic, checkpoints, the cost of a switch, the expected gain"
 
@@ -37,14 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from switchable.config import load
     from switchable.train.plan import device_named, estimates, plan
 
-    if args.world_size < 1:
-        raise InputError(f"--world-size={args.world_size} is out of range; use a whole number of at least 1")
-    if not 0 < args.utilization <= 1:
-        raise InputError(f"--utilization={args.utilization} is out of range; use a share above 0, up to 1")
-    if args.link is not None and not args.link > 0:
-        raise InputError(
-            f"--link={args.link:g} is out of range; use a positive number of gigabytes per second"
-        )
+    checked("--world-size", args.world_size, int, least=1, most=10**6)
+    checked("--utilization", args.utilization, float, least=1e-6, most=1)
+    checked("--link", args.link, float | None, least=1e-6, most=10**6)
     config, device = load(args.config, given_flags(args)), device_named(args.gpu)
     if args.link is not None:
         device = replace(device, link=args.link * 1e9)
@@ -53,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         for name, value in figures.items():
             print(f"{name:28} {_shown(name, value)}")
-    print(json.dumps(figures))
+    print(as_json(figures))
     return 0
 
 

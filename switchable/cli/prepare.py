@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.files import as_json
 
 HELP = "text -> tokenizer -> token files (pretrain does it by itself)"
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, given_flags(args))
     data = prepare(config.data, args.cache, objective=objective_of(config), progress=not args.quiet)
     print(
-        json.dumps(
+        as_json(
             {"train_tokens": data.train.tokens, "val_tokens": data.val.tokens, "folder": str(data.folder)}
         )
     )

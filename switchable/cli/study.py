@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = build(StudyConfig, given_flags(args), "the flags")
     # What a user can get wrong by typing is refused above, before torch is loaded.
-    from switchable.files import write_json
+    from switchable.files import as_json, write_json
     from switchable.study.findings import findings
     from switchable.study.pictures import write_files
     from switchable.study.report import write_report
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             f"{out} cannot be written: {error.strerror}; choose another folder with --out"
         ) from None
     found = {"report": str(out / "report.html"), "checkpoints": len(study.steps), "pictures": names}
-    print(json.dumps(found | {"findings": findings(study), "problems": study.problems}))
+    print(as_json(found | {"findings": findings(study), "problems": study.problems}))
     for problem in study.problems:
         print(f"switchable study: {problem}", file=sys.stderr)
     return 2 if study.problems else 0

@@ -5,7 +5,6 @@ It covers every finished run of the comparison that is in the folder, whoever tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from switchable.compare.figures import (
 from switchable.compare.methods import in_order, named
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
-from switchable.files import read_records, write_json, write_text
+from switchable.files import as_json, read_records, write_json, write_text
 from switchable.train.summary import label
 
 GAIN = "gain_of_ssd_at_equal_flops"
@@ -156,7 +155,7 @@ def last_line(table: Mapping[str, Any], out: Path) -> str:
     }
     headline = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
     rest = {"methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
-    return json.dumps(headline | rest)
+    return as_json(headline | rest)
 
 
 def _ended_before_dense(

@@ -19,6 +19,7 @@ from torch import nn
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.ffn.layer import SwitchableFFN
+from switchable.options import refuse_more_than_memory
 from switchable.timing import processor, take_turns
 
 
@@ -44,6 +45,10 @@ def measure(
         raise InputError(
             "no layer of this model takes part in sparse mode (it was trained all dense): nothing to compare"
         )
+    widest = max(layer.ssd.d_ff for layer in layers)
+    refuse_more_than_memory(
+        4 * max(tokens) * widest, f"a layer of {widest} neurons with {max(tokens)} tokens"
+    )
     precision = str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     show("{processor}, {threads} threads, torch {torch}, ".format_map(machine) + precision)

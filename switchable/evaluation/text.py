@@ -84,7 +84,10 @@ def text_scores(
             per_byte = float(tokens.sum()) / math.log(2) / text.text_bytes
             found["perplexity"] = (perplexity, perplexity * stderr)
             found["bits per byte"] = (loss * per_byte, stderr * per_byte)
-        scores += [Score("text", metric, way, *figures, len(nats)) for metric, figures in found.items()]
+        scores += [
+            Score("text", metric, way, value, None if math.isnan(error) else error, len(nats))
+            for metric, (value, error) in found.items()
+        ]
     return scores
 
 
@@ -121,7 +124,7 @@ def _per_window(
 
 
 def _ratio_stderr(nats: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> float:
-    """Return the standard error of sum(nats) / sum(tokens) over windows."""
+    """Return the standard error of sum(nats) / sum(tokens) over windows; NaN of one."""
     if len(nats) < 2:
         return math.nan
     residuals = nats - tokens * (nats.sum() / tokens.sum())

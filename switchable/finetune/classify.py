@@ -37,6 +37,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.finite import check_finite
 from switchable.store import checkpoint
 from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
 from switchable.store.pretrained import load_config, load_pretrained
@@ -83,6 +84,7 @@ def finetune(
     set_mode(model, way.mode, way.experts_per_token)
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         outcome = trainer.train()
+        check_finite(model, "the fine-tuned model", "lower --learning-rate")
         scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable import ranks
 from switchable.errors import InputError
 from switchable.files import finish_folder, remove, temporary_name, write_json
+from switchable.finite import check_finite
 from switchable.store import tensorfile
 from switchable.store.contents import Contents, contents_of
 from switchable.store.folders import entry, full_disk_told, seal
@@ -30,6 +31,7 @@ from switchable.store.pretrained import quiet_transformers
 
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
+DIVERGED = "nothing was written. Its training has diverged: lower the learning rate"
 REMEDY = "earlier checkpoints stand. Free some space (or lower --keep) and go on with --resume"
 
 
@@ -43,8 +45,9 @@ def save(
     """Write the `contents_of` a model as the checkpoint `folder`; every rank must call it.
 
     Raises:
-        InputError: no space left on the device. What was there before is untouched.
+        InputError: no space left on the device, or weights that are not finite. What was there before is untouched.
     """
+    ranks.together(lambda: check_finite(model, f"the model for {folder}", DIVERGED))
     write(folder, contents_of(model, training, tokenizer, notes))
 
 

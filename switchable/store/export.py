@@ -19,6 +19,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of, set_mode
 from switchable.ffn.description import describe
 from switchable.files import whole_folder
+from switchable.finite import check_finite
 from switchable.store.folders import full_disk_told
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_pretrained
@@ -77,7 +78,12 @@ def export(
 def write(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, to: str, folder: Path, max_shard_size: str
 ) -> None:
-    """Write a converted model and its tokenizer into a folder that exists; the model's config is as before after."""
+    """Write a converted model and its tokenizer into a folder that exists; the model's config is as before after.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    check_finite(model, "the model", "nothing was written")
     config: Any = model.config
     before = getattr(config, "quantization_config", None)
     try:

@@ -102,7 +102,7 @@ class Study:
         return [(steps, [layers[i][part] for layers in self.changes]) for i in range(self.num_layers)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the run's own records as plain values (not-a-numbers as null)."""
+        """Return everything but the run's own records as plain values."""
         return {
             f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
         }
@@ -140,4 +140,4 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value

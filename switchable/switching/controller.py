@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchable.errors import InputError
+from switchable.errors import InputError, shown
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.options import checked
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.measures import Batch
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
+
+MOST_SEED = 2**32 - 1
+"""What NumPy takes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Controller:
         schedule: when to switch; a baseline's is another one.
 
     Raises:
-        InputError: the model is not converted, or total_steps is not positive.
+        InputError: the model is not converted, a wrong type, or total_steps is not positive.
     """
 
     def __init__(
@@ -68,15 +72,15 @@ class Controller:
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
     ) -> None:
-        self.layers = layers_of(model)
+        self.layers = layers_of(checked("model", model, nn.Module))
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
-        if total_steps < 1:
-            raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
-        self.model, self.seed = model, seed
+        self.model, self.seed = model, checked("seed", seed, int, least=0, most=MOST_SEED)
         first = self.layers[0].ssd.settings
+        given: SwitchConfig | None = checked("config", config, SwitchConfig | None)
         self.schedule = schedule(
-            first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
+            first.config if given is None else settled(given, first.d_ff, first.activation),
+            checked("total_steps", total_steps, int, least=1),
         )
         self.probe = _as_batches(probe)
         self.steps_done = 0
@@ -177,7 +181,10 @@ class Controller:
         set_mode(self.model, self.mode)
 
     def _check_covers_routers(self, optimizer: torch.optim.Optimizer) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is None:
+            raise InputError(f"optimizer={shown(optimizer)} must be the optimizer that trains the model")
+        trained = {id(p) for group in groups for p in group["params"]}
         missing = [layer.ssd.name for layer in self.layers if id(layer.router.weight) not in trained]
         if missing:
             raise InputError(
@@ -231,4 +238,7 @@ class Controller:
 def _as_batches(probe: Tensor | Batch | Sequence[Batch]) -> list[Batch]:
     if isinstance(probe, Tensor):
         return [{"input_ids": probe}]
-    return [probe] if isinstance(probe, Mapping) else list(probe)
+    batches = [probe] if isinstance(probe, Mapping) else list(probe) if isinstance(probe, Sequence) else []
+    if not batches or not all(isinstance(batch, Mapping) and batch for batch in batches):
+        raise InputError(f"probe={shown(probe)} must be token ids, a batch of model inputs, or several")
+    return batches

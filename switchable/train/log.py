@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from switchable import ranks
 from switchable.errors import InputError
-from switchable.files import is_no_space, write_text
+from switchable.files import as_json, is_no_space, write_text
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
 
@@ -120,7 +120,7 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(as_json(record) + "\n")
             self._file.flush()
         except OSError as error:
             if not is_no_space(error):

@@ -93,7 +93,7 @@ def test_dense_is_the_plain_layer_and_the_model_stays_as_it_was(model: nn.Module
     ("arguments", "answer"),
     [
         (["--tokens", "0"], "tokens=0 is out of range"),
-        (["--seconds", "0"], "seconds=0 is out of range"),
+        (["--seconds", "0"], "seconds=0.0 is out of range"),
         (["--experts-per-token", "9"], "experts_per_token=9 is not possible with the 8 experts"),
     ],
 )
