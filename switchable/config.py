@@ -185,8 +185,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"config file {path} is not readable YAML: {' '.join(str(error).split())[:300]}"
+        ) from None
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     given = {} if given is None else given

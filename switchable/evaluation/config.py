@@ -22,7 +22,7 @@ class EvalConfig:
     experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
     batch_size: int = option(8, "sequences at a time", least=1, metavar="N")
     sequence_length: int | None = option(
-        None, "window of text; none: the training's", least=1, metavar="TOKENS"
+        None, "window of text; none: the training's", least=2, metavar="TOKENS"
     )
     limit: int | None = option(None, "examples per task at most", least=1, metavar="N")
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ def _on_text(
     text = tokenise((document for document, _, _ in hashed_documents(data)), tokenizer)
     trained = run_config(folder) or RunConfig()
     # The training's sequence length, or what the model can hold.
-    positions = getattr(model.config, "max_position_embeddings", None) or trained.train.sequence_length
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     length = config.sequence_length or min(trained.train.sequence_length, positions)
+    if length > positions:
+        raise InputError(
+            f"sequence_length={length} is longer than the model's {positions} positions; use 2 to {positions}"
+        )
     objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
     return text_scores(model, text, objective, length, found, config.batch_size)
