@@ -63,7 +63,10 @@ def test_field_names_are_unique_over_all_sections() -> None:
         ("train: {steps: " + "9" * 5000 + "}", r"not readable YAML: .*5000 digits"),
         ("[" * 3000, r"not readable YAML"),
         ("train: {steps: 2024-13-01}", r"not readable YAML|must be a whole number"),
-        ("train: {steps: '" + "9" * 5000 + "'}", r"steps='9{79}... \(5002 characters\) must be a whole number"),
+        (
+            "train: {steps: '" + "9" * 5000 + "'}",
+            r"steps='9{79}... \(5002 characters\) must be a whole number",
+        ),
         ("train: {weight_decay: -0.1}", r"weight_decay=-0.1 is out of range; use a number from 0 to 1000"),
         ("train: {learning_rate: " + "9" * 400 + "}", r"learning_rate=\S+ is out of range|must be a number"),
         ("model: 3", r"section 'model' must hold"),
