@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from switchable.errors import InputError
+from switchable.errors import InputError, shown
 
 T = TypeVar("T")
 
@@ -40,15 +40,15 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is bool:
         return _coerce_bool(value, where)
     if hint is str and not isinstance(value, str):
-        raise InputError(f"{where}={value!r} must be text")
+        raise InputError(f"{where}={shown(value)} must be text")
     if isinstance(value, bool):
-        raise InputError(f"{where}={value!r} must be {_article(hint)}")
+        raise InputError(f"{where}={shown(value)} must be {_article(hint)}")
     try:
         number = hint(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}={value!r} must be {_article(hint)}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}={shown(value)} must be {_article(hint)}") from None
     if hint is int and isinstance(value, float) and value != number:
-        raise InputError(f"{where}={value!r} must be a whole number")
+        raise InputError(f"{where}={shown(value)} must be a whole number")
     return number
 
 
@@ -58,7 +58,7 @@ def _coerce_bool(value: Any, where: str) -> bool:
         return value
     if str(value).lower() in named:
         return named[str(value).lower()]
-    raise InputError(f"{where}={value!r} must be true or false")
+    raise InputError(f"{where}={shown(value)} must be true or false")
 
 
 def _article(hint: type) -> str:

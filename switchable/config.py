@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
+from switchable import options
 from switchable.coercion import build
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.gone import refuse_gone, upgraded
 from switchable.recipes import AUTO
-from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
+from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
 from switchable.settings import SwitchConfig, settled
 
 
@@ -37,6 +38,7 @@ class RunConfig:
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
     def __post_init__(self) -> None:
+        options.check(self)
         auto = auto_recipe(self.model, self.train) if self.switch.recipe == AUTO else "early"
         object.__setattr__(
             self, "switch", settled(self.switch, d_ff(self.model), self.model.activation, auto)
@@ -74,6 +76,16 @@ def check(config: RunConfig) -> None:
         raise InputError(f"whole_words is for masked models, not for family {model.family}; leave it out")
     if config.data.tokenizer is None:
         check_vocab_size(config.data.vocab_size, objective_of(config))
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Refuse what `check` does, and a model that does not fit into this machine (which `plan` is there to work out).
+
+    Raises:
+        InputError: as `check`.
+    """
+    check(config)
+    check_memory(config.model, config.data.vocab_size, config.train.sequence_length)
 
 
 def objective_of(config: RunConfig) -> str:
@@ -173,8 +185,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"config file {path} is not readable YAML: {' '.join(str(error).split())[:300]}"
+        ) from None
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     given = {} if given is None else given

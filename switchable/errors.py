@@ -8,11 +8,20 @@ Everything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """A wrong input: the message says what was given, what is allowed and what to do."""
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: a very long one is cut short."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"(a number of {value.bit_length()} bits)"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,5 +32,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def divisors_near(n: int, wanted: int, count: int = 6) -> list[int]:
     """Return up to `count` divisors of `n` closest to `wanted`, ascending: the values to suggest to a user."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:count])
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted(sorted({*small, *(n // d for d in small)}, key=lambda d: (abs(d - wanted), d))[:count])

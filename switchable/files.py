@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -107,9 +108,22 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON, in which there is no NaN: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, completely or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a value as indented JSON (`as_json`), completely or not at all."""
+    write_text(path, as_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

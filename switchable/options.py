@@ -9,13 +9,18 @@ flags are refused alike, with the same words, before any work is done.
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
+import sys
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
-from switchable.errors import InputError, nearest
+from switchable.errors import InputError, nearest, shown
+
+LARGEST = 2**31 - 1
+"""Of a whole number where nothing less is said: every library below takes it."""
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a tuple"}
 
 
 def option(
@@ -52,6 +57,8 @@ def option(
 def check(config: Any, unset: object = None) -> None:
     """Refuse values of a configuration that are of the wrong type, not among the choices or out of range.
 
+    A whole number given for a fraction becomes a float.
+
     Args:
         config: a dataclass whose fields `option` declared.
         unset: a value that is allowed everywhere: it marks what was not given.
@@ -61,61 +68,84 @@ def check(config: Any, unset: object = None) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
-        value, optional, kind = getattr(config, f.name), *_unwrapped(hints[f.name])
-        if (value is None and optional) or (unset is not None and value is unset):
-            continue
-        _check_type(f.name, value, kind)
-        if f.metadata.get("choices") and value not in f.metadata["choices"]:
-            known = f.metadata["choices"]
-            raise InputError(
-                f"{f.name}={value!r} is not known; use one of {', '.join(known)}{nearest(str(value), known)}"
-            )
-        if kind in (int, float):
-            _check_range(f, value, kind)
+        value = getattr(config, f.name)
+        if unset is None or value is not unset:
+            object.__setattr__(config, f.name, checked(f.name, value, hints[f.name], **f.metadata))
 
 
-def _unwrapped(hint: Any) -> tuple[bool, Any]:
-    """Return whether a type allows None, and the type without it (of a generic type, its origin)."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return True, typing.get_origin(kinds[0]) or kinds[0]
-    return False, typing.get_origin(hint) or hint
+def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
+    """Return a value given for `name`, as a float where that is its type.
 
+    Args:
+        name: what the user calls it.
+        value: what was given.
+        hint: the type that it must have, as in an annotation.
+        allowed: choices and range, as `option` takes them.
 
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return
-    fits = isinstance(value, kind) if isinstance(kind, type) else True
+    Raises:
+        InputError: it is of another type, not among the choices or out of range.
+    """
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    hints = [h for h in (typing.get_args(hint) if union else (hint,)) if h is not type(None)]
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    hint = next((h for h in hints if isinstance(value, typing.get_origin(h) or h)), hints[0])
+    kind: Any = typing.get_origin(hint) or hint
+    fits: bool = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
-        wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-            kind, str(kind)
+        raise InputError(f"{name}={shown(value)} must be {KINDS.get(kind) or f'a {kind.__name__}'}")
+    if kind is tuple:
+        return tuple(checked(name, item, typing.get_args(hint)[0], **allowed) for item in value)
+    known = allowed.get("choices")
+    if known and value not in known:
+        raise InputError(
+            f"{name}={shown(value)} is not known; use one of {', '.join(known)}{nearest(str(value), known)}"
         )
-        raise InputError(f"{name}={value!r} must be {wanted}")
+    if kind in (int, float) and not _inside(value, kind, **allowed):
+        more = f", e.g. {allowed['usual']}" if allowed.get("usual") else ""
+        raise InputError(f"{name}={shown(value)} is out of range; use {_range(kind, **allowed)}{more}")
+    return float(value) if kind is float else value
 
 
-def _check_range(f: dataclasses.Field[Any], value: float, kind: type) -> None:
-    m = f.metadata
-    inside = (
-        math.isfinite(value)
-        and (m.get("least") is None or value >= m["least"])
-        and (m.get("above") is None or value > m["above"])
-        and (m.get("most") is None or value <= m["most"])
-        and (m.get("below") is None or value < m["below"])
+def _inside(
+    value: float,
+    kind: type,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    **_: object,
+) -> bool:
+    return (
+        abs(value) <= sys.float_info.max  # which NaN is not
+        and (kind is not int or most is not None or value <= LARGEST)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
     )
-    if not inside:
-        raise InputError(f"{f.name}={value:g} is out of range; use {_range(m, kind)}{_usual(m)}")
 
 
-def _usual(m: Any) -> str:
-    return f", e.g. {m['usual']}" if m.get("usual") else ""
-
-
-def _range(m: Any, kind: type) -> str:
+def _range(
+    kind: type,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    **_: object,
+) -> str:
     """Say which numbers are allowed: "a whole number of at least 1", "a number from 0 to 1", and so on."""
-    number = "a whole number" if kind is int else "a number"
-    least, above, most, below = (m.get(name) for name in ("least", "above", "most", "below"))
     if least is not None and most is not None:
-        return f"{number} from {least:g} to {most:g}"
+        return f"{KINDS[kind]} from {least:.10g} to {most:.10g}"
     low = f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else ""
-    high = f"at most {most:g}" if most is not None else f"below {below:g}" if below is not None else ""
-    return " ".join((number, " and ".join(part for part in (low, high) if part))).strip()
+    high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
+    return " ".join((KINDS[kind], " and ".join(part for part in (low, high) if part))).strip()
+
+
+def refuse_more_than_memory(wanted: float, what: str) -> None:
+    """Raise InputError if `what` takes more bytes than this machine has, before anything is allocated."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > memory:
+        raise InputError(
+            f"{what} takes at least {wanted / 1e9:,.3g} GB and this machine has {memory / 1e9:,.3g} GB; make it smaller"
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from switchable.errors import InputError, divisors_near
-from switchable.options import check, option
+from switchable.options import check, option, refuse_more_than_memory
 
 
 class Buildable(NamedTuple):
@@ -16,15 +16,17 @@ class Buildable(NamedTuple):
     """What it learns: `"causal"`, `"masked"` or `"span"`."""
     gated: bool = False
     """Whether its FFNs are gated."""
+    positions: bool = True
+    """Whether it has an embedding for each position."""
 
 
 BUILDABLE = {
     "gpt2": Buildable(),
     "opt": Buildable(),
-    "llama": Buildable(gated=True),
+    "llama": Buildable(gated=True, positions=False),
     "bert": Buildable("masked"),
     "roberta": Buildable("masked"),
-    "t5": Buildable("span"),
+    "t5": Buildable("span", positions=False),
 }
 """By model type of transformers; `ffn/builders.py` builds them."""
 
@@ -39,12 +41,16 @@ class ModelConfig:
         choices=tuple(BUILDABLE),
         metavar="NAME",
     )
-    d_model: int = option(256, "width of the residual stream", least=1, metavar="D")
-    d_ff: int | None = option(None, "neurons per FFN; none: 4 x d_model", least=1, metavar="F")
-    num_layers: int = option(4, "Transformer blocks", least=1, metavar="N")
+    d_model: int = option(256, "width of the residual stream", least=1, most=2**20, metavar="D")
+    d_ff: int | None = option(None, "neurons per FFN; none: 4 x d_model", least=1, most=2**24, metavar="F")
+    num_layers: int = option(4, "Transformer blocks", least=1, most=10_000, metavar="N")
     num_heads: int = option(4, "attention heads per block; divides d_model", least=1, metavar="N")
     max_positions: int | None = option(
-        None, "longest sequence in tokens; none: the training sequence length", least=2, flag=False
+        None,
+        "longest sequence in tokens; none: the training sequence length",
+        least=2,
+        most=2**24,
+        flag=False,
     )
     activation: str = option(
         "relu2",
@@ -68,10 +74,14 @@ class TrainConfig:
 
     steps: int = option(500, "optimizer steps in all", least=1, metavar="N")
     batch_size: int = option(8, "sequences per optimizer step", least=1, metavar="N")
-    sequence_length: int = option(256, "tokens per sequence", least=2, metavar="TOKENS")
-    learning_rate: float = option(1e-3, "peak learning rate", above=0, metavar="LR")
+    sequence_length: int = option(256, "tokens per sequence", least=2, most=2**24, metavar="TOKENS")
+    learning_rate: float = option(1e-3, "peak learning rate", above=0, most=1000, metavar="LR")
     weight_decay: float = option(
-        0.1, "decoupled weight decay of matrices (none for biases, norms, routers)", least=0, metavar="RATE"
+        0.1,
+        "decoupled weight decay of matrices (none for biases, norms, routers)",
+        least=0,
+        most=1000,
+        metavar="RATE",
     )
     seed: int = option(
         0, "random seed of initial weights and data order", least=0, most=2**32 - 1, metavar="N"
@@ -83,7 +93,7 @@ class TrainConfig:
         metavar="NAME",
     )
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, metavar="N")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
     eval_every: int = option(
         100, "steps between validations in both modes; 0 = only at the end", least=0, metavar="STEPS"
     )
@@ -99,7 +109,7 @@ class TrainConfig:
         advanced=True,
     )
     router_learning_rate: float = option(
-        1e-2, "peak learning rate of the routers", above=0, metavar="LR", advanced=True
+        1e-2, "peak learning rate of the routers", above=0, most=1000, metavar="LR", advanced=True
     )
     gradient_accumulation_steps: int = option(
         1,
@@ -146,11 +156,27 @@ class TrainConfig:
         8,
         "model weights kept over the run for `switchable study`, closer together early on",
         least=0,
+        most=1000,
         flag=False,
     )
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def check_memory(model: ModelConfig, vocab_size: int, sequence_length: int) -> None:
+    """Refuse a model whose weights alone are more than this machine's memory.
+
+    Raises:
+        InputError: says how much it is, and how much there is.
+    """
+    kind, neurons = BUILDABLE[model.family], d_ff(model)
+    block = model.d_model * (4 * model.d_model + (3 if kind.gated else 2) * neurons)
+    rows = vocab_size + (model.max_positions or sequence_length if kind.positions else 0)
+    refuse_more_than_memory(
+        4 * (model.num_layers * block + rows * model.d_model),
+        f"a model of {model.num_layers} layers with d_model={model.d_model}, d_ff={neurons} and {rows} embeddings",
+    )
 
 
 def d_ff(model: ModelConfig) -> int:

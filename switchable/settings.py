@@ -88,6 +88,7 @@ class SwitchConfig:
         "penalty in dense steps, in layers where more than 12 % of the neurons are active: this times the sum of "
         "|activations|, mean over tokens (nats)",
         least=0,
+        most=1000,
         usual="1e-4",
         metavar="NATS",
     )

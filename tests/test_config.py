@@ -11,10 +11,15 @@ import pytest
 
 from switchable import InputError, SwitchConfig
 from switchable.adapt.config import AdaptConfig
-from switchable.config import RunConfig, changed, from_dict, load, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, load, to_dict
 from switchable.data.config import DataConfig, ObjectiveConfig
+from switchable.errors import divisors_near
+from switchable.evaluation.config import EvalConfig
 from switchable.finetune.config import FinetuneConfig
+from switchable.infer.sampling import Sampling
 from switchable.sections import ModelConfig, TrainConfig
+from switchable.study.config import StudyConfig
+from switchable.train.pretrain import pretrain
 
 
 def test_flags_lie_over_yaml_over_defaults(tmp_path: Path) -> None:
@@ -52,6 +57,18 @@ def test_field_names_are_unique_over_all_sections() -> None:
         ("model: {num_heads: 3}", r"num_heads=3 does not divide d_model=256; use one of 1, 2, 4"),
         ("train: {learning_rate: .nan}", r"learning_rate=nan is out of range; use a number above 0"),
         ("train: {steps: true}", r"steps=True must be a whole number"),
+        ("train: {steps: .inf}", r"steps=inf must be a whole number"),
+        ("train: {steps: 1e30}", r"steps='1e30' must be a whole number"),
+        ("train: {steps: 3000000000}", r"steps=3000000000 is out of range"),
+        ("train: {steps: " + "9" * 5000 + "}", r"not readable YAML: .*5000 digits"),
+        ("[" * 3000, r"not readable YAML"),
+        ("train: {steps: 2024-13-01}", r"not readable YAML|must be a whole number"),
+        (
+            "train: {steps: '" + "9" * 5000 + "'}",
+            r"steps='9{79}... \(5002 characters\) must be a whole number",
+        ),
+        ("train: {weight_decay: -0.1}", r"weight_decay=-0.1 is out of range; use a number from 0 to 1000"),
+        ("train: {learning_rate: " + "9" * 400 + "}", r"learning_rate=\S+ is out of range|must be a number"),
         ("model: 3", r"section 'model' must hold"),
         ("switch: 3", r"section 'switch' must hold"),
         ("switch: {num_experts: many}", r"section 'switch': num_experts='many' must be a whole number"),
@@ -81,13 +98,18 @@ def wrong_values(cls: type) -> list[tuple[str, object]]:
                 f.metadata["below"],
             ]
             assert any(limit is not None for limit in limits), f"{f.name} has no limits"
-            found += [(f.name, value) for value in ("1", True, math.nan, math.inf, -math.inf, -1)]
+            found += [(f.name, value) for value in ("1", True, math.nan, math.inf, -math.inf, -1, 10**400)]
             if "int" in kind:
-                found.append((f.name, 2.5))
+                found += [(f.name, 2.5), (f.name, 2**64)]
+            if "tuple" in kind:
+                found = [(name, (value,) if name == f.name else value) for name, value in found]
     return found
 
 
-CLASSES = (ModelConfig, TrainConfig, DataConfig, ObjectiveConfig, SwitchConfig, AdaptConfig, FinetuneConfig)
+CLASSES = (
+    ModelConfig, TrainConfig, DataConfig, ObjectiveConfig, SwitchConfig, AdaptConfig, FinetuneConfig, EvalConfig,
+    StudyConfig, Sampling,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -101,3 +123,24 @@ def test_every_class_refuses_wrong_values_in_its_constructor(cls: type, name: st
 def test_a_missing_file() -> None:
     with pytest.raises(InputError, match="does not exist"):
         load(Path("nowhere.yaml"), {})
+
+
+def test_a_whole_number_given_for_a_fraction_is_kept_as_one() -> None:
+    kept = TrainConfig(weight_decay=0).weight_decay
+    assert (type(kept), kept) == (float, 0.0)
+    assert Sampling(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    # 10,000 blocks of 4 * 4096^2 + 2 * 4096 * 16384 weights, 300 + 16 embeddings of 4096, 4 bytes each
+    given = {"d_model": 4096, "num_layers": 10_000, "sequence_length": 16, "vocab_size": 300}
+    config = load(None, {**given, "recipe": "early"})
+    with pytest.raises(InputError, match=r"at least 8\.05e\+03 GB and this machine has"):
+        pretrain(config, tmp_path / "run", tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+    check(config)  # what `switchable plan` may look at
+
+
+@pytest.mark.parametrize(("n", "wanted", "near"), [(12, 5, [3, 4, 6]), (2**24, 3, [1, 2, 4]), (7, 7, [1, 7])])
+def test_divisors_by_hand(n: int, wanted: int, near: list[int]) -> None:
+    assert divisors_near(n, wanted, count=3) == near

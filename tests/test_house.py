@@ -15,7 +15,7 @@ FLOORS = (
     ("versions",),
     ("errors",),
     ("coercion", "options", "files", "timing", "ranks", "progress"),
-    ("recipes", "gone"),
+    ("recipes", "gone", "finite"),
     ("settings",),
     ("data", "structure"),
     ("compute",),
@@ -37,7 +37,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 22_500
+MOST_LINES = 23_100
 """What the package has now; lower it when code goes."""
 
 

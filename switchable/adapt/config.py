@@ -33,7 +33,7 @@ class AdaptConfig:
     )
     calibration_tokens: int = option(200_000, "tokens that the routers learn from", least=1, metavar="TOKENS")
     router_learning_rate: float = option(
-        1e-2, "peak learning rate of the routers (AdamW)", above=0, metavar="LR"
+        1e-2, "peak learning rate of the routers (AdamW)", above=0, most=1000, metavar="LR"
     )
     eval_tokens: int = option(
         32_768, "validation tokens on which everything is measured", least=1, metavar="TOKENS"
@@ -56,11 +56,11 @@ class AdaptConfig:
         metavar="STEPS",
     )
     relufy_learning_rate: float = option(
-        1e-4, "peak learning rate of these steps (AdamW)", above=0, metavar="LR"
+        1e-4, "peak learning rate of these steps (AdamW)", above=0, most=1000, metavar="LR"
     )
     keep_activation: bool = option(False, "convert a model whose activations are not sparse all the same")
     seed: int = option(0, "random seed of clustering and data order", least=0, most=2**32 - 1, metavar="N")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, metavar="N")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
 
     def __post_init__(self) -> None:

@@ -16,12 +16,14 @@ from transformers import PreTrainedConfig
 
 from switchable.errors import InputError
 from switchable.ffn.families import Family
+from switchable.finite import check_finite
 from switchable.sections import TrainConfig
 from switchable.switching.measures import Batch
 from switchable.train.optim import build_optimizer, clip_gradients, set_learning_rate
 
 WARMUP, DECAY = 0.1, 0.9
 """Fractions of all steps with a rising and a falling learning rate."""
+LOWER = "lower --relufy-learning-rate"
 
 
 def with_relu(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
@@ -54,7 +56,7 @@ def train_on(
     step. Returns the mean loss over the last tenth of the steps, nats per token.
 
     Raises:
-        InputError: the loss is no longer finite.
+        InputError: the loss or a weight is no longer finite.
     """
     config = TrainConfig(steps=steps, learning_rate=learning_rate, weight_decay=0.0)
     config = dataclasses.replace(config, warmup_fraction=WARMUP, decay_fraction=DECAY)
@@ -71,7 +73,8 @@ def train_on(
         last = [*last, loss.detach()][-max(1, steps // 10) :]
         advance(1)
     model.eval()
+    check_finite(model, "the model trained on with ReLU", LOWER)
     mean = float(torch.stack(last).mean())
     if not math.isfinite(mean):
-        raise InputError(f"the loss became {mean} while training with ReLU; lower --relufy-learning-rate")
+        raise InputError(f"the loss became {mean} while training with ReLU; {LOWER}")
     return mean

@@ -31,7 +31,9 @@ from switchable.errors import InputError
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
+from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
+from switchable.options import refuse_more_than_memory
 from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
@@ -99,7 +101,12 @@ def adapt(
     with torch.device(
         "meta"
     ):  # what `convert` refuses is refused before the text is read, on a model without weights
-        convert(model_of(load_config(source)), switch)
+        plain = model_of(load_config(source))
+        convert(plain, switch)
+    neurons = sum(layer.ssd.d_ff for layer in layers_of(plain))
+    for name, size in (("structure_tokens", neurons), ("calibration_tokens", 16)):
+        tokens = getattr(config, name)
+        refuse_more_than_memory(tokens * size, f"{name}={tokens}")
     device = pick_device(config.device)
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
@@ -233,3 +240,4 @@ def _calibrate(model: nn.Module, text: _Text, tokens: int, config: AdaptConfig, 
     batches = text.probe(model, tokens)
     with progress_bar("calibrating routers", "batch", len(batches) * (1 + EPOCHS), not quiet) as bar:
         calibrate(model, batches, config.router_learning_rate, config.seed, bar.update)
+    check_finite(model, "the model with its routers", "lower --router-learning-rate")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from switchable.errors import InputError
+from switchable.files import as_json
+from switchable.options import checked
 
 HELP = "time a model's FFNs on this machine, dense against sparse with its own K"
 
@@ -38,10 +38,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and the same as one JSON line."""
-    if min(args.tokens) < 1:
-        raise InputError(f"tokens={min(args.tokens)} is out of range; use whole numbers of at least 1")
-    if not 0 < args.seconds <= 3600:
-        raise InputError(f"seconds={args.seconds:g} is out of range; use a number above 0, at most 3600")
+    for tokens in args.tokens:
+        checked("--tokens", tokens, int, least=1)
+    checked("--seconds", args.seconds, float, above=0, most=3600)
     from switchable.evaluation.bench import measure
     from switchable.store.load import load, run_config
 
@@ -51,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
     found = measure(
         model, args.tokens, args.experts_per_token, args.training, args.seconds, precision, show=print
     )
-    print(json.dumps({"model": str(args.folder), **found}))
+    print(as_json({"model": str(args.folder), **found}))
     return 0

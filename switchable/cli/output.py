@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchable.files import read_json
+from switchable.files import as_json, read_json
 from switchable.progress import say
 
 
@@ -27,7 +26,7 @@ def finish(
     if place is not None and sys.stdout.isatty():
         say(f"figures: {place}")
     else:
-        print(json.dumps(figures))
+        print(as_json(figures))
 
 
 def opened_by_transformers(folder: Path) -> list[str]:

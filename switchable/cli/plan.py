@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
-from switchable.errors import InputError
+from switchable.options import checked
 
 HELP = "what a run needs: memory, traffic, checkpoints, the cost of a switch, the expected gain"
 
@@ -46,18 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from switchable.config import load
     from switchable.train.plan import device_here, device_named, estimates, plan
 
-    if args.world_size < 1:
-        raise InputError(f"--world-size={args.world_size} is out of range; use a whole number of at least 1")
-    if not 0 < args.utilization <= 1:
-        raise InputError(f"--utilization={args.utilization} is out of range; use a share above 0, up to 1")
-    if not 0 <= args.activation_ratio <= 1:
-        raise InputError(
-            f"--activation-ratio={args.activation_ratio} is out of range; use a share from 0 to 1"
-        )
-    if args.link is not None and not args.link > 0:
-        raise InputError(
-            f"--link={args.link:g} is out of range; use a positive number of gigabytes per second"
-        )
+    checked("--world-size", args.world_size, int, least=1, most=10**6)
+    checked("--utilization", args.utilization, float, least=1e-6, most=1)
+    checked("--activation-ratio", args.activation_ratio, float, least=0, most=1)
+    checked("--link", args.link, float | None, least=1e-6, most=10**6)
     flags, gpu = given_flags(args), None if args.gpu is None else device_named(args.gpu)
     # What a GPU would run is not what recipe `auto` is on this machine.
     config = load(args.config, flags if gpu is None else flags | {"device": "cuda"})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchable.cli.flags import add_common, add_config_flags, given_flags
 from switchable.cli.output import finish
-from switchable.errors import InputError
+from switchable.options import checked
 
 if TYPE_CHECKING:
     from switchable.config import RunConfig
@@ -51,6 +51,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print the figures as one JSON line (on rank 0)."""
+    checked("--rank-timeout", args.rank_timeout, float, above=0, most=10**6)
     if "RANK" in os.environ:
         return _run_ranks(args)
     given, config = _read(args)
@@ -63,10 +64,6 @@ def _run_ranks(args: argparse.Namespace) -> int:
     from switchable.store.rundir import RunDir
     from switchable.train.parallel import process_group, run_facts
 
-    if not args.rank_timeout > 0:
-        raise InputError(
-            f"--rank-timeout={args.rank_timeout:g} is out of range; use a positive number of seconds"
-        )
     with process_group(args.rank_timeout):
         given, config = ranks.together(lambda: _read(args))
         arguments = {"--out": str(args.out), "--resume": args.resume, "--overwrite": args.overwrite}

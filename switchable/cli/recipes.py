@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+
+from switchable.files import as_json
 
 HELP = "show the recipes: all settings of switching, and which recipe this machine takes"
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     here = auto_recipe(ModelConfig(), TrainConfig())
     if args.json:
-        print(json.dumps({"auto": here, "recipes": RECIPES}))
+        print(as_json({"auto": here, "recipes": RECIPES}))
         return 0
     helps = {f.name: f.metadata["help"] for f in dataclasses.fields(SwitchConfig)}
     print(f"{'setting':24}" + "".join(f"{name:>9}" for name in RECIPES) + "   what it is")

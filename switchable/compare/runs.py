@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
-from switchable.config import RunConfig, changed, check, read_stored
+from switchable.config import RunConfig, changed, check_trainable, read_stored
 from switchable.errors import InputError
 from switchable.files import read_json
 
@@ -73,7 +73,7 @@ def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out
     every = [(method, seed) for seed in seeds for method in dict.fromkeys([*needed, *methods])]
     runs = [Run(*each, folder(out, *each), method_config(config, *each)) for each in every]
     for run in runs:
-        check(run.config)
+        check_trainable(run.config)
         difference = differs(run)
         if difference:
             raise InputError(

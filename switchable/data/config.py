@@ -39,7 +39,11 @@ class DataConfig:
         metavar="DIR",
     )
     vocab_size: int = option(
-        4096, "vocabulary of the BPE trained here (tokens, special ones included)", least=1, metavar="N"
+        4096,
+        "vocabulary of the BPE trained here (tokens, special ones included)",
+        least=1,
+        most=10**6,
+        metavar="N",
     )
 
     def __post_init__(self) -> None:
@@ -48,8 +52,6 @@ class DataConfig:
             raise InputError(f"data={given!r} must be a list of paths, e.g. ['my-texts']")
         object.__setattr__(self, "data", tuple(self.data))
         check(self)
-        if self.max_text_mb is not None:
-            object.__setattr__(self, "max_text_mb", float(self.max_text_mb))
         if self.tokenizer is None:
             tokenizers.check_vocab_size(self.vocab_size)
 
@@ -73,7 +75,7 @@ class ObjectiveConfig:
     )
     whole_words: bool = option(False, "masked: mask all tokens of a word or none of them", flag=False)
     mean_span_length: float = option(
-        3.0, "span: mean length of the spans cut out (tokens)", least=1, flag=False
+        3.0, "span: mean length of the spans cut out (tokens)", least=1, most=1000, flag=False
     )
 
     def __post_init__(self) -> None:

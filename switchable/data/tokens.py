@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from switchable.data import sources, tokenizers
+from switchable.data import encoding, sources, tokenizers
 from switchable.data.config import DataConfig
 from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
@@ -280,7 +280,7 @@ def _tokenize(
     waiting_bytes = 0
 
     def flush() -> None:
-        encoded = tokenizers.encode_batch(tokenizer, [text for text, _ in waiting], train.dtype)
+        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], train.dtype)
         for ids, (text, side) in zip(encoded, waiting, strict=True):
             side.write(text, np.append(ids, ids.dtype.type(end_id)))
         bar.update(waiting_bytes)
@@ -289,7 +289,7 @@ def _tokenize(
     for text, h, size in hashed_documents(config):
         waiting.append((text, val if h < scan.threshold else train))
         waiting_bytes += size
-        if waiting_bytes >= tokenizers.BATCH_CHARS:
+        if waiting_bytes >= encoding.BATCH_CHARS:
             flush()
             waiting_bytes = 0
     flush()

@@ -18,6 +18,7 @@ from torch import nn
 
 from switchable.ffn.convert import check_sparse, kept_modes, layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
+from switchable.options import refuse_more_than_memory
 from switchable.timing import processor, take_turns
 
 
@@ -42,6 +43,10 @@ def measure(
     """
     check_sparse(model)
     layers = [layer for layer in layers_of(model) if layer.ssd.takes_part]
+    widest = max(layer.ssd.d_ff for layer in layers)
+    refuse_more_than_memory(
+        4 * max(tokens) * widest, f"a layer of {widest} neurons with {max(tokens)} tokens"
+    )
     if precision == "float32":
         model.float()
     autocast = precision == "bfloat16"

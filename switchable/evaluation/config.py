@@ -16,15 +16,17 @@ class EvalConfig:
         "lambada=PATH, sst2=PATH, cola=PATH, rte=PATH with local data, or names of lm-eval's tasks",
         metavar="TASK",
     )
-    mode: tuple[str, ...] = option((), "dense, sparse; none: both, if the model can", flag=False)
-    experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", metavar="K")
+    mode: tuple[str, ...] = option(
+        (), "none: both, if the model can", choices=("dense", "sparse"), flag=False
+    )
+    experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
     batch_size: int = option(8, "sequences at a time", least=1, metavar="N")
     sequence_length: int | None = option(
         None, "window of text, at most the model's positions; none: the training's", least=2, metavar="TOKENS"
     )
     limit: int | None = option(None, "examples per task at most", least=1, metavar="N")
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, metavar="N")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -111,7 +112,7 @@ def _scores(found: dict[str, Any], way: Way) -> list[Score]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             stderr = figures.get(f"{metric}_stderr,{variant}")
-            known = float(stderr) if isinstance(stderr, (int, float)) else None
+            known = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
             shown = metric if variant == "none" else f"{metric} ({variant})"
             scores.append(Score(task, shown, way, float(value), known, examples))
     return scores

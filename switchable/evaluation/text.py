@@ -24,8 +24,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from switchable.data.batches import validation_batches
+from switchable.data.encoding import encode_batch
 from switchable.data.objectives import Objective
-from switchable.data.tokenizers import encode_batch, end_of_text
+from switchable.data.tokenizers import end_of_text
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, multiplying
@@ -88,7 +89,10 @@ def text_scores(
             per_byte = float(tokens.sum()) / math.log(2) / text.text_bytes
             found["perplexity"] = (perplexity, perplexity * stderr)
             found["bits per byte"] = (loss * per_byte, stderr * per_byte)
-        scores += [Score("text", metric, way, *figures, len(nats)) for metric, figures in found.items()]
+        scores += [
+            Score("text", metric, way, value, None if math.isnan(error) else error, len(nats))
+            for metric, (value, error) in found.items()
+        ]
     return scores
 
 
@@ -134,7 +138,7 @@ def _per_window(
 
 
 def _ratio_stderr(nats: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> float:
-    """Return the standard error of sum(nats) / sum(tokens) over windows."""
+    """Return the standard error of sum(nats) / sum(tokens) over windows; NaN of one."""
     if len(nats) < 2:
         return math.nan
     residuals = nats - tokens * (nats.sum() / tokens.sum())

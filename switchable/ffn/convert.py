@@ -22,6 +22,8 @@ from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
+from switchable.finite import check_finite
+from switchable.options import checked
 from switchable.recipes import AUTO
 from switchable.settings import SwitchConfig, settled
 
@@ -72,19 +74,20 @@ def convert(
         layer_type: a subclass of `SwitchableFFN` to put in place instead.
 
     Raises:
-        InputError: unknown family, not all FFNs found, the model is converted already, or E does not divide F.
-            The model is unchanged then.
+        InputError: a wrong type, a weight that is not finite, unknown family, not all FFNs found, the model is
+            converted already, or E does not divide F. The model is unchanged then.
     """
-    config = config or SwitchConfig()
-    if layers_of(model):
+    config = checked("config", config, SwitchConfig | None) or SwitchConfig()
+    if layers_of(checked("model", model, nn.Module)):
         raise InputError(
             f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
         )
-    family = family or family_of(model)
+    family = checked("family", family, Family | None) or family_of(model)
     taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
     if taken:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
+    check_finite(model, "the model", "convert one from before its training diverged")
     found = find_ffns(model, family)
     config = _settled(config, family, *found[0])
     built = [
@@ -175,7 +178,7 @@ def set_mode(
         InputError: unknown mode, impossible K, the model is not converted, or it has no sparse mode (no layer takes
             part, or something hangs on a projection that sparse mode would pass by); nothing has been changed then.
     """
-    found = layers_of(model)
+    found = layers_of(checked("model", model, nn.Module))
     if not found and (mode != "dense" or experts_per_token is not None):
         raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
@@ -242,7 +245,7 @@ def in_mode(
     model: nn.Module, mode: str, experts_per_token: int | Sequence[int | None] | None = None
 ) -> Iterator[None]:
     """Within the `with` block the FFNs multiply so (see `set_mode`); afterwards as before: for single calls."""
-    with kept_modes(model):
+    with kept_modes(checked("model", model, nn.Module)):
         set_mode(model, mode, experts_per_token)
         yield
 

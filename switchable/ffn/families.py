@@ -19,6 +19,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError, nearest
+from switchable.options import check
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Family:
     """The same for the decoder of an encoder-decoder model."""
     activation_setting: str = "hidden_act"
     """Attribute of the model's config that names the activation."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def classes(self) -> tuple[str, ...]:

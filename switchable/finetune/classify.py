@@ -38,6 +38,7 @@ from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
+from switchable.finite import check_finite
 from switchable.infer.loss import positions_of
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
@@ -94,6 +95,7 @@ def finetune(
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         with in_float32(model):
             outcome = trainer.train()
+        check_finite(model, "the fine-tuned model", "lower --learning-rate")
         scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),

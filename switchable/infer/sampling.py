@@ -10,6 +10,9 @@ from torch import Tensor
 
 from switchable.options import check, option
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it logits divided by it may overflow, and the most probable token is all that is ever drawn."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -29,7 +32,7 @@ class Sampling:
 
     def draw(self, logits_NV: Tensor) -> Tensor:
         """Return a token for each of N rows of logits."""
-        if self.temperature == 0:
+        if self.temperature < LEAST_TEMPERATURE:
             return logits_NV.argmax(-1)
         if self.top_k:
             least_N1 = logits_NV.topk(min(self.top_k, logits_NV.shape[1])).values[:, -1:]
@@ -39,7 +42,7 @@ class Sampling:
     def generate(self, model: Any, input_ids_1S: Tensor, most: int, **options: Any) -> Tensor:
         """Return the tokens that transformers' `generate` writes, `most` new ones at most, with its KV cache."""
         choice: dict[str, Any] = {"do_sample": False}
-        if self.temperature != 0:
+        if self.temperature >= LEAST_TEMPERATURE:
             choice = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k}
         written = model.generate(
             input_ids=input_ids_1S,

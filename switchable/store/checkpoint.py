@@ -24,6 +24,7 @@ from switchable import ranks
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
 from switchable.files import finish_folder, full_disk_told, remove, temporary_name, write_json, write_text
+from switchable.finite import check_finite
 from switchable.store import tensorfile
 from switchable.store.contents import Contents, contents_of
 from switchable.store.folders import entry, seal
@@ -32,6 +33,7 @@ from switchable.store.readme import readme
 
 METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a safetensors file."""
+DIVERGED = "nothing was written. Its training has diverged: lower the learning rate"
 REMEDY = (
     "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
     "(and perhaps a lower --keep)"
@@ -48,8 +50,9 @@ def save(
     """Write the `contents_of` a model as the checkpoint `folder`; every rank must call it.
 
     Raises:
-        InputError: no space left on the device. What was there before is untouched.
+        InputError: no space left on the device, or weights that are not finite. What was there before is untouched.
     """
+    ranks.together(lambda: check_finite(model, f"the model for {folder}", DIVERGED))
     text = readme(model, "own", folder.name, tokenizer is not None)
     write(folder, contents_of(model, training, tokenizer, {"README.md": text, **(notes or {})}))
 

@@ -20,6 +20,7 @@ from switchable.errors import InputError
 from switchable.ffn.convert import check_sparse, is_router_parameter, layers_of, set_mode, why_dense
 from switchable.ffn.description import describe
 from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
+from switchable.finite import check_finite
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_pretrained
 from switchable.store.readme import readme
@@ -84,7 +85,12 @@ def export(
 def write(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, to: str, folder: Path, max_shard_size: str
 ) -> None:
-    """Write a converted model and its tokenizer into a folder that exists; the model's config is as before after."""
+    """Write a converted model and its tokenizer into a folder that exists; the model's config is as before after.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    check_finite(model, "the model", "nothing was written")
     config: Any = model.config
     before = getattr(config, "quantization_config", None)
     try:

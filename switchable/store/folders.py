@@ -7,11 +7,13 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from switchable.files import read_json, sha256, write_json
+from switchable.finite import not_finite
+from switchable.store.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
 
@@ -27,7 +29,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> str | None:
-    """Return None if a checkpoint is whole, else what is wrong with it, in a few words."""
+    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {
@@ -47,4 +49,14 @@ def verify(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256(path) != checksum:
             return f"{name} does not have its checksum"
+    return _not_finite([name for name in files if name.endswith("tensors")], folder)
+
+
+def _not_finite(names: Iterable[str], folder: Path) -> str | None:
+    """Look at one tensor at a time: the files may be larger than the memory."""
+    for file in (TensorFile(folder / name) for name in names):
+        for name in sorted(file.names):
+            found = not_finite({name: file.tensor(name)})
+            if found is not None:
+                return found
     return None

@@ -12,6 +12,7 @@ from switchable.data.tokenizers import check_fits, load_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.description import make_switchable
 from switchable.files import read_json
+from switchable.options import checked
 from switchable.store.folders import MANIFEST, verify
 from switchable.store.pretrained import load_pretrained
 from switchable.store.restore import restore_routers
@@ -33,7 +34,7 @@ def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase |
     Raises:
         InputError: no such folder, nothing to load in it, a damaged file, or a tokenizer that does not fit.
     """
-    chosen = find_model(Path(folder))
+    chosen = find_model(Path(checked("folder", folder, Path | str)))
     tokenizer = load_tokenizer_of(chosen)
     if is_sparse_export(chosen):
         register()

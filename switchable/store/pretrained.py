@@ -19,6 +19,7 @@ from switchable.errors import InputError
 from switchable.ffn.builders import class_of, name_the_loss
 from switchable.ffn.convert import is_router_parameter
 from switchable.files import read_json, write_json
+from switchable.finite import check_finite
 
 SHARD_SIZE = "5GB"
 """Largest file of weights that an export writes."""
@@ -36,7 +37,7 @@ def load_pretrained(
         new: pattern of the weights that may be missing, because the class adds them: a new head's.
 
     Raises:
-        InputError: no such folder, no weights, or weights that do not fit the config.
+        InputError: no such folder, no weights, or weights that do not fit the config or are not finite.
     """
     if config is None:
         config = load_config(folder)
@@ -55,6 +56,7 @@ def load_pretrained(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     _check_complete(folder, found, new)
+    check_finite(model, str(folder), "give a checkpoint from before its training diverged")
     name_the_loss(model)
     return model.eval()
 

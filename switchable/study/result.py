@@ -114,7 +114,7 @@ class Study:
         return [(steps, [float(v) for v in np.diagonal(m, offset=1)]) for m in self.pairs[kind]]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the run's own records as plain values (not-a-numbers as null)."""
+        """Return everything but the run's own records as plain values."""
         return {
             f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
         }
@@ -156,4 +156,4 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value

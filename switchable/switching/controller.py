@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from switchable.errors import InputError
+from switchable.errors import InputError, shown
 from switchable.ffn.convert import layers_of, set_mode, why_dense
+from switchable.options import checked
 from switchable.ranks import is_main
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
@@ -30,6 +31,9 @@ from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
+
+MOST_SEED = 2**32 - 1
+"""What NumPy takes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Controller:
             in a loop that trains so.
 
     Raises:
-        InputError: the model is not converted, total_steps is not positive, or a copy is not of this model.
+        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model.
     """
 
     def __init__(
@@ -83,19 +87,19 @@ class Controller:
         copies: Sequence[object] = (),
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.layers = layers_of(model)
+        self.layers = layers_of(checked("model", model, nn.Module))
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
-        if total_steps < 1:
-            raise InputError(f"total_steps={total_steps} is out of range; use a whole number of at least 1")
-        self.model, self.seed, self.copies = model, seed, tuple(copies)
-        self.twins = twins(self.layers, self.copies)
+        self.model, self.seed = model, checked("seed", seed, int, least=0, most=MOST_SEED)
+        self.copies, self.twins = tuple(copies), twins(self.layers, copies)
         copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self._checked = False
         self.precision = precision
         first = self.layers[0].ssd.settings
+        given: SwitchConfig | None = checked("config", config, SwitchConfig | None)
         self.schedule = schedule(
-            first.config if config is None else settled(config, first.d_ff, first.activation), total_steps
+            first.config if given is None else settled(given, first.d_ff, first.activation),
+            checked("total_steps", total_steps, int, least=1),
         )
         self.probe = _as_batches(probe)
         self.steps_done = 0
@@ -274,4 +278,7 @@ class Controller:
 def _as_batches(probe: Tensor | Batch | Sequence[Batch]) -> list[Batch]:
     if isinstance(probe, Tensor):
         return [{"input_ids": probe}]
-    return [probe] if isinstance(probe, Mapping) else list(probe)
+    batches = [probe] if isinstance(probe, Mapping) else list(probe) if isinstance(probe, Sequence) else []
+    if not batches or not all(isinstance(batch, Mapping) and batch for batch in batches):
+        raise InputError(f"probe={shown(probe)} must be token ids, a batch of model inputs, or several")
+    return batches

@@ -132,7 +132,8 @@ def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
 @torch.no_grad()
 def show(model: nn.Module, probe: Iterable[Batch], observers: Sequence[Observer]) -> None:
     """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
-    with in_mode(model, "dense"), observed(model, observers):
+    # Observers are not worth compiling, and what a compiled block makes of them is beyond torch.compile.
+    with in_mode(model, "dense"), observed(model, observers), torch.compiler.set_stance("force_eager"):
         model.eval()
         for batch in probe:
             model(**batch)

@@ -16,7 +16,7 @@ from contextlib import closing
 from typing import Any
 
 from switchable import ranks
-from switchable.files import read_records, write_text
+from switchable.files import as_json, read_records, write_text
 from switchable.progress import progress_bar, say
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
@@ -108,7 +108,7 @@ class RunLog:
             self._bar.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(as_json(record) + "\n")
         self._file.flush()
 
 

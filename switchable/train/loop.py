@@ -14,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from switchable.data.batches import bits_per_byte
 from switchable.errors import InputError
+from switchable.finite import not_finite
 from switchable.infer.loss import loss_in_mode
-from switchable.ranks import is_main, sum_over_ranks, world_size
+from switchable.ranks import gather, is_main, sum_over_ranks, world_size
 from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
 from switchable.store.saver import Saver
@@ -68,7 +71,7 @@ class Trainer:
         """Run to the last step.
 
         Raises:
-            InputError: the loss is no longer finite, or the disk is full.
+            InputError: the loss, a weight or a moment is no longer finite, or the disk is full.
             TrainingStopped: stopped on request, after saving.
         """
         train = self.job.config.train
@@ -87,6 +90,8 @@ class Trainer:
                 self._settle()
             if logs:
                 self._log_train()
+            if evaluates or done in snapshots:
+                self._check_weights()
             if evaluates:
                 self.evaluate()
             if done in snapshots:
@@ -109,7 +114,8 @@ class Trainer:
         self._learning_rate = learning_rate
         begin = time.perf_counter()
         if controller.measures_next:
-            self._check_finite(self._loss_so_far())
+            self._check_loss("loss", self._loss_so_far())
+            self._check_weights()
         measurement = controller.step(job.optimizer)
         if measurement is not None:
             counters.seconds_measure += time.perf_counter() - begin
@@ -150,7 +156,7 @@ class Trainer:
     def _log_train(self) -> None:
         counters = self.counters
         loss = self._loss_so_far() / counters.window_steps
-        self._check_finite(loss)
+        self._check_loss("loss", loss)
         self._shown_loss = loss
         self.log.train(
             counters.steps,
@@ -172,15 +178,25 @@ class Trainer:
         """Return the sum of the losses since the last train line, of all ranks: the one host sync of training."""
         return sum_over_ranks([float(self._window_loss)])[0] / world_size()
 
-    def _check_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
+    def _check_loss(self, name: str, loss: float | None) -> None:
+        if loss is not None and not math.isfinite(loss):
+            self._stop_diverged(f"the {name} became {loss}")
+
+    def _check_weights(self, others: Mapping[str, Tensor] | None = None) -> None:
+        """Refuse weights, and other tensors, that are not finite: the loss shows it a step later."""
+        tensors = {**dict(self.job.model.named_parameters()), **(others or {})}
+        found = next(filter(None, gather(lambda: not_finite(tensors))), None)
+        if found is not None:
+            self._stop_diverged(f"training diverged: {found}")
+
+    def _stop_diverged(self, what: str) -> NoReturn:
+        """Nothing that is not finite is measured, reported or kept; what was saved before stands."""
         self.saver.wait()
         last = "nothing was saved yet"
         if saved := self.rundir.steps():
             last = f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
         raise InputError(
-            f"the loss became {loss} in the {self.counters.window_steps} steps up to step {self.counters.steps}; "
+            f"{what} in the {max(1, self.counters.window_steps)} steps up to step {self.counters.steps}; "
             f"stopped, {last}. Lower --learning-rate or set --grad-clip, and start again"
         )
 
@@ -188,6 +204,8 @@ class Trainer:
         """Validate in both modes and record it, with what training had cost by then."""
         begin = time.perf_counter()
         self.validation = self.validate()
+        for name, value in self.validation.items():
+            self._check_loss(name, value)
         counters = self.counters
         progress = {
             "tokens": counters.steps * self.flops.tokens,
@@ -239,10 +257,11 @@ class Trainer:
         job, counters = self.job, self.counters
         self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
-        self._check_finite(counters.window_loss)
+        self._check_loss("loss", counters.window_loss)
         state = training_state(
             job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
         )
+        self._check_weights(state[0])
         self.saver.start(
             self.rundir.checkpoint(counters.steps),
             contents_of(job.model, state),

@@ -19,7 +19,7 @@ import yaml
 from torch.distributed.fsdp import FSDPModule
 
 from switchable import ranks
-from switchable.config import RunConfig, changed, check, from_dict, read_stored, to_dict
+from switchable.config import RunConfig, changed, check_trainable, from_dict, read_stored, to_dict
 from switchable.data.tokenizers import load_tokenizer, save_tokenizer
 from switchable.data.tokens import find_prepared
 from switchable.errors import InputError
@@ -87,7 +87,7 @@ def pretrain(
         InputError: bad settings or data, folder in use or not empty, loss not finite, disk full.
         TrainingStopped: stopped by a signal, after saving.
     """
-    check(config)
+    check_trainable(config)
     with _locked(RunDir(out)) as rundir:
         ranks.on_main(lambda: rundir.refuse_to_replace(overwrite, config.data.sources))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)

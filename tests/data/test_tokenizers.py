@@ -12,7 +12,7 @@ from texts import config_for, documents_in, save_word_tokenizer, write_jsonl
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from switchable.data import tokenizers
+from switchable.data import encoding, tokenizers
 from switchable.data.batches import token_array
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
@@ -35,21 +35,21 @@ def test_bpe_round_trip_of_any_text(source: Path, tmp_path: Path, monkeypatch: p
     data = prepare(config_for(source), tmp_path / "cache")
     tokenizer = tokenizers.load_tokenizer(data.tokenizer_path)
     texts = strange_texts()
-    for piece in (tokenizers.PIECE_CHARS, 7):  # 7: documents cut in pieces, several batches
-        monkeypatch.setattr(tokenizers, "PIECE_CHARS", piece)
-        monkeypatch.setattr(tokenizers, "BATCH_CHARS", 10 * piece)
-        for text, ids in zip(texts, tokenizers.encode_batch(tokenizer, texts), strict=True):
+    for piece in (encoding.PIECE_CHARS, 7):  # 7: documents cut in pieces, several batches
+        monkeypatch.setattr(encoding, "PIECE_CHARS", piece)
+        monkeypatch.setattr(encoding, "BATCH_CHARS", 10 * piece)
+        for text, ids in zip(texts, encoding.encode_batch(tokenizer, texts), strict=True):
             assert tokenizer.decode(ids.tolist()) == text
             assert data.end_of_text.id not in ids  # spelled out in a document, it is text
 
 
 def test_pieces_prefer_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "PIECE_CHARS", 10)
-    assert list(tokenizers._pieces("ab cd\nef gh ij")) == ["ab cd\n", "ef gh ij"]
-    assert list(tokenizers._pieces("abcd efghijklm")) == ["abcd", " efghijklm"]
-    assert list(tokenizers._pieces(" bcdefghijklm")) == [" bcdefghij", "klm"]
-    assert list(tokenizers._pieces("abcdefghijklmn")) == ["abcdefghij", "klmn"]
-    assert list(tokenizers._pieces("")) == [""]
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 10)
+    assert list(encoding._pieces("ab cd\nef gh ij")) == ["ab cd\n", "ef gh ij"]
+    assert list(encoding._pieces("abcd efghijklm")) == ["abcd", " efghijklm"]
+    assert list(encoding._pieces(" bcdefghijklm")) == [" bcdefghij", "klm"]
+    assert list(encoding._pieces("abcdefghijklmn")) == ["abcdefghij", "klmn"]
+    assert list(encoding._pieces("")) == [""]
 
 
 def test_vocabulary_of_a_small_corpus(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_vocabulary_of_a_small_corpus(tmp_path: Path) -> None:
 def test_gpt2_files() -> None:
     folder = shared("tokenizer_gpt2")
     tokenizer = tokenizers.load_tokenizer(folder)
-    (ids,) = tokenizers.encode_batch(tokenizer, ["Hello world"])
+    (ids,) = encoding.encode_batch(tokenizer, ["Hello world"])
     assert ids.tolist() == [15496, 995]
     assert tokenizers.end_of_text(tokenizer) == ("<|endoftext|>", 50256, "eos")
     assert tokenizers.vocabulary_size(tokenizer) == 50257
@@ -126,7 +126,7 @@ def test_a_class_that_transformers_builds_by_its_own_rules(tmp_path: Path) -> No
         if name == "GPT2Tokenizer":  # transformers itself gives other ids
             assert AutoTokenizer.from_pretrained(str(tmp_path / "a"))("12345 hello")["input_ids"] != own
         tokenizer = tokenizers.load_tokenizer(tmp_path / "a")
-        assert tokenizers.encode_batch(tokenizer, ["12345 hello"])[0].tolist() == own
+        assert encoding.encode_batch(tokenizer, ["12345 hello"])[0].tolist() == own
         assert tokenizers.end_of_text(tokenizer).token == "<|endoftext|>"
         tokenizer.save_pretrained(str(tmp_path / "b"))  # as a run keeps it: transformers reads that alike
         assert AutoTokenizer.from_pretrained(str(tmp_path / "b"))("12345 hello")["input_ids"] == own

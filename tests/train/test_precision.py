@@ -74,3 +74,27 @@ def test_compiled_blocks_learn_the_same_in_both_modes(
     corpus: Path, tmp_path: Path, plain: list[float]
 ) -> None:
     assert losses(corpus, tmp_path / "compiled", compile=True) == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile on a CPU needs a C++ compiler",
+)
+@pytest.mark.parametrize("switch", [{"mass_target": 0.5}, {"recipe": "late", "mass_target": 0.9}], ids=str)
+def test_compiled_blocks_measure_as_plain_ones_do(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], switch: dict[str, Any]
+) -> None:
+    def measured(**train: Any) -> list[Any]:
+        out = tmp_path / str(len(train))
+        pretrain(small(corpus, train=train, switch=switch), out, tmp_path / "cache", quiet=True)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [
+            (line["experts_per_token"], line["takes_part"]) for line in lines if line["kind"] == "measure"
+        ]
+
+    assert measured(compile=True) == measured()
+    # Observers and the compiler of our own loops are not traced.
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "recompile_limit" not in said

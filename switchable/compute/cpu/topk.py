@@ -43,10 +43,10 @@ def top_experts(scores_TE: Tensor, experts_per_token: int) -> Tensor:
     """Return ids_TK of the highest scores, in any order; of equal scores, any. NaN counts as highest."""
     tokens, experts = scores_TE.shape
     if (
-        this_machine() is None
+        torch.compiler.is_compiling()  # first: what is traced must not look for a compiler of our own
+        or this_machine() is None
         or scores_TE.device.type != "cpu"
         or scores_TE.dtype != torch.float32
-        or torch.compiler.is_compiling()
         or tokens < FEWEST_TOKENS
         or not experts_per_token < experts <= MOST_EXPERTS
     ):

@@ -1,0 +1,91 @@
+"""What the package's own names are given wrongly from Python: refused in words, nothing changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_gpt2
+from torch import Tensor, nn
+
+from switchable import Controller, Family, InputError, SwitchConfig, convert, in_mode, load, set_mode
+from switchable.ffn.convert import layers_of
+
+
+@pytest.mark.parametrize(
+    "k", [2.5, 0, -1, 9, True, "2", 10**4200, float("nan"), [3], [3, 2.5], "33", torch.tensor(3)]
+)
+def test_experts_per_token(switchable_gpt2: nn.Module, k: Any) -> None:
+    with pytest.raises(InputError, match="experts_per_token"):
+        set_mode(switchable_gpt2, "sparse", k)
+    with pytest.raises(InputError, match="experts_per_token"), in_mode(switchable_gpt2, "sparse", k):
+        pass
+    with pytest.raises(InputError, match="experts_per_token"):
+        layers_of(switchable_gpt2)[0].ssd.set_experts_per_token(k)
+    assert {(layer.ssd.mode, layer.ssd.experts_per_token) for layer in layers_of(switchable_gpt2)} == {
+        ("dense", 3)
+    }
+
+
+@pytest.mark.parametrize("mode", ["Dense", None, 1, ["sparse"]])
+def test_mode(switchable_gpt2: nn.Module, mode: Any) -> None:
+    with pytest.raises(InputError, match="is not known; use 'dense' or 'sparse'"):
+        set_mode(switchable_gpt2, mode)
+
+
+def test_what_is_no_model() -> None:
+    for call in (convert, lambda model: set_mode(model, "dense"), lambda model: Controller(model, None, 10)):
+        with pytest.raises(InputError, match="model='gpt2' must be a Module"):
+            call("gpt2")
+    with pytest.raises(InputError, match="folder=3 must be a"):
+        load(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"config": {"num_experts": 8}}, "config={'num_experts': 8} must be a SwitchConfig"),
+        (
+            {"config": SwitchConfig(num_experts=8, experts_per_token=2), "family": "gpt2"},
+            "family='gpt2' must be a Family",
+        ),
+    ],
+)
+def test_convert(given: dict[str, Any], said: str) -> None:
+    model = tiny_gpt2()
+    with pytest.raises(InputError, match=said):
+        convert(model, **given)
+    assert not layers_of(model)
+
+
+@pytest.mark.parametrize("given", [{"ffn": 3}, {"ffn": (3,)}, {"up": None}, {"gate": 1}, {"in_layer": "yes"}])
+def test_family(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"{next(iter(given))}=\S+ must be"):
+        Family(**{"ffn": "MyMLP", "up": "fc1", "down": "fc2", **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"total_steps": 2.5}, "total_steps=2.5 must be a whole number"),
+        ({"total_steps": 0}, "total_steps=0 is out of range; use a whole number of at least 1"),
+        ({"total_steps": 10**400}, "total_steps=.* is out of range"),
+        ({"seed": -1}, "seed=-1 is out of range; use a whole number from 0 to 4294967295"),
+        ({"seed": 0.5}, "seed=0.5 must be a whole number"),
+        ({"config": 3}, "config=3 must be a SwitchConfig"),
+        ({"probe": 3}, "probe=3 must be token ids"),
+        ({"probe": []}, r"probe=\[\] must be token ids"),
+        ({"probe": [[1, 2]]}, "must be token ids, a batch of model inputs, or several"),
+    ],
+)
+def test_controller(switchable_gpt2: nn.Module, tokens: Tensor, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Controller(switchable_gpt2, **{"probe": tokens, "total_steps": 10, **given})
+
+
+def test_a_controller_steps_after_an_optimizer(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    controller = Controller(switchable_gpt2, tokens, 10)
+    with pytest.raises(InputError, match="optimizer=None must be the optimizer"):
+        controller.step(None)  # type: ignore[arg-type]
+    assert controller.steps_done == 0
