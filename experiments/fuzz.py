@@ -5,8 +5,8 @@
     constructors   every numeric field of every configuration class, from Python and as text (YAML, flags)
     verbs          every numeric flag of every verb, and every numeric setting of a run as `--set NAME=VALUE`
 
-The values are -1, 0, 1, 1e-300, not a number, infinity, 1e30 and whole numbers of 31, 60 and 1,300 bits; 2.5 and True besides
-where a whole number belongs. What is accepted runs, on a tiny model, with the memory and time of a process bounded.
+The values are -1, 0, 1, 1e-300, not a number, infinity, 1e30 and whole numbers of 31, 60 and 1,300 bits; 2.5 and True
+besides where a whole number belongs. What is accepted runs, on a tiny model, with the memory and time of a process bounded.
 What is still running when its time is up is asked to stop (SIGTERM) and must.
 
 After each: exit code 0 or 2 (or that of the stop), no traceback, at most two lines where something is refused, no NaN

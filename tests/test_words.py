@@ -192,7 +192,7 @@ def test_no_job_is_silent_while_it_works_long(
         ("watching neurons:", "calibrating routers:", "measuring:", "validating:"): [
             "convert", run / "final", "--data", corpus, *cache, "--out", tmp_path / "converted", *CONVERT
         ],
-        ("measuring:", "comparing:"): ["study", run, "--out", tmp_path / "study"],
+        ("measuring:", "comparing:"): ["study", run, "--overwrite", "--out", tmp_path / "study"],
     }  # fmt: skip
     for names, job in jobs.items():
         _, err = said(*job)

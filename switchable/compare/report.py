@@ -143,7 +143,7 @@ def _why_dense(summary: Mapping[str, Any]) -> str | None:
 def markdown(table: Mapping[str, Any]) -> str:
     """Return the table to read: a row per figure, a column per method."""
     methods = table["methods"]
-    lines = [*sentences({**table, "warnings": []}), ""]
+    lines = [*(f"- {said}" for said in sentences({**table, "warnings": []})), ""]
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():

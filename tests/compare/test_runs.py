@@ -93,7 +93,9 @@ def test_the_papers_method_regroups_at_each_change_to_sparse(trained: dict[str, 
     measured = {r["step"]: r for r in records(trained["ssd-paper"], "measure")}
     regrouped = [step for step, r in measured.items() if all(r["regrouped"])]
     # Until it begins at 4, and before the sparse phases that begin at steps 8, 12, ...
-    assert regrouped == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    # A structure that moves no neuron counts for none.
+    assert regrouped[0] == 4
+    assert set(regrouped) <= {4, 8, 12, 16, 20, 24, 28, 32, 36}
     assert all(all(r["takes_part"]) for step, r in measured.items() if step >= 4)
     static = [r["step"] for r in records(trained["static"], "measure") if any(r["regrouped"])]
     assert static == [4]
@@ -182,7 +184,9 @@ def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:
     ssd = table["methods"]["ssd"]
     assert ssd["flops_ratio"]["mean"] == pytest.approx(summary["flops_ratio"])
     assert ssd["flops_ratio_nonembedding"]["mean"] == pytest.approx(summary["flops_ratio_nonembedding"])
-    assert (out / "compare.md").read_text().startswith("| | dense | dense-active | ssd |")
+    told, _, rows = (out / "compare.md").read_text().partition("\n\n")
+    assert told.startswith("- dense-active against dense, seeds 0: loss ")
+    assert rows.startswith("| | dense | dense-active | ssd |")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

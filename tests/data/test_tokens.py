@@ -276,7 +276,7 @@ def test_config_fields_have_help_and_are_checked() -> None:
     assert DataConfig(data=["a", "b"]).data == ("a", "b")  # type: ignore[arg-type]
     for settings, says in (
         ({"data": "a.txt"}, "must be a list of paths"),
-        ({"val_fraction": 0.0}, "val_fraction=0 is out of range"),
+        ({"val_fraction": 0.0}, "val_fraction=0.0 is out of range"),
         ({"max_text_mb": 0}, "max_text_mb=0 is out of range"),
         ({"vocab_size": 256}, "need 257"),
     ):

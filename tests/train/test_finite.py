@@ -111,7 +111,7 @@ def test_a_stored_checkpoint_with_nan_is_named_wherever_it_is_opened(
 ) -> None:
     run = RunDir(tmp_path / "run")
     pretrain(small_run(corpus, steps=10), run.path, tmp_path / "cache", quiet=True)
-    tensors = [poison_file(run.final), poison_file(run.checkpoint(10), "training.safetensors", INF)]
+    tensors = [poison_file(run.final), poison_file(run.checkpoint(10), "training.tensors", INF)]
     with pytest.raises(InputError, match=rf"final is damaged \({tensors[0]} holds nan \(1 of"):
         load(run.path)
     for verb in (

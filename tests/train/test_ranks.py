@@ -210,7 +210,7 @@ def settings(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, ["run.yaml", "broken.yaml"], [], ["learning_rat", "did you mean"]),
         (2, "run.yaml", ["--resume"], ["no run to resume"]),
         (2, "run.yaml", ["--data", "nowhere.txt"], ["nowhere.txt"]),
-        (2, "run.yaml", ["--rank-timeout", "0"], ["--rank-timeout=0 is out of range"]),
+        (2, "run.yaml", ["--rank-timeout", "0"], ["--rank-timeout=0.0 is out of range"]),
     ],
 )
 def test_wrong_input_ends_every_rank_and_rank_0_says_why(
