@@ -6,8 +6,8 @@
     verbs          every numeric flag of every verb, and every numeric setting of a run as `--set NAME=VALUE`
 
 The values are -1, 0, 1, 1e-300, not a number, infinity, 1e30 and whole numbers of 31, 60 and 1,300 bits; 2.5 and True
-besides where a whole number belongs. What is accepted runs, on a tiny model, with the memory and time of a process bounded.
-What is still running when its time is up is asked to stop (SIGTERM) and must.
+besides where a whole number belongs. What is accepted runs, on a tiny model, with the memory and time of a process
+bounded. What is still running when its time is up is asked to stop (SIGTERM) and must.
 
 After each: exit code 0 or 2 (or that of the stop), no traceback, at most two lines where something is refused, no NaN
 in any JSON that was printed or written, no weight that is not finite in any file. `compare` takes the settings of a run
