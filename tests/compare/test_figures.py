@@ -162,7 +162,7 @@ def test_pairs_are_compared_before_they_are_averaged(table: dict[str, Any]) -> N
 def test_the_table_to_read(table: dict[str, Any]) -> None:
     text = markdown(table)
     assert text.startswith(
-        "ssd against dense, seeds 0, 1: loss +0.0200 nats in dense mode, -0.1000 in sparse mode, 0.667 of"
+        "- ssd against dense, seeds 0, 1: loss +0.0200 nats in dense mode, -0.1000 in sparse mode, 0.667 of"
     )
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert rows[""].count("|") == 5
