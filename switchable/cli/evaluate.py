@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     """Print a table of scores with standard errors, and the same as one JSON line."""
     from switchable.coercion import build
     from switchable.data.config import DataConfig
-    from switchable.data.sources import resolve
     from switchable.evaluation.config import EvalConfig
 
     flags = given_flags(args)
@@ -59,10 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from switchable.cli.output import finish
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
-    from switchable.progress import say
-
-    if data.data:
-        say(f"reading {resolve(data.data)}", not args.quiet)
 
     scores = evaluate(args.folder, config, data, not args.quiet)
     result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from switchable.config import RunConfig
 from switchable.data import sources
@@ -18,7 +17,7 @@ from switchable.evaluation.config import EvalConfig
 from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
-from switchable.evaluation.ways import Way, ways
+from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.progress import progress_bar, say
@@ -46,39 +45,36 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             "What finetune measured is in the results.json of its --out"
         )
     found_ways = ways(model, config.mode, config.experts_per_token)
-    if layers_of(model):
-        say(f"the model's own: {shown_mode(model, 'sparse')}", show)
+    trained = run_config(folder) or RunConfig()
+    length = _window(model, config.sequence_length, trained.train.sequence_length)
     if tasks and objective_of_model(model) == "masked":
         raise InputError(
             "a masked language model gives no probability of a text, which tasks need; "
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
+    if data.data:
+        say(f"reading {sources.resolve(data.data)}", show)
+    if layers_of(model):
+        say(f"the model's own: {shown_mode(model, 'sparse')}", show)
     model.to(device)
-    scores = _on_text(folder, config, data, model, tokenizer, found_ways, show) if data.data else []
+    scores = []
+    if data.data:
+        documents = progress_bar("tokenizing", "document", show=show, over=hashed_documents(data))
+        text = tokenise((document for document, _, _ in documents), tokenizer)
+        objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
+        scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
     if tasks:
         scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
     return scores
 
 
-def _on_text(
-    folder: Path,
-    config: EvalConfig,
-    data: DataConfig,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    found: list[Way],
-    progress: bool,
-) -> list[Score]:
-    trained = run_config(folder) or RunConfig()
-    # The training's sequence length, or what the model can hold.
-    length = config.sequence_length or trained.train.sequence_length
-    positions = positions_of(model) or length
-    if config.sequence_length is not None and length > positions:
+def _window(model: Any, wished: int | None, trained: int) -> int:
+    """Return how many tokens of text the model sees at once: those asked for, or the training's that it can hold."""
+    positions = positions_of(model)
+    if positions is None:
+        return wished or trained
+    if wished is not None and wished > positions:
         raise InputError(
-            f"sequence_length={length} is more than the {positions} positions of the model; use fewer"
+            f"sequence_length={wished} is more than the {positions} positions of the model; use fewer"
         )
-    length = min(length, positions)
-    documents = progress_bar("tokenizing", "document", show=progress, over=hashed_documents(data))
-    text = tokenise((document for document, _, _ in documents), tokenizer)
-    objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
-    return text_scores(model, text, objective, length, found, config.batch_size, progress)
+    return wished or min(trained, positions)

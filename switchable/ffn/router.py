@@ -81,7 +81,7 @@ def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
 
 def stride(fraction: float) -> int:
     """Return the step within the sequence that picks a fraction of the tokens, the same ones in any micro-batch."""
-    return max(1, round(1.0 / fraction))
+    return max(1, round(min(1.0 / fraction, 2**31)))  # more than any sequence is its first token alone
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # compiled, `factor` is read too early
