@@ -16,7 +16,8 @@ that it chooses.
 
 With `--precision bfloat16` dense and `fused` take part in float32, under autocast and with weights of bfloat16, in
 training and prefill. Ratios are over the fastest dense one of the same run. Parity there is an error of at most 1.5
-times that of all neurons multiplied by torch in bfloat16.
+times that of all neurons multiplied by torch in bfloat16. `layer` is a whole converted layer as models train it, under
+autocast: its router scores, chooses and learns, for which a sixteenth of the tokens multiply all neurons besides.
 
 The last line is one JSON document.
 
@@ -29,97 +30,25 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from benchmarks import ffn_bfloat16
+from benchmarks._ffn_layer import TRAINING, TRANSFORMERS, Layer, Shape
 from benchmarks._memory import peak_bytes
-from benchmarks.transformers_mm import batched_mm, grouped_mm
-from switchable.compute.call import ExpertCall, FFNWeights
-from switchable.compute.choose import choose, expert_ffn
-from switchable.compute.cpu.experts.library import library
-from switchable.compute.cpu.topk import top_experts
-from switchable.ffn.router import Router
+from switchable.compute.choose import choose
 from switchable.timing import Times, processor, take_turns
 
-TRANSFORMERS = {"grouped_mm": grouped_mm, "batched_mm": batched_mm}
-"""How transformers computes experts; its `eager` is a loop like our `reference`."""
 THEIRS = ("eager", *TRANSFORMERS)
 PARITY = 1e-5  # relative root mean square error in float32
 CACHE_BYTES = 64 * 2**20
 OURS = {"train": "fused", "decode": "decode"}
 
 
-@dataclass(frozen=True)
-class Shape:
-    T: int
-    D: int
-    F: int
-    E: int = 32
-    K: int = 6
-
-    def __str__(self) -> str:
-        return f"T={self.T} D={self.D} F={self.F} E={self.E} K={self.K}"
-
-    @property
-    def forward_flops(self) -> float:
-        """Of the dense layer."""
-        return 4.0 * self.T * self.D * self.F
-
-
-TRAINING = [Shape(4096, D, 4 * D) for D in (256, 512, 768)]
 DECODING = [Shape(T, D, 4 * D) for D in (256, 512, 768) for T in (1, 16)]
-
-
-class Layer:
-    """One FFN as `nn.Linear` stores it, a batch, and a choice of experts."""
-
-    def __init__(self, shape: Shape, seed: int = 0):
-        torch.manual_seed(seed)
-        self.shape = shape
-        self.x_TD = torch.randn(shape.T, shape.D, requires_grad=True)
-        self.up, self.down = torch.nn.Linear(shape.D, shape.F), torch.nn.Linear(shape.F, shape.D, bias=False)
-        self.down_FD = self.down.weight.detach().t().contiguous().requires_grad_()
-        self.ids_TK = torch.rand(shape.T, shape.E).topk(shape.K).indices
-        self.dy_TD = torch.randn(shape.T, shape.D)
-        self.router = Router(shape.D, shape.E)
-
-    def leaves(self) -> dict[str, Tensor]:
-        up_bias = self.up.bias
-        assert up_bias is not None
-        return {"x": self.x_TD, "up": self.up.weight, "down": self.down_FD, "bias": up_bias}
-
-    def call(self) -> ExpertCall:
-        """The sparse layer's call."""
-        weights = FFNWeights(self.up.weight, self.down_FD, self.up.bias)
-        return ExpertCall(self.x_TD, weights, self.ids_TK, self.shape.E, "relu")
-
-    def forward(self, name: str) -> Tensor:
-        if name == "dense":
-            return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
-        if name in TRANSFORMERS:
-            return TRANSFORMERS[name](self.call())
-        return expert_ffn(self.call(), "reference" if name == "eager" else name)
-
-    def forget(self) -> None:
-        """Free all gradients, and the memory that compiled loops keep from call to call."""
-        self._zero_grad()
-        library.cache_clear()
-
-    def _zero_grad(self) -> None:
-        for leaf in (*self.leaves().values(), self.down.weight):
-            leaf.grad = None
-
-    def train(self, name: str) -> None:
-        self._zero_grad()
-        torch.autograd.backward(self.forward(name), self.dy_TD)
-
-    def route(self) -> None:
-        top_experts(self.router(self.x_TD.detach()).detach(), self.shape.K)
 
 
 def parity_errors() -> list[str]:
@@ -191,132 +120,6 @@ def decode_row(shape: Shape, seconds: float) -> dict[str, Any]:
     return _row(shape, per_layer, "decode", names, auto)
 
 
-class HalfLayer(Layer):
-    """The same numbers as float32 and as bfloat16; a contender's name says which, as in `fused autocast`."""
-
-    def __init__(self, shape: Shape, seed: int = 0):
-        super().__init__(shape, seed)
-        with torch.no_grad():
-            for leaf in (*self.leaves().values(), self.down.weight):
-                leaf.copy_(leaf.bfloat16())
-            self.down_FD.copy_(self.down.weight.t())
-        self.dy_TD = self.dy_TD.bfloat16().float()
-        self.halves = {name: leaf.detach().bfloat16() for name, leaf in self.leaves().items()}
-        self.halves["dense down"] = self.down.weight.detach().bfloat16()
-        for leaf in self.halves.values():
-            leaf.requires_grad_()
-
-    def leaves_of(self, name: str) -> dict[str, Tensor]:
-        """What a contender is given."""
-        return self.halves if name.endswith("weights") else {**self.leaves(), "dense down": self.down.weight}
-
-    def forward(self, name: str) -> Tensor:
-        own, (way, precision) = self.leaves_of(name), name.split()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            if way == "dense":
-                return linear(torch.relu(linear(own["x"], own["up"], own["bias"])), own["dense down"])
-            weights = FFNWeights(own["up"], own["down"], own["bias"])
-            return expert_ffn(ExpertCall(own["x"], weights, self.ids_TK, self.shape.E, "relu"), way)
-
-    def _zero_grad(self) -> None:
-        super()._zero_grad()
-        for leaf in self.halves.values():
-            leaf.grad = None
-
-    def train(self, name: str) -> None:
-        self._zero_grad()
-        y_TD = self.forward(name)
-        torch.autograd.backward(y_TD, self.dy_TD.to(y_TD.dtype))
-
-    def prefill(self, name: str) -> None:
-        with torch.no_grad():
-            self.forward(name)
-
-    def errors(self, name: str, true: dict[str, Tensor]) -> dict[str, float]:
-        """Return a contender's relative errors in the output and all gradients."""
-        own = {leaf: tensor for leaf, tensor in self.leaves_of(name).items() if leaf in true}
-        y_TD = self.forward(name)
-        gradients = torch.autograd.grad(y_TD, list(own.values()), self.dy_TD.to(y_TD.dtype))
-        found = {"y": y_TD.detach(), **dict(zip(own, gradients, strict=True))}
-        return {leaf: float((found[leaf] - wanted).norm() / wanted.norm()) for leaf, wanted in true.items()}
-
-
-PRECISIONS = ("float32", "autocast", "weights")
-
-
-def half_parity_errors() -> list[str]:
-    """Return one line for each contender and tensor that is worse than torch's in bfloat16."""
-    layer = HalfLayer(Shape(301, 64, 256, 8, 3))
-    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in layer.leaves().items()}
-    call = ExpertCall(
-        exact["x"], FFNWeights(exact["up"], exact["down"], exact["bias"]), layer.ids_TK, 8, "relu"
-    )
-    y_TD = expert_ffn(call, "reference")
-    gradients = torch.autograd.grad(y_TD, list(exact.values()), layer.dy_TD.double())
-    true = {"y": y_TD.detach(), **dict(zip(exact, gradients, strict=True))}
-    lines = []
-    for precision in PRECISIONS[1:]:
-        most, found = (layer.errors(f"{way} {precision}", true) for way in ("masked", "fused"))
-        lines += [
-            f"fused {precision} is off in {tensor}: relative error {error:.1e}, dense {most[tensor]:.1e}"
-            for tensor, error in found.items()
-            if not error <= 1.5 * most[tensor]
-        ]
-    return lines
-
-
-def half_row(shape: Shape, seconds: float) -> dict[str, Any]:
-    """Time training and prefill in both precisions."""
-    layer = HalfLayer(shape)
-    names = [f"{way} {precision}" for way in ("dense", "fused") for precision in PRECISIONS]
-    row: dict[str, Any] = {"shape": str(shape)}
-    for job in ("train", "prefill"):
-        calls = {name: partial(getattr(layer, job), name) for name in names}
-        times = take_turns(calls, seconds / 2)
-        dense, ours = (
-            min((n for n in names if n.startswith(way)), key=times.median) for way in ("dense", "fused")
-        )
-        row[job] = {
-            "ms": {name: 1e3 * value for name, value in times.medians.items()},
-            "best_dense": dense,
-            "ours": ours,
-            "over_best_dense": times.ratio(dense, ours),
-        }
-        if job == "train":
-            dense_peak, peak = (peak_bytes(calls[name], layer.forget) for name in (dense, ours))
-            row["memory_share"] = peak / dense_peak
-        report_half(job, row)
-    return row
-
-
-def report_half(job: str, row: dict[str, Any]) -> None:
-    """Print one job of a shape."""
-    own = row[job]
-    print(f"\n{job}: {row['shape']}")
-    for name, value in own["ms"].items():
-        print(f"  {name:<16}{value:>9.3f} ms {own['ms'][own['best_dense']] / value:>6.2f}x best dense")
-    print(f"  {own['ours']}: {own['over_best_dense']:.2f}x {own['best_dense']} (within a turn)")
-
-
-def half_main(seconds: float) -> int:
-    """Run everything in bfloat16; return the exit code."""
-    errors = half_parity_errors()
-    if errors:
-        print("\n".join(errors), file=sys.stderr)
-        return 1
-    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16")
-    rows = {shape.D: half_row(shape, seconds) for shape in TRAINING}
-    document = {
-        **{f"train_over_best_dense_d{width}": row["train"]["over_best_dense"] for width, row in rows.items()},
-        "prefill_over_best_dense_d768": rows[768]["prefill"]["over_best_dense"],
-        "memory_share": rows[768]["memory_share"],
-        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "shapes": list(rows.values()),
-    }
-    print(json.dumps(document))
-    return 0
-
-
 def _row(shape: Shape, times: Times, job: str, names: tuple[str, ...], auto: str) -> dict[str, Any]:
     own = OURS[job]
     best = min((name for name in names if name in THEIRS), key=times.median)
@@ -357,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seconds = 5.0 if arguments.quick else 30.0
     if arguments.precision == "bfloat16":
-        return half_main(2 * seconds)
+        return ffn_bfloat16.main(2 * seconds)
     errors = parity_errors()
     if errors:
         print("\n".join(errors), file=sys.stderr)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchable import Controller, Family, InputError, SwitchConfig, convert, in_mode, load, set_mode
 from switchable.ffn.convert import layers_of
+from switchable.infer.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,11 @@ def test_a_controller_steps_after_an_optimizer(switchable_gpt2: nn.Module, token
     with pytest.raises(InputError, match=r"no optimizer in \(None,\); give the one"):
         controller.step(None)
     assert controller.steps_done == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-5])
+def test_a_temperature_that_logits_cannot_be_divided_by_takes_the_most_probable_token(
+    temperature: float,
+) -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0], [90.0, 0.0, -90.0]])
+    assert Sampling(temperature=temperature).draw(logits).tolist() == [1, 0]

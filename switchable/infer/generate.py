@@ -26,18 +26,6 @@ class Written(NamedTuple):
     """Reading the prompt included."""
 
 
-def generate_text(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    mode: str = "dense",
-    experts_per_token: int | None = None,
-    sampling: Sampling | None = None,
-) -> str:
-    """Return the prompt and what the model writes after it, or into its blanks (see `fill.py`)."""
-    return write(model, tokenizer, prompt, mode, experts_per_token, sampling).text
-
-
 def write(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -223,9 +223,8 @@ class Controller:
             ssd.takes_part, ssd.why_dense = part, why
             ssd.multiplies_active, ssd.activation_l1 = few_active, penalty
             ssd.set_experts_per_token(k)
-            for (
-                twin
-            ) in others:  # that its sparse mode is the model's; in which mode it is, is its owner's choice
+            # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
+            for twin in others:
                 twin.ssd.takes_part, twin.ssd.why_dense = part, why
                 twin.ssd.set_experts_per_token(k)
         set_mode(self.model, self.mode)

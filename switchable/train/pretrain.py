@@ -25,7 +25,7 @@ from switchable.data.tokens import find_prepared
 from switchable.errors import InputError
 from switchable.ffn.convert import kept_modes
 from switchable.files import full_disk_told, read_json, write_json
-from switchable.infer.generate import generate_text
+from switchable.infer.generate import write
 from switchable.infer.sampling import Sampling
 from switchable.store import checkpoint, folders, restore
 from switchable.store.probe import save_probe
@@ -276,5 +276,5 @@ def _show_samples(trainer: Trainer) -> None:
     with kept_modes(job.model):
         job.model.eval()
         for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
-            text = generate_text(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60))
+            text = write(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60)).text
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")

@@ -1,4 +1,4 @@
-"""A small corpus, and a tokenizer of words, for the tests of tokens and tokenizers."""
+"""Small sources, a corpus and a tokenizer of words, for the tests of data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pytest
 
 from switchable.data.config import DataConfig
+from switchable.data.corpora import documents
 from switchable.data.tokens import PreparedData, Split
+from switchable.errors import InputError
 
 TEXTS = [
     f"document {i}: the number {i * 7919} has {i % 7} as its rest, é€😀\n" * (1 + i % 5) for i in range(200)
@@ -54,3 +58,19 @@ def save_word_tokenizer(folder: Path, words: int = 10, **special: str) -> Path:
         str(folder)
     )
     return folder
+
+
+def write_zst(path: Path, data: bytes) -> Path:
+    with pa.output_stream(str(path), compression="zstd") as file:
+        file.write(data)
+    return path
+
+
+def jsonl(*texts: str, key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": 1, key: text}).encode() + b"\n" for text in texts)
+
+
+def message(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        list(documents(*args, **kwargs))
+    return str(caught.value)

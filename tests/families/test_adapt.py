@@ -22,7 +22,7 @@ from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.families import family_of
-from switchable.infer.generate import generate_text
+from switchable.infer.generate import write
 from switchable.store.checkpoint import save
 from switchable.store.export import export
 from switchable.store.load import load, load_pretrained
@@ -116,7 +116,7 @@ def test_a_checkpoint_becomes_switchable(
         assert 0 < row["mass_caught"] <= row["mass_best"] <= 1
     if family == "gpt2":
         assert all(row["takes_part"] for row in figures["layers"])
-        assert generate_text(model, tokenizer, "the cat", "sparse").startswith("the cat")
+        assert write(model, tokenizer, "the cat", "sparse").text.startswith("the cat")
 
 
 def test_calibration_trains_the_routers_and_nothing_else() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layer import SPARSE_TOKEN_FRACTION
-from switchable.ffn.router import stride
 
 Make = Callable[..., nn.Module]
 
@@ -195,8 +194,3 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
-
-
-@pytest.mark.parametrize(("fraction", "every"), [(1.0, 1), (0.5, 2), (0.0625, 16), (1e-300, 2**31)])
-def test_a_fraction_of_the_tokens_is_every_nth(fraction: float, every: int) -> None:
-    assert stride(fraction) == every

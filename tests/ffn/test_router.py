@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss
+from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
 
 
 def test_expert_mass_by_hand() -> None:
@@ -106,3 +107,11 @@ def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:
         optimizer.step()
     assert router_loss(router(x), mass).item() < 0.98 * first_loss
     assert caught() > first_caught + 0.02
+
+
+@pytest.mark.parametrize(
+    ("fraction", "step"), [(1.0, 1), (0.5, 2), (1 / 16, 16), (1e-300, 2**31), (5e-324, 2**31)]
+)
+def test_the_step_that_picks_a_fraction_of_the_tokens(fraction: float, step: int) -> None:
+    assert stride(fraction) == step
+    assert torch.arange(10)[::step].tolist() == list(range(0, 10, step))

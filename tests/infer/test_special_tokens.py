@@ -17,7 +17,7 @@ from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import added_tokens, train_bpe
 from switchable.evaluation.text import overlapping_windows
 from switchable.ffn.builders import build_model
-from switchable.infer.generate import generate_text
+from switchable.infer.generate import write
 from switchable.infer.sampling import Sampling
 
 SIZES = {"d_model": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 32}
@@ -60,8 +60,8 @@ def test_what_a_causal_model_is_given(template: str) -> None:
             return input_ids
 
     model = Echo()
-    generate_text(model, made, "the cat", sampling=GREEDY)
-    generate_text(model, made, "", sampling=GREEDY)
+    write(model, made, "the cat", sampling=GREEDY)
+    write(model, made, "", sampling=GREEDY)
     text = made("the cat", add_special_tokens=False)["input_ids"]
     assert given == [[*leading, *text], leading or [eos]]
     # Training and calibration begin as a prompt does.

@@ -14,7 +14,7 @@ from support import small_run
 
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
-from switchable.infer.generate import generate_text
+from switchable.infer.generate import write
 from switchable.infer.loss import validation_loss
 from switchable.infer.sampling import Sampling
 from switchable.store.load import load
@@ -114,24 +114,24 @@ def test_models_that_fill_blanks(trained: Runs) -> None:
     bert, tokenizer = load(trained("bert")[0])
     assert tokenizer is not None
     for mode in ("dense", "sparse"):
-        text = generate_text(bert, tokenizer, "the <mask> sat", mode, sampling=greedy)
+        text = write(bert, tokenizer, "the <mask> sat", mode, sampling=greedy).text
         assert text.startswith("the ")
         assert text.endswith(" sat")
         assert "<mask>" not in text
-    drawn = {generate_text(bert, tokenizer, "the <mask>", sampling=Sampling(seed=seed)) for seed in range(8)}
+    drawn = {write(bert, tokenizer, "the <mask>", sampling=Sampling(seed=seed)).text for seed in range(8)}
     assert len(drawn) > 1
     with pytest.raises(InputError, match="put <mask> into the prompt"):
-        generate_text(bert, tokenizer, "the cat")
+        write(bert, tokenizer, "the cat")
     with pytest.raises(InputError, match="24 positions"):
-        generate_text(bert, tokenizer, "<mask> cat" * 20)
+        write(bert, tokenizer, "<mask> cat" * 20)
     t5, tokenizer = load(trained("t5")[0])
     assert tokenizer is not None
     assert len(layers_of(t5)) == 4
     for mode in ("dense", "sparse"):
-        text = generate_text(t5, tokenizer, "the <extra_id_0> sat", mode, sampling=greedy)
+        text = write(t5, tokenizer, "the <extra_id_0> sat", mode, sampling=greedy).text
         assert text.startswith("the ")
         assert text.endswith(" sat")
-        assert generate_text(t5, tokenizer, "the cat", mode, sampling=greedy).startswith("the cat")
+        assert write(t5, tokenizer, "the cat", mode, sampling=greedy).text.startswith("the cat")
 
 
 @pytest.mark.parametrize(

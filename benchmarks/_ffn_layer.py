@@ -1,0 +1,89 @@
+"""What the benchmarks of FFNs share: one FFN, dense and sparse, with a batch and a choice of experts.
+
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.transformers_mm import batched_mm, grouped_mm
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
+from switchable.compute.cpu.experts.library import library
+from switchable.compute.cpu.topk import top_experts
+from switchable.ffn.router import Router
+
+TRANSFORMERS = {"grouped_mm": grouped_mm, "batched_mm": batched_mm}
+"""How transformers computes experts; its `eager` is a loop like our `reference`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    D: int
+    F: int
+    E: int = 32
+    K: int = 6
+
+    def __str__(self) -> str:
+        return f"T={self.T} D={self.D} F={self.F} E={self.E} K={self.K}"
+
+    @property
+    def forward_flops(self) -> float:
+        """Of the dense layer."""
+        return 4.0 * self.T * self.D * self.F
+
+
+TRAINING = [Shape(4096, D, 4 * D) for D in (256, 512, 768)]
+
+
+class Layer:
+    """One FFN as `nn.Linear` stores it, a batch, and a choice of experts."""
+
+    def __init__(self, shape: Shape, seed: int = 0):
+        torch.manual_seed(seed)
+        self.shape = shape
+        self.x_TD = torch.randn(shape.T, shape.D, requires_grad=True)
+        self.up, self.down = torch.nn.Linear(shape.D, shape.F), torch.nn.Linear(shape.F, shape.D, bias=False)
+        self.down_FD = self.down.weight.detach().t().contiguous().requires_grad_()
+        self.ids_TK = torch.rand(shape.T, shape.E).topk(shape.K).indices
+        self.dy_TD = torch.randn(shape.T, shape.D)
+        self.router = Router(shape.D, shape.E)
+
+    def leaves(self) -> dict[str, Tensor]:
+        up_bias = self.up.bias
+        assert up_bias is not None
+        return {"x": self.x_TD, "up": self.up.weight, "down": self.down_FD, "bias": up_bias}
+
+    def call(self) -> ExpertCall:
+        """The sparse layer's call."""
+        weights = FFNWeights(self.up.weight, self.down_FD, self.up.bias)
+        return ExpertCall(self.x_TD, weights, self.ids_TK, self.shape.E, "relu")
+
+    def forward(self, name: str) -> Tensor:
+        if name == "dense":
+            return linear(torch.relu(self.up(self.x_TD)), self.down.weight)
+        if name in TRANSFORMERS:
+            return TRANSFORMERS[name](self.call())
+        return expert_ffn(self.call(), "reference" if name == "eager" else name)
+
+    def forget(self) -> None:
+        """Free all gradients, and the memory that compiled loops keep from call to call."""
+        self._zero_grad()
+        library.cache_clear()
+
+    def _zero_grad(self) -> None:
+        for leaf in (*self.leaves().values(), self.down.weight):
+            leaf.grad = None
+
+    def train(self, name: str) -> None:
+        self._zero_grad()
+        torch.autograd.backward(self.forward(name), self.dy_TD)
+
+    def route(self) -> None:
+        top_experts(self.router(self.x_TD.detach()).detach(), self.shape.K)

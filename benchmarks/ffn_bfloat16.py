@@ -1,0 +1,174 @@
+"""The sparse FFN in both precisions over the fastest dense one, training and prefill: see `ffn.py`, which runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+from benchmarks._ffn_layer import TRAINING, Layer, Shape
+from benchmarks._memory import peak_bytes
+from switchable import Family, SwitchConfig, convert, set_mode
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
+from switchable.timing import processor, take_turns
+
+
+class HalfLayer(Layer):
+    """The same numbers as float32 and as bfloat16; a contender's name says which, as in `fused autocast`."""
+
+    def __init__(self, shape: Shape, seed: int = 0):
+        super().__init__(shape, seed)
+        with torch.no_grad():
+            for leaf in (*self.leaves().values(), self.down.weight):
+                leaf.copy_(leaf.bfloat16())
+            self.down_FD.copy_(self.down.weight.t())
+        self.dy_TD = self.dy_TD.bfloat16().float()
+        self.halves = {name: leaf.detach().bfloat16() for name, leaf in self.leaves().items()}
+        self.halves["dense down"] = self.down.weight.detach().bfloat16()
+        for leaf in self.halves.values():
+            leaf.requires_grad_()
+        self.whole = _switchable(shape)
+
+    def leaves_of(self, name: str) -> dict[str, Tensor]:
+        """What a contender is given."""
+        return self.halves if name.endswith("weights") else {**self.leaves(), "dense down": self.down.weight}
+
+    def forward(self, name: str) -> Tensor:
+        own, (way, precision) = self.leaves_of(name), name.split()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            if way == "layer":
+                y_TD: Tensor = self.whole(own["x"][None])[0]
+                return y_TD
+            if way == "dense":
+                return linear(torch.relu(linear(own["x"], own["up"], own["bias"])), own["dense down"])
+            weights = FFNWeights(own["up"], own["down"], own["bias"])
+            return expert_ffn(ExpertCall(own["x"], weights, self.ids_TK, self.shape.E, "relu"), way)
+
+    def _zero_grad(self) -> None:
+        super()._zero_grad()
+        for leaf in (*self.halves.values(), *self.whole.parameters()):
+            leaf.grad = None
+
+    def train(self, name: str) -> None:
+        self._zero_grad()
+        self.whole.train()
+        y_TD = self.forward(name)
+        torch.autograd.backward(y_TD, self.dy_TD.to(y_TD.dtype))
+
+    def prefill(self, name: str) -> None:
+        self.whole.eval()
+        with torch.no_grad():
+            self.forward(name)
+
+    def errors(self, name: str, true: dict[str, Tensor]) -> dict[str, float]:
+        """Return a contender's relative errors in the output and all gradients."""
+        own = {leaf: tensor for leaf, tensor in self.leaves_of(name).items() if leaf in true}
+        y_TD = self.forward(name)
+        gradients = torch.autograd.grad(y_TD, list(own.values()), self.dy_TD.to(y_TD.dtype))
+        found = {"y": y_TD.detach(), **dict(zip(own, gradients, strict=True))}
+        return {leaf: float((found[leaf] - wanted).norm() / wanted.norm()) for leaf, wanted in true.items()}
+
+
+def _switchable(shape: Shape) -> nn.Module:
+    """A converted FFN of this shape in sparse mode."""
+    config = GPT2Config(n_embd=shape.D, activation_function="relu", resid_pdrop=0.0)
+    model = nn.Sequential(GPT2MLP(shape.F, config))
+    convert(
+        model,
+        SwitchConfig(num_experts=shape.E, experts_per_token=shape.K),
+        Family(ffn="GPT2MLP", up="c_fc", down="c_proj"),
+    )
+    set_mode(model, "sparse")
+    return model
+
+
+PRECISIONS = ("float32", "autocast", "weights")
+LAYER = "layer autocast"
+
+
+def parity_errors() -> list[str]:
+    """Return one line for each contender and tensor that is worse than torch's in bfloat16."""
+    layer = HalfLayer(Shape(301, 64, 256, 8, 3))
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in layer.leaves().items()}
+    call = ExpertCall(
+        exact["x"], FFNWeights(exact["up"], exact["down"], exact["bias"]), layer.ids_TK, 8, "relu"
+    )
+    y_TD = expert_ffn(call, "reference")
+    gradients = torch.autograd.grad(y_TD, list(exact.values()), layer.dy_TD.double())
+    true = {"y": y_TD.detach(), **dict(zip(exact, gradients, strict=True))}
+    lines = []
+    for precision in PRECISIONS[1:]:
+        most, found = (layer.errors(f"{way} {precision}", true) for way in ("masked", "fused"))
+        lines += [
+            f"fused {precision} is off in {tensor}: relative error {error:.1e}, dense {most[tensor]:.1e}"
+            for tensor, error in found.items()
+            if not error <= 1.5 * most[tensor]
+        ]
+    return lines
+
+
+def row_of(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Time training and prefill in both precisions."""
+    layer = HalfLayer(shape)
+    names = [f"{way} {precision}" for way in ("dense", "fused") for precision in PRECISIONS]
+    names.append(LAYER)
+    row: dict[str, Any] = {"shape": str(shape)}
+    for job in ("train", "prefill"):
+        calls = {name: partial(getattr(layer, job), name) for name in names}
+        times = take_turns(calls, seconds / 2)
+        dense, ours = (
+            min((n for n in names if n.startswith(way)), key=times.median) for way in ("dense", "fused")
+        )
+        row[job] = {
+            "ms": {name: 1e3 * value for name, value in times.medians.items()},
+            "best_dense": dense,
+            "ours": ours,
+            "over_best_dense": times.ratio(dense, ours),
+            "layer_over_best_dense": times.ratio(dense, LAYER),
+        }
+        if job == "train":
+            dense_peak, peak = (peak_bytes(calls[name], layer.forget) for name in (dense, ours))
+            row["memory_share"] = peak / dense_peak
+        report(job, row)
+    return row
+
+
+def report(job: str, row: dict[str, Any]) -> None:
+    """Print one job of a shape."""
+    own = row[job]
+    print(f"\n{job}: {row['shape']}")
+    for name, value in own["ms"].items():
+        print(f"  {name:<16}{value:>9.3f} ms {own['ms'][own['best_dense']] / value:>6.2f}x best dense")
+    print(
+        f"  {own['ours']}: {own['over_best_dense']:.2f}x {own['best_dense']} (within a turn); whole layer, router "
+        f"included: {own['layer_over_best_dense']:.2f}x"
+    )
+
+
+def main(seconds: float) -> int:
+    """Run everything in bfloat16; return the exit code."""
+    errors = parity_errors()
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        return 1
+    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16")
+    rows = {shape.D: row_of(shape, seconds) for shape in TRAINING}
+    document = {
+        **{f"train_over_best_dense_d{width}": row["train"]["over_best_dense"] for width, row in rows.items()},
+        **{f"layer_over_best_dense_d{w}": row["train"]["layer_over_best_dense"] for w, row in rows.items()},
+        "prefill_layer_over_best_dense_d768": rows[768]["prefill"]["layer_over_best_dense"],
+        "prefill_over_best_dense_d768": rows[768]["prefill"]["over_best_dense"],
+        "memory_share": rows[768]["memory_share"],
+        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "shapes": list(rows.values()),
+    }
+    print(json.dumps(document))
+    return 0
