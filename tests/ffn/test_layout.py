@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import HomeMade
 from torch import Tensor, nn
 
@@ -118,3 +119,22 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
         if mine in optimizer.state:
             assert other.state[theirs]["exp_avg"].stride() == mine.stride()
             assert torch.equal(other.state[theirs]["exp_avg"], optimizer.state[mine]["exp_avg"])
+
+
+def test_converted_models_are_saved_as_the_readme_says(make_gpt2: Make, tmp_path: Path) -> None:
+    by_neuron, by_row = make_gpt2(), make_gpt2()
+    by_neuron.lm_head.weight = nn.Parameter(
+        by_neuron.lm_head.weight.clone()
+    )  # save_file takes no tied weights
+    by_row.load_state_dict(by_neuron.state_dict())
+    by_row.lm_head.weight = nn.Parameter(by_row.lm_head.weight.clone())
+    convert(by_neuron, CONFIG)
+    convert(by_row, CONFIG, neuron_major=False)
+    with pytest.raises(ValueError, match="non contiguous"):
+        save_file(by_neuron.state_dict(), tmp_path / "model.safetensors")
+    save_file(by_row.state_dict(), tmp_path / "model.safetensors")
+    by_neuron.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    stored = load_file(tmp_path / "saved/model.safetensors")
+    name = "transformer.h.0.mlp.c_proj.weight"
+    assert torch.equal(stored[name], by_neuron.state_dict()[name])
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[name], by_neuron.state_dict()[name])
