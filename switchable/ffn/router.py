@@ -99,7 +99,7 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - what has a gradient
         ctx.save_for_backward(factor)
-        return y.view_as(y)
+        return y.detach()  # a view could not be added to in place, as some models do
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:

@@ -22,16 +22,19 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError, shown
 from switchable.ffn.convert import layers_of, set_mode, why_dense
+from switchable.ffn.layer import SwitchableFFN
 from switchable.options import checked
-from switchable.ranks import is_main
+from switchable.ranks import RankLost, is_main, watched
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
-from switchable.switching.measures import Batch
+from switchable.switching.measures import Inputs, show
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that is given what it cannot take."""
 MOST_SEED = 2**32 - 1
 """What NumPy takes."""
 
@@ -61,8 +64,8 @@ class Controller:
 
     Args:
         model: a converted model.
-        probe: fixed model inputs on which everything is measured: a batch (tensor of token ids or mapping of model
-            inputs) or several.
+        probe: fixed model inputs on which everything is measured: a batch (a tensor, the model's first input, or a
+            mapping, its inputs by name) or several. It is tried at once.
         total_steps: optimizer steps of the whole run.
         config: the settings of the schedule; default: those given to `convert`.
         seed: seed of the clustering.
@@ -73,13 +76,14 @@ class Controller:
             in a loop that trains so.
 
     Raises:
-        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model.
+        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model, or
+            a probe that the model fails with or that does not come to all of its FFNs.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        probe: Tensor | Batch | Sequence[Batch],
+        probe: Inputs | Sequence[Inputs],
         total_steps: int,
         config: SwitchConfig | None = None,
         seed: int = 0,
@@ -102,17 +106,14 @@ class Controller:
             checked("total_steps", total_steps, int, least=1),
         )
         self.probe = _as_batches(probe)
+        self.probe_tokens = self._try_probe()
+        """Tokens on which everything is measured."""
         self.steps_done = 0
         self.state: ScheduleState = self.schedule.initial(len(self.layers))
         self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0
         self.regroupings = 0
         self._apply_mode()
-
-    @property
-    def probe_tokens(self) -> int:
-        """Tokens on which everything is measured."""
-        return sum(batch["input_ids"].numel() for batch in self.probe)
 
     @property
     def mode(self) -> str:
@@ -161,6 +162,27 @@ class Controller:
         ):
             self._tell_if_dense()
         return measurement
+
+    def _try_probe(self) -> int:
+        """Return how many tokens the probe brings to the first FFN."""
+        counts = [_Count() for _ in self.layers]
+        try:
+            with watched(), self.precision():
+                show(self.model, self.probe, counts)
+        except RankLost:
+            raise
+        except FAILURES as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(
+                f"{type(self.model).__name__} fails with the probe ({why}); give what the loop gives the model, by the "
+                "names of its inputs and on its device"
+            ) from error
+        idle = [layer.ssd.name for layer, count in zip(self.layers, counts, strict=True) if not count.tokens]
+        if idle:
+            raise InputError(
+                f"the probe does not come to {idle[0]}; give one that goes through the whole model"
+            )
+        return counts[0].tokens
 
     def why_dense(self) -> str | None:
         """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
@@ -274,10 +296,21 @@ class Controller:
         self._apply_mode()
 
 
-def _as_batches(probe: Tensor | Batch | Sequence[Batch]) -> list[Batch]:
-    if isinstance(probe, Tensor):
-        return [{"input_ids": probe}]
-    batches = [probe] if isinstance(probe, Mapping) else list(probe) if isinstance(probe, Sequence) else []
-    if not batches or not all(isinstance(batch, Mapping) and batch for batch in batches):
+def _as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
+    one = isinstance(probe, (Tensor, Mapping))
+    batches: list[Any] = [probe] if one else list(probe) if isinstance(probe, Sequence) else []
+    good = (isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch) for batch in batches)
+    if not batches or not all(good):
         raise InputError(f"probe={shown(probe)} must be token ids, a batch of model inputs, or several")
     return batches
+
+
+class _Count:
+    """How many tokens come to a layer."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
+        """Take in the layer's input, as an `Observer` does."""
+        self.tokens += x.numel() // layer.ssd.d_model

@@ -25,6 +25,9 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
 
 Batch = Mapping[str, Tensor]
+"""Model inputs by their names."""
+Inputs = Batch | Tensor
+"""The same, or the first one alone: `input_ids`, nanoGPT's `idx`, `pixel_values`."""
 
 
 class Observer(Protocol):
@@ -119,7 +122,10 @@ class LayerSums:
 def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
     """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, observer=observer: observer.add(layer, args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args, named, seen=observer: seen.add(layer, *args, *named.values()),
+            with_kwargs=True,
+        )
         for observer, layer in zip(observers, layers_of(model), strict=True)
     ]
     try:
@@ -130,10 +136,10 @@ def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def show(model: nn.Module, probe: Iterable[Batch], observers: Sequence[Observer]) -> None:
+def show(model: nn.Module, probe: Iterable[Inputs], observers: Sequence[Observer]) -> None:
     """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
     # Observers are not worth compiling, and what a compiled block makes of them is beyond torch.compile.
     with in_mode(model, "dense"), observed(model, observers), torch.compiler.set_stance("force_eager"):
         model.eval()
         for batch in probe:
-            model(**batch)
+            model(batch) if isinstance(batch, Tensor) else model(**batch)

@@ -24,7 +24,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers, groups_layer, similarity
-from switchable.switching.measures import Batch, LayerSums, show
+from switchable.switching.measures import Inputs, LayerSums, show
 from switchable.switching.patterns import jaccard, pack, routes_changed
 from switchable.switching.switch import current_structure
 
@@ -97,7 +97,7 @@ class Watch:
         return torch.cat(self._routes)
 
 
-def watch(model: nn.Module, probe: Iterable[Batch]) -> list[Watch]:
+def watch(model: nn.Module, probe: Iterable[Inputs]) -> list[Watch]:
     """Run the probe through the model in dense, evaluation mode; return what each switchable FFN did."""
     watches = [Watch(layer) for layer in layers_of(model)]
     show(model, probe, watches)
@@ -106,7 +106,7 @@ def watch(model: nn.Module, probe: Iterable[Batch]) -> list[Watch]:
 
 def measure(
     model: nn.Module,
-    probe: Sequence[Batch],
+    probe: Sequence[Inputs],
     last: Sequence[Found | None],
     random_state: int,
     fresh: bool = True,
