@@ -165,14 +165,25 @@ def check_agreement(facts: dict[str, Any]) -> None:
 
 @contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
-    """Within the `with` block the own parameters of sharded modules are whole, to be read; others are so anyway."""
-    sharded = [module for module in modules if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
+    """Within the `with` block the parameters of modules are whole, to be read, whichever unit shards them."""
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    sharded = [(part, n, p) for part in parts for n, p in part._parameters.items() if isinstance(p, DTensor)]
+    whole = {
+        id(parameter): nn.Parameter(cast(DTensor, parameter).full_tensor()) for _, _, parameter in sharded
+    }
+    for module, name, parameter in sharded:
+        module._parameters[name] = whole[id(parameter)]
     try:
         yield
     finally:
-        for module in sharded:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Put away the whole parameters that a forward pass leaves behind (by default those of `fully_shard`'s root)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 

@@ -49,11 +49,14 @@ class ConversionReport:
     """E, the same in every layer."""
     d_ff: int
     """Neurons of the first FFN."""
+    neuron_major: bool = False
+    """Whether weights are stored neuron by neuron, one projection of each FFN not contiguous."""
 
     def __str__(self) -> str:
+        layout = "; contiguous parameters, for what wants them: convert(..., neuron_major=False)"
         return (
             f"{self.converted} of {len(self.names)} FFNs are switchable: "
-            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons"
+            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons{layout * self.neuron_major}"
         )
 
 
@@ -63,7 +66,7 @@ def convert(
     family: Family | Sequence[Family] | None = None,
     *,
     example_inputs: Inputs | None = None,
-    neuron_major: bool = True,
+    neuron_major: bool | None = None,
     layer_type: type[SwitchableFFN] = SwitchableFFN,
 ) -> ConversionReport:
     """Make every FFN of a transformers model switchable, in place; the model stays in dense mode.
@@ -75,8 +78,8 @@ def convert(
         example_inputs: a batch for a model that cannot be given one from what it says of itself: its inputs by name,
             in order, or the only one. On it the FFNs are found, and the model is compared before and after.
         neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
-            neuron's weights are contiguous (`layout.py`): sparse mode is faster. False keeps all memory as it is,
-            for tools that want contiguous parameters, such as `fully_shard`.
+            neuron's weights are contiguous (`layout.py`). None: where that is faster, on a CPU in sparse mode. False
+            keeps all memory as it is, for what wants contiguous parameters (`fully_shard`, LBFGS, `save_file`).
         layer_type: a subclass of `SwitchableFFN` to put in place instead.
 
     Raises:
@@ -108,14 +111,16 @@ def convert(
             each_place()
     else:
         check_same_answers(trial, layers, place)
-    scale = LossScale()
+    scale, first = LossScale(), layers[0].ssd
+    if neuron_major is None:
+        neuron_major = first.reads_FD.is_cpu and not config.never_sparse
     for layer in layers:
         layer.ssd.loss_scale = scale
         if neuron_major:
             store_by_neuron(layer)
     scale.watch(model)
     names = tuple(name for name, _, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, layers[0].ssd.d_ff)
+    return ConversionReport(len(built), names, config.num_experts, first.d_ff, neuron_major)
 
 
 def _in_order(

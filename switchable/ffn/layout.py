@@ -9,7 +9,9 @@ transposes that one's *storage*. Names, shapes and values stay as they were, and
 rounding of its last bits (BLAS takes either order); gradients and element-wise optimizers' moments take over the
 strides of their parameter by themselves.
 
-What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`.
+What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`, and
+so is everything where nothing would gain: a recipe without sparse steps, a GPU. On a CPU decoding in sparse mode has no
+other loops.
 Files are written contiguous in any case.
 
 Shapes: D d_model, F d_ff, I neurons per expert.

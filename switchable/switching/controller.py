@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from switchable.errors import InputError, shown
 from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.trial import FAILURES
 from switchable.options import checked
-from switchable.ranks import RankLost, is_main, watched
+from switchable.ranks import RankLost, is_main, reshard, watched
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
 from switchable.switching.measures import Inputs, show
@@ -33,8 +34,6 @@ from switchable.switching.optimizers import check_state, check_trained, optimize
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model raises that is given what it cannot take."""
 MOST_SEED = 2**32 - 1
 """What NumPy takes."""
 
@@ -145,6 +144,7 @@ class Controller:
         """
         due = self.measures_next
         if due or not self._checked:
+            reshard(self.model)  # a loop may have evaluated it
             found = optimizers_in(optimizers)
         if not self._checked:
             check_trained(self.layers, found)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from switchable.ffn.convert import in_mode, layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.router import expert_mass
+from switchable.ranks import reshard
 
 Batch = Mapping[str, Tensor]
 """Model inputs by their names."""
@@ -143,3 +144,4 @@ def show(model: nn.Module, probe: Iterable[Inputs], observers: Sequence[Observer
         model.eval()
         for batch in probe:
             model(batch) if isinstance(batch, Tensor) else model(**batch)
+    reshard(model)
