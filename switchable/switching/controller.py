@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from switchable.errors import InputError, shown
 from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.plain import check_movable
 from switchable.ffn.trial import FAILURES
 from switchable.options import checked
 from switchable.ranks import RankLost, is_main, reshard, watched
@@ -75,8 +76,8 @@ class Controller:
             in a loop that trains so.
 
     Raises:
-        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model, or
-            a probe that the model fails with or that does not come to all of its FFNs.
+        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model,
+            adapters on an FFN that is to be regrouped, or a probe that the model fails with or that misses an FFN.
     """
 
     def __init__(
@@ -104,6 +105,9 @@ class Controller:
             first.config if given is None else settled(given, first.d_ff, first.activation),
             checked("total_steps", total_steps, int, least=1),
         )
+        if not self.schedule.config.never_sparse:
+            for layer in self.layers:
+                check_movable(layer.ssd)
         self.probe = _as_batches(probe)
         self.probe_tokens = self._try_probe()
         """Tokens on which everything is measured."""
