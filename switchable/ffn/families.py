@@ -217,6 +217,7 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
     ]
     for part, allowed in kinds:
+        refuse_adapter(f"{name}.{part}", children.get(part or ""))
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
             raise InputError(
@@ -227,6 +228,15 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
             raise InputError(
                 f"{name}.{part} is quantised ({children[part].weight.dtype}); load the model unquantised"
             )
+
+
+def refuse_adapter(name: str, module: nn.Module | None) -> None:
+    """Raise InputError if a module wraps a projection, as peft's do."""
+    if hasattr(module, "base_layer"):
+        raise InputError(
+            f"{name} ({type(module).__name__}) is an adapter; merge it into the weight (peft: merge_and_unload()) "
+            "before convert"
+        )
 
 
 def _is_number(module: nn.Module, family: Family) -> bool:
