@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from switchable.errors import InputError
-from switchable.ffn.families import HOW_TO_DESCRIBE, Family, row_of
+from switchable.ffn.families import HOW_TO_DESCRIBE, Family
 from switchable.ffn.finder import find_families, refuse_others
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.recording import distance, tolerance
+from switchable.ffn.table import row_of
 from switchable.ffn.trial import FAILURES, Inputs, Trial
 from switchable.options import checked
 
