@@ -66,6 +66,7 @@ def convert(
     family: Family | Sequence[Family] | None = None,
     *,
     example_inputs: Inputs | None = None,
+    trusted: bool = False,
     neuron_major: bool | None = None,
     layer_type: type[SwitchableFFN] = SwitchableFFN,
 ) -> ConversionReport:
@@ -77,6 +78,7 @@ def convert(
         family: where the FFNs are; default: the table's row for a model of transformers, or what `finder.py` finds.
         example_inputs: a batch for a model that cannot be given one from what it says of itself: its inputs by name,
             in order, or the only one. On it the FFNs are found, and the model is compared before and after.
+        trusted: leave out that comparison; the family is what an earlier `convert` of the model had.
         neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
             neuron's weights are contiguous (`layout.py`). None: where that is faster, on a CPU in sparse mode. False
             keeps all memory as it is, for what wants contiguous parameters (`fully_shard`, LBFGS, `save_file`).
@@ -96,7 +98,7 @@ def convert(
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
-    families, trial = families_of(model, family, example_inputs)
+    families, trial = families_of(model, family, example_inputs, trusted)
     found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
     found = _in_order(model, found)
     config = _settled(config, *found[0])

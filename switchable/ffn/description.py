@@ -20,7 +20,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     names = ("experts_per_token", "takes_part", "why_dense")
     described = {
         "num_experts": first.ssd.num_experts,
-        "family": dataclasses.asdict(first.ssd.settings.family),
+        "family": [
+            dataclasses.asdict(each) for each in dict.fromkeys(layer.ssd.settings.family for layer in layers)
+        ],
         "layers": {layer.ssd.name: {name: getattr(layer.ssd, name) for name in names} for layer in layers},
     }
     return described if first.has_dense_mode else described | {"gate": "softmax"}
@@ -40,10 +42,10 @@ def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
             "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
         )
     family = described.get("family")
-    if family is not None:
-        classes = family["ffn"]
-        family = Family(**{**family, "ffn": classes if isinstance(classes, str) else tuple(classes)})
-    convert(model, SwitchConfig(num_experts=described["num_experts"], experts_per_token=1), family)
+    if family is not None:  # one alone in a description of version 0.2
+        family = [Family.from_values(each) for each in (family if isinstance(family, list) else [family])]
+    config = SwitchConfig(num_experts=described["num_experts"], experts_per_token=1)
+    convert(model, config, family, trusted=family is not None)
     for layer in layers_of(model):
         stored = _entry(layer.ssd.name, described["layers"])
         layer.ssd.set_experts_per_token(stored["experts_per_token"])

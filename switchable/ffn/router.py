@@ -99,7 +99,7 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - what has a gradient
         ctx.save_for_backward(factor)
-        return y.detach()  # a view could not be added to in place, as some models do
+        return y.detach()  # y itself, not a view of it: Falcon adds to its FFN's output in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:

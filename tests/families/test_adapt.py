@@ -21,7 +21,7 @@ from switchable.cli import main
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.families import row_of
+from switchable.ffn.table import row_of
 from switchable.infer.generate import write
 from switchable.store.checkpoint import save
 from switchable.store.export import export

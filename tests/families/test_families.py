@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.families import FAMILIES, row_of
 from switchable.ffn.ssd import RESERVED
+from switchable.ffn.table import FAMILIES, row_of
 from switchable.infer.loss import positions_of
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
