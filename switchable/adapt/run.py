@@ -31,6 +31,7 @@ from switchable.errors import InputError
 from switchable.ffn.agreement import families_of
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
+from switchable.ffn.table import row_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
 from switchable.options import refuse_more_than_memory
@@ -98,12 +99,14 @@ def adapt(
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(given, *data.sources))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
-    with torch.device(
-        "meta"
-    ):  # what `convert` refuses is refused before the text is read, on a model without weights
+    # What `convert` refuses is refused before the text is read: on a model without weights, where its type has a row.
+    with torch.device("meta"):
         plain = model_of(load_config(source))
-        convert(plain, switch)
+    if row_of(plain) is None:
+        plain = load_pretrained(source)
+    convert(plain, switch)
     neurons = sum(layer.ssd.d_ff for layer in layers_of(plain))
+    del plain
     for name, size in (("structure_tokens", neurons), ("calibration_tokens", 16)):
         tokens = getattr(config, name)
         refuse_more_than_memory(tokens * size, f"{name}={tokens}")

@@ -152,10 +152,8 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         refuse_adapter(f"{name}.{part}", children.get(part or ""))
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
-            kind = type(children.get(part))
             raise InputError(
-                f"{name}.{part} is {kind.__name__} of {kind.__module__.split('.')[0]}; it must be {wanted} "
-                f"(adapters: convert before PEFT, or merge first). Parts of {name}: {there}"
+                f"{name}.{part} is {type(children.get(part)).__name__}; it must be {wanted}. Parts of {name}: {there}"
             )
     for part in _projections(family):
         if not children[part].weight.is_floating_point():
