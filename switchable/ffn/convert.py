@@ -267,18 +267,19 @@ def in_mode(
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     """Within the `with` block modes may be changed at will; afterwards everything is as it was.
 
-    Kept are what `MODES` names of each FFN, and whether the model trains.
+    Kept are what `MODES` names of each FFN, and whether each module trains.
     """
     layers = layers_of(model)
     kept = [{name: getattr(layer.ssd, name) for name in MODES} for layer in layers]
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     try:
         yield layers
     finally:
         for layer, values in zip(layers, kept, strict=True):
             for name, value in values.items():
                 setattr(layer.ssd, name, value)
-        model.train(training)
+        for module, trains in training:
+            module.training = trains
 
 
 def is_router_parameter(name: str) -> bool:

@@ -113,6 +113,15 @@ def test_the_probe_is_what_the_model_takes(probe: str) -> None:
     assert 0 < measured.layers[1].activation_ratio < 1
 
 
+def test_a_measurement_leaves_alone_what_its_owner_keeps_from_training() -> None:
+    model = tiny_gpt2()
+    convert(model, CONFIG)
+    model.train()
+    frozen: nn.Module = model.transformer.wte.eval()  # type: ignore[union-attr, operator]
+    Controller(model, IDS, STEPS, CONFIG)
+    assert (model.training, frozen.training) == (True, False)
+
+
 class _Skips(NanoGPT):
     def forward(self, idx: Tensor) -> Tensor:
         return self.ffns[0](hidden_states=self.tokens(idx))
