@@ -20,18 +20,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from switchable.errors import InputError, shown
+from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode, why_dense
-from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.plain import check_movable
-from switchable.ffn.trial import FAILURES
 from switchable.options import checked
-from switchable.ranks import RankLost, is_main, reshard, watched
+from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, twins
-from switchable.switching.measures import Inputs, show
+from switchable.switching.measures import Inputs
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
+from switchable.switching.probe import as_batches, tokens_of
 from switchable.switching.schedule import Schedule, ScheduleState
 from switchable.switching.switch import regroup
 
@@ -108,8 +107,8 @@ class Controller:
         if not self.schedule.config.never_sparse:
             for layer in self.layers:
                 check_movable(layer.ssd)
-        self.probe = _as_batches(probe)
-        self.probe_tokens = self._try_probe()
+        self.probe = as_batches(probe)
+        self.probe_tokens = tokens_of(model, self.probe, precision)
         """Tokens on which everything is measured."""
         self.steps_done = 0
         self.state: ScheduleState = self.schedule.initial(len(self.layers))
@@ -166,27 +165,6 @@ class Controller:
         ):
             self._tell_if_dense()
         return measurement
-
-    def _try_probe(self) -> int:
-        """Return how many tokens the probe brings to the first FFN."""
-        counts = [_Count() for _ in self.layers]
-        try:
-            with watched(), self.precision():
-                show(self.model, self.probe, counts)
-        except RankLost:
-            raise
-        except FAILURES as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"{type(self.model).__name__} fails with the probe ({why}); give what the loop gives the model, by the "
-                "names of its inputs and on its device"
-            ) from error
-        idle = [layer.ssd.name for layer, count in zip(self.layers, counts, strict=True) if not count.tokens]
-        if idle:
-            raise InputError(
-                f"the probe does not come to {idle[0]}; give one that goes through the whole model"
-            )
-        return counts[0].tokens
 
     def why_dense(self) -> str | None:
         """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
@@ -298,23 +276,3 @@ class Controller:
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]
         self._apply_mode()
-
-
-def _as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
-    one = isinstance(probe, (Tensor, Mapping))
-    batches: list[Any] = [probe] if one else list(probe) if isinstance(probe, Sequence) else []
-    good = (isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch) for batch in batches)
-    if not batches or not all(good):
-        raise InputError(f"probe={shown(probe)} must be token ids, a batch of model inputs, or several")
-    return batches
-
-
-class _Count:
-    """How many tokens come to a layer."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
-        self.tokens += x.numel() // layer.ssd.d_model
