@@ -151,7 +151,7 @@ def test_an_id_outside_the_experts_is_refused(bad: int, named: str) -> None:
 
 def test_pairs_stand_by_chunk_and_then_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_library, "CHUNK_TOKENS", 2)
-    loops = library(16, 4, torch.float32, HERE)
+    loops = library(16, 4, False, torch.float32, HERE)
     pairs = loops.sort(torch.tensor([[2, 0], [0, 1], [1, 2]]), 3)
     assert pairs.chunks == 2
     # Tokens 0 and 1: expert 0 has both, expert 1 token 1, expert 2 token 0; token 2 has experts 1 and 2.
