@@ -4,11 +4,12 @@
 
 The entrance is `up`; in a gated FFN it is the gate, and the factor is `up`.
 
-Tokens are sorted by expert once. All six products of a training step (two forward, four backward; gated three and six)
+Tokens are sorted by expert once. All products of a training step (two forward, four backward; gated three and six)
 find the tokens' rows through their indices and add up where the result lies (`kernels.py`), so that neither gathered
-rows nor what is to be scattered ever exists; ReLU and its derivative are part of the products. Between the two passes
-only what the projections gave lives (T·K·I numbers, K/E of the dense layer's; gated twice) with the sorted indices. The weights are copied into the order of the loops
-first, which costs 1/T of a product. The same bits come out whatever the number of threads.
+rows nor what is to be scattered ever exists; ReLU, its derivative and that of the product with the factor are part of
+them. Between the two passes only what the projections gave lives (T·K·I numbers, K/E of the dense layer's; gated twice)
+with the sorted indices. The weights are copied into the order of the loops first, which costs 1/T of a product. The
+same bits come out whatever the number of threads.
 
 ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as
 such (`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
@@ -52,13 +53,12 @@ def run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts)
     dtype = compute_dtype(call)
+    up, gate = (weights.up_FD, weights.up_bias_F), (weights.gate_FD, weights.gate_bias_F)
     gated = weights.gate_FD is not None
+    entrance, factor = (gate, up) if gated else (up, (None, None))
     loops = library(x_TD.shape[1], call.neurons, gated, dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", dtype)
-    projections = (weights.up_FD, weights.up_bias_F, None, None)
-    if gated:
-        projections = (weights.gate_FD, weights.gate_bias_F, *projections[:2])
-    y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *projections, plan)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -86,8 +86,7 @@ class _Plan(NamedTuple):
 
     def hidden(self, act_PI: Tensor, up_PI: Tensor | None) -> Tensor:
         """What `down` is multiplied with, from ReLU's results and the factor's; it stands until the next call."""
-        factors = [act_PI] * self.squared + [up_PI] * (up_PI is not None)
-        for factor in factors:
+        for factor in ([act_PI] if self.squared else []) + ([] if up_PI is None else [up_PI]):
             scratch = self.loops.scratch("hidden", act_PI.shape, act_PI.dtype)
             act_PI = torch.mul(act_PI, factor, out=scratch)
         return act_PI
@@ -122,6 +121,13 @@ class _Fused(torch.autograd.Function):
         plan: _Plan = ctx.plan
         loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
         need_x, need_down, *need = ctx.needs_input_grad[:6]
+
+        def of_projection(dz_PI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+            return (
+                loops.weight_gradient(dz_PI, x_TD, pairs, experts) if weight else None,
+                loops.bias_gradient(dz_PI, pairs, experts) if bias else None,
+            )
+
         dy_TD = plan.rounded(dy_TD).contiguous()
         dz_PI, dup_PI = loops.project_back(dy_TD, down_FD, act_PI, up_PI, pairs, squared=plan.squared)
         dx_TD = loops.scatter(dz_PI, entrance_FD, pairs, len(x_TD)) if need_x else None
@@ -130,9 +136,7 @@ class _Fused(torch.autograd.Function):
         return (  # autograd converts them to the dtypes of the inputs
             dx_TD,
             loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs, experts) if need_down else None,
-            loops.weight_gradient(dz_PI, x_TD, pairs, experts) if need[0] else None,
-            loops.bias_gradient(dz_PI, pairs, experts) if need[1] else None,
-            loops.weight_gradient(dup_PI, x_TD, pairs, experts) if need[2] else None,
-            loops.bias_gradient(dup_PI, pairs, experts) if need[3] else None,
+            *of_projection(dz_PI, *need[:2]),
+            *((None, None) if dup_PI is None else of_projection(dup_PI, *need[2:])),
             None,
         )

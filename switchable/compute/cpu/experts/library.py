@@ -95,7 +95,14 @@ class Library:
         return z_PI
 
     def project_back(
-        self, dy_TD: Tensor, down_FD: Tensor, act_PI: Tensor, up_PI: Tensor | None, pairs: Pairs, *, squared: bool
+        self,
+        dy_TD: Tensor,
+        down_FD: Tensor,
+        act_PI: Tensor,
+        up_PI: Tensor | None,
+        pairs: Pairs,
+        *,
+        squared: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of the entrance and of `up`'s results, which stand until the next call.
 
@@ -115,9 +122,7 @@ class Library:
         self._dot(name, dy_TD, down_FD, pairs, z=dz_PI, act=act_PI, up=up_PI, dup=dup_PI)
         return dz_PI, dup_PI
 
-    def _dot(
-        self, name: str, x_TD: Tensor, weight_FD: Tensor, pairs: Pairs, **memory: Tensor | None
-    ) -> None:
+    def _dot(self, name: str, x_TD: Tensor, weight_FD: Tensor, pairs: Pairs, **memory: Tensor | None) -> None:
         own, experts = self.packing, len(weight_FD) // self.packing.neurons
         packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), self.sums)
         memory |= {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed}

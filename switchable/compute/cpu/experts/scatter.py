@@ -19,7 +19,9 @@ from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
-SCATTER = Tasks(("experts", "per_chunk", "token_count", "adds"), (*PAIRS, "y", "weights", "packed", "z"), stages=2)
+SCATTER = Tasks(
+    ("experts", "per_chunk", "token_count", "adds"), (*PAIRS, "y", "weights", "packed", "z"), stages=2
+)
 """Tasks are experts, whose `weights` become words in `packed` (no tasks where they are), and then chunks; `y` [T, D] is
 written, in float32 or float64, or added to if `adds` is 1."""
 
