@@ -57,7 +57,13 @@ CASES = {
     "copied columns, hardly a tile of tokens": replace(PLAIN, neurons=40, width=128, tokens=9),
     "columns copied in two pieces": replace(PLAIN, neurons=150, width=128, tokens=40),
 }
-GATED = {f"gated, {name}": replace(case, gated=True) for name, case in CASES.items()}
+GATED = {
+    f"gated, {name}": replace(CASES[name], gated=True)
+    for name in (
+        *("odd sizes", "no bias", "relu2", "no token", "an expert with no token", "all tokens on one expert"),
+        *("several chunks", "experts of one neuron", "copied columns", "columns copied in two pieces"),
+    )
+}
 
 
 @pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
