@@ -4,8 +4,8 @@ A rule decides, and leaves one: a training run that is resumed must get the same
 On the CPU, `decode` for a few tokens without gradients; else `fused`, from 64 tokens on and for experts that are not so
 large that a matrix library does as well (in bfloat16, if the processor multiplies it in pairs, from 32 on and for all;
 gated ones for all, too); else `sorted`, and `reference` for gated ones, where the products are large enough to be worth
-its calls, N · D · I multiplications of an expert with its N tokens; else `masked`. On CUDA `grouped_mm`; `triton` only by name,
-until a figure from a GPU is there. What none of these can do is left to `reference`.
+its calls, N · D · I multiplications of an expert with its N tokens; else `masked`. On CUDA `grouped_mm`; `triton` only
+by name, until a figure from a GPU is there. What none of these can do is left to `reference`.
 
 Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token.
 """

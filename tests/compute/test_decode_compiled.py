@@ -43,7 +43,10 @@ CASES = {
     "experts of twenty neurons": replace(PLAIN, neurons=20),
     "many experts": replace(PLAIN, experts=48, neurons=2, chosen=9),
 }
-CASES |= {f"gated, {name}": replace(case, gated=True) for name, case in CASES.items()}
+CASES |= {
+    f"gated, {name}": replace(CASES[name], gated=True)
+    for name in ("three tokens", "63 tokens", "no bias", "relu2", "experts of twenty neurons")
+}
 
 
 @pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
