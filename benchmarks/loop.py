@@ -27,7 +27,6 @@ import torch
 from switchable.config import from_dict
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.timing import take_turns
 from switchable.train.counters import Counters
 from switchable.train.flops import count
@@ -70,7 +69,7 @@ def loop_overhead(job: Job, folder: Path, rounds: int) -> float:
     """Our step against the bare one, in turns, both dense."""
     log = RunLog(RunDir(folder), job.config.train.steps, quiet=True)
     flops = count(job.model, job.batch(0))
-    trainer = Trainer(job, RunDir(folder), log, flops, Counters(), StopRequest(), Saver())
+    trainer = Trainer(job, RunDir(folder), log, flops, Counters(), StopRequest())
 
     def ours() -> None:
         trainer._step()

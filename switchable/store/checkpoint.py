@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -57,13 +56,12 @@ def save(
     write(folder, contents_of(model, training, tokenizer, {"README.md": text, **(notes or {})}))
 
 
-def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = None) -> None:
+def write(folder: Path, contents: Contents) -> None:
     """Write a checkpoint; an older one of the same name is replaced. Every rank must call it, with its own contents.
 
     Args:
         folder: where it shall stand; on a file system that all ranks share.
         contents: what to write.
-        group: ranks to talk to; one of its own where this runs beside training.
 
     Raises:
         InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
@@ -75,7 +73,7 @@ def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = No
             with full_disk_told(f"saving {folder}", REMEDY):
                 return step(temporary, *arguments)
 
-        return ranks.gather(work, group)
+        return ranks.gather(work)
 
     try:
         guarded(_begin, contents)

@@ -1,7 +1,6 @@
-"""What a checkpoint will hold, copied out of the training objects: the part of saving that training waits for.
+"""What a checkpoint will hold, copied out of the training objects.
 
-The copy does not change any more, so it can be written while training goes on (`saver.py`). Each rank copies what it
-will write: its own rows of sharded tensors. Rank 0 copies everything else.
+Each rank copies what it will write: its own rows of sharded tensors. Rank 0 copies everything else.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Piece:
 def copy_piece(tensor: Tensor) -> Piece:
     """Copy what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 everything.
 
-    The copy is what blocks training; it is on the CPU and no longer depends on the tensor.
+    The copy is on the CPU and no longer depends on the tensor.
     """
     rows, first = rows_here(tensor.detach())
     data = None
