@@ -33,6 +33,7 @@ from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
+from switchable.infer.precision import chosen_precision
 from switchable.options import refuse_more_than_memory
 from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
@@ -111,7 +112,7 @@ def adapt(
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
     _say_what(model, source, text, config, out, quiet)
-    figures: dict[str, Any] = {"model": str(source), "out": str(out)}
+    figures: dict[str, Any] = {"model": str(source), "out": str(out), "precision": chosen_precision(model)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
     say(str(convert(model, switch)), not quiet)
@@ -142,7 +143,8 @@ def _say_what(
     size = sum(parameter.numel() for parameter in model.parameters())
     relu = f"trained with ReLU for {config.relufy:,} steps, " if config.relufy else ""
     validated = sum(batch["input_ids"].numel() for batch in text.validation)
-    say(f"model: {source}, a {type(model).__name__} of {size:,} parameters, on {text.device}", not quiet)
+    what = f"a {type(model).__name__} of {size:,} parameters"
+    say(f"model: {source}, {what}, in {chosen_precision(model)} on {text.device}", not quiet)
     say(
         f"conversion: {relu}neurons grouped by {config.structure} on {config.structure_tokens:,} tokens, routers "
         f"calibrated on {config.calibration_tokens:,}, losses measured on {validated:,}; writes to {out}",

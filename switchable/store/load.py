@@ -97,6 +97,12 @@ def run_config(folder: Path) -> RunConfig | None:
     return None
 
 
+def trained_precision(folder: Path) -> str | None:
+    """Return the precision that the run of `run_config` multiplied in; None if there is no run."""
+    config = run_config(folder)
+    return None if config is None else config.train.precision
+
+
 def find_model(folder: Path) -> Path:
     """Return the folder of weights that `folder` stands for.
 

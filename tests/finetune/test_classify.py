@@ -19,6 +19,7 @@ from switchable.cli import main
 from switchable.data.glue import Example
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.classify import _encode, finetune, load_classifier
 from switchable.finetune.config import FinetuneConfig
 from switchable.store.checkpoint import save
@@ -91,6 +92,23 @@ def test_a_model_in_half_precision_learns_in_float32(trained: Runs, glue: Path, 
         assert tensor.dtype == torch.bfloat16
         if "intermediate" in name:  # learned little with 1e-4: much of it would be rounded away in bfloat16
             torch.testing.assert_close(tensor.float(), found["single"][name], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_it_multiplies_in_the_precision_that_it_says(
+    trained: Runs, glue: Path, monkeypatch: pytest.MonkeyPatch, precision: str | None
+) -> None:
+    seen, forward = set(), SwitchableFFN.forward
+
+    def noting(layer: SwitchableFFN, x: torch.Tensor) -> torch.Tensor:
+        seen.add((layer.training, torch.is_autocast_enabled("cpu")))
+        return forward(layer, x)
+
+    monkeypatch.setattr(SwitchableFFN, "forward", noting)
+    config = FinetuneConfig("sst2", max_train_examples=32, epochs=1, threads=1, precision=precision)
+    _, result = finetune(trained("bert")[0], glue, config, quiet=True)
+    assert result["precision"] == (precision or "float32")
+    assert seen == {(True, precision == "bfloat16"), (False, precision == "bfloat16")}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
