@@ -151,7 +151,7 @@ def refuse_more_than_memory(wanted: float, what: str) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
     """What jobs on a finished model are asked besides their own settings (`infer/precision.py`)."""
 

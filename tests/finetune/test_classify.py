@@ -186,8 +186,8 @@ def test_what_it_says_and_that_it_is_not_silent(
     assert main(["finetune", str(run), "--task", "sst2", *given, "--out", str(out)]) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0] == (
-        f"sst2: 32 examples to train on, 64 to score; {run} under a new head, trained dense for 1 epochs on cpu; "
-        f"writes to {out}"
+        f"sst2: 32 examples to train on, 64 to score; {run} under a new head, trained dense for 1 epochs "
+        f"in float32 on cpu; writes to {out}"
     )
     assert said[-2] == f"saved in {out}: the classifier, and results.json"
     opens = f'import transformers; transformers.BertForSequenceClassification.from_pretrained("{out}")'
