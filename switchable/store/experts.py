@@ -45,7 +45,7 @@ def restore_experts(folder: Path, model: nn.Module) -> bool:
             scaled outputs.
     """
     stored = _stored(folder)
-    described = _described(folder, stored)
+    described = descriptions(folder, stored)
     if described:
         try:
             _restore(model, described, stored)
@@ -53,15 +53,6 @@ def restore_experts(folder: Path, model: nn.Module) -> bool:
             what, _, _how_to_describe = str(error).partition(". ")
             raise InputError(f"the experts of {folder} do not fit its model: {what}") from None
     return bool(described)
-
-
-def descriptions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the description of each FFN by its name; none if the folder holds a plain model.
-
-    Raises:
-        InputError: a file is damaged, or of a later version.
-    """
-    return _described(folder, _stored(folder))
 
 
 def _restore(model: nn.Module, described: Mapping[str, Mapping[str, Any]], stored: Stored) -> None:
@@ -96,8 +87,14 @@ def _stored(folder: Path) -> Stored:
     return {name.replace(f".{CHILD}.", "."): (file, name) for file, name in names}
 
 
-def _described(folder: Path, stored: Stored) -> dict[str, dict[str, Any]]:
+def descriptions(folder: Path, stored: Stored | None = None) -> dict[str, dict[str, Any]]:
+    """Return the description of each FFN by its name; none if the folder holds a plain model.
+
+    Raises:
+        InputError: a file is damaged, or of a later version.
+    """
     found = {}
+    stored = _stored(folder) if stored is None else stored
     try:
         for name, (file, own_name) in stored.items():
             if name.endswith(DESCRIPTION):
