@@ -39,7 +39,6 @@ from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
-from switchable.store.load import is_sparse_export
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.store.rundir import RunDir
 from switchable.structure.features import features
@@ -94,8 +93,6 @@ def adapt(
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
     given, final = source, RunDir(source).final
     source = final if (final / "config.json").is_file() else source
-    if is_sparse_export(source):
-        raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(given, *data.sources))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)

@@ -36,7 +36,6 @@ from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
 from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
-from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
 from switchable.finite import check_finite
 from switchable.infer.loss import positions_of
@@ -44,14 +43,12 @@ from switchable.infer.precision import multiplying_in
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
-from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer, trained_precision
-from switchable.store.pretrained import load_config, load_pretrained
+from switchable.store.load import find_model, load, load_with_tokenizer, trained_precision
+from switchable.store.pretrained import load_config
 from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
 
-NEW_HEAD = r"score|classif|pooler|pre_classifier"
-"""Weights that a classification model has and a language model has not: they are drawn anew."""
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
@@ -125,23 +122,17 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
     body, tokenizer = load_with_tokenizer(run)
-    chosen = find_model(run)
-    if is_sparse_export(chosen):
-        raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
     before = layers_of(body)
     if not before:
         raise InputError(NOT_SWITCHABLE)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = load_config(chosen, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
+    settings = load_config(find_model(run))
     if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
-    model = load_pretrained(chosen, settings, kind, new=NEW_HEAD)
-    make_switchable(model, describe(body))
-    for old, new in zip(before, layers_of(model), strict=True):
-        new.router.load_state_dict(old.router.state_dict())
-        new.ssd.neuron_ids_F = old.ssd.neuron_ids_F
+    model, _ = load(run, kind, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
+    for new in layers_of(model):
         # The routers of a model that was trained all dense have nothing to learn.
         new.ssd.router_learns = any(layer.ssd.takes_part for layer in before)
     return model, tokenizer

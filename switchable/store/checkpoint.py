@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.tensors, .json         routers, which neuron is which; experts, K and which layers are sparse
+    switchable.tensors                routers, and of each FFN: experts, K, whether it is sparse, which neuron is which
     training.tensors, .json           optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable import ranks
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
 from switchable.files import finish_folder, full_disk_told, remove, temporary_name, write_json, write_text
 from switchable.finite import check_finite
 from switchable.store import tensorfile
@@ -52,8 +53,10 @@ def save(
         InputError: no space left on the device, or weights that are not finite. What was there before is untouched.
     """
     ranks.together(lambda: check_finite(model, f"the model for {folder}", DIVERGED))
-    text = readme(model, "own", folder.name, tokenizer is not None)
-    write(folder, contents_of(model, training, tokenizer, {"README.md": text, **(notes or {})}))
+    notes = dict(notes or {})
+    if layers_of(model)[0].has_dense_mode:  # what has none, a baseline of a comparison, is never opened again
+        notes["README.md"] = readme(model, "sparse", folder.name, tokenizer is not None)
+    write(folder, contents_of(model, training, tokenizer, notes))
 
 
 def write(folder: Path, contents: Contents) -> None:

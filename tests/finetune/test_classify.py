@@ -23,6 +23,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.classify import _encode, finetune, load_classifier
 from switchable.finetune.config import FinetuneConfig
 from switchable.store.checkpoint import save
+from switchable.store.export import export
 from switchable.store.load import load
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
@@ -129,6 +130,16 @@ def test_a_classifier_has_the_body_and_the_routers_of_the_run(trained: Runs, fam
 def test_other_families_learn_too(trained: Runs, glue: Path, family: str) -> None:
     scores, _ = finetune(trained(family)[0], glue, learn(), quiet=True)
     assert scores[0].value >= 0.9
+
+
+def test_a_sparse_export_is_fine_tuned_as_its_run(trained: Runs, tmp_path: Path) -> None:
+    export(trained("t5")[0], "sparse", tmp_path / "sparse")
+    found = [load_classifier(folder, 2)[0] for folder in (trained("t5")[0], tmp_path / "sparse")]
+    assert len(layers_of(found[0])) == 4
+    for of_run, exported in zip(*map(layers_of, found), strict=True):
+        assert torch.equal(of_run.router.weight, exported.router.weight)
+        assert torch.equal(of_run.ssd.neuron_ids_F, exported.ssd.neuron_ids_F)
+        assert of_run.ssd.takes_part == exported.ssd.takes_part
 
 
 def test_the_command(trained: Runs, glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_two_ranks_hold_send_and_write_what_was_planned(
         # Each rank receives the half it does not hold, whenever something is gathered or summed.
         assert (found["gathered"] + found["scattered"]) / 2 == pytest.approx(planned.traffic_bytes, rel=0.02)
     written = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*tensors"))
-    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.05, abs=20_000)  # and headers of JSON
+    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.05, abs=30_000)  # and JSON
 
 
 def test_a_plan_by_hand() -> None:
