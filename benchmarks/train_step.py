@@ -1,6 +1,6 @@
 """A whole optimizer step of a GPT-2 type model in both modes, and what Amdahl's law would allow.
 
-    python -m benchmarks.train_step [--quick] [--precision bfloat16]
+    python -m benchmarks.train_step [--quick] [--precision bfloat16] [--device cuda]
 
     speedup = best dense step / sparse step     bound = 1 / (1 - p + p / s)     share_of_amdahl = speedup / bound
 
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -48,9 +48,10 @@ SIZES = {
 class Steps:
     """A model with what trains it, in several precisions; a contender's name says mode and precision."""
 
-    def __init__(self, d_model: int, num_layers: int, batch_size: int, precision: str):
+    def __init__(self, sizes: tuple[int, int, int], precision: str, device: str = "cpu"):
+        (d_model, num_layers, batch_size), self.device = sizes, device
         self.precisions = PRECISIONS[precision]
-        model = random_gpt2(d_model, num_layers, VOCABULARY, SEQUENCE, EXPERTS, K).train()
+        model = random_gpt2(d_model, num_layers, VOCABULARY, SEQUENCE, EXPERTS, K).train().to(device)
         self.models = dict.fromkeys(self.precisions, model)
         if "weights" in self.models:
             self.models["weights"] = copy.deepcopy(model).bfloat16()
@@ -59,8 +60,9 @@ class Steps:
             for own in self.models.values()
         }
         generator = torch.Generator().manual_seed(1)
-        self.ids_BS = torch.randint(0, VOCABULARY, (batch_size, SEQUENCE), generator=generator)
-        self.x_BSD, self.dy_BSD = torch.randn(2, batch_size, SEQUENCE, d_model, generator=generator)
+        self.ids_BS = torch.randint(0, VOCABULARY, (batch_size, SEQUENCE), generator=generator).to(device)
+        x = torch.randn(2, batch_size, SEQUENCE, d_model, generator=generator)
+        self.x_BSD, self.dy_BSD = x.to(device)
 
     def contenders(self) -> list[str]:
         """All names: dense in every precision, sparse in the one that is measured."""
@@ -71,9 +73,15 @@ class Steps:
         """Set a model as a contender wants it; return it, and the context in which it multiplies."""
         mode, precision = name.split()
         model = self.models[precision]
-        model.set_attn_implementation("sdpa" if precision == "float32" else "eager")
+        fused = precision == "float32" or self.device != "cpu"
+        model.set_attn_implementation("sdpa" if fused else "eager")
         set_mode(model, mode, experts)
-        return model, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+        return model, torch.autocast(self.device, torch.bfloat16, enabled=precision == "autocast")
+
+    def wait(self) -> None:
+        """Return when the device has done what it was asked for."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def step(self, name: str) -> None:
         """One optimizer step."""
@@ -126,24 +134,27 @@ class Steps:
     def ffn_share(self, name: str, rounds: int) -> float:
         """Return the share of a dense step that its FFNs take, forward and backward."""
         shares = []
-        with _clocked(layers_of(self.models[name.split()[1]])) as seconds:
+        with _clocked(layers_of(self.models[name.split()[1]]), self.wait) as seconds:
             for _ in range(rounds + 1):
                 seconds.clear()
                 begin = time.perf_counter()
                 self.step(name)
+                self.wait()
                 shares.append(sum(seconds) / (time.perf_counter() - begin))
         return statistics.median(shares[1:])
 
 
 @contextmanager
-def _clocked(layers: list[Any]) -> Iterator[list[float]]:
+def _clocked(layers: list[Any], wait: Callable[[], None]) -> Iterator[list[float]]:
     """Within the `with` block every forward and backward pass of a layer adds its seconds to a list."""
     seconds: list[float] = []
 
     def begin(*_: object) -> None:
+        wait()
         seconds.append(-time.perf_counter())
 
     def end(*_: object) -> None:
+        wait()
         seconds.append(time.perf_counter())
 
     hooks = []
@@ -157,14 +168,18 @@ def _clocked(layers: list[Any]) -> Iterator[list[float]]:
             hook.remove()
 
 
-def measure(sizes: tuple[int, int, int], precision: str, rounds: int) -> dict[str, Any] | list[str]:
+def measure(
+    sizes: tuple[int, int, int], precision: str, rounds: int, device: str
+) -> dict[str, Any] | list[str]:
     """Return the figures of one model, or what is wrong with its sparse mode."""
-    steps = Steps(*sizes, precision)
+    steps = Steps(sizes, precision, device)
     if errors := steps.errors():
         return errors
     names = steps.contenders()
-    times = take_turns({name: partial(steps.step, name) for name in names}, 0.0, turns=rounds)
-    ffns = take_turns({name: partial(steps.ffn, name) for name in names}, 0.0, turns=rounds)
+    times = take_turns(
+        {name: partial(steps.step, name) for name in names}, 0.0, turns=rounds, wait=steps.wait
+    )
+    ffns = take_turns({name: partial(steps.ffn, name) for name in names}, 0.0, turns=rounds, wait=steps.wait)
 
     def best(of: Any, mode: str) -> str:
         return min((name for name in names if name.startswith(mode)), key=of.median)
@@ -193,12 +208,13 @@ def main() -> int:
         "--quick", action="store_true", help="few rounds: under 50 s in float32, 2 minutes else"
     )
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     keep_freed_memory()
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}")
     figures: dict[str, Any] = {}
     for sizes in SIZES[args.precision, args.quick]:
-        found = measure(sizes, args.precision, rounds=5 if args.quick else 9)
+        found = measure(sizes, args.precision, 5 if args.quick else 9, args.device)
         if isinstance(found, list):
             print("\n".join([*found, "nothing is reported"]), file=sys.stderr)
             return 1
