@@ -52,10 +52,12 @@ def timed_ffn(model: ModelConfig, train: TrainConfig) -> FFN | None:
 
 def auto_precision(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
     """Return what precision `auto` is here, and why."""
-    ffn = timed_ffn(model, train)
-    if ffn is None or ffn.device == "cuda":
-        has = ffn is None or torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16", "the GPU has it") if has else ("float32", "the GPU has no bfloat16")
+    ffn, device = timed_ffn(model, train), device_of(train)
+    if ffn is None or device == "cuda":
+        has = device == "cuda" and (ffn is None or torch.cuda.is_bf16_supported(including_emulation=False))
+        return (
+            ("bfloat16", "the GPU has it") if has else ("float32", f"{device} is not known to have bfloat16")
+        )
     speedup = bfloat16_speedup(ffn)
     return "bfloat16" if speedup >= CLEARLY else "float32", (
         f"an FFN of this model, dense, is {speedup:.2f} times as fast in bfloat16 as in float32 here"

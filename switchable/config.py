@@ -164,19 +164,18 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
         for f in dataclasses.fields(cls):
             if f.name in flags:
                 given.setdefault(section, {})[f.name] = flags[f.name]
-    switch, train = given.setdefault("switch", {}), given.setdefault("train", {})
-    if AUTO in (switch.setdefault("recipe", AUTO), train.setdefault("precision", AUTO)):
-        # What is wrong is refused before torch is loaded to see what the machine can do.
-        named = from_dict(given | {"switch": _named(switch), "train": _named(train)}, where)
-        check(named)
-        return from_dict(given, where) if choose else named
+    switch = given["switch"] = {"recipe": AUTO} | given.get("switch", {})
+    train = given["train"] = {"precision": AUTO} | given.get("train", {})
+    if switch["recipe"] == AUTO:
+        switch = switch | {"recipe": "late"}
+    if train["precision"] == AUTO:
+        train = train | {"precision": "float32"}
+    # What is wrong is refused before torch is loaded to see what the machine can do.
+    named = from_dict(given | {"switch": {"active_below": 0.0} | switch, "train": train}, where)
+    if not choose:
+        return named
+    check(named)
     return from_dict(given, where)
-
-
-def _named(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a section's settings with names for what is left to the machine."""
-    names = {"recipe": "late", "precision": "float32"}
-    return values | {key: name for key, name in names.items() if values.get(key) == AUTO}
 
 
 def read_stored(path: Path) -> RunConfig:

@@ -160,3 +160,18 @@ def test_a_resumed_run_does_as_its_start_chose_whatever_this_machine_would_choos
     assert read_stored(tmp_path / "run/config.yaml") == config
     assert main(["pretrain", "--resume", "--out", str(tmp_path / "run"), "--precision", "float32"]) == 2
     assert "train.precision: 'bfloat16' -> 'float32'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{}, {"precision": "bfloat16", "recipe": "early"}])
+def test_nothing_is_measured_where_nothing_is_to_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, given: Any
+) -> None:
+    monkeypatch.setattr(measured, "_timed", None)
+    config = load(None, given, choose=False)
+    assert (config.train.precision, config.switch.recipe) == (
+        given.get("precision", "float32"), given.get("recipe", "late"),
+    )  # fmt: skip
+    assert (
+        from_dict({"train": {"precision": "bfloat16"}, "switch": {"active_below": 0.2}}).switch.active_below
+        == 0.2
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from switchable import ranks
-from switchable.choices import auto_precision, auto_recipe, timed_ffn
+from switchable.choices import active_limit, auto_precision, auto_recipe, timed_ffn
 from switchable.compute.measured import sparse_speedup
 from switchable.config import RunConfig, read_stored, settled_for
 from switchable.data.tokenizers import load_tokenizer
@@ -56,11 +56,14 @@ def _precision(config: RunConfig) -> str:
 
 def _limit(config: RunConfig) -> list[str]:
     """Say below what share of active neurons dense steps leave out the others, where the clock decided it."""
-    switch, precision = config.switch, config.train.precision
-    if switch.active_below >= RECIPES[switch.recipe]["active_below"] or precision == "float32":
+    switch, train = config.switch, config.train
+    found = active_limit(config.model, train, switch.recipe)
+    if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
         return []
-    limit = f"where fewer than {switch.active_below:g} are active" if switch.active_below else "in no layer"
-    return [f"dense steps leave out idle neurons {limit}: elsewhere that would be slower in {precision} here"]
+    limit = f"where fewer than {found:g} are active" if found else "in no layer"
+    return [
+        f"dense steps leave out idle neurons {limit}: elsewhere that would be slower in {train.precision} here"
+    ]
 
 
 def sparse_speed(config: RunConfig, experts_per_token: float) -> list[str]:
