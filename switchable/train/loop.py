@@ -35,6 +35,7 @@ from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
 from switchable.train.setup import Job
 from switchable.train.signals import StopRequest, TrainingStopped
+from switchable.train.words import sparse_begins
 
 
 class Trainer:
@@ -119,6 +120,8 @@ class Trainer:
             counters.flops += self.flops.measurement(controller.probe_tokens)
             self.log.measure(measurement)
         counters.cpu_seconds += time.process_time() - cpu
+        if measurement and measurement.step == controller.state.began and is_main() and self.log.shows:
+            self.log.say(sparse_begins(job.config, measurement))
 
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"

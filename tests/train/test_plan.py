@@ -156,7 +156,18 @@ def test_the_flops_ratio_is_the_one_that_a_run_measures(
 
 
 def test_this_machine_is_planned_unless_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--d-model", "64", "--num-layers", "2", "--device", "cpu", "--threads", "1"]
+    sizes = [
+        "--d-model",
+        "64",
+        "--num-layers",
+        "2",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--precision",
+        "float32",
+    ]
     assert main(["plan", *sizes, "--steps", "9"]) == 0
     shown = capsys.readouterr().out.splitlines()
     figures = json.loads(shown[-1])
