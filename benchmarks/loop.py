@@ -36,7 +36,6 @@ from switchable.config import from_dict
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import kept_modes, layers_of, set_mode
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.timing import take_turns
 from switchable.train.counters import Counters
 from switchable.train.flops import count
@@ -89,7 +88,7 @@ def our_step(job: Job, folder: Path) -> Iterator[Callable[[], None]]:
     """One step of the training loop, with what it logs."""
     log = RunLog(RunDir(folder), job.config.train.steps, quiet=True)
     flops = count(job.model, job.batch(0))
-    trainer = Trainer(job, RunDir(folder), log, flops, Counters(), StopRequest(), Saver())
+    trainer = Trainer(job, RunDir(folder), log, flops, Counters(), StopRequest())
 
     def step() -> None:
         trainer._step()

@@ -19,10 +19,14 @@ The FFN itself, with the router, becomes one more child of the layer, `switchabl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+
+from switchable.errors import InputError
 
 if TYPE_CHECKING:
     from switchable.ffn.families import Family
@@ -53,8 +57,25 @@ class Entrance(Held):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the FFN's output."""
-        y: Tensor = self._ffn[0](x)
+        ffn: Any = self._ffn[0]
+        if not torch.compiler.is_compiling():
+            _check_held(ffn.ssd.name, ffn.ssd.called[:-1])  # the last is the activation
+        y: Tensor = ffn(x)
         return y
+
+
+def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse what was put around a projection afterwards: the layer and the FFN would call it for different things.
+
+    Raises:
+        InputError: names it, and what to do.
+    """
+    for path, module in projections:
+        if not isinstance(module, Held):
+            raise InputError(
+                f"{name}.{path} has become a {type(module).__name__}, which neither mode can call there; put adapters "
+                "on other modules, or merge them into the weight (peft: merge_and_unload())"
+            )
 
 
 class Factor(Held):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +26,7 @@ from switchable.errors import InputError, divisors_near
 from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.families import family_of, find_ffns, neurons_first
 from switchable.settings import SwitchConfig
-from switchable.store.contents import NEURON_IDS, own_tensors
+from switchable.store.experts import descriptions
 from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
@@ -53,7 +53,7 @@ class Source:
     @property
     def is_ours(self) -> bool:
         """Whether it was written by this package, with experts and routers."""
-        return (self.path / "switchable.json").is_file()
+        return bool(descriptions(self.path))
 
 
 def run_sources(run: RunDir) -> list[Source]:
@@ -160,12 +160,9 @@ class Loader:
 
 def order_is_known(source: Source) -> bool:
     """Whether the checkpoint tells which neuron is which (others than ours never move them)."""
-    if not source.is_ours:
-        return True
     try:
-        with safe_open(own_tensors(source.path, "switchable"), "pt") as file:
-            return any(str(name).endswith(NEURON_IDS) for name in file.keys())  # noqa: SIM118
-    except UNREADABLE:
+        return all("neuron_ids" in layer for layer in descriptions(source.path).values())
+    except InputError:
         return False
 
 

@@ -31,7 +31,6 @@ from switchable.recipes import AUTO
 from switchable.store import checkpoint, folders, restore
 from switchable.store.probe import save_probe
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
@@ -237,8 +236,8 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
         if ranks.is_main() and not quiet:
             for line in opening(job, rundir, flops, counters):
                 log.say(line)
-        with StopRequest() as stop, Saver() as saver:
-            trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
+        with StopRequest() as stop:
+            trainer = Trainer(job, rundir, log, flops, counters, stop)
             if counters.steps < train.steps:
                 warm_up(job)
             try:

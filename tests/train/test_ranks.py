@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -121,24 +120,6 @@ def test_ddp_does_not_wait_for_routers_that_do_not_learn(corpus: Path, tmp_path:
     changes = {"train": {"steps": 20}, "switch": {"recipe": "dense", "min_dense_fraction": 1.0}}
     ended = run_ranks(2, train_small, tmp_path / "run", corpus, False, changes, log=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
-
-
-def ask_for_a_missing_word(folder: Path) -> None:
-    """Rank 1 says nothing; rank 0 notes how long it waited for it."""
-    with process_group(4):
-        group = ranks.side_group()
-        if dist.get_rank() == 0:
-            begin = time.monotonic()
-            with pytest.raises(RuntimeError):
-                dist.all_reduce(torch.ones(1), group=group)
-            (folder / "waited").write_text(str(time.monotonic() - begin))
-        else:
-            time.sleep(8)
-
-
-def test_the_thread_that_saves_waits_no_longer_for_a_silent_rank_than_training_does(tmp_path: Path) -> None:
-    run_ranks(2, ask_for_a_missing_word, tmp_path, log=tmp_path, seconds=60)
-    assert 3 < float((tmp_path / "waited").read_text()) < 20  # torch's own patience is 30 minutes
 
 
 def leave_at_once() -> None:
