@@ -20,7 +20,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
-from switchable.ffn.plain import check_plain
+from switchable.ffn.plain import check_convertible, check_plain
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
 from switchable.finite import check_finite
 from switchable.options import checked
@@ -123,6 +123,7 @@ def _settled(config: SwitchConfig, family: Family, name: str, ffn: nn.Module) ->
 
 def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[SwitchableFFN]) -> SwitchableFFN:
     layer = layer_type(ffn, settings)
+    check_convertible(layer.ssd)
     if not settings.family.in_layer:
         _check_same_function(ffn, layer)
     return layer.train(ffn.training)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -197,22 +198,33 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         (family.dropout, (nn.Dropout,)),
         (None if family.in_layer else family.hidden_dropout, (nn.Dropout,)),
     ]
+    for part in _projections(family):
+        if part in children and parametrize.is_parametrized(children[part]):
+            raise InputError(  # before its weight is looked at: that can change it
+                f"{name}.{part} has a parametrization, which would not move with the neurons; remove it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        if _is_quantised(children.get(part)):
+            raise InputError(f"{name}.{part} is quantised; load the model unquantised")
     for part, allowed in kinds:
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
             raise InputError(
                 f"{name}.{part} is {type(children.get(part)).__name__}; it must be {wanted}. Parts of {name}: {there}"
             )
-    for part in _projections(family):
-        if not children[part].weight.is_floating_point():
-            raise InputError(
-                f"{name}.{part} is quantised ({children[part].weight.dtype}); load the model unquantised"
-            )
     probability = getattr(module, family.hidden_dropout or "", 0.0)
     if family.in_layer and not isinstance(probability, float | int):
         raise InputError(
             f"{name}.{family.hidden_dropout} is {probability!r}, not the probability of a dropout"
         )
+
+
+def _is_quantised(projection: nn.Module | None) -> bool:
+    """Return whether a projection's numbers are not floats of torch: integers, or a library's own tensor or module."""
+    weight = getattr(projection, "weight", None)
+    own = isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter)
+    whole = isinstance(weight, Tensor) and not weight.is_floating_point()
+    return own or whole or "quantized" in type(projection).__module__
 
 
 def _projections(family: Family) -> tuple[str, ...]:

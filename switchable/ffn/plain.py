@@ -7,6 +7,8 @@ all experts on it must be the dense layer. A parametrization is no trouble: the 
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as nnf
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +32,9 @@ def check_plain(ssd: SSD) -> None:
         InputError: names it, and what to do.
     """
     for path, module in ssd.called:
+        forward = type(module).forward
         if module is not ssd.activation and (
-            type(module).forward not in FORWARDS or "forward" in vars(module)
+            "forward" in vars(module) or not (forward in FORWARDS or forward in ssd.linear_forwards)
         ):
             raise InputError(
                 f"{ssd.name}.{path} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}"
@@ -55,3 +58,29 @@ def check_movable(ssd: SSD) -> None:
                 f"{ssd.name}.{path} has a parametrization, which does not move with the neurons; remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations), or train with recipe dense"
             )
+
+
+def check_convertible(ssd: SSD) -> None:
+    """Refuse to convert an FFN of which sparse mode would miss a part.
+
+    A subclass of `nn.Linear` may compute its weight and bias in its own way, as in its input's precision.
+
+    Raises:
+        InputError: names the part, and what to do.
+    """
+    ssd.linear_forwards = {
+        type(module).forward
+        for _, module in ssd.called
+        if isinstance(module, nn.Linear) and type(module).forward not in FORWARDS and _is_linear(module)
+    }
+    check_plain(ssd)
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    """Return whether a module multiplies two tokens by its weight and adds its bias."""
+    weight = module.weight
+    if weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features).sin().view(2, -1).to(weight.device, weight.dtype)
+    return torch.allclose(module(x), nnf.linear(x, weight, module.bias), rtol=1e-3, atol=1e-5)

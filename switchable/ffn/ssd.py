@@ -105,6 +105,8 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
+        self.linear_forwards: set[Any] = set()
+        """Forwards of other classes than `nn.Linear` that were found to be its own (`plain.py`)."""
         self.decode_cache = DecodeCache()
         """What decoding has prepared."""
 
