@@ -170,7 +170,7 @@ def test_a_row_that_leaves_out_a_part_is_noticed() -> None:
     model = nn.Sequential(Scaled())
     with pytest.raises(InputError, match=r"0 \(Scaled\) computes something else"):
         convert(model, SwitchConfig(num_experts=4, experts_per_token=2), Family("Scaled", "up", "down"))
-    with pytest.raises(InputError, match=r"0\.gate is NoneType; it must be Linear or Conv1D"):
+    with pytest.raises(InputError, match=r"0\.gate is missing; it must be Linear or Conv1D"):
         convert(
             model,
             SwitchConfig(num_experts=4, experts_per_token=2),

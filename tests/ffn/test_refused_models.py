@@ -71,6 +71,8 @@ class Int8(Tensor):
             plain = weight.as_subclass(Tensor)
             scale = plain.detach().abs().max() / 127
             return nnf.linear(x, (plain / scale).round() * scale, bias)
+        if "norm" in func.__name__:
+            raise NotImplementedError("as torchao's")
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -113,7 +115,7 @@ def check_refused(
     optimizer.zero_grad()
     before = see().detach()
     model.train()
-    weights = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     moments = [t.clone() for t in moments_of(optimizer)]
     modules = [(n, type(m)) for n, m in model.named_modules()]
     known = [id(p) for p in model.parameters()]
@@ -121,7 +123,7 @@ def check_refused(
         convert(model, CONFIG, family)
     assert [(n, type(m)) for n, m in model.named_modules()] == modules
     assert [id(p) for p in model.parameters()] == known
-    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in weights.items())
     assert all(torch.equal(t, kept) for t, kept in zip(moments_of(optimizer), moments, strict=True))
     assert all(m.training for m in model.modules())
     model.eval()
