@@ -25,43 +25,68 @@ MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"
 OTHER_SENSES = ("vision", "audio", "image", "acoustic", "semantic", "codec")
 """Words in the names of configs inside a config: the model takes pictures or sound besides text."""
 
-SIZES: dict[int | float, str] = {
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-    "num_encoder_layers encoder_num_hidden_layers decoder_num_hidden_layers num_key_value_heads num_kv_heads "
-    "encoder_num_key_value_heads decoder_num_key_value_heads swa_num_key_value_heads num_experts_per_tok "
-    "num_experts_per_token moe_topk moe_k top_k num_self_attends_per_block linear_num_key_heads num_mel_bins_ "
-    "mamba_n_groups n_groups mamba_ngroups num_mem_blocks",
-    4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads encoder_num_attention_heads "
-    "decoder_num_attention_heads swa_num_attention_heads num_self_attention_heads num_cross_attention_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads index_n_heads "
-    "mamba_n_heads mamba_num_heads n_mamba_heads linear_num_heads",
-    8: "head_dim d_kv kv_channels d_head attention_head_size attention_head_dim dim_head v_head_dim qk_rope_head_dim "
-    "qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim index_topk swa_head_dim "
-    "global_head_dim mamba_d_state state_size ssm_state_size attention_window hidden_size_per_layer_input "
-    "linear_head_dim rotary_dim swa_v_head_dim mamba_dt_rank time_step_rank",
-    16: "q_lora_rank kv_lora_rank qk_head_dim moe_intermediate_size shared_expert_intermediate_size "
-    "moe_shared_expert_intermediate_size expert_ffn_hidden_size conv_channels mamba_d_head mamba_head_dim "
-    "mamba_headdim mamba_chunk_size",
-    WIDTH: "hidden_size d_model n_embd emb_dim dim embedding_size embedding_dim input_embedding_size "
-    "output_embedding_size word_embed_proj_dim attention_hidden_size entity_emb_size pooler_hidden_size "
-    "encoder_hidden_size decoder_hidden_size true_hidden_size intra_bottleneck_size lru_width embedding_rank "
-    "prediction_head_size d_latents",
-    NEURONS: "intermediate_size d_ff n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size "
-    "feed_forward_size dff dim_ff hidden_dim d_inner intermediate_size_mlp dense_intermediate_size",
-    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size unpadded_vocab_size "
-    "vocab_size_per_layer_input entity_vocab_size char_vocab_size t2u_vocab_size",
-    POSITIONS: "max_position_embeddings n_positions n_ctx max_source_positions max_target_positions "
-    "max_encoder_position_embeddings max_decoder_position_embeddings context_length max_seq_len model_max_length "
-    "sliding_window local_attention query_pre_attn_scalar",
-    1: "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts num_expert_group",
+SIZES: dict[int, str] = {
+    2: """
+        num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
+        num_encoder_layers speech_encoder_layers encoder_num_hidden_layers decoder_num_hidden_layers
+        num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
+        swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k
+        num_self_attends_per_block linear_num_key_heads mamba_n_groups n_groups mamba_ngroups num_mem_blocks
+    """,
+    4: """
+        num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads
+        decoder_attention_heads speech_encoder_attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads
+        swa_num_attention_heads num_self_attention_heads num_cross_attention_heads num_experts
+        num_local_experts n_routed_experts moe_num_experts linear_num_value_heads index_n_heads
+        mamba_n_heads mamba_num_heads n_mamba_heads linear_num_heads
+    """,
+    8: """
+        head_dim d_kv kv_channels d_head attention_head_size attention_head_dim dim_head v_head_dim
+        qk_rope_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim
+        index_topk swa_head_dim global_head_dim mamba_d_state state_size ssm_state_size attention_window
+        hidden_size_per_layer_input linear_head_dim rotary_dim swa_v_head_dim mamba_dt_rank time_step_rank
+    """,
+    16: """
+        q_lora_rank kv_lora_rank qk_head_dim moe_intermediate_size shared_expert_intermediate_size
+        moe_shared_expert_intermediate_size expert_ffn_hidden_size conv_channels mamba_d_head mamba_head_dim
+        mamba_headdim mamba_chunk_size
+    """,
+    WIDTH: """
+        hidden_size d_model n_embd emb_dim dim embedding_size embedding_dim input_embedding_size
+        output_embedding_size word_embed_proj_dim attention_hidden_size entity_emb_size pooler_hidden_size
+        encoder_hidden_size decoder_hidden_size true_hidden_size intra_bottleneck_size lru_width
+        embedding_rank prediction_head_size d_latents
+    """,
+    NEURONS: """
+        intermediate_size d_ff n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size
+        speech_encoder_intermediate_size feed_forward_size dff dim_ff hidden_dim d_inner
+        intermediate_size_mlp dense_intermediate_size
+    """,
+    VOCABULARY: """
+        vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size unpadded_vocab_size
+        vocab_size_per_layer_input entity_vocab_size char_vocab_size t2u_vocab_size
+    """,
+    POSITIONS: """
+        max_position_embeddings n_positions n_ctx max_source_positions max_target_positions
+        max_encoder_position_embeddings max_decoder_position_embeddings context_length max_seq_len
+        model_max_length sliding_window local_attention query_pre_attn_scalar
+    """,
+    1: """
+        n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts num_expert_group
+    """,
 }
-ACTIVATIONS = (
-    *("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn", "afn"),
-    *("ff_activation", "mlp_hidden_act", "encoder_hidden_act", "decoder_hidden_act", "ffn_activation"),
-)
+ACTIVATIONS = """
+    hidden_act hidden_activation activation_function activation dense_act_fn afn ff_activation mlp_hidden_act
+    encoder_hidden_act speech_encoder_hidden_act decoder_hidden_act ffn_activation
+"""
 RELUS = ("relu", "relu2", "relu_squared")
-HYBRID: dict[str, Any] = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 2 * WIDTH,
+    "attention_head_dim": 16,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "DiffLlamaConfig": {"attention_dropout": 0.0},
     "Dots3NoteConfig": {"num_key_value_heads": 4},
@@ -91,11 +116,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "RoCBertConfig": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "XmodConfig": {"languages": ("en_XX",), "default_language": "en_XX"},
-    "ZambaConfig": {"attention_hidden_size": 64, "attention_head_dim": 16, **HYBRID},
-    "Zamba2Config": HYBRID,
+    "ZambaConfig": HYBRID,
+    "Zamba2Config": HYBRID | {"num_key_value_heads": 4},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 """What else a config is given, by the name of its class or the model's."""
+FRAMES_FIRST = ("Speech2Text", "Seamless", "Canary", "CohereAsr")
+"""Models of speech that take frames before numbers of a frame."""
 NAMED = {name: value for value, names in SIZES.items() for name in names.split()}
 
 
@@ -131,7 +158,7 @@ def small_config(kind: Any, model: str = "") -> Any:
     for name, value in usual.to_dict().items():
         if name in NAMED and (value is None or isinstance(value, int) or name == "attention_window"):
             settings[name] = NAMED[name]
-        elif name in ACTIVATIONS and isinstance(value, str) and value not in RELUS:
+        elif name in ACTIVATIONS.split() and isinstance(value, str) and value not in RELUS:
             settings[name] = "relu"
         elif name == "gelu_activation":
             settings[name] = False  # XLM's other choice is ReLU
@@ -195,14 +222,14 @@ def inputs(model: Any) -> dict[str, Any]:
 
 
 def _sound(model: Any) -> Tensor:
-    """Return what a model of speech takes: mel frames, or samples."""
-    config, name = model.config, model.main_input_name
-    if name == "input_values":
+    """Return what a model of speech takes: samples, or frames of 80 numbers or so, in one order or the other."""
+    config, frames = model.config, 2 * POSITIONS
+    if model.main_input_name == "input_values":
         return torch.randn(SEQUENCES, 4000)
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
-    frames = 2 * getattr(config, "max_source_positions", POSITIONS)
-    time_first = type(model).__name__.startswith("Speech2Text")
-    return torch.randn(SEQUENCES, frames, bins) if time_first else torch.randn(SEQUENCES, bins, frames)
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = next((getattr(config, name) for name in names if hasattr(config, name)), 80)
+    shape = (frames, bins) if type(model).__name__.startswith(FRAMES_FIRST) else (bins, frames)
+    return torch.randn(SEQUENCES, *shape)
 
 
 def seed(number: int) -> None:

@@ -128,7 +128,7 @@ def attempt(name: str, kind: Any) -> Verdict:
     found = layers_of(model)
     verdict = Verdict(name, "works", "", len(found), form(found[0]))
     try:
-        verdict.figures = _tried(model, plain, batch, reference, relus.calls)
+        verdict.figures = tried(model, plain, batch, reference, relus.calls)
     except WrongError as error:
         verdict.verdict, verdict.why = "WRONG", str(error)
     return verdict
@@ -165,7 +165,7 @@ def form(layer: SwitchableFFN) -> str:
     return ("gated" if family.gate else "plain") + (", in the layer" if family.in_layer else "")
 
 
-def _tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, relus: int) -> dict[str, float]:
+def tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, relus: int) -> dict[str, float]:
     """Try everything on a converted model; return how far it is from the plain one.
 
     Raises:
