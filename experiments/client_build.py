@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-WIDTH, NEURONS, VOCABULARY, POSITIONS = 32, 96, 128, 64
-"""d_model, d_ff, tokens known, and positions; no part but an FFN has 96 of anything."""
+WIDTH, NEURONS, VOCABULARY, POSITIONS = 32, 104, 128, 64
+"""d_model, d_ff, tokens known, and positions; no part but an FFN has 104 of anything."""
 SEQUENCES, LENGTH = 4, 16
 """Together tokens enough for the compiled loops, which add in another order than dense mode."""
 PARAMETERS = 20_000_000
@@ -93,6 +93,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "EsmConfig": {"pad_token_id": 1, "mask_token_id": 2},
     "EsmcConfig": {"num_key_value_heads": 4},
     "FalconH1Config": {"mamba_d_ssm": 64},
+    "FunnelConfig": {"block_sizes": [1, 1], "num_decoder_layers": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nTextConfig": {
         "num_kv_shared_layers": 0,

@@ -107,6 +107,9 @@ def attempt(name: str, kind: Any) -> Verdict:
     """Build a class tiny, convert it without a row, and try everything."""
     try:
         model, plain, relus = _built(kind)
+        batch = inputs(model)
+        was, before = output(model, batch), {n: t.clone() for n, t in model.state_dict().items()}
+        reference = see(plain, batch)
     except Exception as error:  # noqa: BLE001 - whatever transformers says of a config that does not suit it
         return Verdict(name, "cannot build", _one_line(error))
     if not relus.calls:
@@ -114,15 +117,13 @@ def attempt(name: str, kind: Any) -> Verdict:
             f"its activation is {' and '.join(sorted(relus.others))}" if relus.others else "it has no FFN"
         )
         return Verdict(name, "no ReLU", others)
-    batch, before = inputs(model), {n: t.clone() for n, t in model.state_dict().items()}
     kinds = [type(m) for m in model.modules()]
-    reference = see(plain, batch)
     mixture = any("expert" in n for n, _ in model.named_modules())
     try:
-        converted(model)
+        converted(model, batch)
     except InputError as error:
         same = [type(m) for m in model.modules()] == kinds and _same_weights(model.state_dict(), before)
-        if not same or not torch.equal(output(model, batch), reference.out):
+        if not same or not torch.equal(output(model, batch), was):
             return Verdict(name, "WRONG", f"refused, but changed: {_one_line(error)}")
         return Verdict(name, "mixture" if mixture else "refused", _one_line(error))
     found = layers_of(model)
@@ -149,12 +150,16 @@ def _built(kind: Any) -> tuple[nn.Module, nn.Module, Relus]:
     return model, plain, relus
 
 
-def converted(model: Any) -> None:
-    """Convert a model as one whose type has no row."""
+def converted(model: Any, batch: Mapping[str, Any]) -> None:
+    """Convert a model as one whose type has no row; with inputs where `convert` asks for some."""
     own = model.config.model_type
     model.config.model_type = NO_ROW
     try:
         convert(model, CONFIG)
+    except InputError as error:
+        if "example_inputs" not in str(error):
+            raise
+        convert(model, CONFIG, example_inputs=batch)
     finally:
         model.config.model_type = own
 

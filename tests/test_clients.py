@@ -58,7 +58,7 @@ def test_a_model_that_is_another_after_conversion_is_found_out(what: str) -> Non
     kind = KNOWN["GPT2LMHeadModel"]
     model, plain, batch = build(kind), build(kind), batch_for(build(kind))
     reference = client_trial.see(plain, batch)
-    client_trial.converted(model)
+    client_trial.converted(model, batch)
     calls = 2
     if what == "a weight":
         with torch.no_grad():
