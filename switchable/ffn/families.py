@@ -1,12 +1,12 @@
-"""Where the FFNs of a transformers model are: one row per family, and the only place that knows any by name.
+"""Where the FFNs of a model are: what is said of them, and a table of rows, the only place that knows any by name.
 
 A row says what the class is called that holds the FFN's projections, and what they are called in it. The class is
 either the FFN and nothing else (`GPT2MLP`: the switchable FFN takes its place), or a whole layer that calls the
 projections among other things (`OPTDecoderLayer`, `BertLayer`: `in_layer=True`; the layer's own forward stays, and
 the switchable FFN goes where its projections were, see `placement.py`).
 
-A model whose type has no row is described by the user in the same words: `Family(ffn="MyMLP", up="fc1", down="fc2")`.
-docs/families.md has the table and a recipe.
+The rest is found by its structure (`finder.py`), or described by the user in the same words:
+`Family(ffn="MyMLP", up="fc1", down="fc2")`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from switchable.errors import InputError, nearest
+from switchable.errors import InputError
 from switchable.options import check
+
+FUSED = ("gate-up", "up-gate", "gate-up-interleaved", "up-gate-interleaved")
+"""How the rows of two projections lie in one: which comes first, in two halves or row by row."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,18 @@ class Family:
     """
 
     ffn: str | tuple[str, ...]
-    """Class name of the module that holds the projections, e.g. `"GPT2MLP"`; several if encoder and decoder differ."""
+    """Class name of the module that holds the projections, e.g. `"GPT2MLP"`, or the end of its path in the model, e.g.
+    `"h.0.mlp"`; several if encoder and decoder differ."""
     up: str
     """The input projection (`nn.Linear`, or transformers' `Conv1D` unless `in_layer`)."""
     down: str
     """The output projection."""
-    activation: str = "act"
-    """The activation's module."""
+    activation: str | None = "act"
+    """The activation's module; None if it is a function: then `activation_fn`."""
     gate: str | None = None
     """In a gated FFN the projection under the activation; `up` is then what it is multiplied with."""
     hidden_dropout: str | None = None
-    """The dropout between the projections: an `nn.Dropout`, or, `in_layer`, a float attribute of the layer."""
+    """The dropout between the projections: an `nn.Dropout`, or, `in_layer`, also a float attribute of the layer."""
     dropout: str | None = None
     """The `nn.Dropout` behind the output projection, where it belongs to the FFN's module."""
     in_layer: bool = False
@@ -55,9 +59,23 @@ class Family:
     """The same for the decoder of an encoder-decoder model."""
     activation_setting: str = "hidden_act"
     """Attribute of the model's config that names the activation."""
+    activation_fn: str | None = None
+    """The activation's name in transformers' `ACT2FN` where it is no module, e.g. `"relu2"`."""
+    fused: str | None = None
+    """Where gate and up are one projection (then `gate` and `up` name it): one of `FUSED`."""
 
     def __post_init__(self) -> None:
         check(self)
+        if (self.activation is None) != (self.activation_fn is not None):
+            raise InputError(
+                "say either activation (a module) or activation=None and activation_fn (its name)"
+            )
+        if self.activation_fn is not None and self.activation_fn not in ACT2FN:
+            raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(ACT2CLS)}")
+        if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
+            raise InputError(
+                f"fused={self.fused!r}; use one of {', '.join(FUSED)}, and one name for gate and up"
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -156,20 +174,10 @@ HOW_TO_DESCRIBE = """describe the model in three lines:
 (docs/families.md: gated FFNs, FFNs without a module of their own, models with two sides)"""
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the row for a transformers model.
-
-    Raises:
-        InputError: the model's type has no row; the message says what was found and how to describe it.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"model type {model_type!r} is not known; known: {', '.join(FAMILIES)}"
-            f"{nearest(str(model_type), FAMILIES)}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
-        )
-    rows = FAMILIES[model_type]
-    if isinstance(rows, Family):
+def row_of(model: nn.Module) -> Family | None:
+    """Return the table's row for a transformers model, or None if its type has none."""
+    rows = FAMILIES.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+    if rows is None or isinstance(rows, Family):
         return rows
     present = {type(module).__name__ for module in model.modules()}
     return next((row for row in rows if present & set(row.classes)), rows[0])
@@ -181,16 +189,27 @@ def find_ffns(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
     Raises:
         InputError: none found, fewer or more than the model's config names, or a part is missing or of a wrong type.
     """
-    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in family.classes]
+    found = [(name, module) for name, module in model.named_modules() if is_one(name, module, family)]
     expected = family.expected(model)
     if not found or (expected is not None and len(found) != expected):
         raise InputError(
             f"found {len(found)} of {expected if expected is not None else '?'} FFNs of class "
-            f"{' or '.join(map(repr, family.classes))}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
+            f"{' or '.join(map(repr, family.classes))}. {candidates(model)}; {HOW_TO_DESCRIBE}"
         )
     for name, module in found:
         _check_parts(name, module, family)
     return found
+
+
+def is_one(name: str, module: nn.Module, family: Family) -> bool:
+    """Whether a module is meant by a family's `ffn`; of two paths one may lead from farther up, as under a head."""
+    if type(module).__name__ in family.classes or name in family.classes:
+        return True
+    return "." in name and any(
+        f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}")
+        for path in family.classes
+        if "." in path
+    )
 
 
 def _check_parts(name: str, module: nn.Module, family: Family) -> None:
@@ -200,7 +219,7 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in _projections(family)),
         (family.activation, (nn.Module,)),
         (family.dropout, (nn.Dropout,)),
-        (None if family.in_layer else family.hidden_dropout, (nn.Dropout,)),
+        (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
     ]
     for projection in _projections(family):
         _check_plain_weight(f"{name}.{projection}", children.get(projection))
@@ -211,11 +230,10 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
             what = f"{kind.__module__}.{kind.__name__}" if is_there else "missing"
             merge = " (adapters are merged first; peft: merge_and_unload())" if is_there else ""
             raise InputError(f"{name}.{part} is {what}; it must be {wanted}{merge}. Parts of {name}: {there}")
-    probability = getattr(module, family.hidden_dropout or "", 0.0)
-    if family.in_layer and not isinstance(probability, float | int):
-        raise InputError(
-            f"{name}.{family.hidden_dropout} is {probability!r}, not the probability of a dropout"
-        )
+
+
+def _is_number(module: nn.Module, family: Family) -> bool:
+    return family.in_layer and isinstance(getattr(module, family.hidden_dropout or "", None), float | int)
 
 
 def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
@@ -232,10 +250,10 @@ def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
 
 
 def _projections(family: Family) -> tuple[str, ...]:
-    return tuple(part for part in (family.gate, family.up, family.down) if part is not None)
+    return tuple(dict.fromkeys(part for part in (family.gate, family.up, family.down) if part is not None))
 
 
-def _candidates(model: nn.Module) -> str:
+def candidates(model: nn.Module) -> str:
     """Say which classes of the model hold two or more projections: the FFN is among them."""
     seen: dict[str, str] = {}
     for module in model.modules():
@@ -264,6 +282,20 @@ def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
     """Return the projection's weight as [F, D], a view: row i belongs to neuron i."""
     weight: Tensor = projection.weight
     return weight if neuron_dim(projection, output) == 0 else weight.T
+
+
+def halves(both: Tensor, fused: str, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the gate's and the up projection's part of what a fused one has of both, or returns, as views."""
+    at, interleaved = dim % both.ndim, fused.endswith("interleaved")
+    pairs = torch.unflatten(both, at, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(at + interleaved)
+    return (first, second) if fused.startswith("gate") else (second, first)
+
+
+def d_in(projection: nn.Module) -> int:
+    """Return the width of what a projection reads."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    return weight.shape[0 if isinstance(projection, Conv1D) else 1]
 
 
 def activation_name(module: nn.Module) -> str | None:

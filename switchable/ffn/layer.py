@@ -147,12 +147,12 @@ class SwitchableFFN(nn.Module):
         ssd = self.ssd
         weights, dtype = ssd.weights, ssd.down_projection.weight.dtype
         if dtype != x_TD.dtype and not torch.is_autocast_enabled(x_TD.device.type):
-            weights = replace(weights, down_FD=weights.down_FD.to(x_TD.dtype))
+            cast = {name: each.to(x_TD.dtype) for name, each in vars(weights).items() if each is not None}
+            weights = replace(weights, **cast)
         call = ExpertCall(x_TD, weights, ids_TK, ssd.num_experts, ssd.settings.activation)
         if self.training and ssd.hidden_dropout:
-            return reference(call, ssd.hidden_dropout).to(
-                dtype
-            )  # the only one that drops out between the projections
+            y_TD = reference(call, ssd.hidden_dropout)  # the only one that drops out between the projections
+            return y_TD if ssd.own_forwards else y_TD.to(dtype)
         return expert_ffn(call, ssd.settings.config.backend)
 
     def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:

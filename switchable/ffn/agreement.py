@@ -1,0 +1,100 @@
+"""Which families a model's FFNs are, and that the model computes with switchable FFNs what it did before.
+
+The table's rows that exchange a module compare that module alone (`convert`). All else, found or described, is compared
+as a whole model: outputs in evaluation, outputs and gradients in training with the same random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.families import HOW_TO_DESCRIBE, Family, row_of
+from switchable.ffn.finder import find_families, refuse_others
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.recording import distance, tolerance
+from switchable.ffn.trial import FAILURES, Inputs, Trial
+from switchable.options import checked
+
+LOOSE = 10.0
+"""Times the rounding of one layer that whole models may differ."""
+
+
+def families_of(
+    model: nn.Module, given: Family | Sequence[Family] | None = None, example_inputs: Inputs | None = None
+) -> tuple[list[Family], Trial | None]:
+    """Return what a model's FFNs are, and the trial in which that can be checked; None where it need not or cannot.
+
+    Raises:
+        InputError: they are neither described nor known nor found; the message says why.
+    """
+    row = row_of(model) if given is None else None
+    if given is not None or row is not None:
+        listed = given if isinstance(given, list | tuple) else [given or row]
+        families = [checked("family", each, Family) for each in listed]
+        plain_row = row is not None and not row.in_layer and example_inputs is None
+        return families, None if plain_row else _tried(model, example_inputs)
+    refuse_others(model)
+    trial = Trial(model, example_inputs)
+    return find_families(model, trial), trial
+
+
+def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:
+    try:
+        return Trial(model, example_inputs)
+    except InputError:
+        if example_inputs is not None:
+            raise
+        return None
+
+
+def check_same_answers(
+    trial: Trial, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
+) -> None:
+    """Put switchable FFNs in place, unless the model computes something else then.
+
+    Args:
+        trial: of the model without them.
+        layers: the switchable FFNs.
+        place: what puts each in its place, and returns what undoes it.
+
+    Raises:
+        InputError: it does, or it fails; they have been taken out again.
+    """
+    before = trial.answers()
+    undo = [each() for each in place]
+    kept = [(layer.ssd.activation_l1, layer.ssd.router_learns) for layer in layers]
+    for layer in layers:
+        layer.ssd.activation_l1, layer.ssd.router_learns = 0.0, False
+    problem = None
+    try:
+        after = trial.answers()
+        if not _same(before, after):
+            problem = "the model computes something else with it"
+    except FAILURES as error:
+        problem = f"the model fails with it ({type(error).__name__}: {error})".splitlines()[0]
+    finally:
+        for layer, (l1, learns) in zip(layers, kept, strict=True):
+            layer.ssd.activation_l1, layer.ssd.router_learns = l1, learns
+    if problem is None:
+        return
+    for each in reversed(undo):
+        each()
+    raise InputError(
+        f"{layers[0].ssd.settings.family} does not describe what {layers[0].ssd.name} computes: {problem}; are gate "
+        f"and up in the right places, and is there a part that is not described (a norm, a factor, a dropout)? "
+        f"{HOW_TO_DESCRIBE}"
+    )
+
+
+def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    if len(before) != len(after):
+        return False
+    scale = max((float(y.abs().max()) for y in before if y.numel()), default=0.0)
+    return all(
+        distance(b, a) <= LOOSE * tolerance(a) or float((b - a).abs().max()) <= 1e-6 * scale
+        for a, b in zip(before, after, strict=True)
+        if a.numel()
+    )
