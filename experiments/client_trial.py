@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from experiments.client_build import NEURONS, WIDTH, CannotBuildError, build, inputs, seed
+from experiments.client_build import NEURONS, CannotBuildError, build, inputs, seed
 from switchable import InputError, SwitchConfig, convert, in_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layer import SwitchableFFN
@@ -48,6 +48,8 @@ CONFIG = SwitchConfig(
     router_token_fraction=0.5,
 )
 NO_ROW = "not in the table"
+NO_FFN = ("Mamba", "FalconMamba")
+"""State-space blocks, whose ReLU is over channels of a convolution."""
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "erf")
 """The last three stand for what is written out."""
 SAME, CLOSE = 1e-6, 1e-5
@@ -91,7 +93,7 @@ class Relus(TorchFunctionMode):
 
 
 def _over_neurons(x: Tensor) -> bool:
-    return x.shape[-1] > WIDTH or NEURONS in x.shape[1:]
+    return x.shape[-1] >= NEURONS // 2 or NEURONS in x.shape[1:]  # channels may come before positions
 
 
 @dataclass

@@ -43,7 +43,7 @@ def test_a_class_that_works(name: str, form: str) -> None:
         ("MixtralForCausalLM", "mixture", "mixture of experts"),
         ("BitNetForCausalLM", "refused", ""),
         ("BloomForCausalLM", "no ReLU", "its activation is tanh"),
-        ("CohereAsrForConditionalGeneration", "cannot build", "RuntimeError"),
+        ("DbrxForCausalLM", "cannot build", "AttributeError"),
     ],
 )
 def test_a_class_that_does_not(name: str, verdict: str, why: str) -> None:
