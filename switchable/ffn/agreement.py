@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from switchable.errors import InputError
@@ -50,6 +51,35 @@ def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:
         return None
 
 
+@torch.no_grad()
+def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
+    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
+
+    Raises:
+        InputError: they differ, or the module wants more than one input.
+    """
+    weight = layer.ssd.up_projection.weight
+    if weight.is_meta:
+        return
+    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
+    was_training = ffn.training
+    ffn.eval()
+    layer.eval()
+    try:
+        before, after = ffn(x_BSD), layer(x_BSD)
+    except TypeError as error:
+        raise InputError(
+            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
+        ) from None
+    finally:
+        ffn.train(was_training)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        raise InputError(
+            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
+            "has it a part that is not described (a gate, a norm, a factor)?"
+        )
+
+
 def check_same_answers(
     trial: Trial, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
 ) -> None:
@@ -74,7 +104,7 @@ def check_same_answers(
         if not _same(before, after):
             problem = "the model computes something else with it"
     except FAILURES as error:
-        problem = f"the model fails with it ({type(error).__name__}: {error})".splitlines()[0]
+        problem = f"the model fails with it ({error})".splitlines()[0]
     finally:
         for layer, (l1, learns) in zip(layers, kept, strict=True):
             layer.ssd.activation_l1, layer.ssd.router_learns = l1, learns

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from switchable.compute.choose import check_backend
 from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.errors import InputError
-from switchable.ffn.agreement import check_same_answers, families_of
+from switchable.ffn.agreement import check_same_answers, check_same_function, families_of
+from switchable.ffn.facts import facts_of, settings_of
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
-from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
+from switchable.ffn.ssd import FFNSettings
 from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
 from switchable.options import checked
@@ -159,37 +159,8 @@ def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[Switchab
     if not settings.config.never_sparse:
         check_movable(layer.ssd)
     if not settings.family.in_layer:
-        _check_same_function(ffn, layer)
+        check_same_function(ffn, layer)
     return layer.train(ffn.training)
-
-
-@torch.no_grad()
-def _check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
-    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
-
-    Raises:
-        InputError: they differ, or the module wants more than one input.
-    """
-    weight = layer.ssd.up_projection.weight
-    if weight.is_meta:
-        return
-    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
-    was_training = ffn.training
-    ffn.eval()
-    layer.eval()
-    try:
-        before, after = ffn(x_BSD), layer(x_BSD)
-    except TypeError as error:
-        raise InputError(
-            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
-        ) from None
-    finally:
-        ffn.train(was_training)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise InputError(
-            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
-            "has it a part that is not described (a gate, a norm, a factor)?"
-        )
 
 
 def layers_of(model: nn.Module) -> list[SwitchableFFN]:

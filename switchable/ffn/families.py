@@ -224,12 +224,22 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
     for projection in _projections(family):
         _check_plain_weight(f"{name}.{projection}", children.get(projection))
     for part, allowed in kinds:
+        refuse_adapter(f"{name}.{part}", children.get(part or ""))
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
             kind, is_there = type(children.get(part)), part in children
             what = f"{kind.__module__}.{kind.__name__}" if is_there else "missing"
             merge = " (adapters are merged first; peft: merge_and_unload())" if is_there else ""
             raise InputError(f"{name}.{part} is {what}; it must be {wanted}{merge}. Parts of {name}: {there}")
+
+
+def refuse_adapter(name: str, module: nn.Module | None) -> None:
+    """Raise InputError if a module wraps a projection, as peft's do."""
+    if hasattr(module, "base_layer"):
+        raise InputError(
+            f"{name} ({type(module).__name__}) is an adapter; merge it into the weight (peft: merge_and_unload()) "
+            "before convert"
+        )
 
 
 def _is_number(module: nn.Module, family: Family) -> bool:

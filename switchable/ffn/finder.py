@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from switchable.errors import InputError
-from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in
+from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in, refuse_adapter
 from switchable.ffn.homes import family_at
 from switchable.ffn.matching import ACTIVATIONS, NEAR, Match, consistent
 from switchable.ffn.recording import Call, distance, recorded, tolerance
@@ -42,6 +42,7 @@ def find_families(model: nn.Module, trial: Trial) -> list[Family]:
     with trial.undisturbed(), torch.no_grad(), recorded(modules) as seen:
         trial.run(training=False)
     matches = consistent(seen)
+    _refuse_adapters(seen, (call for m in matches.values() for call in (m.down, m.gate, m.up)))
     if not matches:
         raise InputError(f"no FFN found: {_why_not(seen)}. {candidates(model)}; {HOW_TO_DESCRIBE}")
     _check_whole(model, matches, seen)
@@ -52,6 +53,13 @@ def find_families(model: nn.Module, trial: Trial) -> list[Family]:
             trial.run(training=True)
         found = {name: family_at(model, match, seen, trained) for name, match in matches.items()}
     return _gathered(model, found)
+
+
+def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -> None:
+    modules = {call.name: call.module for call in seen}
+    for call in projections:
+        around = "" if call is None else call.name.rpartition(".")[0]
+        refuse_adapter(around, modules.get(around))
 
 
 def refuse_others(model: nn.Module) -> None:
@@ -101,6 +109,7 @@ def _why_not(seen: Sequence[Call], name: str | None = None) -> str:
             up = seen[k]
             fits = isinstance(up.module, PROJECTIONS) and d_in(up.module) == down.y.shape[-1]
             if fits and up.y is not None and up.y.shape[-1] in (down.x.shape[-1], 2 * down.x.shape[-1]):
+                _refuse_adapters(seen, (up, down))
                 between = [
                     f"{c.name} ({type(c.module).__name__})"
                     for c in seen[k + 1 : i]

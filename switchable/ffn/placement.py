@@ -129,6 +129,8 @@ def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable
     for path, module in instead.items():
         layer.set_submodule(path, module)
     layer.add_module(CHILD, ffn)
+    if isinstance(layer, nn.TransformerEncoderLayer):  # in evaluation it takes its weights and calls nothing,
+        ffn.register_forward_pre_hook(_stay_away)  # unless there are hooks
 
     def undo() -> None:
         for path, module in before.items():
@@ -138,6 +140,10 @@ def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable
         delattr(layer, CHILD)
 
     return undo
+
+
+def _stay_away(_ffn: nn.Module, _args: object) -> None:
+    """Do nothing: it is enough to be there."""
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear:

@@ -60,7 +60,7 @@ def own_forwards(ssd: SSD) -> frozenset[Any]:
             continue
         if not _multiplies(cast(nn.Linear, module)):
             raise InputError(
-                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias. "
+                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; "
                 f"{REMEDY.replace('stay in dense mode', 'use nn.Linear')}"
             )
         found.add(own)

@@ -70,19 +70,31 @@ class Trial:
                 with self.undisturbed(), torch.no_grad():
                     self.run(training=False)
                 return
-            except FAILURES as error:
-                problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
-        raise InputError(
-            f"{type(model).__name__} cannot be tried out ({problems[-1] if problems else 'its inputs are unknown'}); "
-            f"{GIVE}"
+            except InputError as error:
+                problems.append(error)
+        raise (
+            problems[-1]
+            if problems
+            else InputError(f"the inputs of {type(model).__name__} are not known; {GIVE}")
         )
 
     def run(self, training: bool) -> list[Tensor]:
-        """Return every tensor of real numbers that the model returns; the same random numbers each time."""
+        """Return every tensor of real numbers that the model returns; the same random numbers each time.
+
+        Raises:
+            InputError: the model fails.
+        """
         self.model.train(training)
         torch.manual_seed(0)
         args, named = self._arguments
-        return list(_tensors(self.model(*args, **named)))
+        try:
+            return list(_tensors(self.model(*args, **named)))
+        except FAILURES as error:
+            when = "in training" if training else "in evaluation"
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(
+                f"{type(self.model).__name__} cannot be tried out {when} ({why}); {GIVE}"
+            ) from None
 
     def answers(self) -> list[Tensor]:
         """Return what the model computes in evaluation, then outputs and gradients of training."""
