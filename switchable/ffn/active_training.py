@@ -46,8 +46,8 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
         every = stride(ssd.settings.config.router_token_fraction)
         mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
         seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
-        y_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
-        if bias is None:
-            y_TD = y_TD.clone()  # what a loss hangs on cannot be added to in place
+        attached_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
+        # What a loss hangs on must not be added to in place.
+        y_TD = attached_TD.clone() if bias is None else attached_TD
     y_BSD: Tensor = (y_TD if bias is None else y_TD + bias).view(x_BSD.shape)
     return y_BSD

@@ -16,7 +16,7 @@ from switchable.ffn.families import HOW_TO_DESCRIBE, Family, row_of
 from switchable.ffn.finder import find_families, refuse_others
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.recording import distance, tolerance
-from switchable.ffn.trial import FAILURES, Inputs, Trial
+from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
 from switchable.options import checked
 
 LOOSE = 10.0
@@ -37,9 +37,10 @@ def families_of(
         families = [checked("family", each, Family) for each in listed]
         plain_row = row is not None and not row.in_layer and example_inputs is None
         return families, None if plain_row else _tried(model, example_inputs)
-    refuse_others(model)
-    trial = Trial(model, example_inputs)
-    return find_families(model, trial), trial
+    with module_state(model):  # a parametrization's, in training, change as its weight is looked at
+        refuse_others(model)
+        trial = Trial(model, example_inputs)
+        return find_families(model, trial), trial
 
 
 def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:

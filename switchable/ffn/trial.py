@@ -116,7 +116,7 @@ class Trial:
         """Within the `with` block the model is shaken; afterwards everything is as before."""
         with ExitStack() as stack:
             stack.enter_context(_random_state(self.model))
-            stack.enter_context(_module_state(self.model))
+            stack.enter_context(module_state(self.model))
             stack.enter_context(_shaken(self._shaken))
             yield
 
@@ -147,7 +147,7 @@ def _shaken(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _module_state(model: nn.Module) -> Iterator[None]:
+def module_state(model: nn.Module) -> Iterator[None]:
     """Afterwards every module's buffers, and whether it trains and drops out, are as before."""
     modules = list(model.modules())
     buffers = [
