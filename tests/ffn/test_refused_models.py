@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,29 +185,6 @@ def test_gate_and_up_the_wrong_way_round(in_layer: bool) -> None:
     before = output(model, batch)
     convert(model, CONFIG, right)
     assert torch.equal(output(model, batch), before)
-
-
-class Twice(nn.Module):
-    """A model whose layers call parts of their FFN a second time, not one after the other."""
-
-    def __init__(self, again: bool) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(model_type="twice", vocab_size=61)
-        self.embed = nn.Embedding(61, 16)
-        self.ffn = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
-        self.again = again
-
-    def forward(self, input_ids: Tensor, **_: object) -> Tensor:
-        x = self.embed(input_ids)
-        y: Tensor = x + self.ffn(x)
-        return y + self.ffn[2](self.ffn[0](x).tanh()) if self.again else y
-
-
-def test_parts_of_an_ffn_that_are_called_a_second_time() -> None:
-    ids = inputs("llama")["input_ids"]
-    torch.manual_seed(0)
-    model = Twice(again=True)
-    check_refused(model, lambda: model(ids))
 
 
 @pytest.mark.parametrize("row", ["with a row", "by structure"])
