@@ -112,6 +112,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "cross_attention_widening_factor": 3,
     },
     "Qwen4ExpTextConfig": {"output_gate_type": "silu"},
+    "RecurrentGemmaConfig": {"intermediate_size": 2 * NEURONS},  # of both projections together
     "ReformerConfig": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "lsh"]},
     "ReformerForMaskedLM": {"is_decoder": False},
     "RoCBertConfig": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},

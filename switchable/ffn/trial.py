@@ -235,7 +235,8 @@ def _ids(model: nn.Module, length: int) -> Tensor:
     config = getattr(model, "config", None)
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     vocabulary = getattr(config, "vocab_size", None) or min(sizes, default=2)
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")]
+    special = {i for each in named for i in (each if isinstance(each, list | tuple) else [each])}
     usable = [i for i in range(min(int(vocabulary), 1000)) if i not in special] or [0]
     places = torch.arange(2 * length).mul_(7).remainder_(len(usable))
     ids = torch.tensor(usable)[places].view(2, length)
