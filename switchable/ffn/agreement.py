@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from switchable.errors import InputError
-from switchable.ffn.families import HOW_TO_DESCRIBE, Family, row_of
+from switchable.ffn.families import HOW_TO_DESCRIBE, Family
 from switchable.ffn.finder import find_families, refuse_others
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.recording import distance, tolerance
+from switchable.ffn.table import row_of
 from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
 from switchable.options import checked
 
@@ -24,7 +25,10 @@ LOOSE = 10.0
 
 
 def families_of(
-    model: nn.Module, given: Family | Sequence[Family] | None = None, example_inputs: Inputs | None = None
+    model: nn.Module,
+    given: Family | Sequence[Family] | None = None,
+    example_inputs: Inputs | None = None,
+    trusted: bool = False,
 ) -> tuple[list[Family], Trial | None]:
     """Return what a model's FFNs are, and the trial in which that can be checked; None where it need not or cannot.
 
@@ -32,15 +36,15 @@ def families_of(
         InputError: they are neither described nor known nor found; the message says why.
     """
     row = row_of(model) if given is None else None
-    if given is not None or row is not None:
-        listed = given if isinstance(given, list | tuple) else [given or row]
-        families = [checked("family", each, Family) for each in listed]
-        plain_row = row is not None and not row.in_layer and example_inputs is None
-        return families, None if plain_row else _tried(model, example_inputs)
-    with module_state(model):  # a parametrization's, in training, change as its weight is looked at
-        refuse_others(model)
-        trial = Trial(model, example_inputs)
-        return find_families(model, trial), trial
+    if given is None and row is None:
+        with module_state(model):  # a parametrization's, in training, change as its weight is looked at
+            refuse_others(model)
+            trial = Trial(model, example_inputs)
+            return find_families(model, trial), trial
+    listed = given if isinstance(given, list | tuple) else [given or row]
+    families = [checked("family", each, Family) for each in listed]
+    trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
+    return families, None if trusted else _tried(model, example_inputs)
 
 
 def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:

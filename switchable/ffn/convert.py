@@ -63,6 +63,7 @@ def convert(
     family: Family | Sequence[Family] | None = None,
     *,
     example_inputs: Inputs | None = None,
+    trusted: bool = False,
     neuron_major: bool = True,
     layer_type: type[SwitchableFFN] = SwitchableFFN,
 ) -> ConversionReport:
@@ -74,6 +75,7 @@ def convert(
         family: where the FFNs are; default: the table's row for a model of transformers, or what `finder.py` finds.
         example_inputs: a batch for a model that cannot be given one from what it says of itself: its inputs by name,
             in order, or the only one. On it the FFNs are found, and the model is compared before and after.
+        trusted: leave out that comparison; the family is what an earlier `convert` of the model had.
         neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
             neuron's weights are contiguous (`layout.py`): sparse mode is faster. False keeps all memory as it is,
             for tools that want contiguous parameters, such as `fully_shard`.
@@ -93,7 +95,7 @@ def convert(
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
-    families, trial = families_of(model, family, example_inputs)
+    families, trial = families_of(model, family, example_inputs, trusted)
     found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
     found = _in_order(model, found)
     config = _settled(config, *found[0])
@@ -275,5 +277,5 @@ def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
 
 
 def is_router_parameter(name: str) -> bool:
-    """Return whether a parameter's name is that of a router: what we add to a model, and what an export drops."""
+    """Return whether a name in a state dict is of a router: what we add to a model, and what an export drops."""
     return ".router." in name

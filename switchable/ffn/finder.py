@@ -120,6 +120,7 @@ def _why_not(seen: Sequence[Call], name: str | None = None) -> str:
     return "no projections D -> F and F -> D follow one another"
 
 
+@torch.enable_grad()
 def _confirmed(
     trial: Trial, modules: Sequence[tuple[str, nn.Module]], matches: Mapping[str, Match]
 ) -> dict[str, Match]:
@@ -134,7 +135,7 @@ def _confirmed(
                 instead[call.name] = (numbers * (WIDE if wide else 2.0)).to(call.y).requires_grad_(wide)
     downs = [(name, module) for name, module in modules if name in matches or name in instead]
     found = {}
-    with trial.undisturbed(), torch.enable_grad(), recorded(downs, instead) as calls:
+    with trial.undisturbed(), recorded(downs, instead) as calls:
         trial.run(training=False)
     hidden = {call.name: call.x for call in calls if call.name in matches}
     for name, match in matches.items():

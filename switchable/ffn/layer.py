@@ -26,6 +26,7 @@ from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
 from switchable.ffn.decoding import decoded
+from switchable.ffn.description import SavedRouter
 from switchable.ffn.plain import check_plain
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
@@ -59,9 +60,7 @@ class SwitchableFFN(nn.Module):
         if not settings.family.in_layer:
             self._take_over(ffn, settings.name)
         self.ssd = SSD(self, ffn, settings)
-        reads_FD = self.ssd.reads_FD
-        self.router = Router(settings.d_model, settings.config.num_experts, device=reads_FD.device)
-        self.router.initialise(reads_FD)
+        self.router = SavedRouter(self.ssd)
 
     def _take_over(self, ffn: nn.Module, name: str) -> None:
         """Take an FFN's children under their own names."""

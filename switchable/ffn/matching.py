@@ -6,8 +6,9 @@ Shapes: D d_model, F d_ff.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 from transformers.activations import ACT2CLS, ACT2FN
@@ -25,6 +26,13 @@ ACTIVATIONS = (
 """Those without parameters, the likeliest first."""
 
 
+@cache
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """Return an activation; building one takes longer than calling it on a few numbers."""
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act
+
+
 @dataclass(frozen=True)
 class Match:
     """Projections that are an FFN's in one call of each."""
@@ -39,7 +47,7 @@ class Match:
 
     def hidden(self, gate: Tensor, up: Tensor | None, activation: str | None = None) -> Tensor:
         """Return what the output projection should be given for what the others return."""
-        act = ACT2FN[activation or self.activation]
+        act = activation_named(activation or self.activation)
         if self.fused is not None:
             gate, up = halves(gate, self.fused, -1)
         after: Tensor = act(gate)
@@ -81,8 +89,15 @@ def _matches(down: Call, earlier: Sequence[Call]) -> Iterator[Match]:
         for activation in ACTIVATIONS:
             match = Match(down, gate, up, fused, activation)
             assert gate.y is not None
-            if close(match.hidden(gate.y, None if up is None else up.y), down.x):
+            factor = None if up is None else up.y
+            few = match.hidden(_one(gate.y), None if factor is None else _one(factor))
+            if close(few, _one(down.x)) and close(match.hidden(gate.y, factor), down.x):
                 yield match
+
+
+def _one(numbers: Tensor) -> Tensor:
+    """Those of the first token: most options are ruled out by them."""
+    return numbers.flatten(0, -2)[0] if numbers.ndim > 1 else numbers
 
 
 def _ffns_among(found: dict[str, Match]) -> dict[str, Match]:

@@ -149,7 +149,7 @@ def _shaken(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def module_state(model: nn.Module) -> Iterator[None]:
     """Afterwards every module's buffers, and whether it trains and drops out, are as before."""
-    modules = list(model.modules())
+    modules, versions = list(model.modules()), [p._version for p in model.parameters()]
     buffers = [
         (m, n, b, None if b is None else b.detach().clone()) for m in modules for n, b in m._buffers.items()
     ]
@@ -164,8 +164,12 @@ def module_state(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
             if buffer is not None and value is not None and not torch.equal(buffer, value):
                 buffer.detach().copy_(value)
+        # RWKV scales its weights in evaluation and remembers that it has: then what it remembers stays, too.
+        own = versions != [p._version for p in model.parameters()]
         for module, values in plain:
-            vars(module).update(values)
+            vars(module).update(
+                {n: v for n, v in values.items() if not own or n in ("training", "p") or "drop" in n}
+            )
 
 
 @contextmanager

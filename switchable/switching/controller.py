@@ -25,7 +25,7 @@ from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.options import checked
 from switchable.ranks import is_main
 from switchable.settings import SwitchConfig, settled
-from switchable.switching.copies import copied_tensors, twins
+from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.measures import Batch
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
@@ -154,6 +154,8 @@ class Controller:
         measurement = self._measure(found) if due else None
         self.switches += before != self.mode
         self._apply_mode()
+        if due:
+            describe_anew(self.model, self.copies)
         if (
             self.steps_done == self.schedule.total_steps
             and not self.schedule.config.never_sparse

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.families import FAMILIES, row_of
 from switchable.ffn.ssd import RESERVED
+from switchable.ffn.table import FAMILIES, row_of
 from switchable.infer.loss import positions_of
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
@@ -47,7 +47,7 @@ def test_conversion_is_a_no_op_in_dense_mode(case: str) -> None:
     assert relative(output(model, batch), before) < 1e-5  # memory is laid out anew: the last bits may differ
     kept = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(kept) == names
-    assert len(model.state_dict()) == len(names) + 2 * report.converted
+    assert len(model.state_dict()) == len(names) + 3 * report.converted  # weight, bias and description
     before_grads = gradients(plain, batch)
     after_grads = gradients(model, batch)
     for name, grad in before_grads.items():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from ffn.home_made import NEURONS, SUPPORTED, InLayer, Projections, make
+from ffn.home_made import NEURONS, SUPPORTED, Fused, InLayer, Projections, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from switchable import SwitchConfig, convert, set_mode
+from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import describe
 from switchable.ffn.layout import entries
 from switchable.switching.optimizers import optimizers_in
 from switchable.switching.switch import regroup
@@ -179,3 +181,19 @@ def test_casting_projections_in_bfloat16() -> None:
     assert torch.equal(model(ids())[0], before)
     set_mode(model, "sparse", experts_per_token=8)
     assert (model(ids())[0] - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_families_that_differ_are_described_and_opened() -> None:
+    def unlike() -> nn.Module:
+        kinds: Iterator[Callable[[], nn.Module]] = iter([Projections, Fused])
+        return make(lambda: next(kinds)())
+
+    model, other = unlike(), unlike()
+    convert(model, CONFIG)
+    kept = json.dumps([describe(layer.ssd)["family"] for layer in layers_of(model)])
+    convert(other, CONFIG, [Family.from_values(each) for each in json.loads(kept)], trusted=True)
+    families = [[layer.ssd.settings.family for layer in layers_of(m)] for m in (model, other)]
+    assert families[0] == families[1]
+    assert families[0][0] != families[0][1]
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids())[0], model(ids())[0])
