@@ -114,11 +114,9 @@ def attempt(name: str, kind: Any) -> Verdict:
         reference = see(plain, batch)
     except Exception as error:  # noqa: BLE001 - whatever transformers says of a config that does not suit it
         return Verdict(name, "cannot build", _one_line(error))
-    if not relus.calls:
-        others = (
-            f"its activation is {' and '.join(sorted(relus.others))}" if relus.others else "it has no FFN"
-        )
-        return Verdict(name, "no ReLU", others)
+    if not relus.calls or name.startswith(NO_FFN):
+        others = f"its activation is {' and '.join(sorted(relus.others))}"
+        return Verdict(name, "no ReLU", "it has no FFN" if name.startswith(NO_FFN) else others)
     kinds = [type(m) for m in model.modules()]
     mixture = any("expert" in n for n, _ in model.named_modules())
     try:
