@@ -28,9 +28,9 @@ from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import check_fits, load_tokenizer
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
+from switchable.ffn.agreement import families_of
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.families import family_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
 from switchable.infer.precision import chosen_precision
@@ -177,7 +177,7 @@ def _relufy(
 ) -> nn.Module:
     """Return the model with ReLU, trained on."""
     before = validation_loss(model, text.validation, not quiet)
-    changed = with_relu(load_config(source), family_of(model))
+    changed = with_relu(load_config(source), families_of(model)[0][0])
     model = load_pretrained(source, changed).to(text.device)
     swapped = validation_loss(model, text.validation, not quiet)
     with (

@@ -5,23 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import nn
 
 from switchable.compute.choose import check_backend
 from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.errors import InputError
-from switchable.ffn.families import Family, family_of, find_ffns
+from switchable.ffn.agreement import check_same_answers, check_same_function, families_of
+from switchable.ffn.facts import facts_of, settings_of
+from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
-from switchable.ffn.plain import check_plain
-from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
+from switchable.ffn.plain import check_movable, check_plain, own_forwards
+from switchable.ffn.ssd import FFNSettings
+from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
 from switchable.options import checked
 from switchable.recipes import AUTO
@@ -57,8 +60,10 @@ class ConversionReport:
 def convert(
     model: nn.Module,
     config: SwitchConfig | None = None,
-    family: Family | None = None,
+    family: Family | Sequence[Family] | None = None,
     *,
+    example_inputs: Inputs | None = None,
+    trusted: bool = False,
     neuron_major: bool = True,
     layer_type: type[SwitchableFFN] = SwitchableFFN,
 ) -> ConversionReport:
@@ -67,48 +72,77 @@ def convert(
     Args:
         model: a transformers model, on any device.
         config: experts, router and schedule; default `SwitchConfig()`.
-        family: where the FFNs are, for a model that `families.py` does not know.
+        family: where the FFNs are; default: the table's row for a model of transformers, or what `finder.py` finds.
+        example_inputs: a batch for a model that cannot be given one from what it says of itself: its inputs by name,
+            in order, or the only one. On it the FFNs are found, and the model is compared before and after.
+        trusted: leave out that comparison; the family is what an earlier `convert` of the model had.
         neuron_major: transpose the storage (not the shape) of weights whose neurons are columns, so that each
             neuron's weights are contiguous (`layout.py`): sparse mode is faster. False keeps all memory as it is,
             for tools that want contiguous parameters, such as `fully_shard`.
         layer_type: a subclass of `SwitchableFFN` to put in place instead.
 
     Raises:
-        InputError: a wrong type, a weight that is not finite, unknown family, not all FFNs found, the model is
-            converted already, or E does not divide F. The model is unchanged then.
+        InputError: a wrong type, a weight that is not finite, no FFNs or not all found, the model computes
+            something else with them, it is converted already, or E does not divide F. The model is unchanged then.
     """
     config = checked("config", config, SwitchConfig | None) or SwitchConfig()
     if layers_of(checked("model", model, nn.Module)):
         raise InputError(
             f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
         )
-    family = checked("family", family, Family | None) or family_of(model)
     taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
     if taken:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
-    found = find_ffns(model, family)
-    config = _settled(config, family, *found[0])
+    families, trial = families_of(model, family, example_inputs, trusted)
+    found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
+    found = _in_order(model, found)
+    config = _settled(config, *found[0])
     built = [
-        (name, ffn, _switchable(ffn, settings_of(ffn, family, name, config), layer_type))
-        for name, ffn in found
+        (name, ffn, _switchable(ffn, settings_of(ffn, each, name, config), layer_type))
+        for name, ffn, each in found
     ]
+    place = [partial(_place, model, name, ffn, layer) for name, ffn, layer in built]
+    layers = [layer for _, _, layer in built]
+    if trial is None:
+        for each_place in place:
+            each_place()
+    else:
+        check_same_answers(trial, layers, place)
     scale = LossScale()
-    for name, ffn, layer in built:
-        if family.in_layer:
-            put_into_layer(ffn, family, layer)
-        else:
-            model.set_submodule(name, layer)
+    for layer in layers:
         layer.ssd.loss_scale = scale
         if neuron_major:
             store_by_neuron(layer)
     scale.watch(model)
-    names = tuple(name for name, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, built[0][2].ssd.d_ff)
+    names = tuple(name for name, _, _ in found)
+    return ConversionReport(len(built), names, config.num_experts, layers[0].ssd.d_ff)
 
 
-def _settled(config: SwitchConfig, family: Family, name: str, ffn: nn.Module) -> SwitchConfig:
+def _in_order(
+    model: nn.Module, found: Sequence[tuple[str, nn.Module, Family]]
+) -> list[tuple[str, nn.Module, Family]]:
+    """Return FFNs of several families in the model's order.
+
+    Raises:
+        InputError: two families mean one module.
+    """
+    by_name = {name: (name, ffn, family) for name, ffn, family in found}
+    if len(by_name) != len(found):
+        raise InputError("two of the families given mean the same FFN; give each FFN one")
+    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
+
+
+def _place(model: nn.Module, name: str, ffn: nn.Module, layer: SwitchableFFN) -> Callable[[], None]:
+    """Put a switchable FFN in its place; return what undoes it."""
+    if layer.ssd.settings.family.in_layer:
+        return put_into_layer(ffn, layer.ssd.settings.family, layer)
+    model.set_submodule(name, layer)
+    return partial(model.set_submodule, name, ffn)
+
+
+def _settled(config: SwitchConfig, name: str, ffn: nn.Module, family: Family) -> SwitchConfig:
     """Return the configuration with a value for every setting, for a model whose first FFN is given."""
     activation, d_model, d_ff = facts_of(ffn, family, name)
     auto = "early"
@@ -123,38 +157,12 @@ def _settled(config: SwitchConfig, family: Family, name: str, ffn: nn.Module) ->
 
 def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[SwitchableFFN]) -> SwitchableFFN:
     layer = layer_type(ffn, settings)
+    layer.ssd.own_forwards = own_forwards(layer.ssd)
+    if not settings.config.never_sparse:
+        check_movable(layer.ssd)
     if not settings.family.in_layer:
-        _check_same_function(ffn, layer)
+        check_same_function(ffn, layer)
     return layer.train(ffn.training)
-
-
-@torch.no_grad()
-def _check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
-    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
-
-    Raises:
-        InputError: they differ, or the module wants more than one input.
-    """
-    weight = layer.ssd.up_projection.weight
-    if weight.is_meta:
-        return
-    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
-    was_training = ffn.training
-    ffn.eval()
-    layer.eval()
-    try:
-        before, after = ffn(x_BSD), layer(x_BSD)
-    except TypeError as error:
-        raise InputError(
-            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
-        ) from None
-    finally:
-        ffn.train(was_training)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise InputError(
-            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
-            "has it a part that is not described (a gate, a norm, a factor)?"
-        )
 
 
 def layers_of(model: nn.Module) -> list[SwitchableFFN]:

@@ -1,25 +1,32 @@
-"""Where the FFNs of a transformers model are: one row per family, and the only place that knows any by name.
+"""Where the FFNs of a model are: what is said of them, and how they are found by it.
 
-A row says what the class is called that holds the FFN's projections, and what they are called in it. The class is
+A family says what the class is called that holds the FFN's projections, and what they are called in it. The class is
 either the FFN and nothing else (`GPT2MLP`: the switchable FFN takes its place), or a whole layer that calls the
 projections among other things (`OPTDecoderLayer`, `BertLayer`: `in_layer=True`; the layer's own forward stays, and
 the switchable FFN goes where its projections were, see `placement.py`).
 
-A model whose type has no row is described by the user in the same words: `Family(ffn="MyMLP", up="fc1", down="fc2")`.
-docs/families.md has the table and a recipe.
+The usual ones are rows of a table (`table.py`), others are found by their structure (`finder.py`), or described by the
+user in the same words: `Family(ffn="MyMLP", up="fc1", down="fc2")`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from switchable.errors import InputError, nearest
+from switchable.errors import InputError
 from switchable.options import check
+
+FUSED = ("gate-up", "up-gate", "gate-up-interleaved", "up-gate-interleaved")
+"""How the rows of two projections lie in one: which comes first, in two halves or row by row."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,18 @@ class Family:
     """
 
     ffn: str | tuple[str, ...]
-    """Class name of the module that holds the projections, e.g. `"GPT2MLP"`; several if encoder and decoder differ."""
+    """Class name of the module that holds the projections, e.g. `"GPT2MLP"`, or the end of its path in the model, e.g.
+    `"h.0.mlp"`; several if encoder and decoder differ."""
     up: str
     """The input projection (`nn.Linear`, or transformers' `Conv1D` unless `in_layer`)."""
     down: str
     """The output projection."""
-    activation: str = "act"
-    """The activation's module."""
+    activation: str | None = "act"
+    """The activation's module; None if it is a function: then `activation_fn`."""
     gate: str | None = None
     """In a gated FFN the projection under the activation; `up` is then what it is multiplied with."""
     hidden_dropout: str | None = None
-    """The dropout between the projections: an `nn.Dropout`, or, `in_layer`, a float attribute of the layer."""
+    """The dropout between the projections: an `nn.Dropout`, or, `in_layer`, also a float attribute of the layer."""
     dropout: str | None = None
     """The `nn.Dropout` behind the output projection, where it belongs to the FFN's module."""
     in_layer: bool = False
@@ -53,9 +61,29 @@ class Family:
     """The same for the decoder of an encoder-decoder model."""
     activation_setting: str = "hidden_act"
     """Attribute of the model's config that names the activation."""
+    activation_fn: str | None = None
+    """The activation's name in transformers' `ACT2FN` where it is no module, e.g. `"relu2"`."""
+    fused: str | None = None
+    """Where gate and up are one projection (then `gate` and `up` name it): one of `FUSED`."""
 
     def __post_init__(self) -> None:
         check(self)
+        if (self.activation is None) != (self.activation_fn is not None):
+            raise InputError(
+                "say either activation (a module) or activation=None and activation_fn (its name)"
+            )
+        if self.activation_fn is not None and self.activation_fn not in ACT2FN:
+            raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(ACT2CLS)}")
+        if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
+            raise InputError(
+                f"fused={self.fused!r}; use one of {', '.join(FUSED)}, and one name for gate and up"
+            )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Family:
+        """Return the family that `dataclasses.asdict` and JSON were given."""
+        ffn = values["ffn"]
+        return cls(**{**values, "ffn": ffn if isinstance(ffn, str) else tuple(ffn)})
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -74,75 +102,11 @@ class Family:
         return decoder if getattr(config, "is_decoder", False) else own
 
 
-_GPT2 = Family(
-    "GPT2MLP", "c_fc", "c_proj", dropout="dropout", activation_setting="activation_function"
-)  # fmt: skip
-_OPT = Family(
-    "OPTDecoderLayer", "fc1", "fc2", "activation_fn", in_layer=True, activation_setting="activation_function"
-)
-_NEOX = Family("GPTNeoXMLP", "dense_h_to_4h", "dense_4h_to_h")
-_FC = Family("PhiMLP", "fc1", "fc2", "activation_fn")
-_NEMOTRON = Family("NemotronMLP", "up_proj", "down_proj", "act_fn")
-_LLAMA = Family("LlamaMLP", "up_proj", "down_proj", "act_fn", gate="gate_proj")
-_BERT = Family(
-    "BertLayer", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn", in_layer=True
-)
-_T5 = Family(
-    "T5DenseActDense",
-    "wi",
-    "wo",
-    hidden_dropout="dropout",
-    layers="num_layers",
-    decoder_layers="num_decoder_layers",
-    activation_setting="feed_forward_proj",
-)
-_BART = replace(
-    _OPT,
-    ffn=("BartEncoderLayer", "BartDecoderLayer"),
-    hidden_dropout="activation_dropout",
-    layers="encoder_layers",
-    decoder_layers="decoder_layers",
-)
-
-
-def _gated_too(row: Family, ffn: str) -> tuple[Family, Family]:
-    """Return a T5-type row and its gated form, whose class is called differently."""
-    return replace(row, ffn=f"{ffn}DenseActDense"), replace(
-        row, ffn=f"{ffn}DenseGatedActDense", gate="wi_0", up="wi_1"
-    )
-
-
-FAMILIES: dict[str, Family | tuple[Family, ...]] = {
-    "gpt2": _GPT2,
-    "opt": _OPT,
-    "gpt_neox": _NEOX,
-    "phi": _FC,
-    "nemotron": _NEMOTRON,
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, ffn="MistralMLP"),
-    "qwen2": replace(_LLAMA, ffn="Qwen2MLP"),
-    "qwen3": replace(_LLAMA, ffn="Qwen3MLP"),
-    "gemma": replace(_LLAMA, ffn="GemmaMLP"),
-    "gemma2": replace(_LLAMA, ffn="Gemma2MLP", activation_setting="hidden_activation"),
-    "gemma3_text": replace(_LLAMA, ffn="Gemma3MLP", activation_setting="hidden_activation"),
-    "olmo2": replace(_LLAMA, ffn="Olmo2MLP"),
-    "granite": replace(_LLAMA, ffn="GraniteMLP"),
-    "smollm3": replace(_LLAMA, ffn="SmolLM3MLP"),
-    "bert": _BERT,
-    "roberta": replace(_BERT, ffn="RobertaLayer"),
-    "xlm-roberta": replace(_BERT, ffn="XLMRobertaLayer"),
-    "electra": replace(_BERT, ffn="ElectraLayer"),
-    "t5": _gated_too(_T5, "T5"),
-    "mt5": _gated_too(_T5, "MT5"),
-    "umt5": _gated_too(_T5, "UMT5"),
-    "bart": _BART,
-    "mbart": replace(_BART, ffn=("MBartEncoderLayer", "MBartDecoderLayer")),
-    "vit": replace(_FC, ffn="ViTMLP"),
-}
-"""By the `model_type` of transformers' configs; more than one row where a setting decides the FFN's class."""
-
 PROJECTIONS = (nn.Linear, Conv1D)
 """The modules that a projection may be. In annotations both are `nn.Linear`: they share `weight` and `bias`."""
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor)
+"""What a weight may be; libraries that quantise have types of their own."""
 
 HOW_TO_DESCRIBE = """describe the model in three lines:
     from switchable import Family, convert
@@ -151,41 +115,33 @@ HOW_TO_DESCRIBE = """describe the model in three lines:
 (docs/families.md: gated FFNs, FFNs without a module of their own, models with two sides)"""
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the row for a transformers model.
-
-    Raises:
-        InputError: the model's type has no row; the message says what was found and how to describe it.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"model type {model_type!r} is not known; known: {', '.join(FAMILIES)}"
-            f"{nearest(str(model_type), FAMILIES)}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
-        )
-    rows = FAMILIES[model_type]
-    if isinstance(rows, Family):
-        return rows
-    present = {type(module).__name__ for module in model.modules()}
-    return next((row for row in rows if present & set(row.classes)), rows[0])
-
-
 def find_ffns(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
     """Return (name, module that holds the projections) of every FFN, in the model's order; all of them or an error.
 
     Raises:
         InputError: none found, fewer or more than the model's config names, or a part is missing or of a wrong type.
     """
-    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in family.classes]
+    found = [(name, module) for name, module in model.named_modules() if is_one(name, module, family)]
     expected = family.expected(model)
     if not found or (expected is not None and len(found) != expected):
         raise InputError(
             f"found {len(found)} of {expected if expected is not None else '?'} FFNs of class "
-            f"{' or '.join(map(repr, family.classes))}. {_candidates(model)}; {HOW_TO_DESCRIBE}"
+            f"{' or '.join(map(repr, family.classes))}. {candidates(model)}; {HOW_TO_DESCRIBE}"
         )
     for name, module in found:
         _check_parts(name, module, family)
     return found
+
+
+def is_one(name: str, module: nn.Module, family: Family) -> bool:
+    """Whether a module is meant by a family's `ffn`; of two paths one may lead from farther up, as under a head."""
+    if type(module).__name__ in family.classes or name in family.classes:
+        return True
+    return "." in name and any(
+        f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}")
+        for path in family.classes
+        if "." in path
+    )
 
 
 def _check_parts(name: str, module: nn.Module, family: Family) -> None:
@@ -195,31 +151,51 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in _projections(family)),
         (family.activation, (nn.Module,)),
         (family.dropout, (nn.Dropout,)),
-        (None if family.in_layer else family.hidden_dropout, (nn.Dropout,)),
+        (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
     ]
+    for projection in _projections(family):
+        _check_plain_weight(f"{name}.{projection}", children.get(projection))
     for part, allowed in kinds:
+        refuse_adapter(f"{name}.{part}", children.get(part or ""))
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
-            raise InputError(
-                f"{name}.{part} is {type(children.get(part)).__name__}; it must be {wanted}. Parts of {name}: {there}"
-            )
-    for part in _projections(family):
-        if not children[part].weight.is_floating_point():
-            raise InputError(
-                f"{name}.{part} is quantised ({children[part].weight.dtype}); load the model unquantised"
-            )
-    probability = getattr(module, family.hidden_dropout or "", 0.0)
-    if family.in_layer and not isinstance(probability, float | int):
+            kind, is_there = type(children.get(part)), part in children
+            what = f"{kind.__module__}.{kind.__name__}" if is_there else "missing"
+            merge = " (adapters are merged first; peft: merge_and_unload())" if is_there else ""
+            raise InputError(f"{name}.{part} is {what}; it must be {wanted}{merge}. Parts of {name}: {there}")
+
+
+def refuse_adapter(name: str, module: nn.Module | None) -> None:
+    """Raise InputError if a module wraps a projection, as peft's do."""
+    if hasattr(module, "base_layer"):
         raise InputError(
-            f"{name}.{family.hidden_dropout} is {probability!r}, not the probability of a dropout"
+            f"{name} ({type(module).__name__}) is an adapter; merge it into the weight (peft: merge_and_unload()) "
+            "before convert"
         )
 
 
+def _is_number(module: nn.Module, family: Family) -> bool:
+    return family.in_layer and isinstance(getattr(module, family.hidden_dropout or "", None), float | int)
+
+
+def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
+    """Raise InputError if a projection's weight is computed from others, or its numbers are not floats of torch."""
+    if projection is not None and parametrize.is_parametrized(projection):
+        raise InputError(  # before its weight is looked at: that can change it
+            f"{name} has a parametrization, which would not move with the neurons; remove it first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    weight = getattr(projection, "weight", None)
+    floats = isinstance(weight, Tensor) and weight.is_floating_point() and type(weight) in PLAIN_TENSORS
+    if (isinstance(weight, Tensor) and not floats) or "quantized" in type(projection).__module__:
+        raise InputError(f"{name} is quantised; load the model unquantised")
+
+
 def _projections(family: Family) -> tuple[str, ...]:
-    return tuple(part for part in (family.gate, family.up, family.down) if part is not None)
+    return tuple(dict.fromkeys(part for part in (family.gate, family.up, family.down) if part is not None))
 
 
-def _candidates(model: nn.Module) -> str:
+def candidates(model: nn.Module) -> str:
     """Say which classes of the model hold two or more projections: the FFN is among them."""
     seen: dict[str, str] = {}
     for module in model.modules():
@@ -248,6 +224,20 @@ def neurons_first(projection: nn.Linear, output: bool) -> Tensor:
     """Return the projection's weight as [F, D], a view: row i belongs to neuron i."""
     weight: Tensor = projection.weight
     return weight if neuron_dim(projection, output) == 0 else weight.T
+
+
+def halves(both: Tensor, fused: str, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the gate's and the up projection's part of what a fused one has of both, or returns, as views."""
+    at, interleaved = dim % both.ndim, fused.endswith("interleaved")
+    pairs = torch.unflatten(both, at, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(at + interleaved)
+    return (first, second) if fused.startswith("gate") else (second, first)
+
+
+def d_in(projection: nn.Module) -> int:
+    """Return the width of what a projection reads."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    return weight.shape[0 if isinstance(projection, Conv1D) else 1]
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from switchable.ffn.families import neuron_dim
@@ -26,17 +27,22 @@ from switchable.ffn.layer import SwitchableFFN
 
 
 def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[Tensor, int]]:
-    """Yield every parameter with a neuron axis, and which dimension that is."""
+    """Yield every parameter with a neuron axis, and which dimension that is; a fused projection's has 2F entries."""
     ssd = layer.ssd
-    for projection, output in (
-        (ssd.gate_projection, False),
-        (ssd.up_projection, False),
-        (ssd.down_projection, True),
-    ):
-        if projection is not None:
-            yield projection.weight, neuron_dim(projection, output)
-            if projection.bias is not None and not output:
-                yield projection.bias, 0
+    reads = dict.fromkeys(each for each in (ssd.gate_projection, ssd.up_projection) if each is not None)
+    for projection, output in (*((each, False) for each in reads), (ssd.down_projection, True)):
+        yield projection.weight, neuron_dim(projection, output)
+        if projection.bias is not None and not output:
+            yield projection.bias, 0
+
+
+def entries(layer: SwitchableFFN, perm_F: Tensor, size: int) -> Tensor:
+    """Return the order of the entries along a neuron axis of some size if the neurons are put in an order."""
+    if size == len(perm_F):
+        return perm_F
+    if (layer.ssd.settings.family.fused or "").endswith("interleaved"):
+        return torch.stack([2 * perm_F, 2 * perm_F + 1], dim=1).flatten()
+    return torch.cat([perm_F, perm_F + len(perm_F)])
 
 
 def store_by_neuron(layer: SwitchableFFN) -> None:

@@ -14,16 +14,21 @@ That forward stays as it is. What it calls is exchanged:
 
 (In a gated FFN the entrance is the projection under the activation, and the other one returns the factor 1.)
 
+What is a function there, and not a module, cannot be exchanged: an activation, the cutting in two of a fused gate and
+up projection. Then the entrance keeps the output y for the exit, and gives the layer one row of zeros, [1, .., 1, F] or
+2F, to apply its functions to; the exit takes no notice of what comes of it. The y kept is the calling thread's own;
+a layer that is run anew (gradient checkpointing) or in pieces calls entrance and exit in turns all the same.
+
 The FFN itself, with the router, becomes one more child of the layer, `switchable_ffn`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from switchable.errors import InputError
@@ -40,28 +45,42 @@ class Held(nn.Linear):
 
     def __init__(self, projection: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = projection.in_features, projection.out_features
+        vars(self).update({name: value for name, value in vars(projection).items() if name[0] != "_"})
         self.weight, self.bias = projection.weight, projection.bias
+        self._multiply = type(projection).forward
 
     def project(self, x: Tensor) -> Tensor:
         """Multiply, as the projection did."""
-        return nnf.linear(x, self.weight, self.bias)
+        y: Tensor = self._multiply(self, x)
+        return y
+
+
+class Kept(threading.local):
+    """An output on its way from entrance to exit, where the functions between would spoil it."""
+
+    y: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
 
 
 class Entrance(Held):
     """Stands where the input projection (of a gated FFN: the one under the activation) was."""
 
-    def __init__(self, projection: nn.Linear, ffn: nn.Module) -> None:
+    def __init__(self, projection: nn.Linear, ffn: nn.Module, kept: Kept | None) -> None:
         super().__init__(projection)
-        self._ffn = (ffn,)  # in a tuple: a reference, not a child
+        self._ffn, self._kept = (ffn,), kept  # in a tuple: a reference, not a child
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the FFN's output."""
+        """Return the FFN's output, or keep it and return zeros."""
         ffn: Any = self._ffn[0]
         if not torch.compiler.is_compiling():
             _check_held(ffn.ssd.name, ffn.ssd.called[:-1])  # the last is the activation
         y: Tensor = ffn(x)
-        return y
+        if self._kept is None:
+            return y
+        self._kept.y = y
+        return x.new_zeros(*(1 for _ in x.shape[:-1]), self.out_features)
 
 
 def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
@@ -89,9 +108,17 @@ class Factor(Held):
 class Exit(Held):
     """Stands where the output projection was."""
 
+    def __init__(self, projection: nn.Linear, kept: Kept | None) -> None:
+        super().__init__(projection)
+        self._kept = kept
+
     def forward(self, y: Tensor) -> Tensor:
         """Return what the entrance computed."""
-        return y
+        if self._kept is None:
+            return y
+        kept, self._kept.y = self._kept.y, None
+        assert kept is not None, "the layer calls the entrance first"
+        return kept
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
@@ -100,17 +127,43 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> None:
-    """Exchange what the layer's forward calls (see the module's text)."""
+def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable[[], None]:
+    """Exchange what the layer's forward calls (see the module's text); return what undoes it."""
+    kept = Kept() if family.activation is None or family.fused is not None else None
     first = family.gate or family.up
-    layer.set_submodule(first, Entrance(_linear(layer, first), ffn))
-    if family.gate is not None:
-        layer.set_submodule(family.up, Factor(_linear(layer, family.up)))
-    layer.set_submodule(family.down, Exit(_linear(layer, family.down)))
-    layer.set_submodule(family.activation, nn.Identity())
+    instead: dict[str, nn.Module] = {first: Entrance(_linear(layer, first), ffn, kept)}
+    if first != family.up:
+        instead[family.up] = Factor(_linear(layer, family.up))
+    instead[family.down] = Exit(_linear(layer, family.down), kept)
+    if family.activation is not None and kept is None:
+        instead[family.activation] = nn.Identity()
+    before = {path: layer.get_submodule(path) for path in instead}
+    probability = None
     if family.hidden_dropout is not None:
-        setattr(layer, family.hidden_dropout, 0.0)
+        probability = getattr(layer, family.hidden_dropout, None)
+        if isinstance(probability, float | int):
+            setattr(layer, family.hidden_dropout, 0.0)
+        else:
+            before[family.hidden_dropout] = layer.get_submodule(family.hidden_dropout)
+            instead[family.hidden_dropout] = nn.Identity()
+    for path, module in instead.items():
+        layer.set_submodule(path, module)
     layer.add_module(CHILD, ffn)
+    if isinstance(layer, nn.TransformerEncoderLayer):  # in evaluation it takes its weights and calls nothing,
+        ffn.register_forward_pre_hook(_stay_away)  # unless there are hooks
+
+    def undo() -> None:
+        for path, module in before.items():
+            layer.set_submodule(path, module)
+        if isinstance(probability, float | int):
+            setattr(layer, str(family.hidden_dropout), probability)
+        delattr(layer, CHILD)
+
+    return undo
+
+
+def _stay_away(_ffn: nn.Module, _args: object) -> None:
+    """Do nothing: it is enough to be there."""
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear:

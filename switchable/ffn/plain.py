@@ -7,12 +7,17 @@ all experts on it must be the dense layer. A parametrization is no trouble: the 
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError
 from switchable.ffn.placement import Entrance, Exit, Factor, Held
+from switchable.ffn.recording import close
 from switchable.ffn.ssd import SSD
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
@@ -31,7 +36,7 @@ def check_plain(ssd: SSD) -> None:
     """
     for path, module in ssd.called:
         if module is not ssd.activation and (
-            type(module).forward not in FORWARDS or "forward" in vars(module)
+            type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
         ):
             raise InputError(
                 f"{ssd.name}.{path} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}"
@@ -40,6 +45,53 @@ def check_plain(ssd: SSD) -> None:
             raise InputError(
                 f"{ssd.name}.{path} has hooks (or a mask), which sparse mode passes by; {REMEDY}"
             )
+
+
+def own_forwards(ssd: SSD) -> frozenset[Any]:
+    """Return the forwards of the projections' classes that do what `nn.Linear`'s does, as casting weights does.
+
+    Raises:
+        InputError: a class computes something else.
+    """
+    found = set()
+    for path, module in ssd.called:
+        own = type(module).forward
+        if module is ssd.activation or own in FORWARDS or parametrize.is_parametrized(module):
+            continue
+        if not _multiplies(cast(nn.Linear, module)):
+            raise InputError(
+                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; "
+                f"{REMEDY.replace('stay in dense mode', 'use nn.Linear')}"
+            )
+        found.add(own)
+    return frozenset(found)
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a projection returns x · weightᵀ + bias, with its slope, in training too."""
+    if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or module.weight.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(module.weight)
+
+    values = {name: random(*parameter.shape) for name, parameter in module.named_parameters()}
+    weight = values["weight"].T if isinstance(module, Conv1D) else values["weight"]
+    was_training = module.training
+    try:
+        for training in (False, True):
+            module.train(training)
+            x = random(2, 3, weight.shape[1]).requires_grad_()
+            with torch.enable_grad():
+                theirs = torch.func.functional_call(module, values, (x,))
+                ours = nnf.linear(x, weight, values.get("bias"))
+                slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (theirs, ours)]
+            if not close(theirs, ours) or not close(*slopes):
+                return False
+    finally:
+        module.train(was_training)
+    return True
 
 
 def check_movable(ssd: SSD) -> None:

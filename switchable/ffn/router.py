@@ -99,7 +99,8 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - what has a gradient
         ctx.save_for_backward(factor)
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # y itself, not a view of it: Falcon adds to its FFN's output in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:

@@ -11,6 +11,7 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
+import operator
 import threading
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,10 +19,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from switchable.compute.call import FFNWeights
-from switchable.errors import InputError, divisors_near
-from switchable.ffn.families import Family, activation_name, neurons_first
+from switchable.errors import InputError
+from switchable.ffn.families import Family, halves, neurons_first
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import project
 from switchable.ffn.router import Router
@@ -83,8 +85,10 @@ class SSD:
         self.settings = settings
         self._layer, self._home = layer, ffn if settings.family.in_layer else layer
         # Behind the switchable FFN the layer's own activation and dropout are put out of use (`placement.py`).
-        self._activation = ffn.get_submodule(settings.family.activation) if settings.family.in_layer else None
+        self._activation = _activation_of(ffn, settings.family)
         self._dropout = _dropout_of_layer(ffn, settings.family)
+        self.own_forwards: frozenset[Any] = frozenset()
+        """Forwards of the projections' classes that multiply by the weight and add the bias, as `nn.Linear`'s."""
         self.mode = "dense"
         """`"dense"` or `"sparse"`: how the layer multiplies now."""
         self.takes_part = True
@@ -182,14 +186,14 @@ class SSD:
     @property
     def activation(self) -> nn.Module:
         """The activation's module."""
-        return self._activation or self.part(self.settings.family.activation)
+        return self._activation or self.part(cast(str, self.settings.family.activation))
 
     @property
     def called(self) -> list[tuple[str, nn.Module]]:
         """What dense mode calls, each by its path: projections and activation."""
         family = self.settings.family
-        paths = [path for path in (family.gate, family.up, family.down) if path is not None]
-        return [*((path, self.part(path)) for path in paths), (family.activation, self.activation)]
+        paths = dict.fromkeys(path for path in (family.gate, family.up, family.down) if path is not None)
+        return [*((path, self.part(path)) for path in paths), (family.activation or "", self.activation)]
 
     @property
     def hidden_dropout(self) -> float:
@@ -202,19 +206,22 @@ class SSD:
     @property
     def weights(self) -> FFNWeights:
         """The parameters, neuron by neuron (views)."""
-        gate = self.gate_projection
-        return FFNWeights(
-            up_FD=neurons_first(self.up_projection, output=False),
-            down_FD=neurons_first(self.down_projection, output=True),
-            up_bias_F=self.up_projection.bias,
-            gate_FD=None if gate is None else neurons_first(gate, output=False),
-            gate_bias_F=None if gate is None else gate.bias,
-        )
+        up, gate, fused = self.up_projection, self.gate_projection, self.settings.family.fused
+        reads: list[Tensor | None] = [neurons_first(up, output=False), up.bias]
+        under: list[Tensor | None] = [None, None]
+        if fused is not None:
+            both = [(None, None) if each is None else halves(each, fused, 0) for each in reads]
+            under, reads = ([pair[k] for pair in both] for k in (0, 1))
+        elif gate is not None:
+            under = [neurons_first(gate, output=False), gate.bias]
+        down_FD = neurons_first(self.down_projection, output=True)
+        return FFNWeights(cast(Tensor, reads[0]), down_FD, reads[1], *under)
 
     @property
     def reads_FD(self) -> Tensor:
         """What decides whether a neuron fires: its row of the input projection, of a gated FFN that of the gate."""
-        return neurons_first(self.gate_projection or self.up_projection, output=False)
+        weights = self.weights
+        return weights.up_FD if weights.gate_FD is None else weights.gate_FD
 
     def activations(self, x: Tensor) -> Tensor:
         """Return the neurons' activations, act(up · x) or act(gate · x) ⊙ (up · x), of shape [..., F].
@@ -222,13 +229,19 @@ class SSD:
         A neuron is active where its activation is not zero.
         """
         gate = self.gate_projection
-        hidden: Tensor = self.activation(project(gate or self.up_projection, x))
-        return hidden if gate is None else hidden * project(self.up_projection, x)
+        before = project(gate or self.up_projection, x)
+        if gate is None:
+            return cast(Tensor, self.activation(before))
+        if self.settings.family.fused is not None:
+            before, up = halves(before, self.settings.family.fused, -1)
+            return cast(Tensor, self.activation(before)) * up
+        return cast(Tensor, self.activation(before)) * project(self.up_projection, x)
 
     def write(self, hidden: Tensor) -> Tensor:
         """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
         dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
-        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+        casts = self.own_forwards or torch.is_autocast_enabled(hidden.device.type)
+        if hidden.dtype != dtype and not casts:
             hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 
@@ -238,51 +251,16 @@ class SSD:
         return nnf.dropout(hidden, dropout, training) if dropout else hidden
 
 
-def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
-    """Return the activation's name in `ACT2FN`, D and F of an FFN.
-
-    Args:
-        ffn: the module that holds the projections.
-        family: what they are called.
-        name: its name in the model, for messages.
-
-    Raises:
-        InputError: the activation has no name in `ACT2FN`.
-    """
-    act = ffn.get_submodule(family.activation)
-    activation = activation_name(act)
-    if activation is None:
-        raise InputError(
-            f"the activation of {name}, {type(act).__name__}, has parameters of its own or no name in transformers' "
-            "ACT2FN; use e.g. nn.ReLU"
-        )
-    d_ff, d_model = neurons_first(cast(nn.Linear, ffn.get_submodule(family.up)), output=False).shape
-    return activation, d_model, d_ff
-
-
-def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
-    """Return the settings of a switchable FFN in the place of another.
-
-    Args:
-        ffn: the module that holds the projections.
-        family: what they are called.
-        name: its name in the model, for messages.
-        config: with a value for every setting.
-
-    Raises:
-        InputError: E does not divide F, or the activation has no name in `ACT2FN`.
-    """
-    activation, d_model, d_ff = facts_of(ffn, family, name)
-    if d_ff % config.num_experts:
-        allowed = ", ".join(str(d) for d in divisors_near(d_ff, config.num_experts))
-        raise InputError(
-            f"num_experts={config.num_experts} does not divide d_ff={d_ff} of {name}; use one of {allowed}"
-        )
-    return FFNSettings(family, name, activation, d_model, d_ff, config)
+def _activation_of(ffn: nn.Module, family: Family) -> nn.Module | None:
+    """Return the activation, or None where its module stays among the FFN's children."""
+    if family.activation is None:
+        return cast(nn.Module, ACT2FN[family.activation_fn])
+    return ffn.get_submodule(family.activation) if family.in_layer else None
 
 
 def _dropout_of_layer(ffn: nn.Module, family: Family) -> float | None:
-    """Return the probability that the model's layer keeps as a number, or None where the dropout is a module."""
+    """Return the probability of a dropout that the switchable FFN takes over from a layer, or None."""
     if not family.in_layer or family.hidden_dropout is None:
         return None
-    return float(getattr(ffn, family.hidden_dropout))
+    dropout = operator.attrgetter(family.hidden_dropout)(ffn)
+    return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)

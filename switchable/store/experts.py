@@ -62,10 +62,12 @@ def _restore(model: nn.Module, described: Mapping[str, Mapping[str, Any]], store
             "this model is the baseline `moe` of a comparison: its experts' outputs are scaled, so it has no dense "
             "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
         )
-    parts: dict[str, Any] = first.get("family") or {}  # which version 0.1 did not write
-    parts = {name: tuple(value) if isinstance(value, list) else value for name, value in parts.items()}
-    family = Family(**parts) if parts else None
-    convert(model, SwitchConfig(num_experts=first["num_experts"], experts_per_token=1), family)
+    parts = [
+        each["family"] for each in described.values() if each.get("family")
+    ]  # version 0.1 did not write them
+    families = list(dict.fromkeys(map(Family.from_values, parts)))
+    config = SwitchConfig(num_experts=first["num_experts"], experts_per_token=1)
+    convert(model, config, families or None, trusted=bool(families))
     if len(described) != len(layers_of(model)):
         raise InputError(f"there are {len(described)} of them for {len(layers_of(model))} FFNs")
     for layer in layers_of(model):

@@ -14,17 +14,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
+from switchable.ffn.agreement import families_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.families import family_of, find_ffns, neurons_first
+from switchable.ffn.facts import facts_of
+from switchable.ffn.families import find_ffns
 from switchable.settings import SwitchConfig
 from switchable.store.experts import descriptions
 from switchable.store.load import load
@@ -130,9 +131,9 @@ class Loader:
 
     def _other(self, source: Source) -> PreTrainedModel:
         model = load_pretrained(source.path).float()
-        family = family_of(model)
-        projection = cast(nn.Linear, find_ffns(model, family)[0][1].get_submodule(family.up))
-        d_ff = len(neurons_first(projection, output=False))
+        family = families_of(model)[0][0]
+        name, ffn = find_ffns(model, family)[0]
+        *_, d_ff = facts_of(ffn, family, name)
         experts = self.num_experts or max(divisors_near(d_ff, 32), key=lambda d: (-abs(d - 32), d))
         per_token = self.experts_per_token or max(1, round(experts * 3 / 16))
         convert(model, SwitchConfig(num_experts=experts, experts_per_token=per_token))

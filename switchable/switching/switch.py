@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.layout import neuron_parameters
+from switchable.ffn.layout import entries, neuron_parameters
 from switchable.ffn.plain import check_movable
 from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
@@ -111,7 +111,7 @@ def _permute(
             moving += state_of(parameter, dim, optimizer)
         # Wrappers and what they wrap may hold one tensor; twice moved it would be wrong.
         for tensor, at in {id(tensor): (tensor, at) for tensor, at in moving}.values():
-            permute(tensor, at, perm_F)
+            permute(tensor, at, entries(layer, perm_F, tensor.shape[at]))
     layer.ssd.neuron_ids_F = layer.ssd.neuron_ids_F[perm_F]
 
 

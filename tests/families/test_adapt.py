@@ -21,7 +21,7 @@ from switchable.cli import main
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.families import family_of
+from switchable.ffn.table import row_of
 from switchable.infer.generate import write
 from switchable.store.load import load, load_pretrained
 from switchable.train.optim import in_float32
@@ -270,13 +270,13 @@ def test_relu_in_the_config(case: str, setting: str, value: str) -> None:
     model = make("t5-gated" if case == "gelu-gated-t5" else case)
     if case == "gelu-gated-t5":
         model.config.feed_forward_proj = "gated-gelu"
-    changed = with_relu(model.config, family_of(model))
+    changed = with_relu(model.config, row_of(model))
     assert getattr(changed, setting) == value
     again = type(model)(changed)
     convert(again, SwitchConfig(num_experts=8, experts_per_token=2))
     assert {layer.ssd.settings.activation for layer in layers_of(again)} == {"relu"}
     with pytest.raises(InputError, match="already: leave out --relufy"):
-        with_relu(changed, family_of(model))
+        with_relu(changed, row_of(model))
 
 
 def test_bad_input(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from switchable import Family, InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.families import FAMILIES, family_of
 from switchable.ffn.ssd import RESERVED
+from switchable.ffn.table import FAMILIES, row_of
 from switchable.infer.loss import positions_of
 from switchable.switching.monitor import measure
 from switchable.switching.switch import regroup
@@ -141,15 +141,20 @@ def test_encoder_and_decoder_are_counted_each_by_its_own_number() -> None:
     assert not layers_of(model)
 
 
-def test_an_unknown_family_says_what_was_found_and_how_to_describe_it() -> None:
-    model = make("opt")
-    model.config.model_type = "optt"
+def test_a_model_without_ffns_says_what_was_found_and_how_to_describe_one() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.norm(self.up(x).relu()))
+
     with pytest.raises(InputError) as raised:
-        convert(model, CONFIG)
+        convert(nn.Sequential(Layer()), CONFIG)
     message = str(raised.value)
-    assert "model type 'optt' is not known" in message
-    assert "did you mean 'opt'" in message
-    assert "OPTDecoderLayer (fc1 (64, 16), fc2 (16, 64))" in message
+    assert "between 0.up and 0.down, 0.norm (LayerNorm) has parameters" in message
+    assert "Layer (up (24, 6), down (6, 24))" in message
     assert message.count("\n    ") == 3
 
 
@@ -170,7 +175,7 @@ def test_a_row_that_leaves_out_a_part_is_noticed() -> None:
     model = nn.Sequential(Scaled())
     with pytest.raises(InputError, match=r"0 \(Scaled\) computes something else"):
         convert(model, SwitchConfig(num_experts=4, experts_per_token=2), Family("Scaled", "up", "down"))
-    with pytest.raises(InputError, match=r"0\.gate is NoneType; it must be Linear or Conv1D"):
+    with pytest.raises(InputError, match=r"0\.gate is missing; it must be Linear or Conv1D"):
         convert(
             model,
             SwitchConfig(num_experts=4, experts_per_token=2),
@@ -279,8 +284,8 @@ def test_conversion_survives_a_copy_and_generation() -> None:
 
 
 def test_which_row_depends_on_the_model_not_only_on_its_type() -> None:
-    assert family_of(make("t5")).ffn == "T5DenseActDense"
-    assert family_of(make("t5-gated")).gate == "wi_0"
+    assert row_of(make("t5")).ffn == "T5DenseActDense"
+    assert row_of(make("t5-gated")).gate == "wi_0"
 
 
 @pytest.mark.parametrize("case", ["gpt2", "opt", "bert", "roberta", "xlm-roberta", "electra", "bart-decoder"])

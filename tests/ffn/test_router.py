@@ -61,7 +61,7 @@ def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
     y = torch.tensor([2.0], requires_grad=True)
     w = torch.tensor(3.0, requires_grad=True)
     factor = torch.tensor(1.0)
-    out = attach_loss(y, w * w, factor)
+    out = attach_loss(1 * y, w * w, factor)
     factor.data.fill_(0.5)  # what it is in the backward pass counts
     (5.0 * out).sum().backward()
     assert torch.equal(out.detach(), y.detach())

@@ -156,7 +156,8 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_a_family_of_the_users_own_is_remembered(tmp_path: Path) -> None:
-    from switchable.ffn.families import FAMILIES, Family
+    from switchable.ffn.families import Family
+    from switchable.ffn.table import FAMILIES
 
     model = make("gpt2")
     row = FAMILIES["gpt2"]

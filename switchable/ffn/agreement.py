@@ -1,0 +1,135 @@
+"""Which families a model's FFNs are, and that the model computes with switchable FFNs what it did before.
+
+The table's rows that exchange a module compare that module alone (`convert`). All else, found or described, is compared
+as a whole model: outputs in evaluation, outputs and gradients in training with the same random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.families import HOW_TO_DESCRIBE, Family
+from switchable.ffn.finder import find_families, refuse_others
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.recording import distance, tolerance
+from switchable.ffn.table import row_of
+from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
+from switchable.options import checked
+
+LOOSE = 10.0
+"""Times the rounding of one layer that whole models may differ."""
+
+
+def families_of(
+    model: nn.Module,
+    given: Family | Sequence[Family] | None = None,
+    example_inputs: Inputs | None = None,
+    trusted: bool = False,
+) -> tuple[list[Family], Trial | None]:
+    """Return what a model's FFNs are, and the trial in which that can be checked; None where it need not or cannot.
+
+    Raises:
+        InputError: they are neither described nor known nor found; the message says why.
+    """
+    row = row_of(model) if given is None else None
+    if given is None and row is None:
+        with module_state(model):  # a parametrization's, in training, change as its weight is looked at
+            refuse_others(model)
+            trial = Trial(model, example_inputs)
+            return find_families(model, trial), trial
+    listed = given if isinstance(given, list | tuple) else [given or row]
+    families = [checked("family", each, Family) for each in listed]
+    trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
+    return families, None if trusted else _tried(model, example_inputs)
+
+
+def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:
+    try:
+        return Trial(model, example_inputs)
+    except InputError:
+        if example_inputs is not None:
+            raise
+        return None
+
+
+@torch.no_grad()
+def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
+    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
+
+    Raises:
+        InputError: they differ, or the module wants more than one input.
+    """
+    weight = layer.ssd.up_projection.weight
+    if weight.is_meta:
+        return
+    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
+    was_training = ffn.training
+    ffn.eval()
+    layer.eval()
+    try:
+        before, after = ffn(x_BSD), layer(x_BSD)
+    except TypeError as error:
+        raise InputError(
+            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
+        ) from None
+    finally:
+        ffn.train(was_training)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        raise InputError(
+            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
+            "has it a part that is not described (a gate, a norm, a factor)?"
+        )
+
+
+def check_same_answers(
+    trial: Trial, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
+) -> None:
+    """Put switchable FFNs in place, unless the model computes something else then.
+
+    Args:
+        trial: of the model without them.
+        layers: the switchable FFNs.
+        place: what puts each in its place, and returns what undoes it.
+
+    Raises:
+        InputError: it does, or it fails; they have been taken out again.
+    """
+    before = trial.answers()
+    undo = [each() for each in place]
+    kept = [(layer.ssd.activation_l1, layer.ssd.router_learns) for layer in layers]
+    for layer in layers:
+        layer.ssd.activation_l1, layer.ssd.router_learns = 0.0, False
+    problem = None
+    try:
+        after = trial.answers()
+        if not _same(before, after):
+            problem = "the model computes something else with it"
+    except FAILURES as error:
+        problem = f"the model fails with it ({error})".splitlines()[0]
+    finally:
+        for layer, (l1, learns) in zip(layers, kept, strict=True):
+            layer.ssd.activation_l1, layer.ssd.router_learns = l1, learns
+    if problem is None:
+        return
+    for each in reversed(undo):
+        each()
+    raise InputError(
+        f"{layers[0].ssd.settings.family} does not describe what {layers[0].ssd.name} computes: {problem}; are gate "
+        f"and up in the right places, and is there a part that is not described (a norm, a factor, a dropout)? "
+        f"{HOW_TO_DESCRIBE}"
+    )
+
+
+def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    if len(before) != len(after):
+        return False
+    scale = max((float(y.abs().max()) for y in before if y.numel()), default=0.0)
+    return all(
+        distance(b, a) <= LOOSE * tolerance(a) or float((b - a).abs().max()) <= 1e-6 * scale
+        for a, b in zip(before, after, strict=True)
+        if a.numel()
+    )

@@ -1,0 +1,217 @@
+"""Which module an FFN found by its structure is, or stands in, and what its parts are called there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from switchable.errors import InputError
+from switchable.ffn.families import Family, activation_name, halves
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.matching import Match
+from switchable.ffn.recording import Call, close
+from switchable.ffn.ssd import RESERVED
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def family_at(
+    model: nn.Module, match: Match, seen: Sequence[Call], trained: Sequence[Call]
+) -> tuple[str, Family]:
+    """Return the path of the module that holds an FFN's projections, and the family (its `ffn` is still to be named).
+
+    Args:
+        model: the model, with a probability of its own for each dropout.
+        match: the FFN.
+        seen: calls in evaluation.
+        trained: calls in training.
+
+    Raises:
+        InputError: a dropout cannot be found, or is used elsewhere too.
+    """
+    paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
+    probability = _probability(match, trained)
+    for home in _above(paths):
+        family = _as_module(model, home, match, seen, trained, probability)
+        if family is not None:
+            return home, family
+        if not isinstance(model.get_submodule(home), CONTAINERS):
+            break
+    for home in _above(paths):
+        if isinstance(model.get_submodule(home), CONTAINERS):
+            continue
+        family = _in_layer(model, home, match, seen, trained, probability)
+        if family is not None:
+            return home, family
+    raise InputError(
+        f"before {match.down.name} a dropout of {probability:.2g} is applied whose nn.Dropout or attribute is not to "
+        "be found, or is used elsewhere too; FFNs cannot take it over"
+    )
+
+
+def _above(paths: Sequence[str]) -> Iterator[str]:
+    """The paths of what holds all of some modules, innermost first."""
+    parts = [path.split(".")[:-1] for path in paths]
+    common = 0
+    while all(len(each) > common and each[common] == parts[0][common] for each in parts):
+        common += 1
+    for length in range(common, -1, -1):
+        yield ".".join(parts[0][:length])
+
+
+def _of(calls: Sequence[Call], name: str) -> list[Call]:
+    return [call for call in calls if call.name == name]
+
+
+def _probability(match: Match, trained: Sequence[Call]) -> float:
+    """Return the probability of the dropout before the output projection, 0 without one."""
+    x = _of(trained, match.down.name)[0].x
+    gate = _of(trained, match.gate.name)[0].y
+    up = None if match.up is None else _of(trained, match.up.name)[0].y
+    assert x is not None
+    assert gate is not None
+    expected = match.hidden(gate, up)
+    if close(expected, x):
+        return 0.0
+    kept = x != 0
+    large = kept & (expected.abs() > 0.1 * expected.abs().max())
+    scale = float((x[large].double() / expected[large].double()).median()) if large.any() else 0.0
+    if scale <= 1 or not close(torch.where(kept, expected * scale, 0.0), x):
+        raise InputError(
+            f"in training, {match.down.name} is given something else than in evaluation, and no dropout explains it"
+        )
+    return 1 - 1 / scale
+
+
+def _as_module(
+    model: nn.Module,
+    home: str,
+    match: Match,
+    seen: Sequence[Call],
+    trained: Sequence[Call],
+    probability: float,
+) -> Family | None:
+    """Return the family if a module is the FFN and nothing else."""
+    module = model.get_submodule(home)
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    names = [name for name, _ in module.named_children()]
+    taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name in names)
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    own_calls, its_calls = _of(seen, home), _of(seen, match.down.name)
+    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls:
+        return None
+    if not all(
+        c.alone and close(c.x, g.x) and close(c.y, d.y)
+        for c, g, d in zip(own_calls, _of(seen, match.gate.name), its_calls, strict=True)
+    ):
+        return None
+    behind = None
+    ends, inside = _of(trained, home)[0].y, _of(trained, match.down.name)[0].y
+    if not close(ends, inside):
+        behind = next(
+            (
+                c.name
+                for c in trained
+                if isinstance(c.module, nn.Dropout)
+                and c.name.startswith(f"{home}.")
+                and close(c.x, inside)
+                and close(c.y, ends)
+            ),
+            None,
+        )
+        if behind is None:
+            return None
+    hidden = None
+    if probability:
+        hidden = _dropout_module(model, home, probability)
+        if hidden is None:
+            return None
+    return _family(home, match, seen, hidden, False, None if behind is None else behind[len(home) + 1 :])
+
+
+def _in_layer(
+    model: nn.Module,
+    home: str,
+    match: Match,
+    seen: Sequence[Call],
+    trained: Sequence[Call],
+    probability: float,
+) -> Family | None:
+    module = model.get_submodule(home)
+    for call in (match.down, match.gate, match.up):
+        if call is not None and not isinstance(call.module, nn.Linear):
+            raise InputError(
+                f"{call.name} is a {type(call.module).__name__} within a layer; use nn.Linear there"
+            )
+    hidden = None
+    if probability:
+        hidden = next(
+            (n for n, v in vars(module).items() if "drop" in n and _is_it(v, probability)), None
+        ) or _dropout_module(model, home, probability)
+        if hidden is None:
+            return None
+        path = f"{home}.{hidden}" if home else hidden
+        if hidden not in vars(module) and len(_of(trained, path)) != len(_of(trained, match.down.name)):
+            return None
+    return _family(home, match, seen, hidden, True, None)
+
+
+def _is_it(value: object, probability: float) -> bool:
+    return isinstance(value, float) and abs(value - probability) < 0.015
+
+
+def _dropout_module(model: nn.Module, home: str, probability: float) -> str | None:
+    """Return the path, from a module, of the dropout with a probability in it."""
+    for name, module in model.get_submodule(home).named_modules():
+        if isinstance(module, nn.Dropout) and _is_it(module.p, probability):
+            return str(name)
+    return None
+
+
+def _family(
+    home: str, match: Match, seen: Sequence[Call], hidden: str | None, in_layer: bool, dropout: str | None
+) -> Family:
+    start = len(home) + 1 if home else 0
+    gate = match.gate.name[start:]
+    up = match.up.name[start:] if match.up is not None else gate
+    gated = match.up is not None or match.fused is not None
+    activation = None if in_layer and match.fused else _activation_module(home, match, seen)
+    return Family(
+        "",
+        up,
+        match.down.name[start:],
+        activation=None if activation is None else activation[start:],
+        activation_fn=match.activation if activation is None else None,
+        gate=gate if gated else None,
+        fused=match.fused,
+        hidden_dropout=hidden,
+        dropout=dropout,
+        in_layer=in_layer,
+        layers="",
+    )
+
+
+def _activation_module(home: str, match: Match, seen: Sequence[Call]) -> str | None:
+    """Return the path of the activation, None where it is a function."""
+    count = len(_of(seen, match.down.name))
+    for call in seen:
+        inside = call.name.startswith(f"{home}.") if home else True
+        if (
+            inside
+            and not list(call.module.children())
+            and activation_name(call.module) == match.activation
+            and _reads_gate(call, match)
+            and len(_of(seen, call.name)) == count
+        ):
+            return call.name
+    return None
+
+
+def _reads_gate(call: Call, match: Match) -> bool:
+    gate: Tensor | None = match.gate.y
+    assert gate is not None
+    if match.fused is not None:
+        gate = halves(gate, match.fused, -1)[0]
+    return close(call.x, gate)

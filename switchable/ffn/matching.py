@@ -1,0 +1,111 @@
+"""Which projections of a pass belong together as an FFN, by the numbers that went through them.
+
+Shapes: D d_model, F d_ff.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+from transformers.activations import ACT2CLS, ACT2FN
+
+from switchable.ffn.families import FUSED, PROJECTIONS, d_in, halves
+from switchable.ffn.recording import Call, close
+
+NEAR = 12
+"""Projections called before the output projection among which the others are looked for."""
+ACTIVATIONS = (
+    "relu",
+    "relu2",
+    *(name for name in ACT2CLS if name not in ("relu", "relu2", "linear", "prelu", "xielu")),
+)
+"""Those without parameters, the likeliest first."""
+
+
+@cache
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """Return an activation; building one takes longer than calling it on a few numbers."""
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act
+
+
+@dataclass(frozen=True)
+class Match:
+    """Projections that are an FFN's in one call of each."""
+
+    down: Call
+    gate: Call
+    """The projection under the activation."""
+    up: Call | None
+    """What the activation is multiplied with; None without a gate or where both are one."""
+    fused: str | None
+    activation: str
+
+    def hidden(self, gate: Tensor, up: Tensor | None, activation: str | None = None) -> Tensor:
+        """Return what the output projection should be given for what the others return."""
+        act = activation_named(activation or self.activation)
+        if self.fused is not None:
+            gate, up = halves(gate, self.fused, -1)
+        after: Tensor = act(gate)
+        return after if up is None else after * up
+
+
+def consistent(seen: Sequence[Call]) -> dict[str, Match]:
+    """Return one match for each output projection whose every call is one with the same others."""
+    calls = [c for c in seen if isinstance(c.module, PROJECTIONS) and c.x is not None and c.y is not None]
+    counts = Counter(call.name for call in calls)
+    found: dict[str, list[Match]] = defaultdict(list)
+    for i, down in enumerate(calls):
+        match = next(_matches(down, calls[max(0, i - NEAR) : i][::-1]), None)
+        if match is not None:
+            found[down.name].append(match)
+    alike = {}
+    for name, each in found.items():
+        parts = {(m.gate.name, m.up.name if m.up else None, m.fused) for m in each}
+        used = [counts[c.name] for c in (each[0].down, each[0].gate, each[0].up) if c is not None]
+        if len(parts) == 1 and set(used) == {len(each)}:
+            alike[name] = each[0]
+    return _ffns_among(alike)
+
+
+def _matches(down: Call, earlier: Sequence[Call]) -> Iterator[Match]:
+    """Yield what could be an FFN with this output projection, nearest first."""
+    assert down.x is not None
+    assert down.y is not None
+    d_ff, d_model, tokens = down.x.shape[-1], down.y.shape[-1], down.x.shape[:-1].numel()
+    near = [c for c in earlier if d_in(c.module) == d_model and c.y is not None]
+    near = [c for c in near if c.y is not None and c.y.shape[:-1].numel() == tokens and c.name != down.name]
+    single = [c for c in near if c.y is not None and c.y.shape[-1] == d_ff]
+    options: list[tuple[Call, Call | None, str | None]] = [(c, None, None) for c in single]
+    options += [(g, u, None) for g in single for u in single if g is not u and close(g.x, u.x)]
+    options += [
+        (c, None, fused) for c in near if c.y is not None and c.y.shape[-1] == 2 * d_ff for fused in FUSED
+    ]
+    for gate, up, fused in options:
+        for activation in ACTIVATIONS:
+            match = Match(down, gate, up, fused, activation)
+            assert gate.y is not None
+            factor = None if up is None else up.y
+            few = match.hidden(_one(gate.y), None if factor is None else _one(factor))
+            if close(few, _one(down.x)) and close(match.hidden(gate.y, factor), down.x):
+                yield match
+
+
+def _one(numbers: Tensor) -> Tensor:
+    """Those of the first token: most options are ruled out by them."""
+    return numbers.flatten(0, -2)[0] if numbers.ndim > 1 else numbers
+
+
+def _ffns_among(found: dict[str, Match]) -> dict[str, Match]:
+    """Leave out what is no layer's (a head) and what is narrower than the model (an adapter), if others are not."""
+    for belongs in (
+        lambda m: any(part.isdigit() for part in m.down.name.split(".")[:-1]),
+        lambda m: m.down.x.shape[-1] >= m.down.y.shape[-1],
+    ):
+        chosen = {name: match for name, match in found.items() if belongs(match)}
+        found = chosen or found
+    return found
