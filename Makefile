@@ -2,6 +2,7 @@
 #   make demo    set up, pre-train a small model with SSD, draw and print what happened (about 5 minutes, 2 cores)
 #   make test    set up, run the tests
 #   make lint    set up, run ruff and mypy
+#   make gpu     set up, test and measure on this machine's GPU; writes benchmarks/results/DATE-GPU.json
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 # More flags for the demo's run, e.g. make demo ARGS="--data ../my-text"
 ARGS ?=
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint gpu setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -32,6 +33,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+gpu: $(READY)
+	@$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf runs build dist

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a random GPT-2 type model with switchable FFNs, and its parity check."""
+"""What the benchmarks share: a random GPT-2 type model with switchable FFNs, and the parity check of decoding."""
 
 from __future__ import annotations
 
@@ -29,16 +29,6 @@ def random_gpt2(
     return model
 
 
-def parity_error(model: nn.Module, ids_BS: Tensor) -> float:
-    """Return the relative difference, all experts on against dense: the larger of logits and of the gradients."""
-    with kept_modes(model):
-        set_mode(model, "dense")
-        dense = _logits_and_gradients(model, ids_BS)
-        set_mode(model, "sparse", layers_of(model)[0].ssd.num_experts)
-        sparse = _logits_and_gradients(model, ids_BS)
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(sparse, dense, strict=True))
-
-
 @torch.no_grad()
 def decoding_parity_error(model: nn.Module, ids_BS: Tensor) -> float:
     """Return the relative difference of logits without gradients, token by token, all experts on against dense."""
@@ -50,14 +40,3 @@ def decoding_parity_error(model: nn.Module, ids_BS: Tensor) -> float:
                 [model(input_ids=ids_B1, use_cache=False).logits for ids_B1 in ids_BS.split(1, dim=1)], dim=1
             )
     return float((logits["sparse"] - logits["dense"]).norm() / logits["dense"].norm())
-
-
-def _logits_and_gradients(model: nn.Module, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-    model.zero_grad(set_to_none=True)
-    out = model(input_ids=ids_BS, labels=ids_BS, use_cache=False)
-    out.loss.backward()
-    grads = [
-        p.grad.reshape(-1) for n, p in model.named_parameters() if ".router." not in n and p.grad is not None
-    ]
-    model.zero_grad(set_to_none=True)
-    return out.logits.detach(), torch.cat(grads)

@@ -33,7 +33,7 @@ VOCABULARY, POSITIONS, EXPERTS, K = 8192, 256, 32, 6
 
 def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[str, float]:
     """Return tokens per second of `generate` in each mode, timed in turns."""
-    prompt = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
 
     def generate(mode: str) -> None:
         set_mode(model, mode)

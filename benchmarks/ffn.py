@@ -11,6 +11,8 @@ transformers' (`transformers_mm.py`); the latter copies the weights once per tok
 `eager` is our reference, which stands for the loop over experts that transformers calls eager. `auto` is the backend
 that it chooses.
 
+Of the gated FFN (Llama's, D=768, F=2,048) only dense, `eager` and `fused` train; its whole layer is in bfloat16's run.
+
     share of ideal = speedup · K/E        with router = dense / (sparse + scoring and choosing the experts)
     share of matmul = FLOP/s / FLOP/s of one large product        memory = most bytes allocated, over dense's
 
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ffn_bfloat16
-from benchmarks._ffn_layer import TRAINING, TRANSFORMERS, Layer, Shape
+from benchmarks._ffn_layer import GATED, TRAINING, TRANSFORMERS, Layer, Shape
 from benchmarks._memory import peak_bytes
 from switchable.compute.choose import choose
 from switchable.timing import Times, processor, take_turns
@@ -56,6 +58,7 @@ def parity_errors() -> list[str]:
     lines = []
     for shape, names in (
         (Shape(300, 64, 256, 8, 3), ("fused", "sorted", "grouped_mm", "batched_mm")),
+        (Shape(300, 64, 256, 8, 3, gated=True), ("fused",)),
         (Shape(2, 64, 256), ("decode",)),
     ):
         layer = Layer(shape)
@@ -82,14 +85,14 @@ def _results(layer: Layer, name: str, backward: bool) -> dict[str, Tensor]:
 def train_row(shape: Shape, seconds: float) -> dict[str, Any]:
     """Time forward and backward."""
     layer = Layer(shape)
-    names = ("dense", "eager", "grouped_mm", "sorted", "fused")
+    names = ("dense", "eager", *(() if shape.gated else ("grouped_mm", "sorted")), "fused")
     product = partial(
         torch.mm, layer.x_TD.detach(), layer.up.weight.detach().t(), out=torch.empty(shape.T, shape.F)
     )
     calls: dict[str, Callable[[], object]] = {name: partial(layer.train, name) for name in names}
     times = take_turns({**calls, "router": layer.route, "product": product}, seconds)
     flops = 3 * shape.forward_flops
-    rate = shape.forward_flops / 2 / times.median("product")
+    rate = shape.product_flops / times.median("product")
     row = _row(shape, times, "train", names, choose(layer.call()).name)
     row["share_of_ideal"] = row["speedup"][OURS["train"]] * shape.K / shape.E
     row["share_of_matmul"] = {
@@ -167,7 +170,7 @@ def main() -> int:
         return 1
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     rows = []
-    for shape in TRAINING:
+    for shape in (*TRAINING, GATED):
         rows.append(train_row(shape, seconds))
         report(rows[-1])
     for shape in DECODING:
@@ -180,6 +183,7 @@ def main() -> int:
         "train_speedup": train["speedup"][OURS["train"]],
         "train_vs_best_transformers": train["vs_best_transformers"],
         "train_share_of_ideal": train["share_of_ideal"],
+        "train_gated_speedup": by_shape["train", str(GATED)]["speedup"][OURS["train"]],
         "train_memory_share": train["peak_mib"][OURS["train"]] / train["peak_mib"]["dense"],
         "decode_ffn_speedup": decoding["speedup"][OURS["decode"]],
         "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},

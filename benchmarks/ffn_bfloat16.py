@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks._ffn_layer import TRAINING, Layer, Shape
+from benchmarks._ffn_layer import GATED, TRAINING, Layer, Shape, dense_ffn
 from benchmarks._memory import peak_bytes
 from switchable import Family, SwitchConfig, convert, set_mode
-from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.timing import processor, take_turns
 
@@ -48,9 +47,8 @@ class HalfLayer(Layer):
                 y_TD: Tensor = self.whole(own["x"][None])[0]
                 return y_TD
             if way == "dense":
-                return linear(torch.relu(linear(own["x"], own["up"], own["bias"])), own["dense down"])
-            weights = FFNWeights(own["up"], own["down"], own["bias"])
-            return expert_ffn(ExpertCall(own["x"], weights, self.ids_TK, self.shape.E, "relu"), way)
+                return dense_ffn(own, own["dense down"])
+            return expert_ffn(self.call(own), way)
 
     def _zero_grad(self) -> None:
         super()._zero_grad()
@@ -79,13 +77,15 @@ class HalfLayer(Layer):
 
 def _switchable(shape: Shape) -> nn.Module:
     """A converted FFN of this shape in sparse mode."""
-    config = GPT2Config(n_embd=shape.D, activation_function="relu", resid_pdrop=0.0)
-    model = nn.Sequential(GPT2MLP(shape.F, config))
-    convert(
-        model,
-        SwitchConfig(num_experts=shape.E, experts_per_token=shape.K),
-        Family(ffn="GPT2MLP", up="c_fc", down="c_proj"),
-    )
+    if shape.gated:
+        llama = LlamaConfig(hidden_size=shape.D, intermediate_size=shape.F, hidden_act="relu")
+        ffn: nn.Module = LlamaMLP(llama)
+        family = Family("LlamaMLP", "up_proj", "down_proj", "act_fn", gate="gate_proj")
+    else:
+        ffn = GPT2MLP(shape.F, GPT2Config(n_embd=shape.D, activation_function="relu", resid_pdrop=0.0))
+        family = Family(ffn="GPT2MLP", up="c_fc", down="c_proj")
+    model = nn.Sequential(ffn)
+    convert(model, SwitchConfig(num_experts=shape.E, experts_per_token=shape.K), family)
     set_mode(model, "sparse")
     return model
 
@@ -96,19 +96,20 @@ LAYER = "layer autocast"
 
 def parity_errors() -> list[str]:
     """Return one line for each contender and tensor that is worse than torch's in bfloat16."""
-    layer = HalfLayer(Shape(301, 64, 256, 8, 3))
+    return [line for gated in (False, True) for line in _parity_errors(Shape(301, 64, 256, 8, 3, gated))]
+
+
+def _parity_errors(shape: Shape) -> list[str]:
+    layer = HalfLayer(shape)
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in layer.leaves().items()}
-    call = ExpertCall(
-        exact["x"], FFNWeights(exact["up"], exact["down"], exact["bias"]), layer.ids_TK, 8, "relu"
-    )
-    y_TD = expert_ffn(call, "reference")
+    y_TD = expert_ffn(layer.call(exact), "reference")
     gradients = torch.autograd.grad(y_TD, list(exact.values()), layer.dy_TD.double())
     true = {"y": y_TD.detach(), **dict(zip(exact, gradients, strict=True))}
     lines = []
     for precision in PRECISIONS[1:]:
         most, found = (layer.errors(f"{way} {precision}", true) for way in ("masked", "fused"))
         lines += [
-            f"fused {precision} is off in {tensor}: relative error {error:.1e}, dense {most[tensor]:.1e}"
+            f"fused {precision} is off in {tensor}: relative error {error:.1e}, dense {most[tensor]:.1e} at {shape}"
             for tensor, error in found.items()
             if not error <= 1.5 * most[tensor]
         ]
@@ -161,14 +162,18 @@ def main(seconds: float) -> int:
         return 1
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16")
     rows = {shape.D: row_of(shape, seconds) for shape in TRAINING}
+    gated = row_of(GATED, seconds)
     document = {
         **{f"train_over_best_dense_d{width}": row["train"]["over_best_dense"] for width, row in rows.items()},
         **{f"layer_over_best_dense_d{w}": row["train"]["layer_over_best_dense"] for w, row in rows.items()},
         "prefill_layer_over_best_dense_d768": rows[768]["prefill"]["layer_over_best_dense"],
         "prefill_over_best_dense_d768": rows[768]["prefill"]["over_best_dense"],
+        "gated_over_best_dense": gated["train"]["layer_over_best_dense"],
+        "gated_experts_over_best_dense": gated["train"]["over_best_dense"],
+        "gated_prefill_over_best_dense": gated["prefill"]["layer_over_best_dense"],
         "memory_share": rows[768]["memory_share"],
         "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "shapes": list(rows.values()),
+        "shapes": [*rows.values(), gated],
     }
     print(json.dumps(document))
     return 0

@@ -7,8 +7,7 @@
     ...                                                                             # your loop:
         controller.step(optimizer)                                                  # after optimizer.step()
 
-    model, tokenizer = switchable.load("runs/demo")      # a run, a checkpoint or an export
-    switchable.register()                                # from_pretrained opens sparse exports from now on
+    model, tokenizer = switchable.load("runs/demo")      # a run, a checkpoint, an export, what save_pretrained wrote
 
 Nothing happens at import: names are imported when first used, so that `switchable --help` answers without torch.
 """
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from switchable.ffn.families import Family
     from switchable.settings import SwitchConfig
     from switchable.store.load import load
-    from switchable.store.sparse_folder import register
     from switchable.switching.controller import Controller
 
 __all__ = [
@@ -39,7 +37,6 @@ __all__ = [
     "convert",
     "in_mode",
     "load",
-    "register",
     "set_mode",
 ]
 
@@ -52,7 +49,6 @@ _HOMES = {
     "convert": "switchable.ffn.convert",
     "in_mode": "switchable.ffn.convert",
     "load": "switchable.store.load",
-    "register": "switchable.store.sparse_folder",
     "set_mode": "switchable.ffn.convert",
 }
 

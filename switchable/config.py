@@ -24,7 +24,7 @@ from switchable.errors import InputError, divisors_near, nearest
 from switchable.gone import refuse_gone, upgraded
 from switchable.recipes import AUTO
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
-from switchable.settings import SwitchConfig, settled
+from switchable.settings import SwitchConfig, is_set, settled
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,21 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         options.check(self)
-        auto = auto_recipe(self.model, self.train) if self.switch.recipe == AUTO else "early"
-        object.__setattr__(
-            self, "switch", settled(self.switch, d_ff(self.model), self.model.activation, auto)
-        )
+        train, switch = self.train, self.switch
+        if AUTO in (train.precision, switch.recipe) or (
+            train.precision != "float32" and not is_set(switch.active_below)
+        ):
+            # Here: the settings of a run are read and checked before torch is loaded.
+            from switchable.choices import chosen
+
+            train, switch = chosen(self.model, train, switch)
+        object.__setattr__(self, "train", train)
+        object.__setattr__(self, "switch", settled_for(switch, self.model, train))
 
 
-def auto_recipe(model: ModelConfig, train: TrainConfig) -> str:
-    """Return what recipe `auto` is here: `"late"` where dense steps can leave out idle neurons, else `"early"`."""
-    import torch  # here: the settings of a run are read and checked before torch is loaded
-
-    from switchable.compute.cpu.active.active import skips_idle_neurons
-
-    device = train.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
-    gated = BUILDABLE[model.family].gated
-    return "late" if skips_idle_neurons(model.d_model, model.activation, gated, dtype, device) else "early"
+def settled_for(switch: SwitchConfig, model: ModelConfig, train: TrainConfig) -> SwitchConfig:
+    """Return the settings of switching, each with its value, for a model and how it is trained."""
+    return settled(switch, d_ff(model), model.activation, precision=train.precision)
 
 
 def check(config: RunConfig) -> None:
@@ -146,8 +145,14 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     return build(cls, values, where)
 
 
-def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
-    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the default recipe is `auto`.
+def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunConfig:
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the defaults of recipe and precision
+    are `auto`.
+
+    Args:
+        path: the file.
+        flags: what overrides it.
+        choose: whether to look what `auto` stands for on this machine; else it is `late` and `float32`.
 
     Raises:
         InputError: file missing or not YAML, unknown key, a value that is refused.
@@ -159,10 +164,17 @@ def load(path: Path | None, flags: dict[str, Any]) -> RunConfig:
         for f in dataclasses.fields(cls):
             if f.name in flags:
                 given.setdefault(section, {})[f.name] = flags[f.name]
-    switch = given.setdefault("switch", {})
-    if switch.setdefault("recipe", AUTO) == AUTO:
-        # What is wrong is refused before torch is loaded to see what the machine can do.
-        check(from_dict(given | {"switch": switch | {"recipe": "late"}}, where))
+    switch = given["switch"] = {"recipe": AUTO} | given.get("switch", {})
+    train = given["train"] = {"precision": AUTO} | given.get("train", {})
+    if switch["recipe"] == AUTO:
+        switch = switch | {"recipe": "late"}
+    if train["precision"] == AUTO:
+        train = train | {"precision": "float32"}
+    # What is wrong is refused before torch is loaded to see what the machine can do.
+    named = from_dict(given | {"switch": {"active_below": 0.0} | switch, "train": train}, where)
+    if not choose:
+        return named
+    check(named)
     return from_dict(given, where)
 
 
@@ -209,8 +221,7 @@ def to_flat(path: Path) -> dict[str, Any]:
     """Read a YAML file into field name -> value, the form flags have.
 
     Raises:
-        InputError: as `read_yaml` and `from_dict`.
+        InputError: as `load`.
     """
-    given = read_yaml(path)
-    from_dict(given, str(path))
-    return {key: value for values in given.values() for key, value in values.items()}
+    load(path, {}, choose=False)
+    return {key: value for values in read_yaml(path).values() for key, value in values.items()}

@@ -25,7 +25,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     Of a sharded tensor it is this rank's part that counts.
     """
     here = {name: ranks.rows_here(tensor.detach())[0] for name, tensor in tensors.items()}
-    here = {n: t for n, t in here.items() if t.dtype in FLOATS and t.numel() and not t.is_meta}
+    plain = {n: t for n, t in here.items() if type(t) is Tensor}  # a library's quantised ones have no norm
+    here = {n: t for n, t in plain.items() if t.dtype in FLOATS and t.numel() and not t.is_meta}
     if not here or bool(get_total_norm(list(here.values()), float("inf")).isfinite()):
         return None
     for name, tensor in here.items():

@@ -149,3 +149,18 @@ def refuse_more_than_memory(wanted: float, what: str) -> None:
         raise InputError(
             f"{what} takes at least {wanted / 1e9:,.3g} GB and this machine has {memory / 1e9:,.3g} GB; make it smaller"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What jobs on a finished model are asked besides their own settings (`infer/precision.py`)."""
+
+    precision: str | None = option(
+        None,
+        "of the multiplications; none: the run's, else the weights' (generate: always the weights')",
+        choices=("float32", "bfloat16"),
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -66,15 +66,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def side_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks for a thread beside training, which waits no longer than training's own does."""
-    if not running():
-        return None
-    main = dist.distributed_c10d._get_default_group()  # torch has no public name for a group's timeout
-    timeout = main._get_backend(torch.device("cpu")).options._timeout
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-
-
 def from_main(value: T) -> T:
     """Return rank 0's value on every rank."""
     if not running():
@@ -102,14 +93,13 @@ def together(work: Callable[[], T]) -> T:
     return gather(work)[rank()]
 
 
-def gather(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def gather(work: Callable[[], T]) -> list[T]:
     """Do `work` on every rank and return the results of all, by rank, on every rank.
 
     Numbers, text and containers of them are sent; of anything else a rank gets its own, and None of the others.
 
     Args:
         work: what to do.
-        group: the ranks to ask; default: all.
 
     Raises:
         InputError: on every rank, if `work` raised it on any of them.
@@ -123,7 +113,7 @@ def gather(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
         problem = str(error)
     sent = value if isinstance(value, (int, float, str, bytes, list, tuple, dict)) else None
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, (sent, problem), group=group)
+    dist.all_gather_object(found, (sent, problem))
     problem = next((theirs for _, theirs in found if theirs is not None), None)
     if problem is not None:
         raise InputError(problem)

@@ -5,8 +5,9 @@
             keeps few neurons active, and teach sparse mode at the end
     dense   never sparse, no router learns: plain training, for comparison
 
-`auto` is `late` where dense steps can leave out idle neurons on the machine at hand, `early` elsewhere. A recipe is
-what stands where nothing is given; a setting that is given changes that one and no other (`settings.py`).
+`auto` is `late` where dense steps can leave out idle neurons on the machine at hand, or sparse ones would be slower,
+and `early` elsewhere (`choices.py`). A recipe is what stands where nothing is given; a setting that is given changes
+that one and no other (`settings.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,8 @@ from typing import Any
 
 AUTO = "auto"
 
-WHY_AUTO = {
-    "late": "dense steps can leave out idle neurons",
-    "early": "dense steps cannot leave out idle neurons with this model, precision and device",
-}
-"""Why `auto` is the one or the other."""
-
-LEAST_NEURONS = 8
-"""Of an expert, in any recipe: no smaller ones were measured."""
+LEAST_NEURONS = {"float32": 8, "bfloat16": 32}
+"""Of an expert, by the precision of a run. In float32 no smaller ones were measured; tiles of bfloat16 want so many."""
 
 PENALISED = ("relu2",)
 """Activations for which a recipe's `activation_l1` was measured; it is 0 for others."""

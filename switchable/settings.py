@@ -2,8 +2,9 @@
 
     SwitchConfig(recipe="late", sparse_steps=5)       the recipe's table with one line changed
 
-What is not given is the recipe's. Three settings depend on the model too, and with recipe `auto` all of them: they stay
-`BY_RECIPE` until the model is known, when `settled` fills them in (`convert` and `switchable pretrain` call it).
+What is not given is the recipe's. Four settings depend on the model or the machine too, and with recipe `auto` all of
+them: they stay `BY_RECIPE` until the model is known, when `settled` fills them in (`convert` and `switchable pretrain`
+call it).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class ByRecipe(enum.Enum):
 
 BY_RECIPE = ByRecipe.BY_RECIPE
 
-OF_THE_MODEL = ("num_experts", "experts_per_token", "activation_l1")
-"""Settings whose recipe depends on the model."""
+OF_THE_MODEL = ("num_experts", "experts_per_token", "activation_l1", "active_below")
+"""Settings whose recipe depends on the model, or on how fast the machine multiplies it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SwitchConfig:
         "early",
         "table of settings to start from: early = sparse steps save, from early on; late = dense steps multiply active "
         "neurons only, sparse ones come at the end; dense = never sparse; auto = late where dense steps can leave out "
-        "idle neurons (ReLU or ReLU^2 without gate, float32, CPU), else early",
+        "idle neurons (ReLU or ReLU^2 without gate, CPU), else early where sparse steps are faster than dense ones",
         choices=RECIPE_NAMES,
         metavar="NAME",
     )
@@ -192,7 +193,9 @@ def is_set(value: object) -> bool:
     return value is not BY_RECIPE
 
 
-def settled(config: SwitchConfig, d_ff: int, activation: str, auto: str = "early") -> SwitchConfig:
+def settled(
+    config: SwitchConfig, d_ff: int, activation: str, auto: str = "early", precision: str = "float32"
+) -> SwitchConfig:
     """Return a configuration in which every setting has its value.
 
     Args:
@@ -200,6 +203,7 @@ def settled(config: SwitchConfig, d_ff: int, activation: str, auto: str = "early
         d_ff: neurons per FFN of the model.
         activation: its name in transformers' `ACT2FN`.
         auto: the recipe that `auto` stands for, by what the machine can do.
+        precision: of the multiplications.
 
     Raises:
         InputError: settings that do not fit together.
@@ -207,7 +211,7 @@ def settled(config: SwitchConfig, d_ff: int, activation: str, auto: str = "early
     table = dict(RECIPES[auto if config.recipe == AUTO else config.recipe])
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
     most, chosen = table["num_experts"], table["experts_per_token"]
-    (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // LEAST_NEURONS)), count=1)
+    (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // LEAST_NEURONS[precision])), count=1)
     if is_set(given["num_experts"]):
         experts = given["num_experts"]
     table |= {"num_experts": experts, "experts_per_token": max(1, experts * chosen // most)}

@@ -249,7 +249,8 @@ def help_of(verb: str) -> str:
 
 
 def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
-    config = {name: value for values in to_dict(load(None, {})).values() for name, value in values.items()}
+    sections = to_dict(load(None, {"precision": "float32"}))
+    config = {name: value for values in sections.values() for name, value in values.items()}
     flags = re.findall(r"(?m)^  --([a-z0-9-]+)(.*)$", help_of("pretrain"))
     assert len(flags) <= 50
     seen = set()
@@ -258,8 +259,8 @@ def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
         if name not in config:
             continue  # of the verb, not of the run
         seen.add(name)
-        said = re.search(r"\(default:? (?:the recipe's; here )?(.*)\)$", text.strip())
-        if name == "recipe":
+        said = re.search(r"\(default:? (?:the recipe's; in float32 here )?(.*)\)$", text.strip())
+        if name in ("recipe", "precision"):
             assert said is not None
             assert said[1] == "auto"
         elif said is None:
@@ -285,7 +286,7 @@ def test_reading_settings_compiles_no_kernel() -> None:
     code = (
         "from llvmlite import binding\nfrom switchable.config import load\n"
         "def fail(*_): raise AssertionError('compiled')\nbinding.create_mcjit_compiler = fail\n"
-        "print(load(None, {}).switch.recipe)"
+        "print(load(None, {'precision': 'float32'}).switch.recipe)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

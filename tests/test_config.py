@@ -33,10 +33,15 @@ def test_flags_lie_over_yaml_over_defaults(tmp_path: Path) -> None:
 
 
 def test_plain_form_round_trips() -> None:
-    config = load(None, {"d_model": 32, "data": ["x"], "recipe": "early", "num_experts": 8})
+    config = load(
+        None, {"d_model": 32, "data": ["x"], "recipe": "early", "num_experts": 8, "precision": "float32"}
+    )
     assert from_dict(to_dict(config)) == config
     assert changed(
-        config, load(None, {"d_model": 48, "data": ["x"], "recipe": "early", "num_experts": 8})
+        config,
+        load(
+            None, {"d_model": 48, "data": ["x"], "recipe": "early", "num_experts": 8, "precision": "float32"}
+        ),
     ) == ["model.d_model: 32 -> 48"]
 
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("data", "structure"),
     ("compute",),
     ("sections",),
+    ("choices",),
     ("config",),
     ("ffn",),
     ("switching",),

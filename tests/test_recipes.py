@@ -106,11 +106,9 @@ def test_auto_is_late_where_dense_steps_can_leave_out_neurons() -> None:
 def test_what_is_read_from_files_and_flags_chooses_by_the_machine() -> None:
     on_cpu = not torch.cuda.is_available()
     here = "late" if on_cpu and skips_idle_neurons(256, "relu2", False, torch.float32, "cpu") else "early"
-    config = load(None, {"num_experts": 16})
+    config = load(None, {"num_experts": 16, "precision": "float32"})
     assert (config.switch.recipe, config.switch.num_experts) == (here, 16)
     assert from_dict(to_dict(config)) == config  # as saved and read again
-    assert load(None, {"family": "llama"}).switch.recipe == "early"
-    assert load(None, {"precision": "bfloat16"}).switch.recipe == "early"
 
 
 def test_the_recipes_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,12 +34,12 @@ from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.table import row_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
+from switchable.infer.precision import chosen_precision
 from switchable.options import refuse_more_than_memory
 from switchable.progress import progress_bar, say
 from switchable.settings import SwitchConfig
 from switchable.store.checkpoint import save
 from switchable.store.export import check_output
-from switchable.store.load import is_sparse_export
 from switchable.store.pretrained import load_config, load_pretrained
 from switchable.store.rundir import RunDir
 from switchable.structure.features import features
@@ -94,8 +94,6 @@ def adapt(
         raise InputError(f"{source} does not exist; give the folder of a Hugging Face checkpoint")
     given, final = source, RunDir(source).final
     source = final if (final / "config.json").is_file() else source
-    if is_sparse_export(source):
-        raise InputError(f"{source} is switchable already: it is what `switchable export --to sparse` writes")
     data = dataclasses.replace(data, tokenizer=data.tokenizer or str(source))
     check_output(out, overwrite, sources=(given, *data.sources))
     switch = SwitchConfig(num_experts=config.num_experts, experts_per_token=config.default_k)
@@ -114,7 +112,7 @@ def adapt(
     model = load_pretrained(source).to(device)
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
     _say_what(model, source, text, config, out, quiet)
-    figures: dict[str, Any] = {"model": str(source), "out": str(out)}
+    figures: dict[str, Any] = {"model": str(source), "out": str(out), "precision": chosen_precision(model)}
     if config.relufy:
         model = _relufy(model, source, text, config, figures, quiet)
     say(str(convert(model, switch)), not quiet)
@@ -145,7 +143,8 @@ def _say_what(
     size = sum(parameter.numel() for parameter in model.parameters())
     relu = f"trained with ReLU for {config.relufy:,} steps, " if config.relufy else ""
     validated = sum(batch["input_ids"].numel() for batch in text.validation)
-    say(f"model: {source}, a {type(model).__name__} of {size:,} parameters, on {text.device}", not quiet)
+    what = f"a {type(model).__name__} of {size:,} parameters"
+    say(f"model: {source}, {what}, in {chosen_precision(model)} on {text.device}", not quiet)
     say(
         f"conversion: {relu}neurons grouped by {config.structure} on {config.structure_tokens:,} tokens, routers "
         f"calibrated on {config.calibration_tokens:,}, losses measured on {validated:,}; writes to {out}",

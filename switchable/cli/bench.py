@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from switchable.cli.flags import add_dataclass_flags, given_flags
+from switchable.coercion import build
 from switchable.files import as_json
-from switchable.options import checked
+from switchable.options import Precision, checked
 
 HELP = "time a model's FFNs on this machine, dense against sparse with its own K"
 
@@ -26,11 +28,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--experts-per-token", type=int, metavar="K", help="K in every layer (default: the model's own)"
     )
     verb.add_argument("--training", action="store_true", help="forward and backward instead of forward alone")
-    verb.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        help="of the multiplications (default: the run's, else the weights')",
-    )
+    add_dataclass_flags(verb, Precision)
     verb.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="for each line (default %(default)g)"
     )
@@ -41,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     for tokens in args.tokens:
         checked("--tokens", tokens, int, least=1)
     checked("--seconds", args.seconds, float, above=0, most=3600)
+    asked = build(Precision, given_flags(args), "the flags").precision
     from switchable.evaluation.bench import measure
-    from switchable.store.load import load, run_config
+    from switchable.store.load import load, trained_precision
 
     model, _ = load(args.folder)
-    trained = run_config(args.folder)
-    precision = args.precision or (trained.train.precision if trained else None)
+    precision = asked or trained_precision(args.folder)
     found = measure(
         model, args.tokens, args.experts_per_token, args.training, args.seconds, precision, show=print
     )

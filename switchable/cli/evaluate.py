@@ -59,8 +59,12 @@ def run(args: argparse.Namespace) -> int:
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
 
-    scores = evaluate(args.folder, config, data, not args.quiet)
-    result = {"model": str(args.folder), "scores": [score.to_dict() for score in scores]}
+    scores, precision = evaluate(args.folder, config, data, not args.quiet)
+    result = {
+        "model": str(args.folder),
+        "precision": precision,
+        "scores": [score.to_dict() for score in scores],
+    }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)

@@ -1,4 +1,4 @@
-"""`switchable export`: a plain dense checkpoint, or a folder that transformers opens as a switchable model."""
+"""`switchable export`: a plain dense checkpoint, or one with the routers beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switc
 
 WHAT = {
     "dense": "a plain checkpoint, which any tool opens",
-    "sparse": "a switchable model, which transformers opens after switchable.register()",
+    "sparse": "the same with its routers, a switchable model for switchable.load",
 }
 
 

@@ -124,9 +124,9 @@ def _help(f: dataclasses.Field[Any]) -> str:
     text = str(f.metadata["help"]).replace("%", "%%")
     choices = f.metadata["choices"]
     named = f" [{', '.join(choices)}]" if choices else ""
-    if f.name == "recipe":
+    if f.name in ("recipe", "precision"):
         return f"{text}{named} (default auto)"
     if f.default is BY_RECIPE:
-        return f"{text}{named} (default: the recipe's; here @recipe:{f.name}@)"
+        return f"{text}{named} (default: the recipe's; in float32 here @recipe:{f.name}@)"
     shown = "" if f.default in (None, ()) else f" (default {f.default})"
     return f"{text}{named}{shown}"

@@ -6,6 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from switchable.cli.flags import add_dataclass_flags, given_flags
+from switchable.coercion import build
+from switchable.options import Precision
+
 HELP = "write text with a trained model, dense or sparse"
 
 
@@ -29,19 +33,26 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=50, help="draw among so many tokens; 0 = all (default %(default)s)"
     )
     verb.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    add_dataclass_flags(verb, Precision)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation; on stderr, how it was written and how fast."""
+    asked = build(Precision, given_flags(args), "the flags").precision
     from switchable.ffn.convert import shown_mode
     from switchable.infer.generate import write
+    from switchable.infer.precision import chosen_precision, multiplying_in
     from switchable.infer.sampling import Sampling
     from switchable.store.load import load_with_tokenizer
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     model, tokenizer = load_with_tokenizer(args.folder)
-    text, tokens, seconds = write(model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling)
+    precision = chosen_precision(model, asked)
+    with multiplying_in(model, precision):
+        text, tokens, seconds = write(
+            model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling
+        )
     print(text)
-    how = shown_mode(model, args.mode)
+    how = f"{shown_mode(model, args.mode)}, in {precision}"
     print(f"{how}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     return 0

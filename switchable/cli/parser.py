@@ -51,4 +51,4 @@ def _recipe_here() -> dict[str, Any]:
 
     from switchable.config import load
 
-    return dataclasses.asdict(load(None, {}).switch)
+    return dataclasses.asdict(load(None, {"precision": "float32"}).switch)

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from switchable.config import load, objective_of
     from switchable.data.tokens import prepare
 
-    config = load(args.config, given_flags(args))
+    config = load(args.config, given_flags(args), choose=False)
     data = prepare(config.data, args.cache, objective=objective_of(config), progress=not args.quiet)
     counts = f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} to validate on"
     saved = f"saved in {data.folder}: {counts}, and the tokenizer"

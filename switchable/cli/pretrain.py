@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     checked("--rank-timeout", args.rank_timeout, float, above=0, most=10**6)
     if "RANK" in os.environ:
         return _run_ranks(args)
-    given, config = _read(args)
-    return _train(args, given, config)
+    given, _ = _read(args)
+    return _train(args, given)
 
 
 def _run_ranks(args: argparse.Namespace) -> int:
@@ -75,7 +75,7 @@ def _run_ranks(args: argparse.Namespace) -> int:
             args.overwrite = not args.resume
         try:
             with ranks.watched():
-                return _train(args, given, config)
+                return _train(args, given)
         except ranks.RankLost as lost:
             again = f"start all ranks again with --out {args.out} --resume"
             print(
@@ -88,20 +88,21 @@ def _run_ranks(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> tuple[dict[str, Any], RunConfig]:
-    """Return the settings given and the configuration they make; torch is not loaded for it."""
+    """Return the settings given and the configuration they make, with names for `auto`; torch is not loaded for it."""
     from switchable.config import check, load, to_flat
 
     flags = given_flags(args)
     given = flags if args.config is None else to_flat(args.config) | flags
-    config = load(args.config, flags)
+    config = load(args.config, flags, choose=False)
     if not (args.resume or args.resume_from):
         check(config)
     return given, config
 
 
-def _train(args: argparse.Namespace, given: dict[str, Any], config: RunConfig) -> int:
+def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     # What a user can get wrong by typing has been refused by now, before torch is loaded.
     from switchable import ranks
+    from switchable.config import load
     from switchable.store.rundir import RunDir
     from switchable.train.pretrain import pretrain, resume
     from switchable.train.signals import TrainingStopped
@@ -110,6 +111,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], config: RunConfig) -
         if args.resume or args.resume_from:
             figures = resume(args.out, given, args.cache, args.resume_from, args.quiet)
         else:
+            config = load(args.config, given_flags(args))
             figures = pretrain(config, args.out, args.cache, args.overwrite, args.quiet)
     except TrainingStopped as stopped:
         return 128 + int(stopped.args[0])

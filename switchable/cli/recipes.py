@@ -17,14 +17,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from switchable.config import auto_recipe
-    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES, WHY_AUTO
-    from switchable.sections import ModelConfig, TrainConfig
+    from switchable.choices import auto_recipe
+    from switchable.config import load
+    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
     from switchable.settings import SwitchConfig
 
-    here = auto_recipe(ModelConfig(), TrainConfig())
+    config = load(None, {})
+    precision, (here, why) = config.train.precision, auto_recipe(config.model, config.train)
     if args.json:
-        print(as_json({"auto": here, "recipes": RECIPES}))
+        print(as_json({"precision": precision, "auto": here, "recipes": RECIPES}))
         return 0
     helps = {f.name: f.metadata["help"] for f in dataclasses.fields(SwitchConfig)}
     print(f"{'setting':24}" + "".join(f"{name:>9}" for name in RECIPES) + "   what it is")
@@ -32,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
         cells = "".join(f"{_cell(table[name]):>9}" for table in RECIPES.values())
         print(f"{name:24}{cells}   {helps[name]}")
     print(
-        f"\nnum_experts is the most: experts get at least {LEAST_NEURONS} neurons. experts_per_token keeps its share.\n"
+        f"\nnum_experts is the most: experts get at least {LEAST_NEURONS['float32']} neurons, "
+        f"{LEAST_NEURONS['bfloat16']} in bfloat16. experts_per_token keeps its share.\n"
         f"activation_l1 is for {', '.join(PENALISED)}; other activations get 0.\n"
-        f"auto is {here} here for the default model: {WHY_AUTO[here]}."
+        f"auto is {here} here for the default model, in {precision}: {why}."
     )
     return 0
 

@@ -29,7 +29,6 @@ from switchable.progress import progress_bar
 from switchable.store import folders
 from switchable.store.restore import restore_model
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.switching.monitor import measure
 from switchable.switching.switch import current_structure, group_anew
 from switchable.train.counters import Counters
@@ -76,7 +75,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
     counters.note_machine(jobs, job.device)
     with closing(RunLog(rundir, counters.steps, counters.steps)) as log:
         flops = count_step(job)
-        trainer = Trainer(job, rundir, log, flops, counters, StopRequest(), Saver())
+        trainer = Trainer(job, rundir, log, flops, counters, StopRequest())
         begin, cpu = time.perf_counter(), time.process_time()
         counters.flops += cut_into_experts(job, flops)
         counters.seconds_measure += time.perf_counter() - begin

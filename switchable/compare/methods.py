@@ -32,10 +32,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchable.config import RunConfig
+from switchable.config import RunConfig, settled_for
 from switchable.errors import InputError, nearest
-from switchable.sections import TrainConfig, d_ff
-from switchable.settings import SwitchConfig, settled
+from switchable.sections import TrainConfig
+from switchable.settings import SwitchConfig
 
 EXPERTS = ("num_experts", "experts_per_token", "backend")
 MEASURING = ("monitor_every", "monitor_growth")
@@ -123,7 +123,7 @@ def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     if chosen.keeps is not None:
         kept = {name: kept[name] for name in chosen.keeps}
     given = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
-    switch = settled(given, d_ff(config.model), config.model.activation)
+    switch = settled_for(given, config.model, config.train)
     train = dataclasses.replace(config.train, seed=seed, **_resolved(chosen.train, config))
     return dataclasses.replace(config, switch=switch, train=train)
 

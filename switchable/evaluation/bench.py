@@ -18,6 +18,7 @@ from torch import nn
 
 from switchable.ffn.convert import check_sparse, kept_modes, layers_of, set_mode, why_dense
 from switchable.ffn.layer import SwitchableFFN
+from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.options import refuse_more_than_memory
 from switchable.timing import processor, take_turns
 
@@ -35,8 +36,8 @@ def measure(
 
     `tokens` are numbers of tokens at once, `seconds` are spent on each of them in each layer, and `show` is given each
     line of the table. K is `experts_per_token`, or each layer's own. Without `training`, which times forward and
-    backward, it is the forward alone, without gradients. `precision` is that of the products: `"bfloat16"` is autocast,
-    as in training; None takes the weights'.
+    backward, it is the forward alone, without gradients. `precision` is that of the products; None takes the
+    weights'.
 
     Raises:
         InputError: no layer takes part in sparse mode, or K is impossible.
@@ -47,10 +48,7 @@ def measure(
     refuse_more_than_memory(
         4 * max(tokens) * widest, f"a layer of {widest} neurons with {max(tokens)} tokens"
     )
-    if precision == "float32":
-        model.float()
-    autocast = precision == "bfloat16"
-    precision = precision or str(layers[0].ssd.up_projection.weight.dtype).removeprefix("torch.")
+    precision = chosen_precision(model, precision)
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     show("{processor}, {threads} threads, torch {torch}".format_map(machine))
     show(f"{precision}, forward{' and backward' * training}")
@@ -58,7 +56,7 @@ def measure(
         show(f"{why}: not timed")
     show(f"{'layer':40} {'K':>5} {'tokens':>7} {'dense':>11} {'sparse':>11} {'speed-up':>9}")
     rows = []
-    with kept_modes(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with kept_modes(model), multiplying_in(model, precision):
         set_mode(model, "dense", experts_per_token)
         model.train(training)
         for layer in layers:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchable.options import check, option
+from switchable.options import Precision, check, option
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Precision):
     """On which tasks a model is evaluated, and how; `DataConfig` says on what text."""
 
     tasks: tuple[str, ...] = option(

@@ -6,6 +6,7 @@ hellaswag                   a task of lm-eval's own by its name, with the data t
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import logging
@@ -16,10 +17,11 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.data.tokenizers import added_tokens
+from switchable.data.tokenizers import added_tokens, end_of_text
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score
 from switchable.evaluation.tasks import NAMES, task_config
@@ -87,9 +89,7 @@ def task_scores(
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
-        # A tokenizer that ends every text by itself would end the context before its answer.
-        leading = False if objective_of_model(model) == "causal" and added_tokens(tokenizer)[1] else None
-        live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=leading)
+        live = HFLM(pretrained=model, batch_size=batch_size, **_tokenizing(model, tokenizer))
         for way in found_ways:
             with multiplying(model, way):
                 try:
@@ -101,6 +101,20 @@ def task_scores(
                     raise InputError(said) from None
             scores += _scores(found, way)
     return scores
+
+
+def _tokenizing(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return lm-eval's settings with which a text begins as in training, and does not end before its answer."""
+    if objective_of_model(model) != "causal":
+        return {"tokenizer": tokenizer}
+    leading, behind = added_tokens(tokenizer)
+    if behind:
+        tokenizer = copy.deepcopy(tokenizer)
+        names = tokenizer.convert_ids_to_tokens(leading)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*names, "$A"], special_tokens=list(zip(names, leading, strict=True))
+        )
+    return {"tokenizer": tokenizer, "prefix_token_id": leading[0] if leading else end_of_text(tokenizer).id}
 
 
 def _scores(found: dict[str, Any], way: Way) -> list[Score]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,15 +20,24 @@ from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.loss import objective_of_model, positions_of
+from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
-from switchable.store.load import load_with_tokenizer, run_config
+from switchable.store.load import load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device
 
 
-def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> list[Score]:
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    scores: list[Score]
+    precision: str
+    """Of the multiplications."""
+
+
+def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> Evaluation:
     """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
 
-    With `show` say what the model's own sparse mode is, and how far the work is.
+    With `show` say in what precision it multiplies, what the model's own sparse mode is, and how far the work is.
 
     Raises:
         InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
@@ -52,20 +61,24 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             "a masked language model gives no probability of a text, which tasks need; "
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
+    precision = chosen_precision(model, config.precision, trained_precision(folder))
+    say(f"{folder}: multiplies in {precision} on {device}", show)
     if data.data:
         say(f"reading {sources.resolve(data.data)}", show)
     if layers_of(model):
         say(f"the model's own: {shown_mode(model, 'sparse')}", show)
     model.to(device)
-    scores = []
+    scores: list[Score] = []
     if data.data:
         documents = progress_bar("tokenizing", "document", show=show, over=hashed_documents(data))
         text = tokenise((document for document, _, _ in documents), tokenizer)
         objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
-        scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
+        with multiplying_in(model, precision):
+            scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
     if tasks:
-        scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
-    return scores
+        with multiplying_in(model, precision):
+            scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
+    return Evaluation(scores, precision)
 
 
 def _window(model: Any, wished: int | None, trained: int) -> int:

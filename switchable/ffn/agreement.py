@@ -17,7 +17,7 @@ from switchable.ffn.finder import find_families, refuse_others
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.recording import distance, tolerance
 from switchable.ffn.table import row_of
-from switchable.ffn.trial import FAILURES, Inputs, Trial
+from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
 from switchable.options import checked
 
 LOOSE = 10.0
@@ -37,9 +37,10 @@ def families_of(
     """
     row = row_of(model) if given is None else None
     if given is None and row is None:
-        refuse_others(model)
-        trial = Trial(model, example_inputs)
-        return find_families(model, trial), trial
+        with module_state(model):  # a parametrization's, in training, change as its weight is looked at
+            refuse_others(model)
+            trial = Trial(model, example_inputs)
+            return find_families(model, trial), trial
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)

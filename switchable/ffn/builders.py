@@ -96,6 +96,7 @@ def _gpt2(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
     return GPT2Config(
         architectures=[GPT2LMHeadModel.__name__],
         n_positions=sizes["max_positions"],
+        n_ctx=sizes["max_positions"],  # transformers' name of old, by which other tools know it
         n_embd=sizes["d_model"],
         n_inner=sizes["d_ff"],
         n_layer=sizes["num_layers"],
@@ -182,6 +183,7 @@ def _t5(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
     return T5Config(
         architectures=[T5ForConditionalGeneration.__name__],
         n_positions=sizes["max_positions"],
+        n_ctx=sizes["max_positions"],  # transformers' name of old, by which other tools know it
         d_model=sizes["d_model"],
         d_ff=sizes["d_ff"],
         d_kv=sizes["d_model"] // sizes["num_heads"],

@@ -283,5 +283,5 @@ def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
 
 
 def is_router_parameter(name: str) -> bool:
-    """Return whether a parameter's name is that of a router: what we add to a model, and what an export drops."""
+    """Return whether a name in a state dict is of a router: what we add to a model, and what an export drops."""
     return ".router." in name

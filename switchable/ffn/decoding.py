@@ -69,8 +69,10 @@ class PreparedLayer:
         check_plain(ssd)
         self.numbers, self.experts_per_token = x_BSD.numel(), ssd.experts_per_token
         self.threads = torch.get_num_threads()
-        layer, home, family = ssd.holders[0], ssd.holders[-1], ssd.settings.family
-        self.modules = [*_path(home, family.up), *_path(home, family.down), *_path(layer, "router")]
+        layer, home = ssd.holders[0], ssd.holders[-1]
+        *projections, _activation = ssd.called
+        self.modules = [step for path, _ in projections for step in _path(home, path)]
+        self.modules += _path(layer, "router")
         called = [ssd.router, *(module for _, module in ssd.called)]
         self.namespaces = [vars(module) for module in called]
         self.hooks = [
@@ -79,7 +81,7 @@ class PreparedLayer:
             for hooks in (module._forward_pre_hooks, module._forward_hooks)
             if not hooks
         ]
-        owners = [module._parameters for module in (ssd.up_projection, ssd.down_projection, ssd.router)]
+        owners = [module._parameters for module in (*(module for _, module in projections), ssd.router)]
         self.parameters = [
             (owner, name, owner[name], *_whereabouts(owner[name])) for owner in owners for name in owner
         ]

@@ -1,65 +1,97 @@
-"""What makes a model switchable besides its weights, as plain values: kept beside them, and made into layers again."""
+"""What a switchable FFN is besides its weights: saved with its router, by whatever saves the model.
+
+A state dict holds tensors, and torch lets a module add one of its own making (`get_extra_state`). Ours is JSON as
+bytes: experts, K, part in sparse mode, family, which neuron is which. So `save_pretrained`, transformers' Trainer and
+`torch.save(model.state_dict())` keep it, `load_state_dict` brings it back, and nothing of ours is in the config.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from switchable.errors import InputError
-from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.families import Family
-from switchable.settings import SwitchConfig
+from switchable.ffn.router import Router
+from switchable.ffn.ssd import SSD
+
+FORMAT = 1
+"""Of the description; a reader of lower ones refuses it."""
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what makes a model switchable besides its routers' weights: plain values for `make_switchable`."""
-    first, *_ = layers = layers_of(model)
-    names = ("experts_per_token", "takes_part", "why_dense")
-    described = {
-        "num_experts": first.ssd.num_experts,
-        "family": [
-            dataclasses.asdict(each) for each in dict.fromkeys(layer.ssd.settings.family for layer in layers)
-        ],
-        "layers": {layer.ssd.name: {name: getattr(layer.ssd, name) for name in names} for layer in layers},
-    }
-    return described if first.has_dense_mode else described | {"gate": "softmax"}
+class SavedRouter(Router):
+    """A router in whose state dict there is a description of its FFN too."""
+
+    def __init__(self, ssd: SSD) -> None:
+        super().__init__(ssd.d_model, ssd.num_experts, device=ssd.reads_FD.device)
+        self.initialise(ssd.reads_FD)
+        self.ssd = ssd
+
+    def get_extra_state(self) -> Tensor:
+        """Return the description, as bytes."""
+        return encoded(describe(self.ssd))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over a description; one that cannot be, such as the average of two, is told and passed over."""
+        try:
+            take_over(self.ssd, decoded(state))
+        except InputError as error:
+            logging.getLogger(__name__).warning(
+                "%s keeps its own K and part in sparse mode: %s", self.ssd.name, error
+            )
 
 
-def make_switchable(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Convert a plain model to what `describe` returned for another; the routers' weights are still to be loaded.
-
-    The same layers may stand under another head: `h.0.mlp` of one model may be `transformer.h.0.mlp` of the other.
-
-    Raises:
-        InputError: the description does not fit the model, or is that of a mixture of experts with scaled outputs.
-    """
-    if described.get("gate", "unit") != "unit":
-        raise InputError(
-            "this model is the baseline `moe` of a comparison: its experts' outputs are scaled, so it has no dense "
-            "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
-        )
-    family = described.get("family")
-    if family is not None:  # one alone in a description of version 0.2
-        family = [Family.from_values(each) for each in (family if isinstance(family, list) else [family])]
-    config = SwitchConfig(num_experts=described["num_experts"], experts_per_token=1)
-    convert(model, config, family, trusted=family is not None)
-    for layer in layers_of(model):
-        stored = _entry(layer.ssd.name, described["layers"])
-        layer.ssd.set_experts_per_token(stored["experts_per_token"])
-        layer.ssd.takes_part = stored["takes_part"]
-        layer.ssd.why_dense = stored.get("why_dense", "")  # which version 0.1 did not write
+def describe(ssd: SSD) -> dict[str, Any]:
+    """Return what an FFN is besides its weights, as plain values."""
+    names = ("name", "num_experts", "experts_per_token", "takes_part", "why_dense")
+    described = {"format": FORMAT, **{name: getattr(ssd, name) for name in names}}
+    described |= {"family": dataclasses.asdict(ssd.settings.family), "neuron_ids": ssd.neuron_ids_F.tolist()}
+    return described if ssd.holders[0].has_dense_mode else described | {"gate": "softmax"}
 
 
-def _entry(name: str, stored: Mapping[str, Any]) -> Any:
-    """Return what is stored for a layer, under its own name or one that begins otherwise.
+def take_over(ssd: SSD, described: Mapping[str, Any]) -> None:
+    """Make an FFN what another one was. Without `neuron_ids` its neurons stand in their first order.
 
     Raises:
-        InputError: there is nothing.
+        InputError: the description is of another FFN, or damaged; nothing has been changed then.
     """
-    for other in (name, *stored):
-        if other in stored and (f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")):
-            return stored[other]
-    raise InputError(f"the description of the experts has none for {name}; it is another model's")
+    try:
+        k, takes_part, why = (described[n] for n in ("experts_per_token", "takes_part", "why_dense"))
+        ids_F = torch.tensor(described.get("neuron_ids", range(ssd.d_ff)), dtype=torch.int64, device="cpu")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the description of {ssd.name} is damaged ({error!r})") from None
+    ssd.check_experts_per_token(k)
+    fits = described.get("num_experts", ssd.num_experts) == ssd.num_experts and isinstance(takes_part, bool)
+    if not fits or not torch.equal(ids_F.sort().values, torch.arange(ssd.d_ff, device="cpu")):
+        raise InputError(f"the description of {ssd.name} is that of another FFN, or damaged")
+    ssd.experts_per_token, ssd.takes_part, ssd.why_dense, ssd.neuron_ids_F = k, takes_part, str(why), ids_F
+
+
+def encoded(described: Mapping[str, Any]) -> Tensor:
+    """Return a description as bytes, uint8.
+
+    There is room for any K and reason. So the length is always the same, as those who average state dicts expect.
+    """
+    room = 2048 + len(json.dumps(described.get("neuron_ids", ())))
+    return torch.frombuffer(bytearray(json.dumps(described).ljust(room).encode()), dtype=torch.uint8)
+
+
+def decoded(state: Tensor) -> dict[str, Any]:
+    """Return a description that was `encoded`.
+
+    Raises:
+        InputError: it is damaged, or a later version of switchable wrote it.
+    """
+    try:
+        described = dict(json.loads(bytes(state.to("cpu", torch.uint8).tolist())))
+        name, written = str(described["name"]), int(described["format"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"their description is damaged ({error!r:.100})") from None
+    if written > FORMAT:
+        raise InputError(f"{name} is described in format {written}, of a later version; update switchable")
+    return described

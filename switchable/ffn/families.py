@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -103,6 +105,9 @@ class Family:
 PROJECTIONS = (nn.Linear, Conv1D)
 """The modules that a projection may be. In annotations both are `nn.Linear`: they share `weight` and `bias`."""
 
+PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor)
+"""What a weight may be; libraries that quantise have types of their own."""
+
 HOW_TO_DESCRIBE = """describe the model in three lines:
     from switchable import Family, convert
     family = Family(ffn="<class of the FFN's module>", up="<input projection>", down="<output projection>")
@@ -148,18 +153,16 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
         (family.dropout, (nn.Dropout,)),
         (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
     ]
+    for projection in _projections(family):
+        _check_plain_weight(f"{name}.{projection}", children.get(projection))
     for part, allowed in kinds:
         refuse_adapter(f"{name}.{part}", children.get(part or ""))
         if part is not None and not isinstance(children.get(part), allowed):
             wanted, there = " or ".join(kind.__name__ for kind in allowed), ", ".join(filter(None, children))
-            raise InputError(
-                f"{name}.{part} is {type(children.get(part)).__name__}; it must be {wanted}. Parts of {name}: {there}"
-            )
-    for part in _projections(family):
-        if not children[part].weight.is_floating_point():
-            raise InputError(
-                f"{name}.{part} is quantised ({children[part].weight.dtype}); load the model unquantised"
-            )
+            kind, is_there = type(children.get(part)), part in children
+            what = f"{kind.__module__}.{kind.__name__}" if is_there else "missing"
+            merge = " (adapters are merged first; peft: merge_and_unload())" if is_there else ""
+            raise InputError(f"{name}.{part} is {what}; it must be {wanted}{merge}. Parts of {name}: {there}")
 
 
 def refuse_adapter(name: str, module: nn.Module | None) -> None:
@@ -173,6 +176,19 @@ def refuse_adapter(name: str, module: nn.Module | None) -> None:
 
 def _is_number(module: nn.Module, family: Family) -> bool:
     return family.in_layer and isinstance(getattr(module, family.hidden_dropout or "", None), float | int)
+
+
+def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
+    """Raise InputError if a projection's weight is computed from others, or its numbers are not floats of torch."""
+    if projection is not None and parametrize.is_parametrized(projection):
+        raise InputError(  # before its weight is looked at: that can change it
+            f"{name} has a parametrization, which would not move with the neurons; remove it first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    weight = getattr(projection, "weight", None)
+    floats = isinstance(weight, Tensor) and weight.is_floating_point() and type(weight) in PLAIN_TENSORS
+    if (isinstance(weight, Tensor) and not floats) or "quantized" in type(projection).__module__:
+        raise InputError(f"{name} is quantised; load the model unquantised")
 
 
 def _projections(family: Family) -> tuple[str, ...]:

@@ -25,10 +25,13 @@ The FFN itself, with the router, becomes one more child of the layer, `switchabl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from switchable.errors import InputError
 
 if TYPE_CHECKING:
     from switchable.ffn.families import Family
@@ -70,11 +73,28 @@ class Entrance(Held):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the FFN's output, or keep it and return zeros."""
-        y: Tensor = self._ffn[0](x)
+        ffn: Any = self._ffn[0]
+        if not torch.compiler.is_compiling():
+            _check_held(ffn.ssd.name, ffn.ssd.called[:-1])  # the last is the activation
+        y: Tensor = ffn(x)
         if self._kept is None:
             return y
         self._kept.y = y
         return x.new_zeros(*(1 for _ in x.shape[:-1]), self.out_features)
+
+
+def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse what was put around a projection afterwards: the layer and the FFN would call it for different things.
+
+    Raises:
+        InputError: names it, and what to do.
+    """
+    for path, module in projections:
+        if not isinstance(module, Held):
+            raise InputError(
+                f"{name}.{path} has become a {type(module).__name__}, which neither mode can call there; put adapters "
+                "on other modules, or merge them into the weight (peft: merge_and_unload())"
+            )
 
 
 class Factor(Held):

@@ -62,7 +62,7 @@ class Trial:
                 "a model on the meta device (or without parameters) has no numbers to look at; load it first, or "
                 "describe its FFNs: convert(model, config, family=Family(...))"
             )
-        self._shaken = [p for p in parameters if p.is_floating_point() and _is_shaken(p)]
+        self._shaken = [p for p in parameters if p.is_floating_point() and p.numel() and _is_shaken(p)]
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         problems = []
         for self._arguments in [_as_arguments(given)] if given is not None else made(model):
@@ -116,7 +116,7 @@ class Trial:
         """Within the `with` block the model is shaken; afterwards everything is as before."""
         with ExitStack() as stack:
             stack.enter_context(_random_state(self.model))
-            stack.enter_context(_module_state(self.model))
+            stack.enter_context(module_state(self.model))
             stack.enter_context(_shaken(self._shaken))
             yield
 
@@ -147,7 +147,7 @@ def _shaken(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _module_state(model: nn.Module) -> Iterator[None]:
+def module_state(model: nn.Module) -> Iterator[None]:
     """Afterwards every module's buffers, and whether it trains and drops out, are as before."""
     modules, versions = list(model.modules()), [p._version for p in model.parameters()]
     buffers = [
@@ -239,7 +239,8 @@ def _ids(model: nn.Module, length: int) -> Tensor:
     config = getattr(model, "config", None)
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     vocabulary = getattr(config, "vocab_size", None) or min(sizes, default=2)
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")]
+    special = {i for each in named for i in (each if isinstance(each, list | tuple) else [each])}
     usable = [i for i in range(min(int(vocabulary), 1000)) if i not in special] or [0]
     places = torch.arange(2 * length).mul_(7).remainder_(len(usable))
     ids = torch.tensor(usable)[places].view(2, length)

@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,19 @@ from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
 from switchable.evaluation.ways import multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
-from switchable.ffn.description import describe, make_switchable
 from switchable.finetune.config import FinetuneConfig
 from switchable.finite import check_finite
 from switchable.infer.loss import positions_of
+from switchable.infer.precision import multiplying_in
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
-from switchable.store.load import find_model, is_sparse_export, load_with_tokenizer
-from switchable.store.pretrained import load_config, load_pretrained
+from switchable.store.load import find_model, load, load_with_tokenizer, trained_precision
+from switchable.store.pretrained import load_config
 from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
 
-NEW_HEAD = r"score|classif|pooler|pre_classifier"
-"""Weights that a classification model has and a language model has not: they are drawn anew."""
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
@@ -84,23 +82,27 @@ def finetune(
     model, tokenizer = load_classifier(run, len(glue.TASKS[config.task].labels))
     k = () if config.experts_per_token is None else (config.experts_per_token,)
     way = ways(model, (config.mode,), k if config.mode == "sparse" else ())[0]
-    trainer = _trainer(model, tokenizer, config, device, quiet)
+    precision = config.precision or trained_precision(run) or "float32"
+    trainer = _trainer(model, tokenizer, config, device, precision, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
     set_mode(model, way.mode, way.experts_per_token)
     say(
         f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
-        f"head, trained {way} for {config.epochs:g} epochs on {device}; writes to {out or 'nothing (no --out)'}",
+        f"head, trained {way} for {config.epochs:g} epochs in {precision} on {device}; "
+        f"writes to {out or 'nothing (no --out)'}",
         not quiet,
     )
     with redirect_stdout(sys.stderr):  # where Trainer prints what it logs
         with in_float32(model):
             outcome = trainer.train()
         check_finite(model, "the fine-tuned model", "lower --learning-rate")
-        scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
+        with in_float32(model):  # what was rounded back and will be saved, multiplied like before
+            scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
     result = {
         "model": str(run),
         "task": config.task,
         "trained": str(way),
+        "precision": precision,
         "train_examples": len(trainer.train_dataset),
         "train_loss": outcome.training_loss,
         "seconds": outcome.metrics["train_runtime"],
@@ -120,23 +122,17 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
     body, tokenizer = load_with_tokenizer(run)
-    chosen = find_model(run)
-    if is_sparse_export(chosen):
-        raise InputError(f"{run} is a sparse export; fine-tune the run that it was made from")
     before = layers_of(body)
     if not before:
         raise InputError(NOT_SWITCHABLE)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = load_config(chosen, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
+    settings = load_config(find_model(run))
     if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
-    model = load_pretrained(chosen, settings, kind, new=NEW_HEAD)
-    make_switchable(model, describe(body))
-    for old, new in zip(before, layers_of(model), strict=True):
-        new.router.load_state_dict(old.router.state_dict())
-        new.ssd.neuron_ids_F = old.ssd.neuron_ids_F
+    model, _ = load(run, kind, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
+    for new in layers_of(model):
         # The routers of a model that was trained all dense have nothing to learn.
         new.ssd.router_learns = any(layer.ssd.takes_part for layer in before)
     return model, tokenizer
@@ -147,6 +143,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     config: FinetuneConfig,
     device: torch.device,
+    precision: str,
     quiet: bool,
 ) -> Trainer:
     arguments = TrainingArguments(
@@ -166,10 +163,20 @@ def _trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer = _Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.precision = precision
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(not quiet))
     return trainer
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Multiplies in `precision`, in training and in scoring."""
+
+    precision: str
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        return multiplying_in(self.model, self.precision)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from switchable.data.glue import TASKS
-from switchable.options import check, option
+from switchable.options import Precision, check, option
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Precision):
     """What is learned, and how."""
 
     task: str = option("sst2", "task of GLUE to learn", choices=tuple(TASKS), metavar="NAME")

@@ -8,8 +8,9 @@ The callback calls the same `Controller` as our own loop, after every optimizer 
 Trainer's `trainer_state.json`, as plain numbers; routers and moments are in the checkpoints anyway. One process or DDP;
 a model sharded by accelerate is refused.
 
-Evaluations and predictions while training are of the dense model, whatever started them, so that they compare across
-steps; then the loop's own mode comes back. After training the model is dense until `set_mode` says otherwise.
+The model is in the loop's mode from the beginning of a step to its last backward pass. In between it is dense, so that
+evaluations and predictions compare across steps, and after training until `set_mode` says otherwise. Nothing is hooked
+into the layers: where training was broken off in the middle of a step, `set_mode` counts too.
 
 Needs `accelerate`, as the Trainer itself does.
 """
@@ -18,20 +19,19 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.ffn.layer import SwitchableFFN
 from switchable.settings import SwitchConfig
 from switchable.store.contents import PER_LAYER
 from switchable.switching.controller import Controller, Measurement
@@ -55,7 +55,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         seed: int = 0,
     ) -> None:
         self.probe, self.config, self.seed = probe, config or SwitchConfig(), seed
-        self._hooks: list[RemovableHandle] = []
+        self._in_step = False
         self.controller: Controller | None = None
         """The controller, from the beginning of training on."""
 
@@ -83,32 +83,48 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         )
         # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
         layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
-        self._unhook()
-        self._hooks = [layer.register_forward_pre_hook(self._choose_mode) for layer in layers_of(model)]
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
+        self._leave_step(model)
+
+    def on_step_begin(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the model into the mode of this step."""
+        assert self.controller is not None, "on_train_begin comes first"
+        set_mode(kwargs["model"], self.controller.mode)
+        self._in_step = True
+
+    def on_pre_optimizer_step(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All of the step's passes are done: whatever is computed before the next step is dense."""
+        self._leave_step(kwargs["model"])
+
+    def _leave_step(self, model: nn.Module) -> None:
+        self._in_step = False
+        set_mode(model, "dense")
 
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step, measure if it is time, set the mode of the next step."""
+        """Count the step and measure if it is time."""
         assert self.controller is not None, "on_train_begin comes first"
         measurement = self.controller.step(kwargs["optimizer"])
+        self._leave_step(kwargs["model"])
         if measurement is not None:
             state.log_history.append(_line(measurement, state.epoch))
-
-    def _choose_mode(self, layer: nn.Module, _args: object) -> None:
-        """Before an FFN multiplies while training: in dense mode if it evaluates, else in the loop's mode."""
-        assert self.controller is not None, "on_train_begin comes first"
-        ssd = cast(SwitchableFFN, layer).ssd
-        ssd.mode = self.controller.mode if layer.training and ssd.takes_part else "dense"
 
     def on_evaluate(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Return from the dense mode of an evaluation while training to that of the next step."""
-        if self._hooks and self.controller is not None:
-            set_mode(kwargs["model"], self.controller.mode)
+        """Say so where an evaluation fell into a step: training was broken off there, or a callback evaluates in it."""
+        if self._in_step:
+            modes = {layer.ssd.mode for layer in layers_of(kwargs["model"])}
+            logging.getLogger(__name__).warning(
+                "evaluated in %s mode: training is in the middle of a step, or broke off in one; call set_mode first",
+                "sparse" if "sparse" in modes else "dense",
+            )
 
     on_predict = on_evaluate
 
@@ -116,13 +132,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model in dense mode."""
-        self._unhook()
-        set_mode(kwargs["model"], "dense")
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._leave_step(kwargs["model"])
 
     def state(self) -> dict[str, Any]:
         """Return what `trainer_state.json` keeps: the controller's state as plain numbers."""

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is complete, checked and readable by plain transformers, or does not exist.
 
     model.safetensors, config.json    the dense model under its Hugging Face names: `from_pretrained(folder)` reads it
-    switchable.tensors, .json         routers, which neuron is which; experts, K and which layers are sparse
+    switchable.tensors                routers, and of each FFN: experts, K, whether it is sparse, which neuron is which
     training.tensors, .json           optimizer moments, structures, random state; step, data position, schedule
     manifest.json                     size and SHA-256 of each file above
 
@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
+from switchable.ffn.convert import layers_of
 from switchable.files import finish_folder, full_disk_told, remove, temporary_name, write_json, write_text
 from switchable.finite import check_finite
 from switchable.store import tensorfile
@@ -53,17 +53,18 @@ def save(
         InputError: no space left on the device, or weights that are not finite. What was there before is untouched.
     """
     ranks.together(lambda: check_finite(model, f"the model for {folder}", DIVERGED))
-    text = readme(model, "own", folder.name, tokenizer is not None)
-    write(folder, contents_of(model, training, tokenizer, {"README.md": text, **(notes or {})}))
+    notes = dict(notes or {})
+    if layers_of(model)[0].has_dense_mode:  # what has none, a baseline of a comparison, is never opened again
+        notes["README.md"] = readme(model, "sparse", folder.name, tokenizer is not None)
+    write(folder, contents_of(model, training, tokenizer, notes))
 
 
-def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = None) -> None:
+def write(folder: Path, contents: Contents) -> None:
     """Write a checkpoint; an older one of the same name is replaced. Every rank must call it, with its own contents.
 
     Args:
         folder: where it shall stand; on a file system that all ranks share.
         contents: what to write.
-        group: ranks to talk to; one of its own where this runs beside training.
 
     Raises:
         InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
@@ -75,7 +76,7 @@ def write(folder: Path, contents: Contents, group: dist.ProcessGroup | None = No
             with full_disk_told(f"saving {folder}", REMEDY):
                 return step(temporary, *arguments)
 
-        return ranks.gather(work, group)
+        return ranks.gather(work)
 
     try:
         guarded(_begin, contents)

@@ -1,7 +1,6 @@
-"""What a checkpoint will hold, copied out of the training objects: the part of saving that training waits for.
+"""What a checkpoint will hold, copied out of the training objects.
 
-The copy does not change any more, so it can be written while training goes on (`saver.py`). Each rank copies what it
-will write: its own rows of sharded tensors. Rank 0 copies everything else.
+Each rank copies what it will write: its own rows of sharded tensors. Rank 0 copies everything else.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.description import describe
+from switchable.ffn.convert import is_router_parameter
 from switchable.store.readme import class_name
 from switchable.store.tensorfile import Piece, copy_piece
 
 PER_LAYER = {"last": "structure", "patterns": "pattern", "routes": "route"}
 """Parts of a controller's state that are a tensor (or None) per layer, and what a layer's is called in the file."""
 NEURON_IDS = ".neuron_ids"
-"""Ending of the names under which `layer.ssd.neuron_ids_F` is stored."""
+"""Ending of the names under which older checkpoints hold `layer.ssd.neuron_ids_F`."""
 SUFFIX = ".tensors"
 """Of our own safetensors files: tools that read every `*.safetensors` of a folder take them for weights."""
+ROUTERS = f"switchable{SUFFIX}"
+"""Routers, with the description of each one's FFN."""
 
 
 @dataclass
@@ -56,19 +56,20 @@ def contents_of(
         tokenizer: the model's tokenizer, to make the folder complete by itself.
         notes: plain values to keep beside it, by file name.
     """
-    state = untied_state(model)
-    routers = {n: copy_piece(t) for n, t in state.items() if is_router_parameter(n)}
-    for layer in layers_of(model):
-        routers[layer.ssd.name + NEURON_IDS] = copy_piece(layer.ssd.neuron_ids_F)
-    weights = {n: copy_piece(t) for n, t in state.items() if not is_router_parameter(n)}
-    tensors = {"model.safetensors": weights, f"switchable{SUFFIX}": routers}
-    documents: dict[str, Any] = {"switchable.json": describe(model), **(notes or {})}
+    weights = {n: copy_piece(t) for n, t in untied_state(model).items() if not is_router_parameter(n)}
+    tensors = {"model.safetensors": weights, ROUTERS: routers_of(model)}
+    documents = dict(notes or {})
     if training is not None:
         tensors[f"training{SUFFIX}"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
         documents["training.json"] = training[1]
     generation = getattr(model, "generation_config", None)
     configs = [_config(model), *([] if generation is None else [generation])]
     return Contents(tensors, documents, configs, tokenizer)
+
+
+def routers_of(model: nn.Module) -> dict[str, Piece]:
+    """Copy the routers of a model."""
+    return {n: copy_piece(t) for n, t in untied_state(model).items() if is_router_parameter(n)}
 
 
 def own_tensors(folder: Path, name: str) -> Path:

@@ -1,8 +1,8 @@
 """A trained or converted model for other tools: dense (a plain checkpoint), or sparse (a switchable one).
 
 dense    config.json, *.safetensors, tokenizer: nothing of ours is in it, any tool opens it
-sparse   the same with the routers among the weights; `AutoModelFor...from_pretrained` opens it as a switchable
-         model after `switchable.register()` (see `sparse_folder.py`), and without it as the dense model
+sparse   the same, and the routers in a file where other tools do not look: they open the dense model,
+         `switchable.load` the switchable one (see `experts.py`)
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.convert import check_sparse, is_router_parameter, layers_of, set_mode, why_dense
-from switchable.ffn.description import describe
 from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
 from switchable.finite import check_finite
+from switchable.store import tensorfile
+from switchable.store.checkpoint import METADATA
+from switchable.store.contents import ROUTERS, routers_of
+from switchable.store.folders import entry, seal
 from switchable.store.load import load
-from switchable.store.pretrained import SHARD_SIZE, save_pretrained
+from switchable.store.pretrained import SHARD_SIZE, save_plain
 from switchable.store.readme import readme
-from switchable.store.sparse_folder import METHOD
 
 
 def export(
@@ -65,7 +67,6 @@ def export(
     with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
         write(model, tokenizer, to, temporary, max_shard_size)
         write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
-    weights = sorted(out.glob("*.safetensors"))
     experts = {
         "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
         "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
@@ -77,33 +78,27 @@ def export(
         "parameters": sum(
             p.numel() for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)
         ),
-        "weight_files": len(weights),
-        "bytes": sum(path.stat().st_size for path in weights),
+        "weight_files": len(list(out.glob("*.safetensors"))),
+        "bytes": sum(path.stat().st_size for path in out.glob("*tensors")),
     } | (experts if layers_of(model) else {})
 
 
 def write(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, to: str, folder: Path, max_shard_size: str
 ) -> None:
-    """Write a converted model and its tokenizer into a folder that exists; the model's config is as before after.
+    """Write a converted model and its tokenizer into a folder that exists.
 
     Raises:
         InputError: a weight is not finite.
     """
     check_finite(model, "the model", "nothing was written")
-    config: Any = model.config
-    before = getattr(config, "quantization_config", None)
-    try:
-        if to == "sparse":
-            config.quantization_config = {"quant_method": METHOD, **describe(model)}
-        elif before is not None:
-            del config.quantization_config
-        save_pretrained(folder, model, routers=to == "sparse", max_shard_size=max_shard_size)
-    finally:
-        if before is not None:
-            config.quantization_config = before
-        elif to == "sparse":
-            del config.quantization_config
+    save_plain(folder, model, max_shard_size)
+    if to == "sparse":
+        routers = routers_of(model)
+        tensorfile.create(folder / ROUTERS, routers, METADATA)
+        tensorfile.write(folder / ROUTERS, routers, METADATA)
+        # Of the tensors alone: texts such as the README are for everyone to change.
+        seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 

@@ -23,6 +23,10 @@ from switchable.finite import check_finite
 
 SHARD_SIZE = "5GB"
 """Largest file of weights that an export writes."""
+METHOD = "switchable"
+"""Older sparse exports name this quantisation method in `config.json`; nothing is quantised."""
+NEW_HEAD = r"score|classif|pooler|qa_outputs"
+"""Weights that a model for a task has and a language model has not: they are drawn anew."""
 
 
 def load_pretrained(
@@ -93,7 +97,9 @@ def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:
         "missing": sorted(key for key in found["missing_keys"] if not (new and re.search(new, key))),
         "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
         "of layers that the config does not have": sorted(
-            key for key in found["unexpected_keys"] if re.search(r"\.\d+\.", key)
+            key
+            for key in found["unexpected_keys"]
+            if re.search(r"\.\d+\.", key) and not is_router_parameter(key)
         ),
     }
     problems = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in wrong.items() if names]
@@ -110,25 +116,25 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}"
         ) from None
+    if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
+        del config.quantization_config
+    return config
 
 
-def save_pretrained(
-    folder: Path, model: PreTrainedModel, routers: bool = False, max_shard_size: str = SHARD_SIZE
-) -> None:
-    """Write a converted model in Hugging Face form, under the plain model's names.
+def save_plain(folder: Path, model: PreTrainedModel, max_shard_size: str = SHARD_SIZE) -> None:
+    """Write the dense model that a converted model is in Hugging Face form, without the routers.
 
     Args:
         folder: where; must exist.
         model: a converted transformers model.
-        routers: write the routers too, among the weights.
         max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
     """
-    state = {n: t for n, t in model.state_dict().items() if routers or not is_router_parameter(n)}
+    state = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.
     vars(model).pop("_weight_conversions", None)
     with quiet_transformers():

@@ -5,26 +5,20 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from switchable.ffn.convert import layers_of
+
 PLAIN = """\
 from transformers import AutoTokenizer, {kind}
 model = {kind}.from_pretrained({name!r})
 tokenizer = AutoTokenizer.from_pretrained({name!r})"""
 SPARSE = """\
-import switchable, transformers
-switchable.register()
-model = transformers.{kind}.from_pretrained({name!r})"""
-OWN = """\
 from switchable import load, set_mode
 model, tokenizer = load({name!r})
-set_mode(model, "sparse")"""
+set_mode(model, {mode!r})"""
 TEXTS = {
     "dense": (PLAIN, "A plain checkpoint: nothing in it needs switchable."),
     "sparse": (
         SPARSE,
-        'Then `switchable.set_mode(model, "sparse")`. Without the first two lines the model is dense.',
-    ),
-    "own": (
-        OWN,
         "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable.",
     ),
 }
@@ -34,7 +28,8 @@ TEXTS = {
 def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
     """Return the README of the folder `name`; `to` is a key of TEXTS."""
     lines, more = TEXTS[to]
-    code = lines.format(kind=class_name(model), name=name).splitlines()
+    mode = "sparse" if any(layer.ssd.takes_part for layer in layers_of(model)) else "dense"
+    code = lines.format(kind=class_name(model), name=name, mode=mode).splitlines()
     if not has_tokenizer:
         code = [line.replace("AutoTokenizer, ", "") for line in code if not line.startswith("tokenizer")]
     said = "\n".join(code)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.description import take_over
 from switchable.files import read_json
 from switchable.store.contents import NEURON_IDS, PER_LAYER, own_tensors, untied_state
+from switchable.store.experts import DESCRIPTION, descriptions
 from switchable.store.tensorfile import TensorFile
 
 
@@ -62,10 +63,13 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     Raises:
         InputError: names or shapes do not fit; the model is unchanged then.
     """
+    described = descriptions(folder) if routers else {}
     state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}
     paths = [*folder.glob("model*.safetensors"), *([own_tensors(folder, "switchable")] if routers else [])]
     stored = {name: file for file in map(TensorFile, paths) for name in file.names}
-    _take_neuron_ids(stored, model)
+    for tensors in (state, stored):
+        for name in [name for name in tensors if name.endswith((DESCRIPTION, NEURON_IDS))]:
+            del tensors[name]
     strange = sorted(state.keys() ^ stored.keys())
     if strange:
         missing = len(state.keys() - stored.keys())
@@ -79,37 +83,7 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
                 f"{folder} does not fit the model: {name} has shape {stored[name].shape(name)} there, "
                 f"{tuple(tensor.shape)} in the model"
             )
+    for layer in layers_of(model) if routers else ():
+        take_over(layer.ssd, described.get(layer.ssd.name, {}))
     for name, tensor in state.items():
         stored[name].read_into(name, tensor)
-
-
-def restore_routers(folder: Path, model: nn.Module) -> None:
-    """Load the routers of a checkpoint, and which neuron is which, into a converted model.
-
-    Raises:
-        InputError: names or shapes do not fit.
-    """
-    path = own_tensors(folder, "switchable")
-    state = load_file(path)
-    names = dict.fromkeys(state, TensorFile(path))
-    _take_neuron_ids(names, model)
-    state = {name: state[name] for name in names}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise InputError(
-            f"the routers of {folder} do not fit: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    wrong = [*unexpected, *(name for name in missing if is_router_parameter(name))]
-    if wrong:
-        raise InputError(f"the routers of {folder} do not fit the model: {wrong[0]}")
-
-
-def _take_neuron_ids(stored: dict[str, TensorFile], model: nn.Module) -> None:
-    """Move the names of the neurons from files to the layers."""
-    for layer in layers_of(model):
-        # Models of other origin have none: their neurons stand in their first order.
-        file = stored.pop(layer.ssd.name + NEURON_IDS, None)
-        layer.ssd.neuron_ids_F = (
-            torch.arange(layer.ssd.d_ff) if file is None else file.tensor(layer.ssd.name + NEURON_IDS)
-        )

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from switchable.errors import InputError
 from switchable.ranks import is_main, rows_here
 
 NAMES = {
@@ -58,7 +59,7 @@ class Piece:
 def copy_piece(tensor: Tensor) -> Piece:
     """Copy what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 everything.
 
-    The copy is what blocks training; it is on the CPU and no longer depends on the tensor.
+    The copy is on the CPU and no longer depends on the tensor.
     """
     rows, first = rows_here(tensor.detach())
     data = None
@@ -119,10 +120,18 @@ class TensorFile:
 
     Args:
         path: the file.
+
+    Raises:
+        InputError: there is none, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = cast(Any, safe_open(path, framework="pt"))
+        try:
+            self._file = cast(Any, safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is missing or damaged ({error}); give the folder of a whole model"
+            ) from None
         self.names: set[str] = set(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchable.options import check, option
+from switchable.options import Precision, check, option
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Precision):
     """What a user may choose."""
 
     text: tuple[str, ...] | None = option(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ from switchable.ffn.convert import convert, layers_of
 from switchable.ffn.facts import facts_of
 from switchable.ffn.families import find_ffns
 from switchable.settings import SwitchConfig
-from switchable.store.contents import NEURON_IDS, own_tensors
+from switchable.store.experts import descriptions
 from switchable.store.load import load
 from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
@@ -54,7 +54,7 @@ class Source:
     @property
     def is_ours(self) -> bool:
         """Whether it was written by this package, with experts and routers."""
-        return (self.path / "switchable.json").is_file()
+        return bool(descriptions(self.path))
 
 
 def run_sources(run: RunDir) -> list[Source]:
@@ -161,12 +161,9 @@ class Loader:
 
 def order_is_known(source: Source) -> bool:
     """Whether the checkpoint tells which neuron is which (others than ours never move them)."""
-    if not source.is_ours:
-        return True
     try:
-        with safe_open(own_tensors(source.path, "switchable"), "pt") as file:
-            return any(str(name).endswith(NEURON_IDS) for name in file.keys())  # noqa: SIM118
-    except UNREADABLE:
+        return all("neuron_ids" in layer for layer in descriptions(source.path).values())
+    except InputError:
         return False
 
 

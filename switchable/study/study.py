@@ -19,7 +19,9 @@ from switchable.config import read_yaml
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
+from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
+from switchable.store.load import trained_precision
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.config import StudyConfig
@@ -118,8 +120,14 @@ def _fill(
             probe = _probe(config, run, sources, model)
             pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
             _describe(study, model, probe, pattern_tokens)
-            say(f"measured on {probe.tokens:,} tokens: {probe.source}", progress)
-        results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
+            study.probe["precision"] = chosen_precision(
+                model, config.precision, trained_precision(source.path)
+            )
+            say(
+                f"measured in {study.probe['precision']} on {probe.tokens:,} tokens: {probe.source}", progress
+            )
+        with multiplying_in(model, str(study.probe["precision"])):
+            results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
         study.steps.append(source.step)
         study.results.append(list(results))
         fingerprints.append(list(prints))

@@ -26,7 +26,7 @@ from switchable.ffn.plain import check_movable
 from switchable.options import checked
 from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
-from switchable.switching.copies import copied_tensors, twins
+from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.measures import Inputs
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
@@ -158,6 +158,8 @@ class Controller:
         measurement = self._measure(found) if due else None
         self.switches += before != self.mode
         self._apply_mode()
+        if due:
+            describe_anew(self.model, self.copies)
         if (
             self.steps_done == self.schedule.total_steps
             and not self.schedule.config.never_sparse

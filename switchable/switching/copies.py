@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
+from switchable.ffn.description import SavedRouter
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import neuron_parameters
 
@@ -52,6 +53,14 @@ def copied_tensors(model: nn.Module, copies: Sequence[object]) -> list[dict[int,
                 raise InputError(f"a copy of the model has {name} of shape {theirs}, the model of {ours}")
         found.append({id(p): tensors[name] for name, p in named.items() if id(p) in of_neurons})
     return found
+
+
+def describe_anew(model: nn.Module, copies: Sequence[object]) -> None:
+    """Write into copies that are whole state dicts what the model's FFNs now are, which no average tells."""
+    for name, module in model.named_modules():
+        for copy in copies if isinstance(module, SavedRouter) else ():
+            if isinstance(copy, Mapping) and f"{name}._extra_state" in copy:
+                copy[f"{name}._extra_state"].copy_(module.get_extra_state())
 
 
 def _by_name(named: Mapping[str, nn.Parameter], copy: object) -> dict[str, Tensor]:

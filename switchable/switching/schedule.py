@@ -117,21 +117,40 @@ class Schedule:
         a few steps. One more is due when the first dense phase may end, so that no layer has to wait, in place of any
         shortly before: a layer that got a new structure there would join with a router that has not learned it yet.
         """
-        return self._is_due(steps_done)
+        return self.measured_until(steps_done) > self.measured_until(steps_done - 1)
 
-    def _is_due(self, steps_done: int) -> bool:
-        every, growth = self.config.monitor_every, self.config.monitor_growth
+    def measured_until(self, steps_done: int) -> int:
+        """Return how many measurements are due in the first so many steps (see `is_measured`)."""
+        every, until = self.config.monitor_every, self.dense_until
         if not every:
-            return False
-        until = self.dense_until
-        if not self.config.never_sparse and until - max(every, SETTLE_FRACTION * until) < steps_done <= until:
-            return steps_done == until
-        if steps_done % every:
-            return False
-        number, due = steps_done // every, 1
-        while due < number:
-            due = max(due + 1, math.ceil(due * growth - 1e-9))
-        return due == number
+            return 0
+        kept_free = 0 if self.config.never_sparse or until == 0 else max(every, SETTLE_FRACTION * until)
+        before = max(0, math.floor(until - kept_free))
+        if not kept_free or steps_done <= before:
+            return self._due_numbers(steps_done // every)
+        due = self._due_numbers(before // every)
+        if steps_done >= until:
+            due += 1 + self._due_numbers(steps_done // every) - self._due_numbers(until // every)
+        return due
+
+    def _due_numbers(self, most: int) -> int:
+        """Return how many of 1 to `most` are due: each is the least that exceeds the one before by `monitor_growth`."""
+        growth = self.config.monitor_growth
+        found = most if growth == 1 else min(most, int(1 / (growth - 1)))  # up to there all are
+        due = found + 1
+        while due <= most:
+            found, due = found + 1, max(due + 1, math.ceil(due * growth - 1e-9))
+        return found
+
+    def sparse_until(self, steps_done: int, state: ScheduleState) -> int:
+        """Return how many of the first so many steps are sparse, if the state is this one all the time."""
+        if state.began is None or not any(state.takes_part):
+            return 0
+        rounds, rest = divmod(
+            max(0, min(steps_done, self.dense_from) - state.began),
+            self.config.sparse_steps + self.dense_steps,
+        )
+        return rounds * self.config.sparse_steps + min(rest, self.config.sparse_steps)
 
     def groups_afresh(self, steps_done: int, state: ScheduleState) -> bool:
         """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
@@ -145,7 +164,7 @@ class Schedule:
         until = self.dense_until
         if steps_done >= until:
             return steps_done > until and not all(state.takes_part)
-        return not any(self._is_due(step) for step in range(steps_done + 1, until))
+        return self.measured_until(until - 1) == self.measured_until(steps_done)
 
     def decide(self, step: int, state: ScheduleState, measures: Sequence[LayerMeasures]) -> Decision:
         """Decide after a measurement taken when `step` steps are done.

@@ -25,9 +25,9 @@ from switchable.errors import InputError
 from switchable.finite import not_finite
 from switchable.infer.loss import loss_in_mode
 from switchable.ranks import gather, is_main, sum_over_ranks, world_size
+from switchable.store import checkpoint
 from switchable.store.contents import contents_of, training_state
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
 from switchable.train.log import RunLog
@@ -35,6 +35,7 @@ from switchable.train.optim import clip_gradients, set_learning_rate
 from switchable.train.parallel import StopVote
 from switchable.train.setup import Job
 from switchable.train.signals import StopRequest, TrainingStopped
+from switchable.train.words import sparse_begins
 
 
 class Trainer:
@@ -47,7 +48,6 @@ class Trainer:
         flops: cost of a step.
         counters: where the run stands.
         stop: says when the user wants the run to stop.
-        saver: writes checkpoints beside training.
     """
 
     def __init__(
@@ -58,10 +58,9 @@ class Trainer:
         flops: StepFlops,
         counters: Counters,
         stop: StopRequest,
-        saver: Saver,
     ) -> None:
         self.job, self.rundir, self.log = job, rundir, log
-        self.flops, self.counters, self.stop, self.saver = flops, counters, stop, saver
+        self.flops, self.counters, self.stop = flops, counters, stop
         self._vote = StopVote()
         self._window_loss = torch.tensor(counters.window_loss, device=job.device, dtype=torch.float64)
         self._shown_loss: float | None = None
@@ -99,7 +98,6 @@ class Trainer:
             if saves:
                 self.save()
             if stopping and not finished:
-                self.saver.wait()
                 raise TrainingStopped(stopping)
 
     def _step(self) -> None:
@@ -122,6 +120,8 @@ class Trainer:
             counters.flops += self.flops.measurement(controller.probe_tokens)
             self.log.measure(measurement)
         counters.cpu_seconds += time.process_time() - cpu
+        if measurement and measurement.step == controller.state.began and is_main() and self.log.shows:
+            self.log.say(sparse_begins(job.config, measurement))
 
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
@@ -191,7 +191,6 @@ class Trainer:
 
     def _stop_diverged(self, what: str) -> NoReturn:
         """Nothing that is not finite is measured, reported or kept; what was saved before stands."""
-        self.saver.wait()
         last = "nothing was saved yet"
         if saved := self.rundir.steps():
             last = f"the last good checkpoint is {self.rundir.checkpoint(saved[-1])}"
@@ -246,13 +245,14 @@ class Trainer:
     def _snapshot(self) -> None:
         """Keep the weights as they are now, for `switchable study`."""
         begin = time.perf_counter()
-        self.saver.start(
-            self.rundir.snapshot(self.counters.steps), contents_of(self.job.model), then=lambda: None
-        )
+        checkpoint.write(self.rundir.snapshot(self.counters.steps), contents_of(self.job.model))
         self.counters.seconds_other += time.perf_counter() - begin
 
     def save(self) -> None:
-        """Begin a checkpoint; when it stands, those that are older than the `keep` newest are dropped."""
+        """Write a checkpoint, then drop those that are older than the `keep` newest.
+
+        Training waits for it: whenever the run is killed, no more is lost than the steps of one interval.
+        """
         begin = time.perf_counter()
         job, counters = self.job, self.counters
         self.log.sync()
@@ -262,11 +262,9 @@ class Trainer:
             job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
         )
         self._check_weights(state[0])
-        self.saver.start(
-            self.rundir.checkpoint(counters.steps),
-            contents_of(job.model, state),
-            then=lambda: self.rundir.drop_old(job.config.train.keep),
-        )
+        checkpoint.write(self.rundir.checkpoint(counters.steps), contents_of(job.model, state))
+        if is_main():
+            self.rundir.drop_old(job.config.train.keep)
         counters.seconds_other += time.perf_counter() - begin
 
 

@@ -8,7 +8,7 @@ The rest is arithmetic on them; W ranks, A micro-batches per step, P parameters 
                                     fsdp  (W-1)/W · 4 P · (2 A + 1)                (two gathers, one reduce-scatter)
     checkpoint                      12 P  (weights and both moments)
     regrouping a layer              its weights and moments gathered once: (W-1)/W · 12 · FFN, sharded only
-    FLOPs of the run                the run's own schedule, step by step, given what measurements will find
+    FLOPs of the run                the run's own schedule, given what measurements will find
 
 What it does not know: how much of a device's peak is reached (`utilization`, measured by any short run), and the
 time of clustering, which runs on the CPU and is printed by every run as `wall_seconds_measure`.
@@ -16,9 +16,9 @@ time of clustering, which runs on the CPU and is printed by every run as `wall_s
 
 from __future__ import annotations
 
-import functools
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchable.config import RunConfig, auto_recipe, check
+from switchable.choices import skips_here
+from switchable.config import RunConfig, check
 from switchable.errors import InputError, nearest
 from switchable.ffn.active_training import LEAST_TOKENS
 from switchable.ffn.convert import convert, layers_of
@@ -142,31 +143,43 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: 
 def _schedule(
     config: RunConfig, flops: StepFlops, layers: int, ratio: float, micro_tokens: int
 ) -> tuple[float, int]:
-    """Go through the run's schedule with one result of all measurements; return its FLOPs and its sparse steps.
+    """Go through the changes of the run's schedule with one result of all measurements; return FLOPs and sparse steps.
 
     All layers have the activation ratio `ratio`, and all but the first catch enough of the mass with the settings' K.
     """
     train, switch = config.train, config.switch
-    skips = micro_tokens >= LEAST_TOKENS and auto_recipe(config.model, train) == "late"
+    skips = micro_tokens >= LEAST_TOKENS and skips_here(config.model, train)
     few, every = switch.experts_per_token, switch.num_experts
     measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
     schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length
     probe = -(-train.probe_tokens // batch) * batch
 
-    @functools.cache
     def cost(mode: str, state: ScheduleState) -> float:
         parts = zip(state.takes_part, state.experts_per_token, strict=True)
         shares = [ratio if skips and active else None for active in state.multiplies_active]
         return flops.step([k if part and mode == "sparse" else None for part, k in parts], shares)
 
-    state, spent, sparse_steps = schedule.initial(layers), 0.0, 0
-    for step in range(train.steps):
-        mode = schedule.mode_at(step, state)
-        spent += cost(mode, state)
-        sparse_steps += mode == "sparse"
-        if schedule.is_measured(step + 1, state):
-            spent += flops.measurement(probe)
-            state = schedule.decide(step + 1, state, measures).state
+    state, done, spent, sparse_steps = schedule.initial(layers), 0, 0.0, 0
+
+    def advance(end: int) -> None:
+        """Take the steps up to `end` in the state that the schedule is in."""
+        nonlocal done, spent, sparse_steps
+        sparse = schedule.sparse_until(end, state) - schedule.sparse_until(done, state)
+        spent += sparse * cost("sparse", state) + (end - done - sparse) * cost("dense", state)
+        spent += (schedule.measured_until(end) - schedule.measured_until(done)) * flops.measurement(probe)
+        done, sparse_steps = end, sparse_steps + sparse
+
+    # Equal measurements decide alike up to these steps: once one changes nothing, the next ones do not either.
+    for end in (schedule.dense_until - 1, schedule.dense_from - 1, train.steps):
+        before: ScheduleState | None = None
+        while done < end and state != before:
+            measured = schedule.measured_until
+            due = done + 1 + bisect_right(range(done + 1, end + 1), measured(done), key=measured)
+            advance(min(due, end))
+            before = state
+            if due <= end:
+                state = schedule.decide(due, state, measures).state
+        advance(max(done, end))
     return spent, sparse_steps
 
 

@@ -27,10 +27,10 @@ from switchable.ffn.convert import kept_modes
 from switchable.files import full_disk_told, read_json, write_json
 from switchable.infer.generate import write
 from switchable.infer.sampling import Sampling
+from switchable.recipes import AUTO
 from switchable.store import checkpoint, folders, restore
 from switchable.store.probe import save_probe
 from switchable.store.rundir import RunDir
-from switchable.store.saver import Saver
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops, count
 from switchable.train.log import open_log
@@ -56,6 +56,8 @@ MAY_CHANGE = (
     "sample_prompt",
 )
 """Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
+CHOSEN_ONCE = (("recipe", AUTO), ("precision", AUTO))
+"""Settings that a resumed run has as its start chose them."""
 MAY_MOVE = ("data", "tokenizer")
 """Settings of `data` that say where something lies: they may differ where the tokens are the same."""
 
@@ -90,6 +92,8 @@ def pretrain(
     check_trainable(config)
     with _locked(RunDir(out)) as rundir:
         ranks.on_main(lambda: rundir.refuse_to_replace(overwrite, config.data.sources))
+        # Ranks may be of different speed: what was left to the machine, rank 0's chooses for all.
+        config = from_dict(ranks.from_main(to_dict(config)))
         job = set_up(config, cache, quiet or not ranks.is_main(), variant)
         ranks.on_main(lambda: _begin(rundir, job))
         return _run(job, rundir, Counters(data=job.data.train.sha256), quiet, jobs)
@@ -167,7 +171,9 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
     before = read_stored(rundir.config)
     merged = to_dict(before)
     for values in merged.values():
-        values.update({key: value for key, value in flags.items() if key in values})
+        # What was left to the machine was chosen when the run was started.
+        given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
+        values.update({key: value for key, value in given.items() if key in values})
     after = from_dict(merged, "the flags")
     forbidden = [
         line
@@ -227,10 +233,11 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
         flops = count_step(job)
-        for line in opening(job, rundir, flops, counters):
-            log.say(line)
-        with StopRequest() as stop, Saver() as saver:
-            trainer = Trainer(job, rundir, log, flops, counters, stop, saver)
+        if ranks.is_main() and not quiet:
+            for line in opening(job, rundir, flops, counters):
+                log.say(line)
+        with StopRequest() as stop:
+            trainer = Trainer(job, rundir, log, flops, counters, stop)
             if counters.steps < train.steps:
                 warm_up(job)
             try:

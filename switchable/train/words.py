@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from switchable import ranks
-from switchable.config import RunConfig, auto_recipe, read_stored
+from switchable.choices import active_limit, auto_precision, auto_recipe, timed_ffn
+from switchable.compute.measured import sparse_speedup
+from switchable.config import RunConfig, read_stored, settled_for
 from switchable.data.tokenizers import load_tokenizer
-from switchable.recipes import WHY_AUTO
-from switchable.sections import d_ff
-from switchable.settings import SwitchConfig, settled
+from switchable.recipes import RECIPES
+from switchable.settings import SwitchConfig
 from switchable.store.rundir import RunDir
+from switchable.switching.controller import Measurement
 from switchable.switching.schedule import Schedule
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
@@ -23,12 +25,14 @@ from switchable.train.setup import Job
 
 def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> list[str]:
     """Return what a run says of itself before its first step; what it has read, it has said while reading."""
-    train, text = job.config.train, job.data.train
+    train, switch, text = job.config.train, job.config.switch, job.data.train
     processes = f", {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
     resumed = f"goes on after step {counters.steps:,}; " if counters.steps else ""
-    tokens, threads = train.steps * flops.tokens, torch.get_num_threads()
+    tokens, threads, fresh = train.steps * flops.tokens, torch.get_num_threads(), not counters.steps
     return [
-        *([_recipe(job.config)] if type(job.controller.schedule) is Schedule else []),
+        *([_recipe(job.config, fresh)] if type(job.controller.schedule) is Schedule else []),
+        *([_precision(job.config), *_limit(job.config)] if fresh else []),
+        *(sparse_speed(job.config, switch.experts_per_token) if fresh and not switch.never_sparse else []),
         f"model: {job.config.model.family}, {job.parameters:,} parameters, vocabulary of {job.data.vocab_size:,}; "
         f"{job.report}",
         f"training: {train.steps:,} steps of {flops.tokens:,} tokens, {tokens:,} in all ({tokens / text.tokens:.2g} "
@@ -38,13 +42,54 @@ def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> l
     ]
 
 
-def _recipe(config: RunConfig) -> str:
-    """Name the recipe, why it is this one, what of it was changed, and when steps are sparse."""
-    switch, auto = config.switch, auto_recipe(config.model, config.train)
-    why = f"it is what auto is here ({WHY_AUTO[auto]})"
-    if switch.recipe != auto:
-        why = f"it was asked for; auto would be {auto} here ({WHY_AUTO[auto]})"
-    plain = settled(SwitchConfig(recipe=switch.recipe), d_ff(config.model), config.model.activation)
+def _chosen(kind: str, name: str, auto: tuple[str, str]) -> str:
+    """Say why a setting has this value, given what `auto` stands for and why."""
+    if name == auto[0]:
+        return f"it is what {kind} auto is here ({auto[1]})"
+    return f"it was asked for; auto would be {auto[0]} here ({auto[1]})"
+
+
+def _precision(config: RunConfig) -> str:
+    name = config.train.precision
+    return f"precision {name}: {_chosen('precision', name, auto_precision(config.model, config.train))}"
+
+
+def _limit(config: RunConfig) -> list[str]:
+    """Say below what share of active neurons dense steps leave out the others, where the clock decided it."""
+    switch, train = config.switch, config.train
+    found = active_limit(config.model, train, switch.recipe)
+    if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
+        return []
+    limit = f"where fewer than {found:g} are active" if found else "in no layer"
+    return [
+        f"dense steps leave out idle neurons {limit}: elsewhere that would be slower in {train.precision} here"
+    ]
+
+
+def sparse_speed(config: RunConfig, experts_per_token: float) -> list[str]:
+    """Say how fast sparse steps are beside dense ones, with so many experts for each token, on average over layers."""
+    ffn, switch = timed_ffn(config.model, config.train), config.switch
+    if ffn is None:
+        return []
+    few = round(experts_per_token)
+    speedup = sparse_speedup(ffn, switch.num_experts, few, config.train.precision)
+    found = f"{few} of {switch.num_experts} experts and the router are {speedup:.2f} times as fast as a dense FFN here"
+    why = "sparse steps are slower than dense ones: recipe auto takes them only at the end, to teach sparse mode"
+    return [f"{found}, forward and backward{'' if speedup >= 1 else f'; {why}'}"]
+
+
+def sparse_begins(config: RunConfig, measured: Measurement) -> str:
+    """Say that sparse steps begin, and how fast they are with the experts that layers were found to need."""
+    parts = [k for k, part in zip(measured.experts_per_token, measured.takes_part, strict=True) if part]
+    speed = sparse_speed(config, sum(parts) / len(parts))
+    return ": ".join([f"step {measured.step}: sparse steps begin in {len(parts)} layers", *speed])
+
+
+def _recipe(config: RunConfig, fresh: bool) -> str:
+    """Name the recipe, why a new run has this one, what of it was changed, and when steps are sparse."""
+    switch = config.switch
+    why = f"; {_chosen('recipe', switch.recipe, auto_recipe(config.model, config.train))}" if fresh else ""
+    plain = settled_for(SwitchConfig(recipe=switch.recipe), config.model, config.train)
     before, now = (dataclasses.asdict(each) for each in (plain, switch))
     changes = [f"{name}={now[name]}" for name in now if now[name] != before[name]]
     changed = f"; changed: {', '.join(changes)}" if changes else ""
@@ -52,7 +97,7 @@ def _recipe(config: RunConfig) -> str:
     when = "no step is sparse"
     if not switch.never_sparse:
         when = f"from step {first:,} on at the earliest {switch.sparse_steps} sparse steps to each dense one"
-    return f"recipe {switch.recipe}: {when}{changed}; {why}"
+    return f"recipe {switch.recipe}: {when}{changed}{why}"
 
 
 def closing(rundir: RunDir, figures: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -36,8 +36,10 @@ AUTO = {
     ("relu2", False): (replace(SMALL, tokens=8, activation="relu2"), "decode"),
     ("one token, odd width", False): (replace(ODD, tokens=1, experts=8), "decode"),
     ("many experts needed, odd width", False): (replace(ODD, tokens=16, experts=8), "masked"),
-    ("one token, gated", False): (replace(SMALL, tokens=1, gated=True, activation="silu"), "decode"),
-    ("16 tokens, gated", False): (replace(SMALL, tokens=16, gated=True), "masked"),
+    ("one token, gated silu", False): (replace(SMALL, tokens=1, gated=True, activation="silu"), "decode"),
+    ("17 tokens, gated silu", False): (replace(SMALL, tokens=17, gated=True, activation="silu"), "masked"),
+    ("63 tokens, gated", False): (replace(SMALL, tokens=63, gated=True), "decode"),
+    ("64 tokens, gated", False): (replace(SMALL, tokens=64, gated=True), "fused"),
     ("one token, bfloat16", False): (replace(SMALL, tokens=1, dtype=HALF), "decode"),
     ("17 tokens, bfloat16", False): (replace(SMALL, tokens=17, dtype=HALF), "masked"),
     ("float64, 16 tokens", False): (replace(SMALL, tokens=16, dtype=torch.float64), "masked"),
@@ -49,7 +51,11 @@ AUTO = {
     ("float64", True): (replace(SMALL, tokens=64, dtype=torch.float64), "fused"),
     ("no token", True): (replace(SMALL, tokens=0), "masked"),
     ("an expert of 512 neurons", True): (LARGE, "sorted"),
-    ("gated relu", True): (replace(SMALL, tokens=64, gated=True), "reference"),
+    ("gated relu, 63 tokens", True): (replace(SMALL, tokens=63, gated=True), "masked"),
+    ("gated relu", True): (replace(SMALL, tokens=64, gated=True), "fused"),
+    ("gated relu2", True): (replace(SMALL, tokens=64, gated=True, activation="relu2"), "fused"),
+    ("gated, an expert of 512 neurons", True): (replace(LARGE, gated=True), "fused"),
+    ("gated relu, odd width, large", True): (replace(LARGE, width=61, gated=True), "reference"),
     ("gated relu, odd width", True): (replace(ODD, tokens=64, gated=True), "masked"),
     ("gelu", True): (replace(SMALL, tokens=64, activation="gelu"), "masked"),
     ("gelu, large", True): (replace(LARGE, activation="gelu"), "reference"),
@@ -66,7 +72,8 @@ UNDER_AUTOCAST = {
     ("17 tokens", False): (replace(SMALL, tokens=17), "masked"),
     ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
     ("large, no whole pairs", True): (replace(LARGE, width=48), "sorted"),
-    ("large, gated", True): (replace(LARGE, gated=True), "reference"),
+    ("large, gated", True): (replace(LARGE, gated=True), "fused"),
+    ("large, gated silu", True): (replace(LARGE, gated=True, activation="silu"), "reference"),
 }
 
 
@@ -101,12 +108,16 @@ def test_pairs_pay_from_32_tokens_on_and_for_large_experts(
         few = replace(SMALL, width=32, neurons=30, tokens=31, dtype=dtype)
         large = replace(LARGE, dtype=dtype)
         unpaired = [replace(large, width=48, tokens=512, neurons=neurons) for neurons in (62, 64)]
-        calls = [problem(case).call for case in (few, replace(few, tokens=32), large, *unpaired)]
+        gated = [
+            replace(case, gated=True)
+            for case in (large, *(replace(unpaired[0], neurons=neurons) for neurons in (254, 256)))
+        ]
+        calls = [problem(case).call for case in (few, replace(few, tokens=32), large, *unpaired, *gated)]
         with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
             return [choose(call).name for call in calls]
 
-    assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted"]
-    assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused"]
+    assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted", "fused", "fused", "reference"]
+    assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused", *["fused"] * 3]
 
 
 def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:

@@ -43,6 +43,10 @@ CASES = {
     "experts of twenty neurons": replace(PLAIN, neurons=20),
     "many experts": replace(PLAIN, experts=48, neurons=2, chosen=9),
 }
+CASES |= {
+    f"gated, {name}": replace(CASES[name], gated=True)
+    for name in ("three tokens", "63 tokens", "no bias", "relu2", "experts of twenty neurons")
+}
 
 
 @pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
@@ -124,13 +128,14 @@ def test_what_there_is_no_code_for() -> None:
         {"activation": "gelu"},
         {"dtype": torch.float64},
         {"stored": "linear"},
-        {"gated": True},
+        {"activation": "silu", "gated": True},
     ):
         assert given(replace(PLAIN, **change)) is None, change
 
 
-def test_a_neuron_that_is_nan_reaches_the_output() -> None:
-    found = problem(PLAIN)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_a_neuron_that_is_nan_reaches_the_output(gated: bool) -> None:
+    found = problem(replace(PLAIN, gated=gated))
     with torch.no_grad():
         found.x[1] = torch.nan
         y_TD = found.run("decode")
@@ -153,8 +158,9 @@ def model_of_one_layer(kind: str = "gpt2") -> torch.nn.Module:
     model = build_model(kind, sizes, "relu", 50, {"eos_token_id": 0}).eval()
     convert(model, SwitchConfig(num_experts=16, experts_per_token=4))
     set_mode(model, "sparse")
-    layer = layers_of(model)[0]
-    torch.nn.init.normal_(layer.ssd.down_projection.bias)
+    bias = layers_of(model)[0].ssd.down_projection.bias
+    if bias is not None:  # a Llama's has none
+        torch.nn.init.normal_(bias)
     return model
 
 
@@ -183,9 +189,10 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64])
-def test_a_layer_in_sparse_mode_takes_it(tokens: int, preparations: list[bool]) -> None:
-    layer = layers_of(model_of_one_layer())[0]
+def test_a_layer_in_sparse_mode_takes_it(kind: str, tokens: int, preparations: list[bool]) -> None:
+    layer = layers_of(model_of_one_layer(kind))[0]
     assert_right(layer, torch.randn(1, tokens, 64))
     assert preparations == ([True] if tokens < 64 else [])
 
@@ -227,10 +234,30 @@ CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_between_two_calls_is_noticed(change: Callable[[SwitchableFFN], object]) -> None:
-    layer = layers_of(model_of_one_layer())[0]
+GATE_CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
+    "other numbers in the gate": lambda layer: layer.ssd.gate_projection.weight.data.mul_(-1),
+    "a gate elsewhere": lambda layer: setattr(
+        layer.ssd.gate_projection.weight, "data", -layer.ssd.gate_projection.weight.data
+    ),
+    "another gate": lambda layer: setattr(
+        layer, layer.ssd.settings.family.gate, torch.nn.Linear(64, 256, bias=False)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("gpt2", change) for change in CHANGES.values()),
+        *(("llama", change) for change in GATE_CHANGES.values()),
+    ],
+    ids=[*CHANGES, *GATE_CHANGES],
+)
+def test_a_change_between_two_calls_is_noticed(kind: str, change: Callable[[SwitchableFFN], object]) -> None:
+    layer = layers_of(model_of_one_layer(kind))[0]
     assert_right(layer, torch.randn(1, 3, 64))
+    assert layer.ssd.decode_cache.prepared is not None
+    assert layer.ssd.decode_cache.prepared.call is not None
     with torch.no_grad():
         change(layer)
     assert_right(layer, torch.randn(1, 3, 64, dtype=layer.ssd.up_projection.weight.dtype))

@@ -40,6 +40,11 @@ CASES = {
     "stored as Conv1D": replace(PLAIN, stored="conv"),
     "strided input": replace(PLAIN, strided=True),
 }
+CASES |= {f"gated, {name}": replace(case, gated=True) for name, case in CASES.items()}
+CASES |= {
+    "gated, relu2, experts of 12": replace(PLAIN, gated=True, activation="relu2", neurons=12, bias=False),
+    "gated, relu2, width no multiple of 32": replace(PLAIN, gated=True, activation="relu2", width=48),
+}
 
 
 def half(case: Case, dtype: torch.dtype) -> Problem:

@@ -52,7 +52,7 @@ def glue(tmp_path: Path) -> Path:
 def test_lambada_by_hand(trained: Runs, lambada: Path) -> None:
     folder, _ = trained("gpt2")
     config = EvalConfig(tasks=(f"lambada={lambada}",), experts_per_token=(2,), threads=1)
-    scores = {(str(s.way), s.metric): s for s in evaluate(folder, config, DataConfig())}
+    scores = {(str(s.way), s.metric): s for s in evaluate(folder, config, DataConfig()).scores}
     model, tokenizer = load(folder)
     assert tokenizer is not None
     for way, mode in (("dense", "dense"), ("sparse K=2", "sparse")):

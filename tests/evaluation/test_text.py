@@ -79,7 +79,9 @@ def test_ways(switchable_gpt2: nn.Module) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_run_on_text(trained: Runs, family: str, corpus: Path) -> None:
     folder, figures = trained(family)
-    scores = evaluate(folder, EvalConfig(experts_per_token=(1, 3, 8), threads=1), DataConfig((str(corpus),)))
+    scores = evaluate(
+        folder, EvalConfig(experts_per_token=(1, 3, 8), threads=1), DataConfig((str(corpus),))
+    ).scores
     losses = {str(s.way): s.value for s in scores if s.metric.startswith("loss")}
     assert list(losses) == ["dense", "sparse K=1", "sparse K=3", "sparse K=8"]
     assert losses["sparse K=8"] == pytest.approx(
@@ -100,4 +102,4 @@ def test_a_window_that_the_model_cannot_take(trained: Runs, corpus: Path) -> Non
         EvalConfig(sequence_length=1)
     with pytest.raises(InputError, match="sequence_length=25 is more than the 24 positions of the model"):
         evaluate(folder, EvalConfig(sequence_length=25), data)
-    assert evaluate(folder, EvalConfig(sequence_length=2, mode=("dense",), threads=1), data)
+    assert evaluate(folder, EvalConfig(sequence_length=2, mode=("dense",), threads=1), data).scores

@@ -23,8 +23,6 @@ from switchable.ffn.builders import build_model
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.table import row_of
 from switchable.infer.generate import write
-from switchable.store.checkpoint import save
-from switchable.store.export import export
 from switchable.store.load import load, load_pretrained
 from switchable.train.optim import in_float32
 
@@ -129,13 +127,13 @@ def test_calibration_trains_the_routers_and_nothing_else() -> None:
         {"input_ids": torch.randint(3, 61, (8, 32), generator=torch.Generator().manual_seed(i))}
         for i in range(16)
     ]
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    before = {n: t.clone() for n, t in model.named_parameters()}
     caught = [row.mass_caught for row in layer_rows(model, batches)]
     seen: list[int] = []
     steps = calibrate(model, batches, 3e-2, advance=seen.append)
     assert steps == 4 * 8  # epochs x minibatches of 512 among 16 x 256 tokens
     assert seen == [1] * 16 + [16] * 4  # shown, then four epochs
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.named_parameters():
         assert torch.equal(tensor, before[name]) != is_router_parameter(name), name
     assert all(
         now.mass_caught > max(then + 0.05, 0.97 * now.mass_best)
@@ -307,11 +305,6 @@ def test_bad_input(
     big.save_pretrained(str(folder))
     if len(big) > config["vocab_size"]:
         assert "they do not belong together" in refused(folder)
-    model = make("gpt2")
-    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
-    save(tmp_path / "switchable", model)
-    export(tmp_path / "switchable", "sparse", tmp_path / "sparse")
-    assert "is switchable already" in refused(tmp_path / "sparse")
     make("llama").save_pretrained(tmp_path / "bare")
     assert "no tokenizer in the folder" in refused(tmp_path / "bare")
 

@@ -36,6 +36,12 @@ def test_it_trains_in_both_modes(family: str, activation: str) -> None:
     assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
 
+def test_gpt2_says_its_positions_under_the_name_that_other_tools_read() -> None:
+    sizes = {"d_model": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+    config = build_model("gpt2", sizes, "relu", 61, {"eos_token_id": 0, "pad_token_id": 0}).config.to_dict()
+    assert (config["n_positions"], config["n_ctx"]) == (32, 32)
+
+
 def test_an_unknown_family() -> None:
     with pytest.raises(InputError, match=r"family='brt' cannot be pre-trained.*did you mean 'bert'"):
         build_model("brt", SIZES, "relu", 61, TOKENS)

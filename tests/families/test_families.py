@@ -47,7 +47,7 @@ def test_conversion_is_a_no_op_in_dense_mode(case: str) -> None:
     assert relative(output(model, batch), before) < 1e-5  # memory is laid out anew: the last bits may differ
     kept = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     assert list(kept) == names
-    assert len(model.state_dict()) == len(names) + 2 * report.converted
+    assert len(model.state_dict()) == len(names) + 3 * report.converted  # weight, bias and description
     before_grads = gradients(plain, batch)
     after_grads = gradients(model, batch)
     for name, grad in before_grads.items():
@@ -175,7 +175,7 @@ def test_a_row_that_leaves_out_a_part_is_noticed() -> None:
     model = nn.Sequential(Scaled())
     with pytest.raises(InputError, match=r"0 \(Scaled\) computes something else"):
         convert(model, SwitchConfig(num_experts=4, experts_per_token=2), Family("Scaled", "up", "down"))
-    with pytest.raises(InputError, match=r"0\.gate is NoneType; it must be Linear or Conv1D"):
+    with pytest.raises(InputError, match=r"0\.gate is missing; it must be Linear or Conv1D"):
         convert(
             model,
             SwitchConfig(num_experts=4, experts_per_token=2),

@@ -13,9 +13,9 @@ from ffn.home_made import NEURONS, SUPPORTED, Fused, InLayer, Projections, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from switchable import SwitchConfig, convert, set_mode
+from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
-from switchable.ffn.description import describe, make_switchable
+from switchable.ffn.description import describe
 from switchable.ffn.layout import entries
 from switchable.switching.optimizers import optimizers_in
 from switchable.switching.switch import regroup
@@ -190,7 +190,8 @@ def test_families_that_differ_are_described_and_opened() -> None:
 
     model, other = unlike(), unlike()
     convert(model, CONFIG)
-    make_switchable(other, json.loads(json.dumps(describe(model))))
+    kept = json.dumps([describe(layer.ssd)["family"] for layer in layers_of(model)])
+    convert(other, CONFIG, [Family.from_values(each) for each in json.loads(kept)], trusted=True)
     families = [[layer.ssd.settings.family for layer in layers_of(m)] for m in (model, other)]
     assert families[0] == families[1]
     assert families[0][0] != families[0][1]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families.models import make
 from support import HomeMade
 from torch import Tensor, nn
 
@@ -190,3 +191,25 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
     assert relative(model(x), before) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt-post-norm", "llama-silu-tied"])  # with biases, without, gated
+@pytest.mark.parametrize("how", ["dense", "active", "sparse"])
+def test_a_model_may_add_to_the_output_in_place(case: str, how: str) -> None:
+    def gradients(in_place: bool) -> list[Tensor]:
+        model = make(case).train()
+        convert(model, SwitchConfig(num_experts=8, experts_per_token=3, activation_l1=0.01))
+        layer = layers_of(model)[0]
+        layer.ssd.mode, layer.ssd.multiplies_active = (
+            "sparse" if how == "sparse" else "dense",
+            how == "active",
+        )
+        x = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(3))
+        y = layer(x)
+        y = y.add_(x) if in_place else y + x
+        y.square().mean().backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert layer.router.weight.grad is not None
+        return found
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)

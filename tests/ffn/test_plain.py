@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families.models import inputs, make, output
 from support import tiny_gpt2
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -18,10 +19,10 @@ from switchable.switching.switch import regroup
 class LoRA(nn.Module):
     """An adapter as a library writes one."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, inputs: int = 16, outputs: int = 64) -> None:
         super().__init__()
         self.base_layer, self.weight, self.bias = base, base.weight, base.bias
-        self.delta = nn.Linear(16, 64, bias=False)
+        self.delta = nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x) + self.delta(x)
@@ -113,3 +114,68 @@ def test_neurons_are_not_moved_away_from_what_hangs_on_them(model: nn.Module, wh
     with pytest.raises(InputError, match=r"h\.0\.mlp\.c_fc (is a LoRA|has hooks|has a parametrization)"):
         regroup(layers_of(model), [labels_F, labels_F], None)
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+
+
+LAYERS = {
+    "opt": ("model.decoder.layers.0", "fc1", "fc2"),
+    "bert": ("bert.encoder.layer.0", "intermediate.dense", "output.dense"),
+    "bart": ("model.decoder.layers.0", "fc1", "fc2"),
+}
+
+
+def in_layer(case: str) -> tuple[nn.Module, dict[str, Tensor], str, str]:
+    """A converted model whose layers call the projections themselves, its inputs, and the projections of one FFN."""
+    made = make(case).eval()
+    convert(made, SwitchConfig(num_experts=8, experts_per_token=8), neuron_major=False)  # as pruning wants it
+    layer, up, down = LAYERS[case]
+    return made, inputs(case), f"{layer}.{up}", f"{layer}.{down}"
+
+
+@pytest.mark.parametrize("which", ["up", "down"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_an_adapter_in_a_layer_is_refused_in_either_mode(case: str, which: str) -> None:
+    """Also where d_ff = d_model, so that shapes would fit."""
+    model, batch, up, down = in_layer(case)
+    name = up if which == "up" else down
+    held, before = model.get_submodule(name), output(model, batch)
+    model.set_submodule(name, LoRA(held, held.in_features, held.out_features))
+    with pytest.raises(
+        InputError, match=r"has become a LoRA, which neither mode can call there; put adapters on"
+    ):
+        output(model, batch)
+    with pytest.raises(InputError, match=r"is a LoRA, which sparse mode passes by"):
+        set_mode(model, "sparse")
+    model.set_submodule(name, held)  # as merging does
+    assert torch.equal(output(model, batch), before)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_hooks_in_a_layer_count_alike_in_both_modes(case: str) -> None:
+    model, batch, up, down = in_layer(case)
+    plain = output(model, batch)
+    for name in (up, down):
+        hook = model.get_submodule(name).register_forward_hook(lambda _m, _x, y: 1.5 * y)
+        found = []
+        for mode in ("dense", "sparse"):
+            set_mode(model, mode)
+            found.append(output(model, batch))
+        torch.testing.assert_close(found[0], found[1])
+        assert (found[0] - plain).abs().max() > 1e-4
+        hook.remove()
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_mask_in_a_layer_counts_alike_in_both_modes(case: str) -> None:
+    model, batch, up, down = in_layer(case)
+    plain = output(model, batch)
+    for name in (up, down):
+        projection = model.get_submodule(name)
+        weight = projection.weight.detach().clone()
+        prune.l1_unstructured(projection, "weight", 0.5)
+        assert int((projection.weight == 0).sum()) == weight.numel() // 2
+        found = []
+        for mode in ("dense", "sparse"):
+            set_mode(model, mode)
+            found.append(output(model, batch))
+        torch.testing.assert_close(found[0], found[1])
+        assert (found[0] - plain).abs().max() > 1e-4

@@ -19,9 +19,11 @@ from switchable.cli import main
 from switchable.data.glue import Example
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
 from switchable.finetune.classify import _encode, finetune, load_classifier
 from switchable.finetune.config import FinetuneConfig
 from switchable.store.checkpoint import save
+from switchable.store.export import export
 from switchable.store.load import load
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
@@ -93,6 +95,23 @@ def test_a_model_in_half_precision_learns_in_float32(trained: Runs, glue: Path, 
             torch.testing.assert_close(tensor.float(), found["single"][name], rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_it_multiplies_in_the_precision_that_it_says(
+    trained: Runs, glue: Path, monkeypatch: pytest.MonkeyPatch, precision: str | None
+) -> None:
+    seen, forward = set(), SwitchableFFN.forward
+
+    def noting(layer: SwitchableFFN, x: torch.Tensor) -> torch.Tensor:
+        seen.add((layer.training, torch.is_autocast_enabled("cpu")))
+        return forward(layer, x)
+
+    monkeypatch.setattr(SwitchableFFN, "forward", noting)
+    config = FinetuneConfig("sst2", max_train_examples=32, epochs=1, threads=1, precision=precision)
+    _, result = finetune(trained("bert")[0], glue, config, quiet=True)
+    assert result["precision"] == (precision or "float32")
+    assert seen == {(True, precision == "bfloat16"), (False, precision == "bfloat16")}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_classifier_has_the_body_and_the_routers_of_the_run(trained: Runs, family: str) -> None:
     folder, _ = trained(family)
@@ -111,6 +130,16 @@ def test_a_classifier_has_the_body_and_the_routers_of_the_run(trained: Runs, fam
 def test_other_families_learn_too(trained: Runs, glue: Path, family: str) -> None:
     scores, _ = finetune(trained(family)[0], glue, learn(), quiet=True)
     assert scores[0].value >= 0.9
+
+
+def test_a_sparse_export_is_fine_tuned_as_its_run(trained: Runs, tmp_path: Path) -> None:
+    export(trained("t5")[0], "sparse", tmp_path / "sparse")
+    found = [load_classifier(folder, 2)[0] for folder in (trained("t5")[0], tmp_path / "sparse")]
+    assert len(layers_of(found[0])) == 4
+    for of_run, exported in zip(*map(layers_of, found), strict=True):
+        assert torch.equal(of_run.router.weight, exported.router.weight)
+        assert torch.equal(of_run.ssd.neuron_ids_F, exported.ssd.neuron_ids_F)
+        assert of_run.ssd.takes_part == exported.ssd.takes_part
 
 
 def test_the_command(trained: Runs, glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,8 +197,8 @@ def test_what_it_says_and_that_it_is_not_silent(
     assert main(["finetune", str(run), "--task", "sst2", *given, "--out", str(out)]) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0] == (
-        f"sst2: 32 examples to train on, 64 to score; {run} under a new head, trained dense for 1 epochs on cpu; "
-        f"writes to {out}"
+        f"sst2: 32 examples to train on, 64 to score; {run} under a new head, trained dense for 1 epochs "
+        f"in float32 on cpu; writes to {out}"
     )
     assert said[-2] == f"saved in {out}: the classifier, and results.json"
     opens = f'import transformers; transformers.BertForSequenceClassification.from_pretrained("{out}")'

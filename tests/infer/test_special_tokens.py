@@ -13,10 +13,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from switchable import InputError
 from switchable.data.config import ObjectiveConfig
+from switchable.data.glue import Example
 from switchable.data.objectives import build_objective
 from switchable.data.tokenizers import added_tokens, train_bpe
+from switchable.evaluation.harness import _tokenizing
 from switchable.evaluation.text import overlapping_windows
 from switchable.ffn.builders import build_model
+from switchable.finetune.classify import _encode
 from switchable.infer.generate import write
 from switchable.infer.sampling import Sampling
 
@@ -73,6 +76,52 @@ def test_what_a_causal_model_is_given(template: str) -> None:
     assert made_of["labels"].tolist() == [[*([-100] if begins else []), *window[0]]]
     with pytest.raises(InputError, match="sequence_length=1 leaves nothing to predict"):
         build_objective("causal", ObjectiveConfig(), made, 1)
+
+
+@pytest.mark.filterwarnings("default")  # lm-eval's own warnings are not ours to mend
+@pytest.mark.parametrize("template", CASES)
+def test_what_lm_eval_gives_a_causal_model(template: str) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    made = tokenizer(template)
+    begins, _ = CASES[template]
+    tokens = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
+    model = build_model("llama", SIZES, "relu", len(made), {**tokens, "pad_token_id": made.eos_token_id})
+    live = HFLM(pretrained=model, batch_size=1, **_tokenizing(model, made))
+    text = [*([made.bos_token_id] if begins else []), *made("the cat", add_special_tokens=False)["input_ids"]]
+    assert live.tok_encode("the cat") == text
+    assert live.tok_batch_encode(["the cat"])[0].tolist() == [text]
+    assert live.prefix_token_id == (made.bos_token_id if begins else made.eos_token_id)
+    assert made("the cat")["input_ids"][-1] == (made.eos_token_id if CASES[template][1] else text[-1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "t5"])
+def test_token_types_reach_only_models_that_have_them(family: str) -> None:
+    """GPT-2 would add the embeddings of tokens 0 and 1; a generation would be refused by transformers."""
+    made: Any = tokenizer("$A")
+    made.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's
+    made.add_special_tokens({"pad_token": "<pad>", "mask_token": "<mask>"})
+    made.add_special_tokens({"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>"]})
+    tokens = {
+        "bos_token_id": made.bos_token_id,
+        "eos_token_id": made.eos_token_id,
+        "pad_token_id": made.pad_token_id,
+    }
+    model: Any = build_model(family, SIZES, "relu", len(made) + 2, tokens).eval()
+    assert "token_type_ids" in made("the cat")
+    given: set[str] = set()
+    body = model.base_model
+    body.register_forward_pre_hook(
+        lambda _m, _a, named: given.update(name for name, value in named.items() if value is not None),
+        with_kwargs=True,
+    )
+    write(model, made, "the <mask> cat" if family in ("bert", "roberta") else "the cat", sampling=GREEDY)
+    assert given
+    assert "token_type_ids" not in given
+    examples = [Example(("the cat", "a mat"), 0)]
+    encoded = _encode(examples, made, model, 16)[0]
+    assert ("token_type_ids" in encoded) == (family == "bert")
 
 
 def test_windows_of_text_begin_with_the_begin_of_text_and_predict_each_token_once() -> None:

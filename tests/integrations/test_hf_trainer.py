@@ -36,7 +36,8 @@ class Losses(SwitchableCallback):
         super().__init__(*args)
         self.modes: list[str] = []
 
-    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_step_begin(*args, **kwargs)
         self.modes.append(
             "sparse" if any(layer.ssd.mode == "sparse" for layer in layers_of(kwargs["model"])) else "dense"
         )
@@ -150,6 +151,54 @@ def test_evaluations_are_dense_and_the_mode_comes_back(tmp_path: Path, how: str)
     set_mode(model, "sparse")
     trained.evaluate()  # after training it is what the user says
     assert seen[False] == {"dense", "sparse"}
+
+
+class Broken(TrainerCallback):
+    """Breaks training off in the middle of a sparse step: in its forward pass, or between two steps."""
+
+    def __init__(self, model: nn.Module, error: type[BaseException], in_step: bool) -> None:
+        self.model, self.error, self.in_step = model, error, in_step
+
+    def _break(self, *_: Any) -> None:
+        if layers_of(self.model)[1].ssd.mode == "sparse":
+            raise self.error
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.hook = layers_of(self.model)[0].register_forward_pre_hook(self._break) if self.in_step else None
+
+    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if not self.in_step and state.global_step == 5:
+            raise self.error
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_after_training_broke_off_the_mode_is_what_the_user_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException], in_step: bool
+) -> None:
+    model = tiny_gpt2()
+    convert(model, CONFIG)
+    trained = trainer(tmp_path, model, save_strategy="no")
+    broken = Broken(model, error, in_step)
+    trained.add_callback(broken)
+    with pytest.raises(error):
+        trained.train()
+    if broken.hook is not None:
+        broken.hook.remove()
+    assert {layer.ssd.mode for layer in layers_of(model)} == ({"sparse"} if in_step else {"dense"})
+    trained.evaluate()
+    assert ("evaluated in sparse mode: training is in the middle of a step" in caplog.text) == in_step
+    fresh = tiny_gpt2()
+    convert(fresh, CONFIG)
+    fresh.load_state_dict(model.state_dict())
+    found = {}
+    for mode in ("dense", "sparse", "dense"):
+        set_mode(model, mode)
+        set_mode(fresh, mode)
+        with torch.no_grad():
+            found[mode] = fresh.eval()(input_ids=IDS[:4]).logits
+        assert torch.equal(torch.tensor(trained.predict(ROWS[:4]).predictions), found[mode])  # type: ignore[arg-type]
+    assert not torch.equal(found["dense"], found["sparse"])
 
 
 def test_what_was_trained_exports_to_a_plain_model(whole: tuple[Path, Trainer], tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     module, target = {
-        "model": (tensorfile, "create"), "tensors": (tensorfile, "write"), "manifest": (checkpoint, "write_json")
+        "model": (tensorfile, "create"), "tensors": (tensorfile, "write"), "manifest": (folders, "write_json")
     }[place]  # fmt: skip
     monkeypatch.setattr(module, target, full)
     with torch.no_grad():

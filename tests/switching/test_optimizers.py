@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support import tiny_gpt2
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from switchable import InputError, SwitchConfig, convert
+from switchable import InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.switching.controller import Controller
 from switchable.switching.copies import copied_tensors, twins
@@ -293,6 +294,29 @@ def test_an_average_stays_the_same_model_through_training_with_regroupings(token
             layer.ssd.experts_per_token for layer in layers_of(model)
         ]
     assert moved > 0
+
+
+@pytest.mark.parametrize("what", ["all tensors", "floats"])
+def test_a_state_dict_that_is_averaged_stays_a_switchable_model(tokens: Tensor, what: str) -> None:
+    model = tiny_gpt2()
+    convert(model, CONFIG)
+    average = copy.deepcopy(model.state_dict())
+    config = replace(CONFIG, max_activation_ratio=1.0, min_mass_caught=0.0, min_dense_fraction=0.05)
+    controller = Controller(model, tokens, total_steps=40, config=config, copies=[average])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(6):
+        train(model, [optimizer], tokens, 1)
+        for name, tensor in model.state_dict().items():
+            if what == "all tensors" or tensor.is_floating_point():
+                average[name] = 0.9 * average[name] + 0.1 * tensor
+        controller.step(optimizer)
+    kept = [(layer.ssd.takes_part, layer.ssd.neuron_ids_F) for layer in layers_of(model)]
+    assert any(part and not torch.equal(ids_F, torch.arange(64)) for part, ids_F in kept)
+    model.load_state_dict(average)
+    for layer, (part, ids_F) in zip(layers_of(model), kept, strict=True):
+        assert layer.ssd.takes_part == part
+        assert torch.equal(layer.ssd.neuron_ids_F, ids_F)
+    set_mode(model, "sparse")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from switchable.config import RunConfig, from_dict
 from switchable.ffn.convert import set_mode
 from switchable.store import checkpoint
 from switchable.store.contents import training_state
+from switchable.switching.schedule import Schedule
 from switchable.timing import processor
+from switchable.train.flops import StepFlops
 from switchable.train.parallel import process_group
-from switchable.train.plan import plan
+from switchable.train.plan import _measured, _schedule, plan
 from switchable.train.pretrain import pretrain
 from switchable.train.setup import set_up
 
@@ -99,7 +102,7 @@ def test_two_ranks_hold_send_and_write_what_was_planned(
         # Each rank receives the half it does not hold, whenever something is gathered or summed.
         assert (found["gathered"] + found["scattered"]) / 2 == pytest.approx(planned.traffic_bytes, rel=0.02)
     written = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*tensors"))
-    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.05, abs=20_000)  # and headers of JSON
+    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.05, abs=30_000)  # and JSON
 
 
 def test_a_plan_by_hand() -> None:
@@ -153,7 +156,18 @@ def test_the_flops_ratio_is_the_one_that_a_run_measures(
 
 
 def test_this_machine_is_planned_unless_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--d-model", "64", "--num-layers", "2", "--device", "cpu", "--threads", "1"]
+    sizes = [
+        "--d-model",
+        "64",
+        "--num-layers",
+        "2",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--precision",
+        "float32",
+    ]
     assert main(["plan", *sizes, "--steps", "9"]) == 0
     shown = capsys.readouterr().out.splitlines()
     figures = json.loads(shown[-1])
@@ -198,3 +212,50 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["plan", *sizes, *wrong]) == 2
         assert word in capsys.readouterr().err
+
+
+def step_by_step(config: RunConfig, flops: StepFlops, layers: int, ratio: float) -> tuple[float, int]:
+    """What `_schedule` finds, by asking the schedule at every step, as a run does."""
+    switch, train = config.switch, config.train
+    schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length
+    few, every = switch.experts_per_token, switch.num_experts
+    measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
+    state, spent, sparse_steps = schedule.initial(layers), 0.0, 0
+    for step in range(train.steps):
+        mode = schedule.mode_at(step, state)
+        parts = zip(state.takes_part, state.experts_per_token, strict=True)
+        spent += flops.step([k if part and mode == "sparse" else None for part, k in parts])
+        sparse_steps += mode == "sparse"
+        if schedule.is_measured(step + 1, state):
+            spent += flops.measurement(-(-train.probe_tokens // batch) * batch)
+            state = schedule.decide(step + 1, state, measures).state
+    return spent, sparse_steps
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.1, 1.3, 2.5])
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.05), (0.3, 0.0), (0.3, 0.25), (0.7, 0.5), (1.0, 0.0)])
+def test_what_changes_in_a_schedule_is_what_its_steps_add_up_to(
+    growth: float, first: float, last: float
+) -> None:
+    flops = StepFlops(1024, 100.0, 9.0, (20.0,) * 3, (3.0,) * 3, (1.5,) * 3, (0.7,) * 3, (8.0,) * 3)
+    for steps, every, sparse_steps in ((1, 1, 1), (7, 3, 2), (100, 10, 3), (977, 7, 4), (2000, 50, 1)):
+        switch = {
+            "num_experts": 8, "experts_per_token": 3, "monitor_every": every, "monitor_growth": growth,
+            "sparse_steps": sparse_steps, "min_dense_fraction": first, "final_dense_fraction": last,
+        }  # fmt: skip
+        config = from_dict({"train": {"steps": steps, "batch_size": 4}, "switch": switch})
+        spent, sparse = _schedule(config, flops, 3, 0.1, 64)
+        expected, expected_sparse = step_by_step(config, flops, 3, 0.1)
+        assert sparse == expected_sparse, (steps, every)
+        assert spent == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_longest_run_is_planned_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["plan", "--d-model", "16", "--num-heads", "2", "--gpu", "h100", "--recipe", "early"]
+    begin = time.monotonic()
+    assert main([*flags, "--steps", str(2**31 - 1), "--set", "monitor_every=1"]) == 0
+    assert time.monotonic() - begin < 10
+    long = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*flags, "--steps", "20000", "--set", "monitor_every=1"]) == 0
+    short = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert long["flops_ratio"] == pytest.approx(short["flops_ratio"], rel=1e-3)

@@ -12,6 +12,7 @@ import torch
 from test_loop import in_two_parts, small, weights
 
 from switchable.switching import monitor
+from switchable.train import setup
 from switchable.train.pretrain import pretrain
 
 
@@ -59,6 +60,24 @@ def test_bfloat16_resumes_bitwise(corpus: Path, tmp_path: Path, monkeypatch: pyt
     in_two_parts(config, tmp_path, monkeypatch)
     whole, parts = (weights(tmp_path / run / "checkpoints/step-000020") for run in ("whole/run", "run"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "longest", "expected"),
+    [("bfloat16", 16, "eager"), ("bfloat16", 15, "sdpa"), ("float32", 16, "sdpa")],
+)
+def test_attention_is_multiplied_by_what_is_faster(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, longest: int, expected: str
+) -> None:
+    monkeypatch.setattr(setup, "LONGEST_EAGER", longest)
+    job = setup.set_up(small(corpus, train={"precision": precision}), tmp_path / "cache", quiet=True)
+    assert job.model.config._attn_implementation == expected
+    batch = job.batch(0)
+    with torch.no_grad():
+        losses = [float(job.model(**batch).loss)]
+        job.model.set_attn_implementation("sdpa" if expected == "eager" else "eager")
+        losses.append(float(job.model(**batch).loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_recomputing_activations_changes_no_bit(corpus: Path, tmp_path: Path, plain: list[float]) -> None:

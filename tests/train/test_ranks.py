@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train.test_loop import small
 
-from switchable import ranks
+from switchable import choices, ranks
 from switchable.config import to_dict
 from switchable.ffn import active_training
+from switchable.train import pretrain as run
 from switchable.train import setup
 from switchable.train.loop import Trainer
 from switchable.train.parallel import process_group
@@ -120,24 +120,6 @@ def test_ddp_does_not_wait_for_routers_that_do_not_learn(corpus: Path, tmp_path:
     changes = {"train": {"steps": 20}, "switch": {"recipe": "dense", "min_dense_fraction": 1.0}}
     ended = run_ranks(2, train_small, tmp_path / "run", corpus, False, changes, log=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
-
-
-def ask_for_a_missing_word(folder: Path) -> None:
-    """Rank 1 says nothing; rank 0 notes how long it waited for it."""
-    with process_group(4):
-        group = ranks.side_group()
-        if dist.get_rank() == 0:
-            begin = time.monotonic()
-            with pytest.raises(RuntimeError):
-                dist.all_reduce(torch.ones(1), group=group)
-            (folder / "waited").write_text(str(time.monotonic() - begin))
-        else:
-            time.sleep(8)
-
-
-def test_the_thread_that_saves_waits_no_longer_for_a_silent_rank_than_training_does(tmp_path: Path) -> None:
-    run_ranks(2, ask_for_a_missing_word, tmp_path, log=tmp_path, seconds=60)
-    assert 3 < float((tmp_path / "waited").read_text()) < 20  # torch's own patience is 30 minutes
 
 
 def leave_at_once() -> None:
@@ -286,3 +268,23 @@ def dies_on_rank_1(*arguments: str) -> int:
 
         Trainer._step = die  # type: ignore[method-assign]
     return cli(*arguments, "--quiet")
+
+
+def train_where_clocks_differ(out: Path, corpus: Path) -> None:
+    """Both ranks measure; rank 0 finds bfloat16 faster, rank 1 does not."""
+    trained = []
+    with pytest.MonkeyPatch.context() as patch, process_group(60):
+        patch.setattr(choices, "bfloat16_speedup", lambda *_: 2.0 - 1.5 * ranks.rank())
+        config = small(corpus, train={"precision": "auto", "steps": 5})
+        own_set_up = run.set_up
+        patch.setattr(run, "set_up", lambda used, *rest: (trained.append(used), own_set_up(used, *rest))[1])
+        pretrain(config, out / "run", out / "cache", quiet=True)
+        chosen = [config.train.precision, trained[0].train.precision]
+        (out / f"chosen-{ranks.rank()}.json").write_text(json.dumps(chosen))
+
+
+def test_rank_0_chooses_for_all_what_is_left_to_the_machine(corpus: Path, tmp_path: Path) -> None:
+    ended = run_ranks(2, train_where_clocks_differ, tmp_path, corpus, log=tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    found = [json.loads((tmp_path / f"chosen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [["bfloat16", "bfloat16"], ["float32", "bfloat16"]]

@@ -18,6 +18,7 @@ from switchable.timing import Times
 from switchable.train import timing
 from switchable.train.counters import Counters
 from switchable.train.parallel import process_group
+from switchable.train.pretrain import pretrain
 from switchable.train.setup import Job, set_up
 from switchable.train.summary import plain_seconds
 from switchable.train.timing import KINDS, step_seconds, warm_up
@@ -143,3 +144,22 @@ def test_an_all_dense_run_takes_as_long_as_plain_dense_steps() -> None:
     counters = Counters(steps=5, flops_dense=500.0, seconds_dense=10.0, seconds_measure=1.0)
     plain = plain_seconds(counters, seconds, 100.0, {"active": 100.0, "sparse": 100.0})
     assert counters.train_seconds / plain == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("more", [{}, {"precision": "bfloat16", "gradient_accumulation_steps": 2}], ids=str)
+def test_the_wall_ratio_of_an_all_dense_run_is_one_and_what_measuring_took(
+    corpus: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """Its steps are the plain ones, which the clock above finds equally fast."""
+    for every in (0, 5):
+        config = small(
+            corpus, train=more, switch={"recipe": "dense", "min_dense_fraction": 1.0, "monitor_every": every}
+        )
+        found = pretrain(config, tmp_path / f"run-{every}", tmp_path / "cache", quiet=True)
+        assert (found["step_speedup_sparse"], found["step_speedup_active"], found["router_overhead"]) == (
+            None,
+            1.0,
+            0.0,
+        )
+        assert found["wall_ratio"] == pytest.approx(found["wall_seconds_train"] / found["wall_seconds_dense"])
+        assert (found["wall_seconds_measure"] == 0) == (every == 0)

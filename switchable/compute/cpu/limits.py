@@ -24,8 +24,6 @@ def why_not_relu_on_cpu(call: ExpertCall) -> str | None:
     """Return None, or why a call is none of an FFN that our own CPU code computes."""
     if call.x_TD.device.type != "cpu":
         return f"computes on the CPU, and x is on {call.x_TD.device}"
-    if call.weights.gate_FD is not None:
-        return "does not compute gated FFNs"
     if call.activation not in RELU_TYPES:
         return f"computes the activations {' and '.join(RELU_TYPES)}, not {call.activation}"
     return None

@@ -51,7 +51,13 @@ def run(call: ExpertCall) -> Tensor:
     return y_TD.to(call.x_TD.dtype)
 
 
-SORTED = Backend("sorted", why_not_relu_on_cpu, run)
+def supports(call: ExpertCall) -> str | None:
+    """Return None, or why it is none of its calls."""
+    gated = call.weights.gate_FD is not None
+    return "does not compute gated FFNs" if gated else why_not_relu_on_cpu(call)
+
+
+SORTED = Backend("sorted", supports, run)
 
 
 class _Plan(NamedTuple):

@@ -1,10 +1,11 @@
 """A few tokens without gradients, in one call of compiled code: what `decode` does where it can.
 
     s_t = R · x_t + r;  e_t1..K = the K highest;  h_t = relu(up_e · x_t + b);  y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i
+    gated: h_ti = relu(gate_i · x_t + g) · (up_i · x_t + b), where the first factor is not zero
 
 With few tokens only two things cost time: reading weights, and calls. A layer of a small model takes less time than
 ten operations of torch. So one function does it all: the router's scores, its choice, the chosen experts' `up`, and of
-`down` the rows of neurons that fire.
+`down` the rows of neurons that fire. In a gated FFN the gate is read instead, and of `up` what is read of `down`.
 
 Experts are the outer loop, so that one that several tokens chose is read once. With several threads, and enough to
 read, experts are tasks, then ranges of columns of `down`.
@@ -40,7 +41,7 @@ WORTH_THREADS = 2**19
 
 
 def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
-    """Whether there is code for layers of these sizes that are not gated; compiles nothing."""
+    """Whether there is code for layers of these sizes; compiles nothing."""
     return (
         dtype == torch.float32
         and activation in RELU_TYPES
@@ -58,7 +59,6 @@ def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) ->
     """Whether there is code for so many tokens of an FFN; compiles nothing."""
     return (
         0 < tokens <= MOST_TOKENS
-        and weights.gate_FD is None
         and has_code(weights.up_FD.shape[1], num_experts, weights.up_FD.dtype, activation)
         and all(map(takes, weights.tensors))
     )
@@ -111,6 +111,8 @@ def prepare_call(
         num_experts,
         experts_per_token,
         squared=activation == "relu2",
+        gated=weights.gate_FD is not None,
+        gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
     )
@@ -126,6 +128,8 @@ def prepare_call(
         "scores": floats,
         "ids": ids if router else given_TK,
         "token_sets": token_sets,
+        "gate": weights.gate_FD,
+        "gate_bias": weights.gate_bias_F,
         "up": weights.up_FD,
         "bias": weights.up_bias_F,
         "hidden": floats + 4 * scores,
@@ -135,7 +139,7 @@ def prepare_call(
     if router:
         fields |= {"router": router[0], "router_bias": router[1]}
     entry, threads = "routed" if router else "given", torch.get_num_threads()
-    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * 8
+    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * (12 if sizes.gated else 8)
     stages: tuple[int, ...] = (1, num_experts, threads)
     if threads == 1 or bytes_read < WORTH_THREADS:
         entry, stages = f"{entry}_alone", (1,)

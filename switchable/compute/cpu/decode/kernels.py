@@ -2,6 +2,7 @@
 
     choose   scores of the router, the K highest, and for each expert the set of tokens that chose it: one task
     read     h_t = relu(up_e · x_t + b)                  a task is an expert
+             gated: relu(gate_e · x_t + c) ⊙ (up_e · x_t + b), rows of `up` only for neurons whose gate is open
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
 
 `routed` has these three stages; `routed_alone` is all of it as one task, for one thread. `given` and `given_alone` are
@@ -26,10 +27,13 @@ AHEAD = 3
 """Rows of `down` between the one added and the one prefetched."""
 ROWS = (4, 2, 1)
 """Rows of weights that are multiplied with a token side by side."""
+MORE = max(AHEAD, ROWS[0])
+"""Places after a list of neurons, whose rows may be prefetched."""
 DECODE = Tasks(
     numbers=("tokens",),
     addresses=(
-        "x", "router", "router_bias", "scores", "ids", "token_sets", "up", "bias", "hidden", "down", "start", "y",
+        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_bias", "up", "bias", "hidden",
+        "down", "start", "y",
     ),
     stages=3,
 )  # fmt: skip
@@ -48,6 +52,8 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     experts: int
     chosen: int
     squared: bool
+    gated: bool
+    gate_bias: bool
     bias: bool
     start: bool
 
@@ -64,8 +70,13 @@ class DecodeKernels:
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
-        self.scores = self._write_dots("scores", sizes.experts, lambda w, total, bias: w.b.fadd(total, bias))
-        self.hidden = self._write_dots("hidden", sizes.neurons, self._activation)
+        self.scores = self._write_dots("scores", sizes.experts, True, lambda _w, total, _place: total)
+        bias = sizes.gate_bias if sizes.gated else sizes.bias
+        self.hidden = self._write_dots("hidden", sizes.neurons, bias, self._activation)
+        if sizes.gated:
+            self.factors = self._write_dots(
+                "factors", None, sizes.bias, lambda w, total, place: w.b.fmul(total, w.load(place, w.number))
+            )
         for name, choose in (("routed", (self._route, self._gather)), ("given", (self._gather,))):
             self._write_entry(name, choose, (self._read,), (self._write_range,))
             self._write_entry(f"{name}_alone", (*choose, self._read_all, self._write_all))
@@ -79,43 +90,49 @@ class DecodeKernels:
 
         DECODE.write(w, *(partial(stage, parts) for parts in stages))
 
-    def _activation(self, w: Writer, total: ir.Value, bias: ir.Value) -> ir.Value:
-        total = w.b.fadd(total, bias) if self.sizes.bias else total
+    def _activation(self, w: Writer, total: ir.Value, _place: ir.Value) -> ir.Value:
         zero = w.zero(w.number)
         total = w.b.select(w.b.fcmp_ordered("<", total, zero), zero, total)
         return w.b.fmul(total, total) if self.sizes.squared else total
 
     def _write_dots(
-        self, name: str, count: int, finish: Callable[[Writer, ir.Value, ir.Value], ir.Value]
+        self,
+        name: str,
+        count: int | None,
+        has_bias: bool,
+        finish: Callable[[Writer, ir.Value, ir.Value], ir.Value],
     ) -> ir.Function:
-        """out_r = finish(matrix_r · x, bias_r) for the rows of a matrix."""
-        w = Writer(self.module, f"{name}_dots", [POINTER] * 4, wide=False, lanes=self.lanes)
-        matrix, x, bias, out = w.arguments
+        """out_r = finish(matrix_r · x + bias_r, where it goes) for so many rows of a matrix; None: for those listed."""
+        listing = [POINTER, I64] if count is None else []
+        w = Writer(self.module, f"{name}_dots", [*[POINTER] * 4, *listing], wide=False, lanes=self.lanes)
+        matrix, x, bias, out, *listed = w.arguments
         width = self.sizes.d_model
 
         def tile(r: ir.Value, rows: int) -> None:
-            first = w.at(matrix, w.mul(r, width))
+            def number(row: int) -> ir.Value:
+                return w.integer(w.at(listed[0], w.add(r, row), I64), I64) if listed else w.add(r, row)
+
+            numbers = [number(row) for row in range(2 * rows)]
+            addresses = [w.at(matrix, w.mul(place, width)) for place in numbers]
 
             def step(d: ir.Value, sums: Values) -> Values:
                 inputs = w.load(w.at(x, d))
-                own = w.at(first, d)
-                for row in range(rows, 2 * rows):  # the next tile's, while this one is multiplied
-                    w.prefetch(w.at(own, row * width), 1)
+                own = [w.at(address, d) for address in addresses]
+                for address in own[rows:]:  # the next tile's, while this one is multiplied
+                    w.prefetch(address, 1)
                 return [
-                    w.fma(w.load(w.at(own, row * width)), inputs, total) for row, total in enumerate(sums)
+                    w.fma(w.load(address), inputs, total) for address, total in zip(own, sums, strict=False)
                 ]
 
             _, sums = w.loop(0, width, self.lanes, [w.zero()] * rows, step)
-            for row, total in enumerate(sums):
-                place = w.add(r, row)
-                value = (
-                    w.load(w.at(bias, place), w.number)
-                    if name == "scores" or self.sizes.bias
-                    else w.zero(w.number)
-                )
-                w.store(finish(w, w.reduce_add(total), value), w.at(out, place))
+            for place, total in zip(numbers, sums, strict=False):
+                value = w.reduce_add(total)
+                if has_bias:
+                    value = w.b.fadd(value, w.load(w.at(bias, place), w.number))
+                goes_to = w.at(out, place)
+                w.store(finish(w, value, goes_to), goes_to)
 
-        w.tiles(count, ROWS, tile)
+        w.tiles(listed[1] if count is None else count, ROWS, tile)
         w.b.ret_void()
         return w.function
 
@@ -169,12 +186,19 @@ class DecodeKernels:
         """Fill `hidden` for one expert."""
         sizes = self.sizes
         neuron = w.mul(e, sizes.neurons)
-        up, bias = w.at(record["up"], w.mul(neuron, sizes.d_model)), w.at(record["bias"], neuron)
+        names = ("gate", "gate_bias") if sizes.gated else ("up", "bias")
+        entrance, bias = (
+            w.at(record[name], w.mul(neuron, step))
+            for name, step in zip(names, (sizes.d_model, 1), strict=True)
+        )
 
         def token(t: ir.Value) -> None:
             x = w.at(record["x"], w.mul(t, sizes.d_model))
-            out = w.at(record["hidden"], w.add(w.mul(t, sizes.d_ff), neuron))
-            w.b.call(self.hidden, [up, x, bias, out])
+            hidden = w.at(record["hidden"], w.mul(t, sizes.d_ff))
+            w.b.call(self.hidden, [entrance, x, bias, w.at(hidden, neuron)])
+            if sizes.gated:
+                numbers, _, count = self._firing(w, record, e, t)
+                w.b.call(self.factors, [record["up"], x, record["bias"], hidden, numbers, count])
 
         self._each_token(w, record, e, token)
 
@@ -206,10 +230,8 @@ class DecodeKernels:
 
         w.each(record["tokens"], begin)
 
-        numbers, values = w.scratch(sizes.neurons + AHEAD, I64), w.scratch(sizes.neurons)
-
         def token(e: ir.Value, t: ir.Value) -> None:
-            count = self._firing(w, record, e, t, numbers, values)
+            numbers, values, count = self._firing(w, record, e, t)
 
             def block(v: ir.Value, size: int) -> None:
                 place = w.mul(v, self.lanes)
@@ -230,10 +252,11 @@ class DecodeKernels:
         w.each(sizes.experts, lambda e: self._each_token(w, record, e, lambda t: token(e, t)))
 
     def _firing(
-        self, w: Writer, record: Record, e: ir.Value, t: ir.Value, numbers: ir.Value, values: ir.Value
-    ) -> ir.Value:
-        """List an expert's neurons that are not zero for a token, and the first of them AHEAD times more."""
+        self, w: Writer, record: Record, e: ir.Value, t: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """List an expert's neurons that are not zero for a token: numbers (then MORE of the first), values, count."""
         b, first = w.b, w.mul(e, self.sizes.neurons)
+        numbers, values = w.scratch(self.sizes.neurons + MORE, I64), w.scratch(self.sizes.neurons)
         hidden = w.at(record["hidden"], w.add(w.mul(t, self.sizes.d_ff), first))
 
         def neuron(j: ir.Value, count: Values) -> Values:
@@ -244,6 +267,6 @@ class DecodeKernels:
             return [w.add(count[0], b.zext(b.fcmp_unordered("!=", value, w.zero(w.number)), I64))]
 
         _, (count,) = w.loop(0, self.sizes.neurons, 1, [i64(0)], neuron)
-        for k in range(AHEAD):
+        for k in range(MORE):
             b.store(first, w.at(numbers, w.add(count, k), I64))
-        return count
+        return numbers, values, count

@@ -22,9 +22,12 @@ from switchable.compute.cpu.tasks import Record, Tasks
 EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
 """What `dot` does to its results while they are in registers: ReLU; add a bias, then ReLU; set to zero where
 the activation is not positive (ReLU's derivative); times twice the activation (the derivative of its square)."""
-DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act"), stages=2)
-"""Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` [P, I] is written, `bias` is
-[F], `act` [P, I]."""
+GATED = ("_relu", "_bias_relu", "", "_bias", "_gated_mask", "_gated_slope")
+"""The same of a gated FFN: its gate has the first two, `up` the next two. For the gradients of both, products are
+multiplied with the activation and written to `dup`, and with `up` before they go on."""
+DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act", "up", "dup"), stages=2)
+"""Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` and `dup` [P, I] are written,
+`bias` is [F], `act` and `up` [P, I]."""
 MOST_VECTORS = 3
 """Vectors of neurons in a tile."""
 
@@ -33,13 +36,13 @@ def write_dot(loops: Loops) -> None:
     """Write a function "dot..." for each epilogue."""
     reorder = loops.writer("reorder_expert", [POINTER, POINTER])
     write_reorder(reorder, loops.packing)
-    for epilogue in EPILOGUES:
+    for epilogue in GATED if loops.gated else EPILOGUES:
         _write(loops, reorder.function, epilogue)
 
 
 def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     packing = loops.packing
-    product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 6])
+    product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
     for first, vectors in _split(packing.vectors, MOST_VECTORS):
         _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
@@ -59,9 +62,8 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
                 w.at(record["tokens"], first, I32),
                 record["x"],
                 w.at(record["packed"], w.mul(e, own)),
-                loops.at_z(w, record["z"], pair),
                 w.at(record["bias"], w.mul(e, loops.I)),
-                loops.at_z(w, record["act"], pair),
+                *(loops.at_z(w, record[name], pair) for name in ("z", "act", "up", "dup")),
             ]
             w.b.call(product.function, arguments)
 
@@ -72,7 +74,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
 
 def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
-    count, tokens, x, packed, z, bias, act = w.arguments
+    count, tokens, x, packed, bias, *of_pairs = w.arguments
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
     steps = packing.steps
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
@@ -87,7 +89,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
         addresses = [loops.row(w, x, tokens, i, r, words=loops.words_D) for r in range(rows)]
         for r in range(rows):
             w.prefetch(loops.row(w, x, tokens, i, rows + r, words=loops.words_D), 1, near=False)
-            w.prefetch(result(i, rows + r, first), vectors)
+            w.prefetch(place_of(of_pairs[0], i, rows + r, first), vectors)
 
         def step(d: ir.Value, carried: Values) -> Values:
             sums = list(carried)
@@ -112,12 +114,12 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
                 neuron = (first + v) * packing.neurons_per_vector
                 total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
-                total = _finish(loops, w, total, epilogue, w.at(bias, neuron), result(i, r, first + v, act))
-                loops.store_z(w, total, result(i, r, first + v))
+                places = [place_of(values, i, r, first + v) for values in of_pairs]
+                _finish(loops, w, total, epilogue, w.at(bias, neuron), places)
 
-    def result(i: ir.Value, r: int, vector: int, of: ir.Value = z) -> ir.Value:
+    def place_of(values: ir.Value, i: ir.Value, r: int, vector: int) -> ir.Value:
         pair = w.mul(w.add(i, r), loops.I)
-        return loops.at_z(w, of, w.add(pair, vector * packing.neurons_per_vector))
+        return loops.at_z(w, values, w.add(pair, vector * packing.neurons_per_vector))
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -132,21 +134,24 @@ def _reduce_inputs(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir
 
 
 def _finish(
-    loops: Loops, w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, act: ir.Value
-) -> ir.Value:
-    kind = total.type
+    loops: Loops, w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, of_pairs: Values
+) -> None:
+    """Write what becomes of a vector of products; `of_pairs` are its places in `z`, `act`, `up` and `dup`."""
+    kind, (z, act, up, dup) = total.type, of_pairs
     if "bias" in epilogue:
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in epilogue:  # a NaN stays one, here and below
         total = w.b.select(w.b.fcmp_ordered("<", total, w.zero(kind)), w.zero(kind), total)
-    if "mask" in epilogue:
-        total = w.b.select(
-            w.b.fcmp_unordered(">", loops.load_z(w, act, kind), w.zero(kind)), total, w.zero(kind)
-        )
-    if "slope" in epilogue:
-        value = loops.load_z(w, act, kind)
-        total = w.b.fmul(total, w.b.fadd(value, value))
-    return total
+    if "mask" in epilogue or "slope" in epilogue:
+        squared, value = "slope" in epilogue, loops.load_z(w, act, kind)
+        if "gated" in epilogue:
+            loops.store_z(w, w.b.fmul(total, w.b.fmul(value, value) if squared else value), dup)
+            total = w.b.fmul(total, loops.load_z(w, up, kind))
+        if squared:
+            total = w.b.fmul(total, w.b.fadd(value, value))
+        else:
+            total = w.b.select(w.b.fcmp_unordered(">", value, w.zero(kind)), total, w.zero(kind))
+    loops.store_z(w, total, z)
 
 
 def _split(vectors: int, most: int) -> list[tuple[int, int]]:

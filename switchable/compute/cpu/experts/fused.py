@@ -1,12 +1,15 @@
 """`fused`: training and prefill on the CPU without copying a token.
 
-    h = act(x · upᵀ + b),      y_t = Σ_k (h · down)_e(t,k)
+    h = act(x · entranceᵀ + b) [⊙ (x · factorᵀ + c)],      y_t = Σ_k (h · down)_e(t,k)
 
-Tokens are sorted by expert once. All six products of a training step (two forward, four backward) find the tokens'
-rows through their indices and add up where the result lies (`kernels.py`), so that neither gathered rows nor what is
-to be scattered ever exists; ReLU and its derivative are part of the products. Between the two passes only h lives
-(T·K·I numbers, K/E of the dense layer's) with the sorted indices. The weights are copied into the order of the loops
-first, which costs 1/T of a product. The same bits come out whatever the number of threads.
+The entrance is `up`; in a gated FFN it is the gate, and the factor is `up`.
+
+Tokens are sorted by expert once. All products of a training step (two forward, four backward; gated three and six)
+find the tokens' rows through their indices and add up where the result lies (`kernels.py`), so that neither gathered
+rows nor what is to be scattered ever exists; ReLU, its derivative and that of the product with the factor are part of
+them. Between the two passes only what the projections gave lives (T·K·I numbers, K/E of the dense layer's; gated twice)
+with the sorted indices. The weights are copied into the order of the loops first, which costs 1/T of a product. The
+same bits come out whatever the number of threads.
 
 ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as
 such (`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
@@ -50,9 +53,12 @@ def run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts)
     dtype = compute_dtype(call)
-    loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
+    up, gate = (weights.up_FD, weights.up_bias_F), (weights.gate_FD, weights.gate_bias_F)
+    gated = weights.gate_FD is not None
+    entrance, factor = (gate, up) if gated else (up, (None, None))
+    loops = library(x_TD.shape[1], call.neurons, gated, dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", dtype)
-    y_TD: Tensor = _Fused.apply(x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -73,42 +79,64 @@ class _Plan(NamedTuple):
         """A tensor in the dtype of the call, stored as the loops read it."""
         return tensor.to(self.dtype).to(self.loops.packing.dtype)
 
-    def hidden(self, act_PI: Tensor) -> Tensor:
-        """The activations: ReLU's, or their squares, which stand until the next call."""
-        return torch.mul(act_PI, act_PI, out=self.scratch("hidden", act_PI)) if self.squared else act_PI
+    def projected(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, *, relu: bool) -> Tensor:
+        """A projection's results, or their ReLU."""
+        bias = None if bias_F is None else self.rounded(bias_F).to(self.loops.sums).contiguous()
+        return self.loops.project(x_TD, weight_FD, bias, self.pairs, relu=relu)
 
-    def scratch(self, name: str, like: Tensor) -> Tensor:
-        return self.loops.scratch(name, like.shape, like.dtype)
+    def hidden(self, act_PI: Tensor, up_PI: Tensor | None) -> Tensor:
+        """What `down` is multiplied with, from ReLU's results and the factor's; it stands until the next call."""
+        for factor in ([act_PI] if self.squared else []) + ([] if up_PI is None else [up_PI]):
+            scratch = self.loops.scratch("hidden", act_PI.shape, act_PI.dtype)
+            act_PI = torch.mul(act_PI, factor, out=scratch)
+        return act_PI
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, plan: _Plan
+        ctx: Any,
+        x_TD: Tensor,
+        down_FD: Tensor,
+        entrance_FD: Tensor,
+        entrance_bias_F: Tensor | None,
+        factor_FD: Tensor | None,
+        factor_bias_F: Tensor | None,
+        plan: _Plan,
     ) -> Tensor:
-        loops, pairs = plan.loops, plan.pairs
-        x, up, down = plan.rounded(x_TD).contiguous(), plan.rounded(up_FD), plan.rounded(down_FD)
-        bias = None if bias_F is None else plan.rounded(bias_F).to(loops.sums).contiguous()
-        act_PI = loops.dot(x, up, pairs, bias_F=bias)
-        y_TD = loops.scatter(plan.hidden(act_PI), down, pairs, len(x))
-        ctx.save_for_backward(x, up, down, act_PI)
+        x, down, entrance = plan.rounded(x_TD).contiguous(), plan.rounded(down_FD), plan.rounded(entrance_FD)
+        act_PI, factor, up_PI = plan.projected(x, entrance, entrance_bias_F, relu=True), None, None
+        if factor_FD is not None:
+            factor = plan.rounded(factor_FD)
+            up_PI = plan.projected(x, factor, factor_bias_F, relu=False)
+        y_TD = plan.loops.scatter(plan.hidden(act_PI, up_PI), down, plan.pairs, len(x))
+        ctx.save_for_backward(x, down, entrance, factor, act_PI, up_PI)
         ctx.plan = plan
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, up_FD, down_FD, act_PI = ctx.saved_tensors
+        x_TD, down_FD, entrance_FD, factor_FD, act_PI, up_PI = ctx.saved_tensors
         plan: _Plan = ctx.plan
         loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
-        need_x, need_up, need_down, need_bias = ctx.needs_input_grad[:4]
+        need_x, need_down, *need = ctx.needs_input_grad[:6]
+
+        def of_projection(dz_PI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+            return (
+                loops.weight_gradient(dz_PI, x_TD, pairs, experts) if weight else None,
+                loops.bias_gradient(dz_PI, pairs, experts) if bias else None,
+            )
+
         dy_TD = plan.rounded(dy_TD).contiguous()
-        out = plan.scratch("dact", act_PI)
-        dact_PI = loops.dot(dy_TD, down_FD, pairs, act_PI=act_PI, squared=plan.squared, out=out)
+        dz_PI, dup_PI = loops.project_back(dy_TD, down_FD, act_PI, up_PI, pairs, squared=plan.squared)
+        dx_TD = loops.scatter(dz_PI, entrance_FD, pairs, len(x_TD)) if need_x else None
+        if need_x and dup_PI is not None:
+            loops.scatter(dup_PI, factor_FD, pairs, len(x_TD), onto_TD=dx_TD)
         return (  # autograd converts them to the dtypes of the inputs
-            loops.scatter(dact_PI, up_FD, pairs, len(x_TD)) if need_x else None,
-            loops.weight_gradient(dact_PI, x_TD, pairs, experts) if need_up else None,
-            loops.weight_gradient(plan.hidden(act_PI), dy_TD, pairs, experts) if need_down else None,
-            loops.bias_gradient(dact_PI, pairs, experts) if need_bias else None,
+            dx_TD,
+            loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs, experts) if need_down else None,
+            *of_projection(dz_PI, *need[:2]),
+            *((None, None) if dup_PI is None else of_projection(dup_PI, *need[2:])),
             None,
         )

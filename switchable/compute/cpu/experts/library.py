@@ -51,12 +51,12 @@ class Pairs(NamedTuple):
 class Library:
     """The compiled loops for one packing. Matrices that are given to them may have any strides."""
 
-    def __init__(self, packing: Packing):
+    def __init__(self, packing: Packing, gated: bool):
         module = ir.Module("experts")
         self.packing, self.scratch = packing, Scratch()
         self.sums = torch.promote_types(packing.dtype, torch.float32)
         """Dtype of sums over experts or tokens."""
-        loops = Loops(module, packing)
+        loops = Loops(module, packing, gated)
         for write in (write_dot, write_scatter, write_weights, write_bias):
             write(loops)
         write_sort(module)
@@ -82,45 +82,62 @@ class Library:
         SORT.run(self.code, "sort", chunks, ids=ids_TK.contiguous(), **numbers, **written)
         return Pairs(tokens_P, order_P, starts, chunks, per_chunk)
 
-    def dot(
-        self,
-        x_TD: Tensor,
-        weight_FD: Tensor,
-        pairs: Pairs,
-        *,
-        bias_F: Tensor | None = None,
-        act_PI: Tensor | None = None,
-        squared: bool = False,
-        out: Tensor | None = None,
+    def project(
+        self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, pairs: Pairs, *, relu: bool
     ) -> Tensor:
-        """Return relu(Wₑ · x_t + bₑ) or Wₑ · x_t ⊙ act'(z) of each pair's token and expert, [P, I].
+        """Return Wₑ · x_t + bₑ, or its ReLU, of each pair's token and expert, [P, I]; x and b are contiguous.
 
-        Args:
-            x_TD: contiguous.
-            weight_FD: the weights.
-            pairs: from `sort`.
-            bias_F: added before ReLU; contiguous.
-            act_PI: None for ReLU; else ReLU's results, with whose derivative the products are multiplied.
-            squared: whether it is the derivative of ReLU's square.
-            out: where the products go; None for new memory.
+        Without ReLU only in a library for gated FFNs.
         """
-        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons) if out is None else out
-        if act_PI is None:
-            name = "dot_relu" if bias_F is None else "dot_bias_relu"
-        else:
-            name = "dot_slope" if squared else "dot_mask"
-        own, experts = self.packing, len(weight_FD) // self.packing.neurons
-        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), self.sums)
-        memory = {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed, "z": z_PI}
-        tasks = (experts, pairs.chunks)
-        DOT.run(self.code, name, *tasks, **pairs.fields, experts=experts, **memory, bias=bias_F, act=act_PI)
+        name = f"dot{'' if bias_F is None else '_bias'}{'_relu' if relu else ''}"
+        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons)
+        self._dot(name, x_TD, weight_FD, pairs, z=z_PI, bias=bias_F)
         return z_PI
 
-    def scatter(self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int) -> Tensor:
-        """Return the sums of what each token's experts make of their values, [T, D]."""
-        y_TD = z_PI.new_empty(tokens, self.packing.d_model, dtype=self.sums)
+    def project_back(
+        self,
+        dy_TD: Tensor,
+        down_FD: Tensor,
+        act_PI: Tensor,
+        up_PI: Tensor | None,
+        pairs: Pairs,
+        *,
+        squared: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the entrance and of `up`'s results, which stand until the next call.
+
+        With h' = downₑ · dy_t these are h' ⊙ act', and None; in a gated FFN h' ⊙ up ⊙ act', and h' ⊙ act.
+
+        Args:
+            dy_TD: the gradient of y, contiguous.
+            down_FD: the weights.
+            act_PI: what ReLU gave.
+            up_PI: what the activations were multiplied with, in a gated FFN.
+            pairs: from `sort`.
+            squared: whether the activation is ReLU's square.
+        """
+        name = f"dot{'' if up_PI is None else '_gated'}{'_slope' if squared else '_mask'}"
+        dz_PI = self.scratch("dz", act_PI.shape, act_PI.dtype)
+        dup_PI = None if up_PI is None else self.scratch("dup", act_PI.shape, act_PI.dtype)
+        self._dot(name, dy_TD, down_FD, pairs, z=dz_PI, act=act_PI, up=up_PI, dup=dup_PI)
+        return dz_PI, dup_PI
+
+    def _dot(self, name: str, x_TD: Tensor, weight_FD: Tensor, pairs: Pairs, **memory: Tensor | None) -> None:
+        own, experts = self.packing, len(weight_FD) // self.packing.neurons
+        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), self.sums)
+        memory |= {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed}
+        DOT.run(self.code, name, experts, pairs.chunks, **pairs.fields, experts=experts, **memory)
+
+    def scatter(
+        self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int, onto_TD: Tensor | None = None
+    ) -> Tensor:
+        """Return the sums of what each token's experts make of their values, [T, D], added to `onto_TD` in place."""
+        y_TD = onto_TD
+        if y_TD is None:
+            y_TD = z_PI.new_empty(tokens, self.packing.d_model, dtype=self.sums)
         experts = len(weight_FD) // self.packing.neurons
         numbers = {"experts": experts, "per_chunk": pairs.per_chunk, "token_count": tokens}
+        numbers["adds"] = int(onto_TD is not None)
         packed = weight_FD = weight_FD.contiguous()
         if self.packing.terms > 1:
             packed = self.scratch("packed", (len(weight_FD) // 2, weight_FD.shape[1]), self.sums)
@@ -153,9 +170,9 @@ class Library:
 
 
 @functools.cache
-def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine) -> Library:
+def library(d_model: int, neurons: int, gated: bool, dtype: torch.dtype, machine: Machine) -> Library:
     """Return the loops for a shape, compiled when first asked for; `why_no_loops` must have returned None.
 
     What they multiply, `packing.dtype`, need not be `dtype`, in which a call is computed.
     """
-    return Library(Packing(d_model, neurons, multiplied(d_model, neurons, dtype, machine), machine))
+    return Library(Packing(d_model, neurons, multiplied(d_model, neurons, dtype, machine), machine), gated)

@@ -19,9 +19,11 @@ from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
-SCATTER = Tasks(("experts", "per_chunk", "token_count"), (*PAIRS, "y", "weights", "packed", "z"), stages=2)
+SCATTER = Tasks(
+    ("experts", "per_chunk", "token_count", "adds"), (*PAIRS, "y", "weights", "packed", "z"), stages=2
+)
 """Tasks are experts, whose `weights` become words in `packed` (no tasks where they are), and then chunks; `y` [T, D] is
-written, in float32 or float64."""
+written, in float32 or float64, or added to if `adds` is 1."""
 
 
 def write_scatter(loops: Loops) -> None:
@@ -35,7 +37,8 @@ def write_scatter(loops: Loops) -> None:
         own = w.at(record["y"], w.mul(begin, loops.D))
         count = w.minimum(record["per_chunk"], w.sub(record["token_count"], begin))
         vectors = w.mul(count, loops.D // loops.L)
-        w.each(vectors, lambda i: w.store(w.zero(), w.at(own, w.mul(i, loops.L))))
+        with w.b.if_then(w.compare(record["adds"], "==", 0)):
+            w.each(vectors, lambda i: w.store(w.zero(), w.at(own, w.mul(i, loops.L))))
 
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)

@@ -1,0 +1,99 @@
+"""What `auto` stands for on the machine at hand: the precision, and the recipe.
+
+    precision   bfloat16 where this machine multiplies the model's FFNs clearly faster in it (CUDA: where it has it)
+    recipe      late where dense steps can leave out idle neurons; else early, unless sparse steps would be slower
+
+Both are settled when a configuration is made, and are in it from then on. What has to be timed is timed once in a
+process. A choice is returned with its reason, half a sentence. What is asked for by name is done, faster or not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from switchable.compute.cpu.active.active import skips_idle_neurons
+from switchable.compute.measured import CLEARLY, FFN, active_break_even, bfloat16_speedup, sparse_speedup
+from switchable.recipes import AUTO, RECIPES
+from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
+from switchable.settings import SwitchConfig, is_set, settled
+
+FEW_ACTIVE = 0.1
+"""Share of active neurons that a trained model stays below: where leaving out the others pays later, it pays little."""
+
+
+def chosen(model: ModelConfig, train: TrainConfig, switch: SwitchConfig) -> tuple[TrainConfig, SwitchConfig]:
+    """Return the settings with a name for every `auto`, and with the limit below which active neurons pay."""
+    if train.precision == AUTO:
+        train = replace(train, precision=auto_precision(model, train)[0])
+    if switch.recipe == AUTO:
+        switch = replace(switch, recipe=auto_recipe(model, train)[0])
+    if not is_set(switch.active_below):
+        switch = replace(switch, active_below=active_limit(model, train, switch.recipe))
+    return train, switch
+
+
+def device_of(train: TrainConfig) -> str:
+    """Return the type of device that a run computes on."""
+    return train.device.split(":")[0] if train.device else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def timed_ffn(model: ModelConfig, train: TrainConfig) -> FFN | None:
+    """Return an FFN of the run for the clock; None if the device is not here (a run may be planned for another)."""
+    device = device_of(train)
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        return None
+    tokens = train.batch_size * train.sequence_length // train.gradient_accumulation_steps
+    gated = BUILDABLE[model.family].gated
+    return FFN(model.d_model, d_ff(model), model.activation, gated, tokens, device, train.threads)
+
+
+def auto_precision(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
+    """Return what precision `auto` is here, and why."""
+    ffn, device = timed_ffn(model, train), device_of(train)
+    if ffn is None or device == "cuda":
+        has = device == "cuda" and (ffn is None or torch.cuda.is_bf16_supported(including_emulation=False))
+        return (
+            ("bfloat16", "the GPU has it") if has else ("float32", f"{device} is not known to have bfloat16")
+        )
+    speedup = bfloat16_speedup(ffn)
+    return "bfloat16" if speedup >= CLEARLY else "float32", (
+        f"an FFN of this model, dense, is {speedup:.2f} times as fast in bfloat16 as in float32 here"
+    )
+
+
+def active_limit(model: ModelConfig, train: TrainConfig, recipe: str) -> float:
+    """Return `active_below` where it is not given: the recipe's is float32's, in bfloat16 it is at most what pays here.
+
+    In steps of 0.05, so that a busy machine seldom makes another run of the same settings.
+    """
+    ffn, limit = timed_ffn(model, train), RECIPES[recipe]["active_below"]
+    if ffn is None or train.precision == "float32" or not skips_here(model, train):
+        return float(limit)
+    return float(min(limit, math.floor(20 * active_break_even(ffn, train.precision)) / 20))
+
+
+def skips_here(model: ModelConfig, train: TrainConfig) -> bool:
+    """Return whether dense steps of a run can leave out idle neurons; nothing is timed."""
+    dtype, gated = getattr(torch, train.precision), BUILDABLE[model.family].gated
+    return skips_idle_neurons(model.d_model, model.activation, gated, dtype, device_of(train))
+
+
+def auto_recipe(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
+    """Return what recipe `auto` is here, and why."""
+    ffn, precision = timed_ffn(model, train), train.precision
+    if skips_here(model, train):
+        # In float32 it pays with every model that was measured.
+        if ffn is None or precision == "float32" or active_break_even(ffn, precision) >= FEW_ACTIVE:
+            return "late", "dense steps can leave out idle neurons"
+        why = "leaving out idle neurons makes no dense step faster"
+    else:
+        why = "dense steps cannot leave out idle neurons with this model, precision and device"
+    if ffn is None:
+        return "early", why
+    early = settled(SwitchConfig("early"), ffn.d_ff, ffn.activation, precision=precision)
+    speedup = sparse_speedup(ffn, early.num_experts, early.experts_per_token, precision)
+    faster = f"{why}, and a sparse FFN is {speedup:.2f} times as fast as a dense one"
+    return ("early", faster) if speedup > 1 else ("late", f"{faster}, that is slower: few steps are sparse")

@@ -1,0 +1,138 @@
+"""What is faster on this machine: one FFN of a model's own sizes, forward and backward, timed in turns.
+
+    speed-up = median over turns of (seconds of the plain way / seconds of the other)
+
+A stopwatch chooses only at a run's start, and what it chose is written into the run's configuration: a run that goes
+on does the same, on any machine. No random state is touched.
+
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
+from switchable.compute.cpu.active.active import active
+from switchable.compute.cpu.topk import top_experts
+from switchable.timing import Times, take_turns
+
+CLEARLY = 1.2
+"""Speed-up from which bfloat16 is taken: the rest of a step gains less than its FFNs."""
+MOST_TOKENS = 1024
+"""That are timed: more take longer and tell no more."""
+SHARES = (0.05, 0.25)
+"""Of the neurons, active on a token: between these two the time of `active` is taken for a straight line."""
+
+Way = Callable[[Tensor, FFNWeights], Tensor]
+
+
+class FFN(NamedTuple):
+    """What is timed."""
+
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    tokens: int
+    device: str
+    threads: int | None = None
+    """None: as many as there are."""
+
+
+@functools.cache
+def bfloat16_speedup(ffn: FFN) -> float:
+    """Return how many times as fast a dense FFN is under autocast to bfloat16 as in float32."""
+
+    def half(x_TD: Tensor, weights: FFNWeights) -> Tensor:
+        with torch.autocast(ffn.device, torch.bfloat16):
+            return _dense(x_TD, weights, ffn.activation)
+
+    return _timed(ffn, {"half": half}).ratio("dense", "half")
+
+
+@functools.cache
+def sparse_speedup(ffn: FFN, num_experts: int, experts_per_token: int, precision: str) -> float:
+    """Return how many times as fast a sparse FFN with its router is as a dense one, both in `precision`."""
+    router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, device=ffn.device)
+    router_ED = (1e3 * router_ED).sin().view(num_experts, -1)
+
+    def sparse(x_TD: Tensor, weights: FFNWeights) -> Tensor:
+        ids_TK = top_experts(linear(x_TD.detach(), router_ED).float(), experts_per_token)
+        return expert_ffn(ExpertCall(x_TD, weights, ids_TK, num_experts, ffn.activation))
+
+    return _timed(ffn, {"sparse": sparse}, precision).ratio("dense", "sparse")
+
+
+@functools.cache
+def active_break_even(ffn: FFN, precision: str) -> float:
+    """Return the share of active neurons at which multiplying only those takes a dense FFN's time; 0 if above it."""
+
+    def skipping(x_TD: Tensor, weights: FFNWeights) -> Tensor:
+        y_TD: Tensor = active(x_TD, weights, ffn.activation).y_TD
+        return y_TD
+
+    few, many = SHARES
+    at_few, at_many = (
+        _timed(ffn, {"active": skipping}, precision, share).ratio("active", "dense") for share in SHARES
+    )
+    if at_few >= 1:
+        return 0.0
+    return 1.0 if at_many <= at_few else min(1.0, few + (1 - at_few) / (at_many - at_few) * (many - few))
+
+
+def _dense(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
+    y_TD: Tensor = linear(weights.activations(x_TD, activation), weights.down_FD.t())
+    return y_TD
+
+
+def _timed(ffn: FFN, ways: Mapping[str, Way], precision: str = "float32", share: float = 0.5) -> Times:
+    """Time ways against `dense` on random weights and tokens, on each of which a share of the neurons is active."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * scale).to(ffn.device).requires_grad_()
+
+    sizes = ffn.d_ff, ffn.d_model
+    bias_F = torch.full((ffn.d_ff,), NormalDist().inv_cdf(share), device=ffn.device).requires_grad_()
+    gate_FD = normal(*sizes, ffn.d_model**-0.5) if ffn.gated else None
+    weights = FFNWeights(
+        normal(*sizes, ffn.d_model**-0.5),
+        normal(*sizes, ffn.d_ff**-0.5),
+        bias_F,
+        gate_FD,
+        bias_F if ffn.gated else None,
+    )
+    x_TD, dy_TD = (normal(min(ffn.tokens, MOST_TOKENS), ffn.d_model) for _ in range(2))
+    leaves = [x_TD, *dict.fromkeys(weights.tensors)]
+
+    def step(way: Way) -> None:
+        with torch.autocast(ffn.device, torch.bfloat16, enabled=precision == "bfloat16"):
+            y_TD = way(x_TD, weights)
+        torch.autograd.grad(y_TD, leaves, dy_TD.detach().to(y_TD.dtype))
+
+    contenders = {"dense": lambda x, w: _dense(x, w, ffn.activation), **ways}
+    wait = torch.cuda.synchronize if ffn.device == "cuda" else lambda: None
+    with _threads(ffn.threads):
+        return take_turns(
+            {name: functools.partial(step, way) for name, way in contenders.items()}, 0.2, turns=5, wait=wait
+        )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

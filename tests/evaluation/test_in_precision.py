@@ -1,0 +1,84 @@
+"""Jobs on a finished run multiply in the precision that they name: by default the run's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import small_run
+
+from switchable import InputError
+from switchable.cli import main
+from switchable.evaluation.config import EvalConfig
+from switchable.infer.loss import loss_in_mode
+from switchable.infer.precision import chosen_precision, multiplying_in
+from switchable.store.load import load, trained_precision
+from switchable.train.pretrain import pretrain
+from switchable.train.setup import set_up
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[str, Any]]:
+    out, config = tmp_path_factory.mktemp("run"), small_run(corpus, precision=request.param)
+    return request.param, out / "run", pretrain(config, out / "run", out / "cache", quiet=True)
+
+
+def test_the_runs_last_losses_are_found_again_in_its_precision_only(
+    run: tuple[str, Path, dict[str, Any]], corpus: Path, tmp_path: Path
+) -> None:
+    precision, folder, figures = run
+    batches = set_up(small_run(corpus), tmp_path, quiet=True).validation
+    assert trained_precision(folder) == precision
+    for given in ("float32", "bfloat16"):
+        model, _ = load(folder)
+        with multiplying_in(model, chosen_precision(model, given, precision)):
+            found = [loss_in_mode(model, batches, mode) for mode in ("dense", "sparse")]
+        reported = [figures["val_loss_dense"], figures["val_loss_sparse"]]
+        assert (found == pytest.approx(reported, rel=1e-7)) == (given == precision)
+
+
+@pytest.mark.parametrize("asked", [None, "float32", "bfloat16"])
+def test_eval_multiplies_in_the_precision_that_it_says(
+    run: tuple[str, Path, dict[str, Any]], corpus: Path, asked: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision, folder, _ = run
+    text, losses = sorted(corpus.iterdir())[0], {}
+    for flags in ([] if asked is None else ["--precision", asked], ["--precision", precision]):
+        assert main(["eval", str(folder), "--data", str(text), "--threads", "1", *flags]) == 0
+        shown = capsys.readouterr()
+        found = json.loads(shown.out.splitlines()[-1])
+        assert found["precision"] == (flags[1] if flags else precision)
+        assert shown.err.splitlines()[0] == f"{folder}: multiplies in {found['precision']} on cpu"
+        losses[bool(losses)] = [score["value"] for score in found["scores"]]
+    assert (losses[False] == losses[True]) == (asked in (None, precision))
+
+
+def test_study_and_generate_say_theirs(
+    run: tuple[str, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision, folder, _ = run
+    assert main(["study", str(folder), "--out", str(tmp_path / "own")]) == 0
+    assert f"measured in {precision} on" in capsys.readouterr().err
+    assert main(["study", str(folder), "--out", str(tmp_path / "other"), "--precision", "float32"]) == 0
+    studies = [json.loads((tmp_path / name / "study.json").read_text()) for name in ("own", "other")]
+    assert [study["probe"]["precision"] for study in studies] == [precision, "float32"]
+    assert (studies[0]["results"] == studies[1]["results"]) == (precision == "float32")
+    for flags, expected in (([], "float32"), (["--precision", "bfloat16"], "bfloat16")):
+        assert main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "3", *flags]) == 0
+        assert f"dense mode, in {expected}: 3 tokens" in capsys.readouterr().err
+
+
+def test_weights_decide_where_there_is_no_run_and_are_left_alone(switchable_gpt2: torch.nn.Module) -> None:
+    model = switchable_gpt2.to(torch.bfloat16)
+    assert chosen_precision(model) == "bfloat16"
+    with multiplying_in(model, "bfloat16"):
+        assert not torch.is_autocast_enabled("cpu")
+    with multiplying_in(model, "float32"):
+        assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(InputError, match=r"precision='half' is not known; use one of float32, bfloat16"):
+        EvalConfig(precision="half")
