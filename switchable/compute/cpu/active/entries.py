@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.kernels import BFLOAT16
 from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
@@ -29,20 +30,21 @@ TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
 """Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
 
 
-def write_collect(w: Writer) -> None:
-    """Write the function "collect"."""
-    b = w.b
+def write_collect(w: Writer, *, paired: bool) -> None:
+    """Write the function "collect"; `rows` are bfloat16 if `paired`, `values` float32 then."""
+    b, stored = w.b, BFLOAT16 if paired else w.number
 
     def chunk(record: Record, number: ir.Value) -> None:
         per_chunk, width = record["per_chunk"], record["neuron_count"]
         tokens = _tokens_of(w, record, w.add(number, record["first_chunk"]))
         room = w.mul(w.mul(number, per_chunk), width)
         neurons, values = w.at(record["neurons"], room, I32), w.at(record["values"], room)
-        rows = w.at(record["rows"], room)
+        rows = w.at(record["rows"], room, stored)
         starts = _starts(w, record, w.add(number, record["first_chunk"]))
 
         def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
-            value = b.load(w.at(row, j), typ=w.number)
+            value = b.load(w.at(row, j, stored), typ=stored)
+            value = b.fpext(value, w.number) if paired else value
             b.store(value, w.at(values, count))
             w.put32(j, w.at(neurons, count, I32))
             # No branch to guess: an entry that is not active is overwritten by the next one. A NaN is kept.
@@ -56,7 +58,7 @@ def write_collect(w: Writer) -> None:
 
             def token(t: ir.Value, carried: Values) -> Values:
                 w.put32(carried[0], w.at(places, t, I32))
-                row = w.at(rows, w.mul(t, width))
+                row = w.at(rows, w.mul(t, width), stored)
 
                 def several(j: ir.Value, carried: Values) -> Values:
                     count = carried[0]
