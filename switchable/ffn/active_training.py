@@ -42,7 +42,7 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     ssd.active_count.entries += found.entries
     ssd.active_count.tokens += len(x_TD)
     y_TD, bias = found.y_TD, ssd.down_projection.bias
-    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias).view(x_BSD.shape)
+    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
     if found.mass_TE is None:
         return y_BSD
     every = stride(ssd.settings.config.router_token_fraction)
