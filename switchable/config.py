@@ -53,8 +53,7 @@ def auto_recipe(model: ModelConfig, train: TrainConfig) -> str:
 
     device = train.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
-    gated = BUILDABLE[model.family].gated
-    return "late" if skips_idle_neurons(model.d_model, model.activation, gated, dtype, device) else "early"
+    return "late" if skips_idle_neurons(model.d_model, model.activation, dtype, device) else "early"
 
 
 def check(config: RunConfig) -> None:

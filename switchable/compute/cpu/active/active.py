@@ -55,17 +55,16 @@ def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
     return (
         why_not_dtype(call, (dtype,)) is None
         and all(t.device.type == device for t in weights.tensors)
-        and skips_idle_neurons(x_TD.shape[-1], activation, weights.gate_FD is not None, dtype, device)
+        and skips_idle_neurons(x_TD.shape[-1], activation, dtype, device)
     )
 
 
-def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.dtype, device: str) -> bool:
+def skips_idle_neurons(d_model: int, activation: str, dtype: torch.dtype, device: str) -> bool:
     """Return whether dense steps of a model can multiply active neurons only; nothing is compiled for the answer.
 
     Args:
         d_model: its width.
         activation: of its FFNs.
-        gated: whether these have a gate.
         dtype: of the multiplications.
         device: `"cpu"` or another type of device.
     """
