@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights
 from switchable.compute.cpu.active.library import ActiveLibrary, active_library
 from switchable.compute.cpu.experts.packing import multiplied
-from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
@@ -68,16 +68,10 @@ def skips_idle_neurons(d_model: int, activation: str, dtype: torch.dtype, device
         dtype: of the multiplications.
         device: `"cpu"` or another type of device.
     """
-    own = (
-        device == "cpu"
-        and activation in RELU_TYPES
-        and dtype in (torch.float32, torch.float64, torch.bfloat16)
-    )
-    return (
-        own
-        and why_no_loops(d_model, dtype) is None
-        and multiplied(d_model, 2, dtype, this_machine()) == dtype
-    )
+    own = device == "cpu" and activation in RELU_TYPES and dtype in LANE_BYTES
+    # Half precision that would be multiplied in float32 is slower than dense.
+    as_it_is = own and multiplied(d_model, 2, dtype, this_machine()) == dtype
+    return as_it_is and why_no_loops(d_model, dtype) is None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -126,6 +120,10 @@ class _Plan(NamedTuple):
         """Tensors as the loops read them."""
         return [None if tensor is None else tensor.to(self.dtype) for tensor in tensors]
 
+    def act(self, values_A: Tensor) -> Tensor:
+        """The activations of what ReLU lets through."""
+        return values_A.square() if self.squared else values_A
+
 
 class _Active(torch.autograd.Function):
     @staticmethod
@@ -143,7 +141,7 @@ class _Active(torch.autograd.Function):
         x, down, loops = x.contiguous(), down.contiguous(), plan.loops
         entries = loops.collect(x, up, bias) if gate is None else loops.collect(x, gate, gate_bias)
         plan.counted.append(len(entries.values))
-        hidden_A, factor_A = entries.values.square() if plan.squared else entries.values, None
+        hidden_A, factor_A = plan.act(entries.values), None
         if gate is not None:
             up = up.contiguous()
             factor_A = loops.dot(entries, x, up)
@@ -169,10 +167,7 @@ class _Active(torch.autograd.Function):
         loops, entries, gated = plan.loops, ctx.entries, gate is not None
         need = ctx.needs_input_grad
         dy = plan.rounded(dy_TD)[0].contiguous()
-        act_A, dact_A = (
-            entries.values.square() if plan.squared else entries.values,
-            loops.dot(entries, dy, down),
-        )
+        act_A, dact_A = plan.act(entries.values), loops.dot(entries, dy, down)
         if plan.penalty:
             dact_A.add_(plan.penalty() * (factor_A.sign() if gated else 1))
         hidden_A, dup_A = act_A, dact_A
