@@ -111,7 +111,8 @@ def test_what_is_read_from_files_and_flags_chooses_by_the_machine() -> None:
     assert (config.switch.recipe, config.switch.num_experts) == (here, 16)
     assert from_dict(to_dict(config)) == config  # as saved and read again
     assert load(None, {"family": "llama"}).switch.recipe == here
-    assert load(None, {"precision": "bfloat16"}).switch.recipe == "early"
+    half = "late" if on_cpu and skips_idle_neurons(256, "relu2", torch.bfloat16, "cpu") else "early"
+    assert load(None, {"precision": "bfloat16"}).switch.recipe == half
 
 
 def test_the_recipes_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
