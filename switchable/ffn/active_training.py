@@ -49,5 +49,5 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
         attached_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
         # What a loss hangs on must not be added to in place.
         y_TD = attached_TD.clone() if bias is None else attached_TD
-    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias).view(x_BSD.shape)
+    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
     return y_BSD
