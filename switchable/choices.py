@@ -77,8 +77,8 @@ def active_limit(model: ModelConfig, train: TrainConfig, recipe: str) -> float:
 
 def skips_here(model: ModelConfig, train: TrainConfig) -> bool:
     """Return whether dense steps of a run can leave out idle neurons; nothing is timed."""
-    dtype, gated = getattr(torch, train.precision), BUILDABLE[model.family].gated
-    return skips_idle_neurons(model.d_model, model.activation, gated, dtype, device_of(train))
+    dtype = getattr(torch, train.precision)
+    return skips_idle_neurons(model.d_model, model.activation, dtype, device_of(train))
 
 
 def auto_recipe(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:

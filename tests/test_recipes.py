@@ -91,24 +91,26 @@ def test_what_depends_on_the_model_waits_for_it(make_gpt2: Any) -> None:
     model = make_gpt2("relu2")
     convert(model, config)
     own = layers_of(model)[0].ssd.settings.config
-    here = "late" if skips_idle_neurons(16, "relu2", False, torch.float32, "cpu") else "early"
+    here = "late" if skips_idle_neurons(16, "relu2", torch.float32, "cpu") else "early"
     assert (own.recipe, own.num_experts) == (here, 8)  # d_ff = 64
 
 
 def test_auto_is_late_where_dense_steps_can_leave_out_neurons() -> None:
-    assert skips_idle_neurons(64, "relu2", False, torch.float32, "cpu") == (this_machine() is not None)
-    assert not skips_idle_neurons(64, "relu2", True, torch.float32, "cpu")  # a gate
-    assert not skips_idle_neurons(64, "silu", False, torch.float32, "cpu")
-    assert not skips_idle_neurons(64, "relu2", False, torch.bfloat16, "cpu")
-    assert not skips_idle_neurons(64, "relu2", False, torch.float32, "cuda")
+    assert skips_idle_neurons(64, "relu2", torch.float32, "cpu") == (this_machine() is not None)
+    assert not skips_idle_neurons(64, "silu", torch.float32, "cpu")
+    machine = this_machine()
+    assert skips_idle_neurons(64, "relu2", torch.bfloat16, "cpu") == (machine is not None and machine.pairs)
+    assert not skips_idle_neurons(64, "relu2", torch.float16, "cpu")
+    assert not skips_idle_neurons(64, "relu2", torch.float32, "cuda")
 
 
 def test_what_is_read_from_files_and_flags_chooses_by_the_machine() -> None:
     on_cpu = not torch.cuda.is_available()
-    here = "late" if on_cpu and skips_idle_neurons(256, "relu2", False, torch.float32, "cpu") else "early"
+    here = "late" if on_cpu and skips_idle_neurons(256, "relu2", torch.float32, "cpu") else "early"
     config = load(None, {"num_experts": 16, "precision": "float32"})
     assert (config.switch.recipe, config.switch.num_experts) == (here, 16)
     assert from_dict(to_dict(config)) == config  # as saved and read again
+    assert load(None, {"family": "llama", "precision": "float32"}).switch.recipe == here
 
 
 def test_the_recipes_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

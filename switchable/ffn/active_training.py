@@ -42,11 +42,12 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     ssd.active_count.entries += found.entries
     ssd.active_count.tokens += len(x_TD)
     y_TD, bias = found.y_TD, ssd.down_projection.bias
-    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias).view(x_BSD.shape)
-    if found.mass_TE is None:
-        return y_BSD
-    every = stride(ssd.settings.config.router_token_fraction)
-    mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
-    seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
-    attached: Tensor = attach_loss(y_BSD, router_loss(router(seen), mass_TE), factor)
-    return attached
+    if found.mass_TE is not None:
+        every = stride(ssd.settings.config.router_token_fraction)
+        mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
+        seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
+        attached_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
+        # What a loss hangs on must not be added to in place.
+        y_TD = attached_TD.clone() if bias is None else attached_TD
+    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
+    return y_BSD

@@ -148,9 +148,7 @@ def _settled(config: SwitchConfig, name: str, ffn: nn.Module, family: Family) ->
     auto = "early"
     if config.recipe == AUTO:
         weight = next(ffn.parameters())
-        skips = skips_idle_neurons(
-            d_model, activation, family.gate is not None, weight.dtype, weight.device.type
-        )
+        skips = skips_idle_neurons(d_model, activation, weight.dtype, weight.device.type)
         auto = "late" if skips else "early"
     return settled(config, d_ff, activation, auto)
 

@@ -6,7 +6,7 @@ forward + backward = 3 x forward, a multiply-add being 2 operations:
 
     dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
     sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2·D·E, and what it learns there
-    active neurons     2·D·F + 5 · 2·D·a·F        a = share of the activations that are not zero, as counted in the step
+    active neurons     2·D·F + (3·P - 1) · 2·D·a·F     a = share of the activations that are not zero, as counted there
     router learning in a dense step    r · (2 · 2·D·E + 2·F)     r = share of the tokens that train it
 
 Measuring on the probe costs a forward pass each time and is counted too; clustering (well under 0.1 %) is not.
@@ -67,12 +67,16 @@ class StepFlops:
         """
         total = self.dense
         shares = active or [None] * len(experts_per_token)
-        costs = zip(self.ffn_dense, self.expert, self.router, self.router_learning, strict=True)
-        for k, share, (dense, expert, router, learning) in zip(experts_per_token, shares, costs, strict=True):
+        costs = zip(
+            self.ffn_dense, self.ffn_input, self.expert, self.router, self.router_learning, strict=True
+        )
+        for k, share, cost in zip(experts_per_token, shares, costs, strict=True):
+            dense, read, expert, router, learning = cost
             if k is not None:
                 total += k * expert + router - dense
             else:
-                total += learning - (0.0 if share is None else 5 / 6 * (1 - share) * dense)
+                product = (dense - read) / 3  # of the output projection's three; all products are of one size
+                total += learning - (0.0 if share is None else (1 - share) * (dense - product))
         return total
 
     def measurement(self, probe_tokens: int) -> float:

@@ -115,7 +115,7 @@ def test_dense_active_is_the_cheaper_dense_model_of_the_readme(corpus: Path, tmp
         records = read_records(tmp_path / name / "metrics.jsonl")
         losses = [(r["loss"], r["flops"]) for r in records if r["kind"] == "train"]
         found[name] = (losses, summary["val_loss_dense"], summary["flops"], summary["active_layers"])
-        if skips_idle_neurons(64, "relu2", False, torch.float32, "cpu"):
+        if skips_idle_neurons(64, "relu2", torch.float32, "cpu"):
             assert any(summary["active_layers"])
     assert found["readme"] == found["method"]
     assert len(found["readme"][0]) == 24

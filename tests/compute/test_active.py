@@ -29,6 +29,7 @@ class Case:
     neurons: int = 45
     shift: float = -1.0  # of the bias: how few are active
     bias: bool = True
+    gated: bool = False
     activation: str = "relu"
     stored: str = (
         "conv"  # which of the weights is a transposed view: conv (up), linear (down), neurons (none)
@@ -42,6 +43,11 @@ CASES = {
     "three vectors": Case(width=48),
     "squared": Case(activation="relu2"),
     "no bias": Case(bias=False),
+    "gated": Case(gated=True),
+    "gated, squared, no bias, strided input": Case(
+        gated=True, activation="relu2", bias=False, shift=0.0, strided=True
+    ),
+    "gated, several chunks": Case(gated=True, tokens=1300),
     "stored as nn.Linear": Case(stored="linear"),
     "stored by neuron": Case(stored="neurons"),
     "strided input": Case(strided=True),
@@ -76,23 +82,26 @@ def leaves(case: Case, dtype: torch.dtype, exact: bool = False) -> dict[str, Ten
         "up": leaf(*up, scale=width**-0.5),
         "down": leaf(*down, scale=neurons**-0.5),
     }
-    return found | ({"bias": leaf(neurons, shift=case.shift)} if case.bias else {})
+    found |= {"bias": leaf(neurons, shift=case.shift)} if case.bias else {}
+    found |= {"gate": leaf(*up, scale=width**-0.5)} if case.gated else {}
+    return found | ({"gate_bias": leaf(neurons, shift=case.shift)} if case.gated and case.bias else {})
 
 
 def weights_of(case: Case, found: dict[str, Tensor]) -> FFNWeights:
-    up, down = found["up"], found["down"]
+    up, down, gate = found["up"], found["down"], found.get("gate")
+    transposed = case.stored == "conv"
     return FFNWeights(
-        up.t() if case.stored == "conv" else up,
+        up.t() if transposed else up,
         down.t() if case.stored == "linear" else down,
         found.get("bias"),
+        gate.t() if gate is not None and transposed else gate,
+        found.get("gate_bias"),
     )
 
 
 def dense(case: Case, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     weights, x_TD = weights_of(case, found), found["x"][:, :: 1 + case.strided]
-    before_TF = x_TD @ weights.up_FD.t()
-    hidden_TF = (before_TF if weights.up_bias_F is None else before_TF + weights.up_bias_F).relu()
-    hidden_TF = hidden_TF**2 if case.activation == "relu2" else hidden_TF
+    hidden_TF = weights.activations(x_TD, case.activation)
     return hidden_TF @ weights.down_FD, hidden_TF
 
 
@@ -146,16 +155,28 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
-def test_counts_what_is_active_and_adds_up_each_experts_mass() -> None:
-    case = Case(tokens=600, neurons=40)
+@pytest.mark.parametrize("gated", [False, True])
+def test_counts_what_is_active_and_adds_up_each_experts_mass(gated: bool) -> None:
+    case = Case(tokens=600, neurons=40, gated=gated)
     found = leaves(case, torch.float64)
     out = active(found["x"], weights_of(case, found), case.activation, num_experts=5)
     _, hidden_TF = dense(case, found)
-    assert out.entries == int((hidden_TF > 0).sum())
+    assert out.entries == int((hidden_TF != 0).sum())
     assert out.mass_TE is not None
     assert not out.mass_TE.requires_grad
     wanted_TE = expert_mass(hidden_TF, weights_of(case, found).down_FD, 5)  # in float32
     torch.testing.assert_close(out.mass_TE.float(), wanted_TE)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_penalty_is_that_on_the_amount_of_the_activations(gated: bool) -> None:
+    case = Case(gated=gated)
+    found = leaves(case, torch.float64)
+    y_TD, hidden_TF = dense(case, found)
+    loss = y_TD.square().sum() + 0.3 * hidden_TF.abs().sum()
+    wanted = torch.autograd.grad(loss, list(found.values()))
+    ours_TD = active(found["x"], weights_of(case, found), case.activation, penalty=lambda: 0.3).y_TD
+    torch.testing.assert_close(torch.autograd.grad(ours_TD.square().sum(), list(found.values())), wanted)
 
 
 def test_a_number_that_is_none_reaches_the_output() -> None:
@@ -173,7 +194,7 @@ def test_where_there_are_no_loops() -> None:
     assert not has_active(x_TD, weights, "gelu")
     assert not has_active(x_TD.bfloat16(), weights, "relu")
     assert not has_active(x_TD.double(), weights, "relu")
-    assert not has_active(x_TD, replace(weights, gate_FD=weights.up_FD), "relu")
+    assert has_active(x_TD, replace(weights, gate_FD=weights.up_FD), "relu")
     assert not has_active(torch.zeros(4, 61), weights, "relu")
-    with torch.autocast("cpu"):
+    with torch.autocast("cpu", torch.float16):
         assert not has_active(x_TD, weights, "relu")

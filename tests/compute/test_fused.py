@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.problems import Case, assert_equals_reference, outcome, problem, relative_error
+from compute.problems import TOLERANCE, Case, assert_equals_reference, outcome, problem, relative_error
 from llvmlite import ir
 
 from switchable.compute.cpu import limits, llvm, tasks
@@ -155,7 +155,7 @@ def test_the_gradient_of_one_tensor_alone(leaf: str, gated: bool, activation: st
     ours, true = (
         torch.autograd.grad(found.run(name).sum(), found.leaves[leaf])[0] for name in ("fused", "reference")
     )
-    torch.testing.assert_close(ours, true)
+    assert relative_error(ours, true) < TOLERANCE[torch.float32]
 
 
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
@@ -180,8 +180,8 @@ def test_what_memory_held_before_is_in_no_gradient(gated: bool) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled
-    for name in true:
-        torch.testing.assert_close(got[name], true[name])
+    for name in true:  # a NaN is not less than anything
+        assert relative_error(got[name], true[name]) < TOLERANCE[torch.float32], name
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
@@ -285,7 +285,8 @@ def test_calls_do_not_write_over_each_others_results(activation: str, gated: boo
     torch.autograd.grad(other_TD.sum(), list(other.leaves.values()))
     true_TD = first.run("reference")
     true = torch.autograd.grad(true_TD.sum(), list(first.leaves.values()))
-    torch.testing.assert_close((y_TD, *grads), (true_TD, *true))
+    for ours, wanted in zip((y_TD, *grads), (true_TD, *true), strict=True):
+        assert relative_error(ours, wanted) < TOLERANCE[torch.float32]
 
 
 def test_machines_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,9 @@ def test_a_gated_ffn_has_three_projections() -> None:
     flops = count(model, {"input_ids": ids, "labels": ids})
     assert flops.ffn_dense == (T * 3 * 6 * D * F,) * L
     assert flops.expert == (T * 3 * 6 * D * F / E,) * L
+    # The gate's forward pass in full, of the other eight products a quarter.
+    skipped = flops.step((None,) * L, (None,) * L) - flops.step((None,) * L, (0.25,) + (None,) * (L - 1))
+    assert skipped == pytest.approx(T * 0.75 * 8 * 2 * D * F)
     taught = SPARSE_TOKEN_FRACTION * (2 * 2 * D * F + 4 * D * E + 2 * F)
     assert flops.router == (T * (2 * D * E + taught),) * L
     assert flops.measurement(T) * 3 == pytest.approx(flops.dense + L * T * 3 * 4 * D * F)

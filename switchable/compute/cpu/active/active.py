@@ -4,12 +4,16 @@
     y = h · down               over the active entries of h, and so are
     dh = dy · downᵀ,   dx = dh · up,   d up = dhᵀ · x,   d down = hᵀ · dy
 
+With a gate, relu(x · gateᵀ + b) is what is computed in full, and x · upᵀ for its active entries.
+
 Where h is zero, so are its derivative and whatever it is multiplied with: leaving that out changes nothing but the
 order in which numbers are added up. So this *is* dense training, at 1/6 of the FFN's FLOPs and 5/6 of the share of
 neurons that are active, which is a few per cent from early on. No neuron has to be grouped and no router asked. Between
 the two passes only the active entries are kept.
 
-ReLU and squared ReLU, float32 and float64, on the CPU. The same bits come out whatever the number of threads.
+ReLU and squared ReLU, on the CPU, in float32, float64, and in bfloat16 where the processor multiplies pairs of it. Then
+weights, x, dy and the full product are rounded to bfloat16 as in a dense layer, and nothing else is but what comes out.
+The same bits come out whatever the number of threads.
 
 Source of the idea: the gradient's sparsity is ReLU's own; TwELL (ICML 2026) uses it on GPUs. The loops are ours.
 
@@ -25,10 +29,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights
 from switchable.compute.cpu.active.library import ActiveLibrary, active_library
-from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.experts.packing import multiplied
+from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
 class ActiveOutput(NamedTuple):
@@ -44,28 +50,28 @@ class ActiveOutput(NamedTuple):
 
 def has_active(x_TD: Tensor, weights: FFNWeights, activation: str) -> bool:
     """Whether there are loops for an FFN and its input."""
-    d_model, dtype, device = x_TD.shape[-1], x_TD.dtype, x_TD.device.type
+    call = _call(x_TD, weights, activation)
+    dtype, device = compute_dtype(call), x_TD.device.type
     return (
-        not torch.is_autocast_enabled(device)
-        and all(t.device.type == device and t.dtype == dtype for t in weights.tensors)
-        and skips_idle_neurons(d_model, activation, weights.gate_FD is not None, dtype, device)
+        why_not_dtype(call, (dtype,)) is None
+        and all(t.device.type == device for t in weights.tensors)
+        and skips_idle_neurons(x_TD.shape[-1], activation, dtype, device)
     )
 
 
-def skips_idle_neurons(d_model: int, activation: str, gated: bool, dtype: torch.dtype, device: str) -> bool:
+def skips_idle_neurons(d_model: int, activation: str, dtype: torch.dtype, device: str) -> bool:
     """Return whether dense steps of a model can multiply active neurons only; nothing is compiled for the answer.
 
     Args:
         d_model: its width.
         activation: of its FFNs.
-        gated: whether these have a gate.
         dtype: of the multiplications.
         device: `"cpu"` or another type of device.
     """
-    own = (
-        device == "cpu" and not gated and activation in RELU_TYPES and dtype in (torch.float32, torch.float64)
-    )
-    return own and why_no_loops(d_model, dtype) is None
+    own = device == "cpu" and activation in RELU_TYPES and dtype in LANE_BYTES
+    # Half precision that would be multiplied in float32 is slower than dense.
+    as_it_is = own and multiplied(d_model, 2, dtype, this_machine()) == dtype
+    return as_it_is and why_no_loops(d_model, dtype) is None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -76,73 +82,114 @@ def active(
     num_experts: int | None = None,
     penalty: Callable[[], float] | None = None,
 ) -> ActiveOutput:
-    """Return act(x · upᵀ + b) · down; `has_active` must hold.
+    """Return act(x · upᵀ + b) · down, or what it is with a gate; `has_active` must hold.
 
     Args:
         x_TD: tokens.
         weights: the FFN's.
         activation: `"relu"` or `"relu2"`.
         num_experts: of how many groups of neighbouring neurons the mass is wanted, if it is.
-        penalty: says in the backward pass what the derivative of a loss by every activation that is not zero is,
-            besides what comes from the output.
+        penalty: says in the backward pass what the derivative of a loss by the amount of every activation that is not
+            zero is, besides what comes from the output.
     """
-    loops = active_library(x_TD.shape[-1], x_TD.dtype, cast(Machine, this_machine()))
-    plan = _Plan(loops, activation == "relu2", num_experts, penalty, [])
-    y_TD, mass_TE = _Active.apply(  # type: ignore[no-untyped-call]
-        x_TD, weights.up_FD, weights.down_FD, weights.up_bias_F, plan
-    )
+    dtype = compute_dtype(_call(x_TD, weights, activation))
+    loops = active_library(x_TD.shape[-1], dtype, cast(Machine, this_machine()))
+    plan = _Plan(loops, dtype, activation == "relu2", num_experts, penalty, [])
+    own = (weights.up_FD, weights.down_FD, weights.up_bias_F, weights.gate_FD, weights.gate_bias_F)
+    y_TD, mass_TE = _Active.apply(x_TD, *own, plan)  # type: ignore[no-untyped-call]
     return ActiveOutput(y_TD, mass_TE if num_experts else None, plan.counted[0])
+
+
+def _call(x_TD: Tensor, weights: FFNWeights, activation: str) -> ExpertCall:
+    """The dense layer as a call of one expert, for what is asked of calls."""
+    return ExpertCall(x_TD, weights, torch.empty(0, 1, dtype=torch.int64), 1, activation)
 
 
 class _Plan(NamedTuple):
     """What is not a differentiable tensor; `counted` receives the number of entries."""
 
     loops: ActiveLibrary
+    dtype: torch.dtype
+    """That is multiplied."""
     squared: bool
     num_experts: int | None
     penalty: Callable[[], float] | None
     counted: list[int]
 
+    def rounded(self, *tensors: Tensor | None) -> list[Any]:
+        """Tensors as the loops read them."""
+        return [None if tensor is None else tensor.to(self.dtype) for tensor in tensors]
+
+    def act(self, values_A: Tensor) -> Tensor:
+        """The activations of what ReLU lets through."""
+        return values_A.square() if self.squared else values_A
+
 
 class _Active(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, plan: _Plan
+        ctx: Any,
+        x_TD: Tensor,
+        up_FD: Tensor,
+        down_FD: Tensor,
+        bias_F: Tensor | None,
+        gate_FD: Tensor | None,
+        gate_bias_F: Tensor | None,
+        plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
-        x_TD, down_FD, loops = x_TD.contiguous(), down_FD.contiguous(), plan.loops
-        entries = loops.collect(x_TD, up_FD, bias_F)
+        x, up, down, bias, gate, gate_bias = plan.rounded(x_TD, up_FD, down_FD, bias_F, gate_FD, gate_bias_F)
+        x, down, loops = x.contiguous(), down.contiguous(), plan.loops
+        entries = loops.collect(x, up, bias) if gate is None else loops.collect(x, gate, gate_bias)
         plan.counted.append(len(entries.values))
-        hidden_A = entries.values.square() if plan.squared else entries.values
-        y_TD = loops.sum(entries, hidden_A, down_FD)
-        mass_TE = (
-            loops.mass(entries, hidden_A, down_FD.norm(dim=1), plan.num_experts)
-            if plan.num_experts
-            else x_TD.new_empty(0)
-        )
-        ctx.save_for_backward(x_TD, up_FD, down_FD)
+        hidden_A, factor_A = plan.act(entries.values), None
+        if gate is not None:
+            up = up.contiguous()
+            factor_A = loops.dot(entries, x, up)
+            if bias is not None:
+                factor_A += bias[entries.neurons]
+            hidden_A = hidden_A * factor_A
+        y_TD = loops.sum(entries, hidden_A, down)
+        mass_TE = y_TD.new_empty(0)
+        if plan.num_experts:
+            amounts_A = hidden_A if gate is None else hidden_A.abs()
+            norms_F = torch.linalg.vector_norm(down, dim=1, dtype=loops.sums)
+            mass_TE = loops.mass(entries, amounts_A, norms_F, plan.num_experts)
+        ctx.save_for_backward(x, up, down, gate, factor_A)
         ctx.plan, ctx.entries = plan, entries
         ctx.mark_non_differentiable(mass_TE)
-        return y_TD, mass_TE
+        return y_TD.to(x_TD.dtype), mass_TE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, up_FD, down_FD = ctx.saved_tensors
+        x, up, down, gate, factor_A = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        loops, entries = plan.loops, ctx.entries
-        need_x, need_up, need_down, need_bias = ctx.needs_input_grad[:4]
-        dy_TD = dy_TD.contiguous()
-        dact_A, hidden_A = loops.dot(entries, dy_TD, down_FD), entries.values
+        loops, entries, gated = plan.loops, ctx.entries, gate is not None
+        need = ctx.needs_input_grad
+        dy = plan.rounded(dy_TD)[0].contiguous()
+        act_A, dact_A = plan.act(entries.values), loops.dot(entries, dy, down)
         if plan.penalty:
-            dact_A.add_(plan.penalty())
+            dact_A.add_(plan.penalty() * (factor_A.sign() if gated else 1))
+        hidden_A, dup_A = act_A, dact_A
+        if gated:
+            hidden_A, dup_A = act_A * factor_A, dact_A * act_A
+            dact_A.mul_(factor_A)
         if plan.squared:
             dact_A.mul_(entries.values).mul_(2)
-            hidden_A = entries.values.square()
         by_neuron = loops.by_neuron(entries)
-        return (
-            loops.sum(entries, dact_A, up_FD.contiguous()) if need_x else None,
-            loops.weight_gradient(by_neuron, dact_A, x_TD) if need_up else None,
-            loops.weight_gradient(by_neuron, hidden_A, dy_TD) if need_down else None,
-            loops.bias_gradient(by_neuron, dact_A) if need_bias else None,
-            None,
-        )
+
+        def gradients(values_A: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+            return (
+                loops.weight_gradient(by_neuron, values_A, x) if weight else None,
+                loops.bias_gradient(by_neuron, values_A) if bias else None,
+            )
+
+        dx = None
+        if need[0]:
+            dx = loops.sum(entries, dup_A, up.contiguous())
+            if gated:
+                dx += loops.sum(entries, dact_A, gate.contiguous())
+        d_up, d_bias = gradients(dup_A, need[1], need[3])
+        d_gate, d_gate_bias = gradients(dact_A, need[4], need[5]) if gated else (None, None)
+        d_down = loops.weight_gradient(by_neuron, hidden_A, dy) if need[2] else None
+        return dx, d_up, d_down, d_bias, d_gate, d_gate_bias, None

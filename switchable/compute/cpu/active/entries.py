@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
+from switchable.compute.cpu.experts.kernels import BFLOAT16
+from switchable.compute.cpu.llvm import I1, I32, I64, Values, Writer, i64, intrinsic
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
@@ -29,20 +30,21 @@ TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
 """Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
 
 
-def write_collect(w: Writer) -> None:
-    """Write the function "collect"."""
-    b = w.b
+def write_collect(w: Writer, *, paired: bool) -> None:
+    """Write the function "collect"; `rows` are bfloat16 if `paired`, `values` float32 then."""
+    b, stored = w.b, BFLOAT16 if paired else w.number
 
     def chunk(record: Record, number: ir.Value) -> None:
         per_chunk, width = record["per_chunk"], record["neuron_count"]
         tokens = _tokens_of(w, record, w.add(number, record["first_chunk"]))
         room = w.mul(w.mul(number, per_chunk), width)
         neurons, values = w.at(record["neurons"], room, I32), w.at(record["values"], room)
-        rows = w.at(record["rows"], room)
+        rows = w.at(record["rows"], room, stored)
         starts = _starts(w, record, w.add(number, record["first_chunk"]))
 
         def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
-            value = b.load(w.at(row, j), typ=w.number)
+            value = b.load(w.at(row, j, stored), typ=stored)
+            value = b.fpext(value, w.number) if paired else value
             b.store(value, w.at(values, count))
             w.put32(j, w.at(neurons, count, I32))
             # No branch to guess: an entry that is not active is overwritten by the next one. A NaN is kept.
@@ -56,15 +58,22 @@ def write_collect(w: Writer) -> None:
 
             def token(t: ir.Value, carried: Values) -> Values:
                 w.put32(carried[0], w.at(places, t, I32))
-                row = w.at(rows, w.mul(t, width))
+                row = w.at(rows, w.mul(t, width), stored)
 
                 def several(j: ir.Value, carried: Values) -> Values:
                     count = carried[0]
+                    if paired:
+                        return [
+                            _write_compressed(
+                                w, row, j, w.at(neurons, count, I32), w.at(values, count), count
+                            )
+                        ]
                     for further in range(8):
                         count = neuron(row, w.add(j, further), count)
                     return [count]
 
-                j, carried = w.loop(begin, w.sub(end, 7), 8, carried, several)
+                step = w.lanes if paired else 8
+                j, carried = w.loop(begin, w.sub(end, step - 1), step, carried, several)
                 _, carried = w.loop(j, end, 1, carried, lambda j, carried: [neuron(row, j, carried[0])])
                 return carried
 
@@ -77,6 +86,25 @@ def write_collect(w: Writer) -> None:
         w.put32(count, w.at(starts, w.mul(record["blocks"], per_chunk), I32))
 
     COLLECT.write(w, chunk)
+
+
+def _write_compressed(
+    w: Writer, row: ir.Value, j: ir.Value, neurons: ir.Value, values: ir.Value, count: ir.Value
+) -> ir.Value:
+    """Write the entries among a vector of bfloat16s by AVX-512's own instruction; return the new count."""
+    b, lanes, module = w.b, w.lanes, w.function.module
+    flags, whole = ir.VectorType(I1, lanes), ir.VectorType(I32, lanes)
+    halves = b.load(w.at(row, j, BFLOAT16), align=2, typ=ir.VectorType(BFLOAT16, lanes))
+    value = b.fpext(halves, w.vector)
+    active = b.not_(b.fcmp_ordered("<=", value, w.zero()))
+    first = b.insert_element(ir.Constant(whole, ir.Undefined), b.trunc(j, I32), I32(0))
+    numbers = b.add(w.shuffle(first, [0] * lanes), ir.Constant(whole, list(range(lanes))))
+    for vector, kind, place in ((value, "f", values), (numbers, "i", neurons)):
+        name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}32"
+        compress = intrinsic(module, name, vector.type, [vector.type, vector.type, flags])
+        w.store(b.call(compress, [vector, w.zero(vector.type), active]), place)
+    bits = b.bitcast(active, ir.IntType(lanes))
+    return w.add(count, b.zext(b.ctpop(bits), I64))
 
 
 def write_transpose(w: Writer) -> None:

@@ -10,6 +10,10 @@ A product keeps a row of results in registers and walks through its entries; the
 core's own cache, since tokens are taken in chunks and neurons in blocks. Every sum is made in the order of neurons or
 of tokens, whatever chunks, blocks and threads: results do not depend on them in any bit.
 
+Rows of weights, x and dy may be bfloat16. Then `dot` multiplies them in pairs, and the sums multiply by float32 what a
+row's words hold: the same number of rows passes the cache as in float32, in half the bytes. Entries' values and all
+sums are float32.
+
 How entries stand in memory, and the shapes: `entries.py`.
 """
 
@@ -30,6 +34,8 @@ from switchable.compute.cpu.active.entries import (
     write_collect,
     write_transpose,
 )
+from switchable.compute.cpu.experts.kernels import Loops
+from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
@@ -45,23 +51,20 @@ MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "values", "norms", "mass"))
 """Reads `norms` [F], writes `mass` [T, G]. A task is a chunk."""
 
 
-class ActiveKernels:
+class ActiveKernels(Loops):
     """Writes the loops for one width into a module.
 
     Args:
         module: gets the functions.
-        d_model: D, a multiple of `lanes`.
-        wide: whether numbers are float64.
-        lanes: numbers in a vector.
-        registers: of the processor.
+        packing: of experts of one neuron each, whose rows are whole vectors of words.
     """
 
-    def __init__(self, module: ir.Module, d_model: int, *, wide: bool, lanes: int, registers: int):
-        self.module, self.D, self.L, self.wide = module, d_model, lanes, wide
-        vectors = d_model // lanes
-        self.columns = max(v for v in range(1, registers // 2 + 1) if vectors % v == 0)
-        """Vectors of a row that stay in registers."""
-        write_collect(self._writer("collect"))
+    def __init__(self, module: ir.Module, packing: Packing):
+        super().__init__(module, packing, gated=False)
+        most, vectors = packing.machine.registers // 2 // packing.terms, self.words_D // self.L
+        self.word_columns = max(v for v in range(1, most + 1) if vectors % v == 0)
+        """Vectors of words of a row that stay in registers, as float32 twice as many where words are pairs."""
+        write_collect(self._writer("collect"), paired=self.paired)
         write_transpose(self._writer("transpose"))
         self._write_sum()
         self._write_dot()
@@ -70,7 +73,7 @@ class ActiveKernels:
         self._write_mass()
 
     def _writer(self, name: str) -> Writer:
-        return Writer(self.module, name, [POINTER], wide=self.wide, lanes=self.L)
+        return self.writer(name, [POINTER])
 
     def _write_sum(self) -> None:
         w = self._writer("sum")
@@ -89,23 +92,23 @@ class ActiveKernels:
         b = w.b
 
         def token(record: Record, place: Place) -> None:
-            x = w.at(record["x"], w.mul(place.token, self.D))
+            x = w.at(record["x"], w.mul(place.token, self.words_D))
 
             def entries(first: ir.Value, count: int) -> None:
                 rows = [self._row(w, record["weights"], place.neurons, w.add(first, r)) for r in range(count)]
-                chains = 2 if self.columns % 2 == 0 else 1
+                chains = 2 if self.word_columns % 2 == 0 else 1
 
                 def columns(d: ir.Value, carried: Values) -> Values:
                     sums = list(carried)
-                    inputs = w.vectors(w.at(x, d), self.columns)
+                    inputs = w.vectors(w.at(x, d), self.word_columns)
                     for r, row in enumerate(rows):
-                        for v, weight in enumerate(w.vectors(w.at(row, d), self.columns)):
+                        for v, weight in enumerate(w.vectors(w.at(row, d), self.word_columns)):
                             which = r * chains + v % chains
-                            sums[which] = w.fma(inputs[v], weight, sums[which])
+                            sums[which] = self.multiply_add(w, inputs[v], weight, sums[which])
                     return sums
 
                 zeros = [w.zero()] * (count * chains)
-                _, sums = w.loop(0, self.D, self.columns * self.L, zeros, columns)
+                _, sums = w.loop(0, self.words_D, self.word_columns * self.L, zeros, columns)
                 for r in range(count):
                     parts = sums[r * chains : (r + 1) * chains]
                     total = parts[0] if chains == 1 else b.fadd(*parts)
@@ -186,20 +189,50 @@ class ActiveKernels:
         `entry` returns a place's addresses of value and row. Some columns at a time stay in registers.
         """
 
+        terms = self.packing.terms
+
         def columns(d: ir.Value) -> None:
-            sums = w.vectors(w.at(own, d), self.columns)
+            place = w.at(own, w.mul(d, terms))
+            sums: Values = w.vectors(place, self.word_columns * terms)
+            sums = self._apart(w, sums) if self.paired else sums
             if new is not None:
                 sums = [w.b.select(new, w.zero(), vector) for vector in sums]
 
             def add(p: ir.Value, sums: Values) -> Values:
                 value, row = entry(p)
-                factor, vectors = w.load_broadcast(value), w.vectors(w.at(row, d), self.columns)
+                factor, vectors = w.load_broadcast(value), self._numbers(w, w.at(row, d))
                 return [w.fma(factor, vector, total) for vector, total in zip(vectors, sums, strict=True)]
 
-            w.store_vectors(w.loop(begin, end, 1, sums, add)[1], w.at(own, d))
+            sums = w.loop(begin, end, 1, sums, add)[1]
+            w.store_vectors(self._together(w, sums) if self.paired else sums, place)
 
-        w.range(0, self.D, self.columns * self.L, columns)
+        w.range(0, self.words_D, self.word_columns * self.L, columns)
+
+    def _numbers(self, w: Writer, words: ir.Value) -> Values:
+        """Read columns of a row; of pairs, the first numbers and the second ones of each vector by turns."""
+        vectors = w.vectors(words, self.word_columns)
+        if not self.paired:
+            return vectors
+        whole = ir.VectorType(I32, self.L)
+        low, high = (ir.Constant(whole, [bits] * self.L) for bits in (16, 0xFFFF0000))
+        found = []
+        for vector in vectors:
+            pair = w.b.bitcast(vector, whole)
+            # A bfloat16 is the upper half of a float32.
+            found += [w.b.bitcast(half, w.vector) for half in (w.b.shl(pair, low), w.b.and_(pair, high))]
+        return found
+
+    def _apart(self, w: Writer, vectors: Values) -> Values:
+        """Neighbouring columns in the order of `_numbers`."""
+        both = zip(vectors[::2], vectors[1::2], strict=True)
+        return [w.shuffle(a, range(side, 2 * self.L, 2), b) for a, b in both for side in (0, 1)]
+
+    def _together(self, w: Writer, vectors: Values) -> Values:
+        """The columns of `_apart` as they stand in memory."""
+        lanes = [lane + side * self.L for lane in range(self.L) for side in (0, 1)]
+        both = zip(vectors[::2], vectors[1::2], strict=True)
+        return [w.shuffle(a, half, b) for a, b in both for half in (lanes[: self.L], lanes[self.L :])]
 
     def _row(self, w: Writer, rows: ir.Value, numbers: ir.Value, place: ir.Value) -> ir.Value:
         """The address of the row whose number stands in a place."""
-        return w.at(rows, w.mul(w.integer(w.at(numbers, place, I32)), self.D))
+        return w.at(rows, w.mul(w.integer(w.at(numbers, place, I32)), self.words_D))

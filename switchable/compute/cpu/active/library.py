@@ -14,6 +14,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.active.entries import COLLECT, TRANSPOSE
 from switchable.compute.cpu.active.kernels import DOT, MASS, SUM, TOTALS, WEIGHTS, ActiveKernels
+from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import Machine, compile_module
 from switchable.compute.cpu.tasks import Scratch
 
@@ -90,11 +91,12 @@ class ByNeuron:
 class ActiveLibrary:
     """The compiled loops for one width and type."""
 
-    def __init__(self, d_model: int, *, wide: bool, machine: Machine):
+    def __init__(self, d_model: int, dtype: torch.dtype, machine: Machine):
         module = ir.Module("active")
-        self.d_model, self.itemsize = d_model, 8 if wide else 4
-        lanes = machine.vector_bytes // self.itemsize
-        ActiveKernels(module, d_model, wide=wide, lanes=lanes, registers=machine.registers)
+        self.d_model, self.itemsize = d_model, dtype.itemsize
+        self.sums = torch.promote_types(dtype, torch.float32)
+        """Dtype of entries' values and of sums over entries."""
+        ActiveKernels(module, Packing(d_model, 1, dtype, machine))
         self.code = compile_module(module, machine)
         self.scratch = Scratch()
 
@@ -106,11 +108,11 @@ class ActiveLibrary:
         tokens, width = len(x_TD), len(up_FD)
         per_block = max(1, min(width, BLOCK_BYTES // (self.d_model * self.itemsize)))
         chunks, blocks = -(-tokens // CHUNK_TOKENS), -(-width // per_block)
-        room = SCRATCH_BYTES // (CHUNK_TOKENS * width * (2 * self.itemsize + 4))
+        room = SCRATCH_BYTES // (CHUNK_TOKENS * width * (self.itemsize + self.sums.itemsize + 4))
         together = max(1, min(chunks, torch.get_num_threads(), room))
         rows, found, values = (
             self.scratch(name, (together, CHUNK_TOKENS * width), dtype)
-            for name, dtype in (("rows", x_TD.dtype), ("found", torch.int32), ("values", x_TD.dtype))
+            for name, dtype in (("rows", x_TD.dtype), ("found", torch.int32), ("values", self.sums))
         )
         starts = torch.empty(chunks, blocks * CHUNK_TOKENS + 1, dtype=torch.int32)
         active_neurons, active_values, lengths = [found.new_empty(0)], [values.new_empty(0)], [0]
@@ -163,7 +165,7 @@ class ActiveLibrary:
 
     def weight_gradient(self, sorted_: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
         """Return Σ s · xᵀ over each neuron's entries, [F, D]."""
-        gradient_FD = x_TD.new_zeros(sorted_.entries.width, self.d_model)
+        gradient_FD = values.new_zeros(sorted_.entries.width, self.d_model)
         tasks = min(torch.get_num_threads(), len(gradient_FD))
         memory = {"values": values, "x": x_TD, "gradient": gradient_FD}
         WEIGHTS.run(self.code, "weights", tasks, **sorted_.places, **memory)
@@ -186,5 +188,5 @@ class ActiveLibrary:
 
 @functools.cache
 def active_library(d_model: int, dtype: torch.dtype, machine: Machine) -> ActiveLibrary:
-    """Return the loops for a width, compiled when first asked for; `limits.why_no_loops` must have returned None."""
-    return ActiveLibrary(d_model, wide=dtype == torch.float64, machine=machine)
+    """Return the loops for a width, compiled when first asked for; `skips_idle_neurons` must hold."""
+    return ActiveLibrary(d_model, dtype, machine)
