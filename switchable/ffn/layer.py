@@ -93,32 +93,24 @@ class SwitchableFFN(nn.Module):
         if self._trains and active_training.applies(ssd, x_BSD):
             return active_training.forward(ssd, self.router, x_BSD)
         hidden_BSF = ssd.activations(x_BSD)
-        if self._trains:
-            hidden_BSF = self._with_losses(x_BSD, hidden_BSF)
-        return ssd.write(ssd.drop_hidden(hidden_BSF, self.training))
-
-    def _with_losses(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
-        """Return a dense step's activations, what is learned from which teaches the router besides.
-
-        The losses do not hang on the output: a model may add to that in place (Falcon), which autograd forbids then.
-        """
-        ssd, attached_BSF = self.ssd, hidden_BSF
+        y_BSD = ssd.write(ssd.drop_hidden(hidden_BSF, self.training))
+        if not self._trains:
+            return y_BSD
         if ssd.router_learns:
             every = stride(ssd.settings.config.router_token_fraction)
             seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :].detach()
-            attached_BSF = self._attach(attached_BSF, self._router_loss(seen, hidden))
+            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
         if ssd.activation_l1:
-            penalty = ssd.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean()
-            attached_BSF = self._attach(attached_BSF, penalty)
-        return attached_BSF
+            y_BSD = self._attach(y_BSD, ssd.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
+        return y_BSD
 
     @property
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _attach(self, x: Tensor, loss: Tensor) -> Tensor:
-        """Return x; whatever is learned from it, the loss is learned besides."""
-        attached: Tensor = attach_loss(x, loss, self.ssd.loss_scale.now)
+    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
+        """Return y; whatever is learned from it, the loss is learned besides."""
+        attached: Tensor = attach_loss(y, loss, self.ssd.loss_scale.now)
         return attached
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
@@ -127,17 +119,18 @@ class SwitchableFFN(nn.Module):
             return done_BSD
         if not torch.compiler.is_compiling():  # `set_mode` has looked already
             check_plain(self.ssd)
+        y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
+        bias = self.ssd.down_projection.bias
+        if bias is not None:
+            y_TD = y_TD + bias.to(y_TD.dtype)
+        y_BSD = y_TD.view(x_BSD.shape)
         if self.ssd.router_learns and self._trains:
             # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
             seen = x_BSD[..., :: stride(SPARSE_TOKEN_FRACTION), :].detach().contiguous()
             with torch.no_grad():
                 hidden = self.ssd.activations(seen)
-            x_BSD = self._attach(x_BSD, self._router_loss(seen, hidden))
-        y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
-        bias = self.ssd.down_projection.bias
-        if bias is not None:
-            y_TD = y_TD + bias.to(y_TD.dtype)
-        return y_TD.view(x_BSD.shape)
+            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
+        return y_BSD
 
     def _mixed(self, x_TD: Tensor) -> Tensor:
         """Return the sum of what each token's experts write, without the bias of the output projection.
