@@ -6,14 +6,15 @@
     refused   InputError, and not a bit of the model has changed
     WRONG     anything else
 
-Every ReLU over neurons that the plain model calls must lie in a switchable FFN: none is left out in silence.
+Every ReLU over neurons that the plain model calls must lie in a switchable FFN, or in a part that the report says was
+left alone: none is left out in silence.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from experiments.client_build import NEURONS, CannotBuildError, build, inputs, seed
-from switchable import InputError, SwitchConfig, convert, in_mode
+from experiments.client_build import NEURONS, WIDTH, CannotBuildError, build, inputs, seed
+from switchable import ConversionReport, InputError, SwitchConfig, convert, in_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.families import d_in
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.trial import module_state
 from switchable.store.export import write
 from switchable.store.pretrained import SHARD_SIZE
 from switchable.switching.controller import Controller
@@ -93,7 +96,9 @@ class Relus(TorchFunctionMode):
 
 
 def _over_neurons(x: Tensor) -> bool:
-    return x.shape[-1] >= NEURONS // 2 or NEURONS in x.shape[1:]  # channels may come before positions
+    if x.ndim > 2 and x.shape[1] == WIDTH:  # a convolution's channels, and many positions
+        return False
+    return x.shape[-1] >= NEURONS // 2 or NEURONS in x.shape[1:]  # neurons may come before positions
 
 
 @dataclass
@@ -120,7 +125,7 @@ def attempt(name: str, kind: Any) -> Verdict:
     kinds = [type(m) for m in model.modules()]
     mixture = any("expert" in n for n, _ in model.named_modules())
     try:
-        converted(model, batch)
+        report = converted(model, batch)
     except InputError as error:
         same = [type(m) for m in model.modules()] == kinds and _same_weights(model.state_dict(), before)
         if not same or not torch.equal(output(model, batch), was):
@@ -129,9 +134,11 @@ def attempt(name: str, kind: Any) -> Verdict:
     found = layers_of(model)
     verdict = Verdict(name, "works", "", len(found), form(found[0]))
     try:
-        verdict.figures = tried(model, plain, batch, reference, relus.calls)
+        verdict.figures = tried(model, plain, batch, reference, relus.calls - _told(report, model, batch))
     except WrongError as error:
         verdict.verdict, verdict.why = "WRONG", str(error)
+    if verdict.verdict == "works" and report.left_alone:
+        verdict.why = f"left alone: {', '.join(f'{n}, {why}' for n, why in report.left_alone.items())}"
     if verdict.figures.pop("in float64", 0):
         verdict.why = "all experts in float64: it amplifies the rounding of float32"
     return verdict
@@ -152,18 +159,24 @@ def _built(kind: Any) -> tuple[nn.Module, nn.Module, Relus]:
     return model, plain, relus
 
 
-def converted(model: Any, batch: Mapping[str, Any]) -> None:
+def converted(model: Any, batch: Mapping[str, Any]) -> ConversionReport:
     """Convert a model as one whose type has no row; with inputs where `convert` asks for some."""
     own = model.config.model_type
     model.config.model_type = NO_ROW
     try:
-        convert(model, CONFIG)
+        return convert(model, CONFIG)
     except InputError as error:
         if "example_inputs" not in str(error):
             raise
-        convert(model, CONFIG, example_inputs=batch)
+        return convert(model, CONFIG, example_inputs=batch)
     finally:
         model.config.model_type = own
+
+
+def _told(report: ConversionReport, model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return how many ReLUs over neurons are in parts that a report says were left alone."""
+    downs = [model.get_submodule(name) for name in report.left_alone if "*" not in name]
+    return _calls([down for down in downs if d_in(down) >= NEURONS // 2], model, batch)
 
 
 def form(layer: SwitchableFFN) -> str:
@@ -185,7 +198,7 @@ def tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, rel
         if not apart <= most:
             raise WrongError(f"{what}: {apart:.1e} apart, allowed {most:.0e}")
 
-    calls = _calls(model, batch)
+    calls = _calls(layers_of(model), model, batch)
     if calls != relus:
         raise WrongError(f"{calls} of {relus} FFNs are switchable, and nothing said so")
     dense = see(model, batch)
@@ -260,8 +273,10 @@ def see(model: Any, batch: Mapping[str, Any]) -> Seen:
     named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     gradients = {n: g.clone() for n, g in named.items() if not is_router_parameter(n)}
     model.zero_grad()
-    trained = output(model.train(), batch)
-    model.eval()
+    with module_state(
+        model
+    ):  # a BatchNorm's statistics move in training; the next comparison begins with the same
+        trained = output(model.train(), batch)
     return Seen(out.detach(), trained, gradients)
 
 
@@ -284,10 +299,10 @@ def _loss(out: Any) -> Tensor:
     return (out["logits"] if "logits" in out else out[0]).square().mean() if loss is None else loss
 
 
-def _calls(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Return how often switchable FFNs are called in one pass."""
+def _calls(modules: Sequence[nn.Module], model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return how often some modules are called in one pass."""
     calls: list[int] = []
-    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers_of(model)]
+    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in modules]
     output(model, batch)
     for hook in hooks:
         hook.remove()

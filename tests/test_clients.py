@@ -22,18 +22,21 @@ KNOWN = classes()
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
+    ("name", "form", "ffns"),
     [
-        ("GPTNeoXForCausalLM", "plain"),
-        ("DistilBertForMaskedLM", "plain"),
-        ("Phi3ForCausalLM", "gated"),
-        ("WhisperForConditionalGeneration", "plain, in the layer"),
+        ("GPTNeoXForCausalLM", "plain", 2),
+        ("DistilBertForMaskedLM", "plain", 2),
+        ("Phi3ForCausalLM", "gated", 2),
+        ("ZambaForCausalLM", "gated", 2),  # its layers share their FFN's weights
+        ("WhisperForConditionalGeneration", "plain, in the layer", 4),
+        ("CohereAsrForConditionalGeneration", "plain, in the layer", 6),  # with BatchNorm
+        ("SeamlessM4TForSpeechToText", "plain", 8),  # two ReLUs are a convolution's
     ],
 )
-def test_a_class_that_works(name: str, form: str) -> None:
+def test_a_class_that_works(name: str, form: str, ffns: int) -> None:
     verdict = attempt(name, KNOWN[name])
     assert (verdict.verdict, verdict.why, verdict.form.split(",")[0]) == ("works", "", form.split(",")[0])
-    assert verdict.ffns == (4 if name.startswith("Whisper") else 2)
+    assert verdict.ffns == ffns
     assert 0 < verdict.figures["all experts"] < 1e-5  # 0 would be the same arithmetic: nothing shown
 
 
@@ -104,3 +107,11 @@ def test_the_table_is_what_the_results_say() -> None:
     assert results["counts"]["share_working"] >= 0.9
     for model in results["models"]:
         assert table(results).count(f" {model['model']}") >= 1
+
+
+def test_what_the_report_says_was_left_alone_is_not_left_out_in_silence() -> None:
+    verdict = attempt("PerceiverForMaskedLM", KNOWN["PerceiverForMaskedLM"])
+    assert (verdict.verdict, verdict.ffns) == ("works", 3)
+    assert verdict.why.startswith(
+        "left alone: perceiver.decoder.decoding_cross_attention.mlp.dense2, it is in no layer"
+    )

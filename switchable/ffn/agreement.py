@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, Family
-from switchable.ffn.finder import find_families, refuse_others
+from switchable.ffn.finder import find_families, named, refuse_others
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.recording import distance, tolerance
 from switchable.ffn.table import row_of
@@ -29,8 +29,10 @@ def families_of(
     given: Family | Sequence[Family] | None = None,
     example_inputs: Inputs | None = None,
     trusted: bool = False,
-) -> tuple[list[Family], Trial | None]:
-    """Return what a model's FFNs are, and the trial in which that can be checked; None where it need not or cannot.
+) -> tuple[list[Family], Trial | None, dict[str, str]]:
+    """Return what a model's FFNs are, the trial in which that can be checked, and what was found to be left alone.
+
+    The trial is None where nothing need or can be checked.
 
     Raises:
         InputError: they are neither described nor known nor found; the message says why.
@@ -39,12 +41,13 @@ def families_of(
     if given is None and row is None:
         with module_state(model):  # a parametrization's, in training, change as its weight is looked at
             refuse_others(model)
-            trial = Trial(model, example_inputs)
-            return find_families(model, trial), trial
+            trial = Trial(model, example_inputs, named(model))
+            families, others = find_families(model, trial)
+            return families, trial, others
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
-    return families, None if trusted else _tried(model, example_inputs)
+    return families, None if trusted else _tried(model, example_inputs), {}
 
 
 def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:

@@ -1,13 +1,13 @@
 """convert(model): the same model, its FFNs made switchable; set_mode(model): how they multiply from now on.
 
-`convert` changes no logits in dense mode and says how many FFNs it changed, all of them or an error.
+`convert` changes no logits in dense mode and says how many FFNs it changed, and what like an FFN it left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
@@ -19,7 +19,7 @@ from switchable.ffn.agreement import check_same_answers, check_same_function, fa
 from switchable.ffn.facts import facts_of, settings_of
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.layout import store_by_neuron
+from switchable.ffn.layout import of_several_names, store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
@@ -51,12 +51,15 @@ class ConversionReport:
     """Neurons of the first FFN."""
     neuron_major: bool = False
     """Whether weights are stored neuron by neuron, one projection of each FFN not contiguous."""
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    """Why other parts that look like an FFN are not switchable, by the name of their output projection."""
 
     def __str__(self) -> str:
         layout = "; contiguous parameters, for what wants them: convert(..., neuron_major=False)"
         return (
             f"{self.converted} of {len(self.names)} FFNs are switchable: "
             f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons{layout * self.neuron_major}"
+            + "".join(f"; left alone: {name}, {why}" for name, why in self.left_alone.items())
         )
 
 
@@ -98,7 +101,7 @@ def convert(
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
-    families, trial = families_of(model, family, example_inputs, trusted)
+    families, trial, others = families_of(model, family, example_inputs, trusted)
     found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
     found = _in_order(model, found)
     config = _settled(config, *found[0])
@@ -113,16 +116,16 @@ def convert(
             each_place()
     else:
         check_same_answers(trial, layers, place)
-    scale, first = LossScale(), layers[0].ssd
+    scale, first, shared = LossScale(), layers[0].ssd, of_several_names(model)
     if neuron_major is None:
         neuron_major = first.reads_FD.is_cpu and not config.never_sparse
     for layer in layers:
         layer.ssd.loss_scale = scale
         if neuron_major:
-            store_by_neuron(layer)
+            store_by_neuron(layer, shared)
     scale.watch(model)
     names = tuple(name for name, _, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, first.d_ff, neuron_major)
+    return ConversionReport(len(built), names, config.num_experts, first.d_ff, neuron_major, others)
 
 
 def _in_order(

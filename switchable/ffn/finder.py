@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +26,26 @@ from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in, refuse_adapter
 from switchable.ffn.homes import family_at
 from switchable.ffn.matching import ACTIVATIONS, NEAR, Match, consistent
-from switchable.ffn.recording import Call, distance, recorded, tolerance
+from switchable.ffn.recording import Call, close, distance, recorded, tolerance
 from switchable.ffn.trial import Trial
 
 WIDE = 12.0
 """Range in which activations are compared."""
 
 
-def find_families(model: nn.Module, trial: Trial) -> list[Family]:
-    """Return what the FFNs of a model are, more than one if they differ.
+def named(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules within a model by their names: what a trial has to watch for the search."""
+    return [(name, module) for name, module in model.named_modules() if name]
+
+
+def find_families(model: nn.Module, trial: Trial) -> tuple[list[Family], dict[str, str]]:
+    """Return what the FFNs of a model are, more than one if they differ; and why other parts like them are not.
 
     Raises:
         InputError: there are none, or one that looks like the others is not one; says why.
     """
-    modules = [(name, module) for name, module in model.named_modules() if name]
-    with trial.undisturbed(), torch.no_grad(), recorded(modules) as seen:
-        trial.run(training=False)
-    matches = consistent(seen)
+    modules, seen = named(model), trial.seen
+    matches, others = consistent(seen)
     _refuse_adapters(seen, (call for m in matches.values() for call in (m.down, m.gate, m.up)))
     if not matches:
         raise InputError(f"no FFN found: {_why_not(seen)}. {candidates(model)}; {HOW_TO_DESCRIBE}")
@@ -52,7 +56,7 @@ def find_families(model: nn.Module, trial: Trial) -> list[Family]:
         with torch.no_grad(), recorded(modules) as trained:
             trial.run(training=True)
         found = {name: family_at(model, match, seen, trained) for name, match in matches.items()}
-    return _gathered(model, found)
+    return _gathered(model, found), _unknown(model, seen, matches) | others
 
 
 def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -> None:
@@ -91,6 +95,35 @@ def _check_whole(model: nn.Module, matches: Mapping[str, Match], seen: Sequence[
             called = any(call.name == name for call in seen)
             why = _why_not(seen, name) if called else "no batch reaches it; give one, example_inputs={...}"
             raise InputError(f"{name} does not belong to an FFN as {places[_place(name)]} does: {why}")
+
+
+def _unknown(model: nn.Module, seen: Sequence[Call], matches: Mapping[str, Match]) -> dict[str, str]:
+    """Return what else has an FFN's shapes: with an activation that is not known, or never called."""
+    found = {}
+    for i, down in enumerate(seen):
+        if isinstance(down.module, PROJECTIONS) and down.name not in matches and _widens(down):
+            for act in _between(seen[max(0, i - 4) : i], down):
+                found[down.name] = f"its activation, {act.name} ({type(act.module).__name__}), is not known"
+    called = {call.name for call in seen}
+    idle = {n: m for n, m in model.named_modules() if isinstance(m, PROJECTIONS) and n not in called}
+    shapes = {(n.rpartition(".")[0], d_in(m), m.weight.numel() // d_in(m)) for n, m in idle.items()}
+    for name, module in idle.items():
+        d_ff, d_model = d_in(module), module.weight.numel() // d_in(module)
+        if d_ff > d_model and (name.rpartition(".")[0], d_model, d_ff) in shapes:
+            found.setdefault(_place(name), "no batch reaches it; give one, example_inputs={...}")
+    return found
+
+
+def _widens(down: Call) -> bool:
+    return down.x is not None and down.y is not None and down.x.shape[-1] > down.y.shape[-1]
+
+
+def _between(near: Sequence[Call], down: Call) -> Iterator[Call]:
+    """Yield the module that is given what a projection returned, and returns what another is given."""
+    for up, act in combinations(near, 2):
+        inner = isinstance(up.module, PROJECTIONS) and not isinstance(act.module, PROJECTIONS)
+        if inner and close(act.x, up.y) and close(act.y, down.x):
+            yield act
 
 
 def _place(name: str) -> str:

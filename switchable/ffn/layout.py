@@ -11,7 +11,8 @@ strides of their parameter by themselves.
 
 What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`, and
 so is everything where nothing would gain: a recipe without sparse steps, a GPU. On a CPU decoding in sparse mode has no
-other loops.
+other loops. Parameters that have several names (Zamba's layers share theirs) stay, too: `save_pretrained` looks for
+those that share memory, and takes them to be contiguous.
 Files are written contiguous in any case.
 
 Shapes: D d_model, F d_ff, I neurons per expert.
@@ -19,10 +20,11 @@ Shapes: D d_model, F d_ff, I neurons per expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchable.ffn.families import neuron_dim
 from switchable.ffn.layer import SwitchableFFN
@@ -47,11 +49,18 @@ def entries(layer: SwitchableFFN, perm_F: Tensor, size: int) -> Tensor:
     return torch.cat([perm_F, perm_F + len(perm_F)])
 
 
-def store_by_neuron(layer: SwitchableFFN) -> None:
+def store_by_neuron(layer: SwitchableFFN, but: Collection[Tensor] = ()) -> None:
     """Lay out a layer's weights so that each neuron's are contiguous, in place; a second call changes nothing."""
+    kept = {id(each) for each in but}
     for parameter, dim in neuron_parameters(layer):
-        if parameter.ndim == 2 and parameter.stride(1 - dim) != 1:
+        if id(parameter) not in kept and parameter.ndim == 2 and parameter.stride(1 - dim) != 1:
             parameter.data = parameter.data.t().contiguous().t()
+
+
+def of_several_names(model: nn.Module) -> list[Tensor]:
+    """Return the parameters that stand in a model more than once."""
+    names = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return [parameter for parameter, times in names.items() if times > 1]
 
 
 def store_by_row(layer: SwitchableFFN) -> None:

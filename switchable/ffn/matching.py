@@ -54,8 +54,8 @@ class Match:
         return after if up is None else after * up
 
 
-def consistent(seen: Sequence[Call]) -> dict[str, Match]:
-    """Return one match for each output projection whose every call is one with the same others."""
+def consistent(seen: Sequence[Call]) -> tuple[dict[str, Match], dict[str, str]]:
+    """Return one match for each output projection whose every call is one with the same others; why not the rest."""
     calls = [c for c in seen if isinstance(c.module, PROJECTIONS) and c.x is not None and c.y is not None]
     counts = Counter(call.name for call in calls)
     found: dict[str, list[Match]] = defaultdict(list)
@@ -63,13 +63,17 @@ def consistent(seen: Sequence[Call]) -> dict[str, Match]:
         match = next(_matches(down, calls[max(0, i - NEAR) : i][::-1]), None)
         if match is not None:
             found[down.name].append(match)
-    alike = {}
+    alike, others = {}, {}
     for name, each in found.items():
         parts = {(m.gate.name, m.up.name if m.up else None, m.fused) for m in each}
         used = [counts[c.name] for c in (each[0].down, each[0].gate, each[0].up) if c is not None]
         if len(parts) == 1 and set(used) == {len(each)}:
             alike[name] = each[0]
-    return _ffns_among(alike)
+        elif counts[name] == len(each):
+            others[name] = (
+                "it is not called with the same input projection each time, or that is called elsewhere too"
+            )
+    return _ffns_among(alike, others)
 
 
 def _matches(down: Call, earlier: Sequence[Call]) -> Iterator[Match]:
@@ -100,12 +104,21 @@ def _one(numbers: Tensor) -> Tensor:
     return numbers.flatten(0, -2)[0] if numbers.ndim > 1 else numbers
 
 
-def _ffns_among(found: dict[str, Match]) -> dict[str, Match]:
+def _ffns_among(found: dict[str, Match], others: dict[str, str]) -> tuple[dict[str, Match], dict[str, str]]:
     """Leave out what is no layer's (a head) and what is narrower than the model (an adapter), if others are not."""
-    for belongs in (
-        lambda m: any(part.isdigit() for part in m.down.name.split(".")[:-1]),
-        lambda m: m.down.x.shape[-1] >= m.down.y.shape[-1],
+    layers = {_sizes(m) for n, m in found.items() if any(part.isdigit() for part in n.split(".")[:-1])}
+    for belongs, why in (
+        (lambda f, d: (f, d) in layers, "it is in no layer and has sizes of its own"),
+        (lambda f, d: f >= d, "it is narrower than the model, as an adapter is"),
     ):
-        chosen = {name: match for name, match in found.items() if belongs(match)}
-        found = chosen or found
-    return found
+        chosen = {name: m for name, m in found.items() if belongs(*_sizes(m))} or found
+        others |= dict.fromkeys(found.keys() - chosen.keys(), why)
+        found = chosen
+    return found, others
+
+
+def _sizes(match: Match) -> tuple[int, int]:
+    """F and D."""
+    assert match.down.x is not None
+    assert match.down.y is not None
+    return match.down.x.shape[-1], match.down.y.shape[-1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.families import PROJECTIONS, d_in
+from switchable.ffn.recording import recorded
 
 FAILURES = (
     ArithmeticError,
@@ -49,12 +50,15 @@ class Trial:
     Args:
         model: any module.
         given: its inputs, by name, in order or the only one; None makes some.
+        watched: modules by their names, whose calls in evaluation are kept as `seen`.
 
     Raises:
         InputError: the model is on the meta device, or fails with the batch.
     """
 
-    def __init__(self, model: nn.Module, given: Inputs | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, given: Inputs | None = None, watched: Sequence[tuple[str, nn.Module]] = ()
+    ) -> None:
         self.model = model
         parameters = list(model.parameters())
         if not parameters or any(p.is_meta for p in parameters):
@@ -67,8 +71,8 @@ class Trial:
         problems = []
         for self._arguments in [_as_arguments(given)] if given is not None else made(model):
             try:
-                with self.undisturbed(), torch.no_grad():
-                    self.run(training=False)
+                with self.undisturbed(), torch.no_grad(), recorded(watched) as self.seen:
+                    self._first: list[Tensor] | None = self._copied(self.run(training=False))
                 return
             except InputError as error:
                 problems.append(error)
@@ -100,16 +104,20 @@ class Trial:
         """Return what the model computes in evaluation, then outputs and gradients of training."""
         with self.undisturbed():
             with torch.no_grad():
-                found = self.run(training=False)
+                found, self._first = self._first or self._copied(self.run(training=False)), None
             with torch.enable_grad():
                 outputs = [y for y in self.run(training=True) if y.requires_grad]
-                found += [y.detach() for y in outputs]
+                found = found + self._copied(outputs)
                 if outputs:
                     total = sum((y.double() * _ramp(y).cos()).sum() for y in outputs)
                     wanted = [p for p in self._shaken if p.requires_grad]
                     grads = torch.autograd.grad(total, wanted, allow_unused=True)  # type: ignore[arg-type]
                     found += [torch.zeros(()) if g is None else g for g in grads]
-            return [y.detach().clone() for y in found]
+            return found
+
+    @staticmethod
+    def _copied(outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [y.detach().clone() for y in outputs]
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

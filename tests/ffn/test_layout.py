@@ -138,3 +138,12 @@ def test_converted_models_are_saved_as_the_readme_says(make_gpt2: Make, tmp_path
     name = "transformer.h.0.mlp.c_proj.weight"
     assert torch.equal(stored[name], by_neuron.state_dict()[name])
     assert torch.equal(load_file(tmp_path / "model.safetensors")[name], by_neuron.state_dict()[name])
+
+
+def test_weights_of_several_names_stay_contiguous() -> None:
+    model = HomeMade()
+    model.blocks[2].fc2.weight = model.blocks[1].fc2.weight
+    convert(model, CONFIG, HOME_MADE)
+    outputs = [layer.ssd.down_projection.weight for layer in layers_of(model)]
+    assert [weight.is_contiguous() for weight in outputs] == [False, True, True]
+    assert outputs[1] is outputs[2]
