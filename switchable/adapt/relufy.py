@@ -30,9 +30,14 @@ def with_relu(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     """Return a model's config with ReLU in its FFNs (a gated FFN stays gated).
 
     Raises:
-        InputError: it has ReLU, or squared ReLU, already.
+        InputError: it has ReLU, or squared ReLU, already, or nothing in the config names an activation.
     """
     setting = family.activation_setting
+    if not hasattr(config, setting):
+        raise InputError(
+            f"the config of {config.model_type} has no {setting} to set to ReLU; build the model with ReLU, train it "
+            "on and convert that, without --relufy"
+        )
     old = str(getattr(config, setting))
     if old.removeprefix("gated-") in ("relu", "relu2"):
         raise InputError(f"the model's activation is {old} already: leave out --relufy")

@@ -31,6 +31,8 @@ from switchable.errors import InputError
 from switchable.ffn.agreement import families_of
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
+from switchable.ffn.facts import facts_of
+from switchable.ffn.families import find_ffns
 from switchable.ffn.table import row_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
@@ -102,6 +104,8 @@ def adapt(
         plain = model_of(load_config(source))
     if row_of(plain) is None:
         plain = load_pretrained(source)
+    if config.relufy:
+        with_relu(load_config(source), families_of(plain)[0][0])
     convert(plain, switch)
     neurons = sum(layer.ssd.d_ff for layer in layers_of(plain))
     del plain
@@ -180,8 +184,15 @@ def _relufy(
 ) -> nn.Module:
     """Return the model with ReLU, trained on."""
     before = validation_loss(model, text.validation, not quiet)
-    changed = with_relu(load_config(source), families_of(model)[0][0])
-    model = load_pretrained(source, changed).to(text.device)
+    family = families_of(model)[0][0]
+    model = load_pretrained(source, with_relu(load_config(source), family)).to(text.device)
+    family = families_of(model)[0][0]
+    activation, *_ = facts_of(find_ffns(model, family)[0][1], family, "the FFN")
+    if not activation.startswith("relu"):
+        what = (
+            f"{family.activation_setting} of the config does not set the activation, which stays {activation}"
+        )
+        raise InputError(f"{what}; build the model with ReLU, train it on and convert that, without --relufy")
     swapped = validation_loss(model, text.validation, not quiet)
     with (
         in_float32(model),

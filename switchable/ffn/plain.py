@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from switchable.errors import InputError
+from switchable.ffn.families import d_in
 from switchable.ffn.placement import Entrance, Exit, Factor, Held
 from switchable.ffn.recording import close
 from switchable.ffn.ssd import SSD
@@ -106,4 +107,20 @@ def check_movable(ssd: SSD) -> None:
             raise InputError(
                 f"{ssd.name}.{path} has a parametrization, which does not move with the neurons; remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations), or train with recipe dense"
+            )
+
+
+def check_readable(ssd: SSD) -> None:
+    """Refuse what hides which way round a projection's weight lies: dense mode calls it, measures read the weight.
+
+    Raises:
+        InputError: names it, and what to do.
+    """
+    for path, module in ssd.called[:-1]:  # the last is the activation
+        width = ssd.d_ff if path == ssd.settings.family.down else ssd.d_model
+        hides = not isinstance(module, Conv1D) and any(isinstance(part, Conv1D) for part in module.modules())
+        if hides or not isinstance(getattr(module, "weight", None), Tensor) or d_in(module) != width:
+            raise InputError(
+                f"{ssd.name}.{path} has become a {type(module).__name__}, whose weight cannot be measured; put "
+                "adapters on other modules, or merge them into the weight (peft: merge_and_unload())"
             )

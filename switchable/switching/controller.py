@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode, why_dense
-from switchable.ffn.plain import check_movable
+from switchable.ffn.plain import check_movable, check_readable
 from switchable.options import checked
 from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
@@ -76,7 +76,8 @@ class Controller:
 
     Raises:
         InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model,
-            adapters on an FFN that is to be regrouped, or a probe that the model fails with or that misses an FFN.
+            adapters on an FFN that is to be regrouped or measured, or a probe that the model fails with or that
+            misses an FFN.
     """
 
     def __init__(
@@ -94,8 +95,6 @@ class Controller:
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
         self.model, self.seed = model, checked("seed", seed, int, least=0, most=MOST_SEED)
-        self.copies, self.twins = tuple(copies), twins(self.layers, copies)
-        copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self._checked = False
         self.precision = precision
         first = self.layers[0].ssd.settings
@@ -104,9 +103,11 @@ class Controller:
             first.config if given is None else settled(given, first.d_ff, first.activation),
             checked("total_steps", total_steps, int, least=1),
         )
-        if not self.schedule.config.never_sparse:
-            for layer in self.layers:
-                check_movable(layer.ssd)
+        check = check_readable if self.schedule.config.never_sparse else check_movable
+        for layer in self.layers:
+            check(layer.ssd)
+        self.copies, self.twins = tuple(copies), twins(self.layers, copies)
+        copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self.probe = as_batches(probe)
         self.probe_tokens = tokens_of(model, self.probe, precision)
         """Tokens on which everything is measured."""

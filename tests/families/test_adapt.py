@@ -11,6 +11,7 @@ import pytest
 import torch
 from families.models import make
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM
 
 from switchable import InputError, SwitchConfig, convert, set_mode
 from switchable.adapt.calibrate import calibrate
@@ -319,3 +320,28 @@ def test_settings_are_checked() -> None:
         with pytest.raises(InputError, match=message):
             AdaptConfig(**settings)
     assert AdaptConfig(num_experts=3).default_k == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({}, "the config of bloom has no hidden_act to set to ReLU"),
+        ({"hidden_act": "gelu"}, "hidden_act of the config does not set the activation, which stays gelu"),
+    ],
+)
+def test_a_model_whose_config_has_no_say_in_its_activation(
+    checkpoint: Checkpoint,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setting: dict[str, str],
+    says: str,
+) -> None:
+    folder = checkpoint()
+    rows = load_pretrained(folder).config.vocab_size
+    BloomForCausalLM(
+        BloomConfig(vocab_size=rows, hidden_size=16, n_layer=2, n_head=2, **setting)
+    ).save_pretrained(folder)
+    assert converted(folder, corpus, tmp_path, "--relufy", "5") == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

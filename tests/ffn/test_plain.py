@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from switchable import InputError, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import layers_of
+from switchable.switching.controller import Controller
 from switchable.switching.switch import regroup
 
 
@@ -179,3 +180,54 @@ def test_a_mask_in_a_layer_counts_alike_in_both_modes(case: str) -> None:
             found.append(output(model, batch))
         torch.testing.assert_close(found[0], found[1])
         assert (found[0] - plain).abs().max() > 1e-4
+
+
+class Bare(nn.Module):
+    """An adapter without a weight of its own."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y
+
+
+class Rewritten(nn.Linear):
+    """Says that it is a Linear, and holds the weight of a Conv1D."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(1, 1)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("part", ["c_fc", "c_proj"])
+@pytest.mark.parametrize("adapter", [Bare, Rewritten, LoRA])
+def test_an_adapter_whose_weight_cannot_be_measured_is_refused_before_dense_training(
+    adapter: Callable[[nn.Module], nn.Module], part: str, tokens: Tensor
+) -> None:
+    config = SwitchConfig(num_experts=8, experts_per_token=3, recipe="dense", monitor_every=1)
+    made = tiny_gpt2()
+    convert(made, config)
+    name = f"transformer.h.0.mlp.{part}"
+    held = made.get_submodule(name)
+    made.set_submodule(name, adapter(held))
+    with pytest.raises(InputError, match=rf"h\.0\.mlp\.{part} has become a {adapter.__name__}, whose weight"):
+        Controller(made, tokens, 4)
+    made.set_submodule(name, held)
+    Controller(made, tokens, 4)
+
+
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+def test_an_adapter_on_a_linear_is_measured_in_dense_training(part: str) -> None:
+    made = make("phi")
+    convert(made, SwitchConfig(num_experts=8, experts_per_token=3, recipe="dense", monitor_every=1))
+    name = f"model.layers.0.mlp.{part}"
+    held = made.get_submodule(name)
+    made.set_submodule(name, LoRA(held, held.in_features, held.out_features))
+    controller = Controller(made, inputs("phi"), 4)
+    assert controller.step(torch.optim.SGD(made.parameters(), lr=0.1)) is not None
