@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from switchable import SwitchConfig, convert, in_mode
 from switchable.integrations.hf_trainer import SwitchableCallback
 
-STEPS, LENGTH = 80, 64
+STEPS, LENGTH = 320, 64
 source = sorted(
     Path(sysconfig.get_path("stdlib")).glob("*.py")
 )  # text that is on every machine, a byte a token
@@ -30,7 +30,7 @@ model = GPT2LMHeadModel(
     )
 )  # fmt: skip
 config = SwitchConfig(  # a run as short as this one joins at once; leave the limits alone in a real one
-    num_experts=16, experts_per_token=6, recipe="early", monitor_every=20, min_dense_fraction=0.5,
+    num_experts=16, experts_per_token=3, recipe="early", monitor_every=20, min_dense_fraction=0.5,
     max_activation_ratio=1.0, min_mass_caught=0.0,
 )  # fmt: skip
 print(convert(model, config))

@@ -28,8 +28,22 @@ model = GPT2LMHeadModel(
         bos_token_id=0, eos_token_id=0,
     )
 )  # fmt: skip
+
+
+def train(optimizer: torch.optim.Optimizer) -> None:
+    """Take one step."""
+    batch = rows[torch.randint(len(rows), (8,))]
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+plain = torch.optim.AdamW(model.parameters(), lr=3e-3)
+for _ in range(4 * STEPS):  # in place of the checkpoint that you have
+    train(plain)
+
 config = SwitchConfig(  # a run as short as this one joins at once; leave the limits alone in a real one
-    num_experts=16, experts_per_token=6, recipe="early", monitor_every=20, min_dense_fraction=0.5,
+    num_experts=16, experts_per_token=3, recipe="early", monitor_every=20, min_dense_fraction=0.5,
     max_activation_ratio=1.0, min_mass_caught=0.0,
 )  # fmt: skip
 print(convert(model, config))  # before PEFT, so that it finds the routers
@@ -40,10 +54,7 @@ optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]
 controller = Controller(model, held_out[:8], STEPS, config)
 
 for _ in range(STEPS):
-    batch = rows[torch.randint(len(rows), (8,))]
-    model(input_ids=batch, labels=batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    train(optimizer)
     controller.step(optimizer)
 
 model.eval()
