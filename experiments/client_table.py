@@ -9,15 +9,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/2026-11-29-models-by-structure.json"
 DOCS = ROOT / "docs/families.md"
+LEFT = "left alone"
+"""How the reason of a class begins in which not all that looks like an FFN is switchable."""
 BEGIN, END = "<!-- by python -m experiments.clients --models --write-table -->", "<!-- end of the table -->"
 TITLES = {
+    "works": "works, in part",
     "refused": "refused",
     "WRONG": "wrong",
     "mixture": "a mixture of experts, refused",
     "no ReLU": "no ReLU can be asked for, or no FFN",
     "cannot build": "not tried: no tiny model could be built",
 }
-"""What the verdicts besides `works` are called."""
+"""What the verdicts are called; `works` without a reason is all that is said of most."""
 
 
 def write_table(results: Mapping[str, Any], path: Path = DOCS) -> None:
@@ -55,7 +58,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     for verdict, title in TITLES.items():
         reasons: dict[str, list[str]] = {}
         for model in models:
-            if model["verdict"] == verdict:
+            if model["verdict"] == verdict and (verdict != "works" or model["why"].startswith(LEFT)):
                 reasons.setdefault(_short(model["why"]), []).append(model["model"])
         for why, names in reasons.items():
             yield f"| {', '.join(names)} | {title}: {why} |"

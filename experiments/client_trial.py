@@ -16,6 +16,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from experiments.client_build import NEURONS, WIDTH, CannotBuildError, build, inputs, seed
+from experiments.client_see import Seen, gradients_apart, output, relative, see
+from experiments.client_table import LEFT
 from switchable import ConversionReport, InputError, SwitchConfig, convert, in_mode
-from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable.ffn.convert import layers_of
 from switchable.ffn.families import d_in
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.trial import module_state
 from switchable.store.export import write
 from switchable.store.pretrained import SHARD_SIZE
 from switchable.switching.controller import Controller
@@ -101,15 +103,6 @@ def _over_neurons(x: Tensor) -> bool:
     return x.shape[-1] >= NEURONS // 2 or NEURONS in x.shape[1:]  # neurons may come before positions
 
 
-@dataclass
-class Seen:
-    """What a model computes, dropout off and on, and its gradients."""
-
-    out: Tensor
-    trained: Tensor
-    gradients: dict[str, Tensor]
-
-
 def attempt(name: str, kind: Any) -> Verdict:
     """Build a class tiny, convert it without a row, and try everything."""
     try:
@@ -138,7 +131,7 @@ def attempt(name: str, kind: Any) -> Verdict:
     except WrongError as error:
         verdict.verdict, verdict.why = "WRONG", str(error)
     if verdict.verdict == "works" and report.left_alone:
-        verdict.why = f"left alone: {', '.join(f'{n}, {why}' for n, why in report.left_alone.items())}"
+        verdict.why = f"{LEFT}: {'; '.join(f'{n}, {why}' for n, why in report.left_alone.items())}"
     if verdict.figures.pop("in float64", 0):
         verdict.why = "all experts in float64: it amplifies the rounding of float32"
     return verdict
@@ -175,8 +168,8 @@ def converted(model: Any, batch: Mapping[str, Any]) -> ConversionReport:
 
 def _told(report: ConversionReport, model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Return how many ReLUs over neurons are in parts that a report says were left alone."""
-    downs = [model.get_submodule(name) for name in report.left_alone if "*" not in name]
-    return _calls([down for down in downs if d_in(down) >= NEURONS // 2], model, batch)
+    named = [m for n, m in model.named_modules() if any(fnmatch(n, each) for each in report.left_alone)]
+    return _calls([down for down in named if d_in(down) >= NEURONS // 2], model, batch)
 
 
 def form(layer: SwitchableFFN) -> str:
@@ -204,7 +197,7 @@ def tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, rel
     dense = see(model, batch)
     check("dense", relative(dense.out, reference.out), SAME)
     check("training, dropout on", relative(dense.trained, reference.trained), SAME)
-    check("gradients, dense", _gradients_apart(dense, reference), SAME)
+    check("gradients, dense", gradients_apart(dense, reference), SAME)
     apart = _all_experts(model, batch, dense)
     if max(apart) > CLOSE:  # a model that amplifies rounding has less of it in float64
         apart = _all_experts(model.double(), batch)
@@ -233,7 +226,7 @@ def _all_experts(model: Any, batch: Mapping[str, Any], dense: Seen | None = None
     dense = dense or see(model, here)
     with in_mode(model, "sparse", CONFIG.num_experts):
         sparse = see(model, here)
-    return relative(sparse.out, dense.out), _gradients_apart(sparse, dense)
+    return relative(sparse.out, dense.out), gradients_apart(sparse, dense)
 
 
 def _train(model: Any, batch: Mapping[str, Any], check: Any) -> None:
@@ -264,31 +257,6 @@ def _train(model: Any, batch: Mapping[str, Any], check: Any) -> None:
         raise WrongError(f"{controller.regroupings} regroupings, {modes.count('sparse')} sparse steps")
 
 
-def see(model: Any, batch: Mapping[str, Any]) -> Seen:
-    """Compute everything that must stay: the output, one with dropout, and the gradients of a sum of outputs."""
-    model.eval()
-    out = output(model, batch, grad=True)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
-    (out * weights).mean().backward()
-    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    gradients = {n: g.clone() for n, g in named.items() if not is_router_parameter(n)}
-    model.zero_grad()
-    with module_state(
-        model
-    ):  # a BatchNorm's statistics move in training; the next comparison begins with the same
-        trained = output(model.train(), batch)
-    return Seen(out.detach(), trained, gradients)
-
-
-def output(model: Any, batch: Mapping[str, Any], grad: bool = False) -> Tensor:
-    """Return logits, or what a model without a head computes; random numbers begin anew."""
-    seed(2)
-    with torch.set_grad_enabled(grad):
-        out = model(**batch)
-    found: Tensor = out["logits"] if "logits" in out else out[0]
-    return found
-
-
 def _dense_output(model: Any, batch: Mapping[str, Any]) -> Tensor:
     with in_mode(model, "dense"):
         return output(model.eval(), batch)
@@ -307,24 +275,6 @@ def _calls(modules: Sequence[nn.Module], model: nn.Module, batch: Mapping[str, A
     for hook in hooks:
         hook.remove()
     return len(calls)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Return ‖a - b‖ / ‖b‖; infinite where that is no number."""
-    apart = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-    return apart if math.isfinite(apart) else math.inf
-
-
-def _gradients_apart(a: Seen, b: Seen) -> float:
-    """The largest relative difference of a parameter's gradient; small ones count as a thousandth of the largest."""
-    if a.gradients.keys() != b.gradients.keys():
-        return math.inf
-    floor = 1e-3 * max(float(g.double().norm()) for g in b.gradients.values())
-    return max(
-        float((g.double() - b.gradients[n].double()).norm())
-        / max(float(b.gradients[n].double().norm()), floor)
-        for n, g in a.gradients.items()
-    )
 
 
 def _same_weights(state: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

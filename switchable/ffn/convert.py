@@ -52,7 +52,7 @@ class ConversionReport:
     neuron_major: bool = False
     """Whether weights are stored neuron by neuron, one projection of each FFN not contiguous."""
     left_alone: Mapping[str, str] = field(default_factory=dict)
-    """Why other parts that look like an FFN are not switchable, by the name of their output projection."""
+    """Why other parts that look like an FFN are not, by their output projections' names (* for a layer's number)."""
 
     def __str__(self) -> str:
         layout = "; contiguous parameters, for what wants them: convert(..., neuron_major=False)"

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, groupby
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ def find_families(model: nn.Module, trial: Trial) -> tuple[list[Family], dict[st
         with torch.no_grad(), recorded(modules) as trained:
             trial.run(training=True)
         found = {name: family_at(model, match, seen, trained) for name, match in matches.items()}
-    return _gathered(model, found), _unknown(model, seen, matches) | others
+    others = _unknown(model, seen, matches) | others
+    return _gathered(model, found), {_place(name): why for name, why in others.items()}
 
 
 def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -> None:
@@ -105,13 +106,23 @@ def _unknown(model: nn.Module, seen: Sequence[Call], matches: Mapping[str, Match
             for act in _between(seen[max(0, i - 4) : i], down):
                 found[down.name] = f"its activation, {act.name} ({type(act.module).__name__}), is not known"
     called = {call.name for call in seen}
-    idle = {n: m for n, m in model.named_modules() if isinstance(m, PROJECTIONS) and n not in called}
-    shapes = {(n.rpartition(".")[0], d_in(m), m.weight.numel() // d_in(m)) for n, m in idle.items()}
-    for name, module in idle.items():
-        d_ff, d_model = d_in(module), module.weight.numel() // d_in(module)
-        if d_ff > d_model and (name.rpartition(".")[0], d_model, d_ff) in shapes:
-            found.setdefault(_place(name), "no batch reaches it; give one, example_inputs={...}")
+    idle = [(n, m) for n, m in model.named_modules() if isinstance(m, PROJECTIONS) and n not in called]
+    for _, group in groupby(idle, lambda each: each[0].rpartition(".")[0]):
+        *others, (last, module) = group
+        d_ff, d_model = _sizes(module)
+        if (
+            others
+            and d_ff > d_model
+            and {_sizes(m) for _, m in others} <= {(d_model, d_ff), (d_model, 2 * d_ff)}
+        ):
+            found.setdefault(last, "no batch reaches it; give one, example_inputs={...}")
     return found
+
+
+def _sizes(projection: nn.Module) -> tuple[int, int]:
+    """The widths of what a projection reads and writes."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    return d_in(projection), weight.numel() // d_in(projection)
 
 
 def _widens(down: Call) -> bool:

@@ -56,7 +56,7 @@ class Halving(nn.Module):
     ("behind", "called", "name", "why"),
     [
         (Sized(2 * NEURONS), True, "behind.down", "it is in no layer and has sizes of its own"),
-        (nn.ModuleList([Sized(WIDTH // 2)]), True, "behind.0.down", "it is narrower than the model"),
+        (nn.ModuleList([Sized(WIDTH // 2)]), True, "behind.*.down", "it is narrower than the model"),
         (
             Sized(NEURONS, Halving()),
             True,
