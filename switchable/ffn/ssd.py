@@ -240,9 +240,9 @@ class SSD:
     def write(self, hidden: Tensor) -> Tensor:
         """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
         dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
-        if hidden.dtype != dtype and not self.own_forwards:
-            if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(dtype)
+        differs = hidden.dtype != dtype and not self.own_forwards
+        if differs and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 
     def drop_hidden(self, hidden: Tensor, training: bool) -> Tensor:
