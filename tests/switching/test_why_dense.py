@@ -106,7 +106,8 @@ def test_eval_shows_the_models_own_k(folder: Path, corpus: Path, capsys: pytest.
     assert main(["eval", str(folder), "--data", str(text), "--threads", "1", "--experts-per-token", "6"]) == 0
     said = capsys.readouterr()
     assert (
-        "reading 1 x text file\nthe model's own: sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense" in said.err
+        "reading 1 x text file\nthe model's own: sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense"
+        in said.err
     )
     assert said.out.splitlines()[0].split() == [
         "task", "metric", "examples", "dense", "sparse", "K=6", "sparse", "K=3"
