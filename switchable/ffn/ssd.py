@@ -240,8 +240,8 @@ class SSD:
     def write(self, hidden: Tensor) -> Tensor:
         """Return the FFN's output for activations [..., F]: down · hidden, and its bias."""
         dtype = self.down_projection.weight.dtype  # T5 keeps the output projection alone in float32
-        casts = self.own_forwards or torch.is_autocast_enabled(hidden.device.type)
-        if hidden.dtype != dtype and not casts:
+        differs = hidden.dtype != dtype and not self.own_forwards
+        if differs and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 

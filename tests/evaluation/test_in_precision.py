@@ -39,7 +39,9 @@ def test_the_runs_last_losses_are_found_again_in_its_precision_only(
         with multiplying_in(model, chosen_precision(model, given, precision)):
             found = [loss_in_mode(model, batches, mode) for mode in ("dense", "sparse")]
         reported = [figures["val_loss_dense"], figures["val_loss_sparse"]]
-        assert (found == pytest.approx(reported, rel=1e-7)) == (given == precision)
+        # In bfloat16 the run's attention is `eager`, which rounds elsewhere.
+        close = pytest.approx(reported, rel=1e-7 if precision == "float32" else 1e-5)
+        assert (found == close) == (given == precision)
 
 
 @pytest.mark.parametrize("asked", [None, "float32", "bfloat16"])

@@ -91,12 +91,12 @@ def folder(tmp_path: Path) -> Path:
 def test_generate_says_mode_k_and_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", str(folder), "--prompt", "the cat", "--max-new-tokens", "5"]
     assert main(arguments) == 0
-    assert capsys.readouterr().err.startswith("dense mode: 5 tokens, ")
+    assert capsys.readouterr().err.startswith("dense mode, in float32: 5 tokens, ")
     assert main([*arguments, "--mode", "sparse"]) == 0
     said = capsys.readouterr().err
     assert said.startswith(
         "sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense (transformer.h.0.mlp: activation ratio 0.620, above "
-        "max_activation_ratio=0.3): 5 tokens, "
+        "max_activation_ratio=0.3), in float32: 5 tokens, "
     )
     assert said.endswith(" tokens/s\n")
 
@@ -105,8 +105,9 @@ def test_eval_shows_the_models_own_k(folder: Path, corpus: Path, capsys: pytest.
     text = next(corpus.iterdir())
     assert main(["eval", str(folder), "--data", str(text), "--threads", "1", "--experts-per-token", "6"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(
+    assert (
         "reading 1 x text file\nthe model's own: sparse mode, K=3 of 8 experts; 1 of 2 FFNs stay dense"
+        in said.err
     )
     assert said.out.splitlines()[0].split() == [
         "task", "metric", "examples", "dense", "sparse", "K=6", "sparse", "K=3"
