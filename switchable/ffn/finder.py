@@ -109,17 +109,14 @@ def _unknown(model: nn.Module, seen: Sequence[Call], matches: Mapping[str, Match
     idle = [(n, m) for n, m in model.named_modules() if isinstance(m, PROJECTIONS) and n not in called]
     for _, group in groupby(idle, lambda each: each[0].rpartition(".")[0]):
         *others, (last, module) = group
-        d_ff, d_model = _sizes(module)
-        if (
-            others
-            and d_ff > d_model
-            and {_sizes(m) for _, m in others} <= {(d_model, d_ff), (d_model, 2 * d_ff)}
-        ):
+        d_ff, d_model = _widths(module)
+        ups = {_widths(other) for _, other in others}
+        if ups and d_ff > d_model and ups <= {(d_model, d_ff), (d_model, 2 * d_ff)}:
             found.setdefault(last, "no batch reaches it; give one, example_inputs={...}")
     return found
 
 
-def _sizes(projection: nn.Module) -> tuple[int, int]:
+def _widths(projection: nn.Module) -> tuple[int, int]:
     """The widths of what a projection reads and writes."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
     return d_in(projection), weight.numel() // d_in(projection)
