@@ -54,13 +54,18 @@ class ConversionReport:
     left_alone: Mapping[str, str] = field(default_factory=dict)
     """Why other parts that look like an FFN are not, by their output projections' names (* for a layer's number)."""
 
-    def __str__(self) -> str:
-        layout = "; contiguous parameters, for what wants them: convert(..., neuron_major=False)"
+    @property
+    def ffns(self) -> str:
+        """How many FFNs are switchable, and their experts, in words."""
         return (
             f"{self.converted} of {len(self.names)} FFNs are switchable: "
-            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons{layout * self.neuron_major}"
-            + "".join(f"; left alone: {name}, {why}" for name, why in self.left_alone.items())
+            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons"
         )
+
+    def __str__(self) -> str:
+        layout = "; stored neuron by neuron (for contiguous parameters: convert(..., neuron_major=False))"
+        others = "".join(f"; left alone: {name}, {why}" for name, why in self.left_alone.items())
+        return f"{self.ffns}{layout * self.neuron_major}{others}"
 
 
 def convert(

@@ -34,7 +34,7 @@ def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> l
         *([_precision(job.config), *_limit(job.config)] if fresh else []),
         *(sparse_speed(job.config, switch.experts_per_token) if fresh and not switch.never_sparse else []),
         f"model: {job.config.model.family}, {job.parameters:,} parameters, vocabulary of {job.data.vocab_size:,}; "
-        f"{job.report}",
+        f"{job.report.ffns}",
         f"training: {train.steps:,} steps of {flops.tokens:,} tokens, {tokens:,} in all ({tokens / text.tokens:.2g} "
         f"times the text); {train.precision} on {job.device}, {threads} CPU thread{'s' * (threads > 1)}{processes}",
         f"{resumed}writes to {rundir.path}: a checkpoint every {train.checkpoint_every:,} steps, figures in "

@@ -263,7 +263,7 @@ def test_what_wants_contiguous_parameters_gets_them_where_the_layout_gains_nothi
         contiguous = all(p.is_contiguous() for p in model.parameters())
         assert contiguous == (recipe == "dense")
     assert report["dense"] == "2 of 2 FFNs are switchable: 8 experts of 8 neurons"
-    assert report["early"].endswith("convert(..., neuron_major=False)")
+    assert report["early"].endswith("convert(..., neuron_major=False))")
 
 
 def test_a_schedule_free_wrapper_needs_contiguous_parameters_and_then_follows() -> None:
