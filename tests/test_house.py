@@ -38,7 +38,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 25_050
+MOST_LINES = 25_060
 """What the package has now; lower it when code goes."""
 
 

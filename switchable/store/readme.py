@@ -23,6 +23,10 @@ TEXTS = {
     ),
 }
 """What a folder holds -> the lines, and what else to know."""
+ACTIVATION = (
+    "Its FFNs compute {name}, as config.json says. A program that assumes another activation for this type of "
+    "model, as mlx-lm does for Llama, gives other answers."
+)
 
 
 def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
@@ -33,6 +37,8 @@ def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
     if not has_tokenizer:
         code = [line.replace("AutoTokenizer, ", "") for line in code if not line.startswith("tokenizer")]
     said = "\n".join(code)
+    computes = [ACTIVATION.format(name=layer.ssd.settings.activation) for layer in layers_of(model)[:1]]
+    more = "\n\n".join([more, *computes])
     return f"# {name}\n\nFrom the folder in which this one lies:\n\n```python\n{said}\n```\n\n{more}\n"
 
 

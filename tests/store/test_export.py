@@ -238,6 +238,7 @@ def test_the_lines_of_the_readme_open_each_folder(tmp_path: Path) -> None:
             lines = text.partition("```python\n")[2].partition("```")[0]
             assert len(lines.splitlines()) == 3
             assert str(tmp_path) not in text
+            assert "Its FFNs compute relu, as config.json says." in text
             found: dict[str, Any] = {}
             exec(lines, found)
             assert [layer.ssd.mode for layer in layers_of(found["model"])] == [mode] * 2 * (mode is not None)
