@@ -179,8 +179,8 @@ class SwitchConfig:
             )
         if self.router_token_fraction == 0:
             raise InputError(
-                "router_token_fraction=0 (as in recipe dense) would never train the router of sparse steps; use more than 0, "
-                "up to 1, or min_dense_fraction=1 for none"
+                "router_token_fraction=0 (as in recipe dense) would never train the router of sparse steps; use more "
+                "than 0, up to 1, or min_dense_fraction=1 for none"
             )
 
     @property
