@@ -232,7 +232,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(InputError, match="monitor_every=0 would never find a layer to make sparse"):
         SwitchConfig(monitor_every=0)
     assert SwitchConfig("dense", monitor_every=0).monitor_every == 0
-    with pytest.raises(InputError, match="router_token_fraction=0 .* would never train the router"):
+    with pytest.raises(InputError, match=r"router_token_fraction=0 .* would never train the router"):
         SwitchConfig(router_token_fraction=0.0)
     with pytest.raises(InputError, match="experts_per_token=9 is more than num_experts=8; use 1 to 8"):
         SwitchConfig(num_experts=8, experts_per_token=9)
