@@ -66,7 +66,9 @@ class Trial:
                 "a model on the meta device (or without parameters) has no numbers to look at; load it first, or "
                 "describe its FFNs: convert(model, config, family=Family(...))"
             )
-        self._shaken = [p for p in parameters if p.is_floating_point() and p.numel() and _is_shaken(p)]
+        real = [p for p in parameters if p.is_floating_point() and p.numel()]
+        # Without norms and biases none may be small; gradients are compared by one in any case.
+        self._shaken = [p for p in real if _is_shaken(p)] or sorted(real, key=Tensor.numel)[:1]
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         problems = []
         for self._arguments in [_as_arguments(given)] if given is not None else made(model):

@@ -197,3 +197,23 @@ def test_families_that_differ_are_described_and_opened() -> None:
     assert families[0][0] != families[0][1]
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids())[0], model(ids())[0])
+
+
+def test_a_model_of_large_matrices_alone() -> None:
+    """No norm, no bias: nothing in it is small."""
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(192, 768, bias=False), nn.Linear(768, 192, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(torch.relu(self.up(x)).square())
+            return y
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Alone()), torch.randn(2, 5, 192)
+    before, kept = model(x), copy.deepcopy(model.state_dict())
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3), example_inputs=x)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
