@@ -192,7 +192,9 @@ def tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, rel
             raise WrongError(f"{what}: {apart:.1e} apart, allowed {most:.0e}")
 
     calls = _calls(layers_of(model), model, batch)
-    if calls != relus:
+    if (
+        calls < relus
+    ):  # more: where a sequence is as long as the model is wide, a ReLU over neurons is not counted
         raise WrongError(f"{calls} of {relus} FFNs are switchable, and nothing said so")
     dense = see(model, batch)
     check("dense", relative(dense.out, reference.out), SAME)
