@@ -1,10 +1,10 @@
-"""What `auto` stands for on the machine at hand: the precision, and the recipe.
+"""What the machine at hand decides for a run: the precision, and where leaving out idle neurons pays.
 
-    precision   bfloat16 where this machine multiplies the model's FFNs clearly faster in it (CUDA: where it has it)
-    recipe      late where dense steps can leave out idle neurons; else early, unless sparse steps would be slower
+    precision auto   bfloat16 where this machine multiplies the model's FFNs clearly faster in it (CUDA: if it has it)
 
-Both are settled when a configuration is made, and are in it from then on. What has to be timed is timed once in a
-process. A choice is returned with its reason, half a sentence. What is asked for by name is done, faster or not.
+It is settled when a configuration is made, and is in it from then on. What has to be timed is timed once in a process.
+A choice is returned with its reason, half a sentence. What is asked for by name is done, faster or not. Recipe `auto`
+weighs what a run measures (`switching/costs.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from dataclasses import replace
 import torch
 
 from switchable.compute.cpu.active.active import skips_idle_neurons
-from switchable.compute.measured import CLEARLY, FFN, active_break_even, bfloat16_speedup, sparse_speedup
+from switchable.compute.measured import (
+    CLEARLY,
+    FFN,
+    Costs,
+    Line,
+    active_break_even,
+    bfloat16_speedup,
+    costs,
+)
 from switchable.recipes import AUTO, RECIPES
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
-from switchable.settings import SwitchConfig, is_set, settled
-
-FEW_ACTIVE = 0.1
-"""Share of active neurons that a trained model stays below: where leaving out the others pays later, it pays little."""
+from switchable.settings import SwitchConfig, is_set
 
 
 def chosen(model: ModelConfig, train: TrainConfig, switch: SwitchConfig) -> tuple[TrainConfig, SwitchConfig]:
-    """Return the settings with a name for every `auto`, and with the limit below which active neurons pay."""
+    """Return the settings with a name for precision `auto`, and with the limit below which active neurons pay."""
     if train.precision == AUTO:
         train = replace(train, precision=auto_precision(model, train)[0])
-    if switch.recipe == AUTO:
-        switch = replace(switch, recipe=auto_recipe(model, train)[0])
-    if not is_set(switch.active_below):
+    if not is_set(switch.active_below) and switch.recipe != AUTO:
         switch = replace(switch, active_below=active_limit(model, train, switch.recipe))
     return train, switch
 
@@ -81,19 +84,11 @@ def skips_here(model: ModelConfig, train: TrainConfig) -> bool:
     return skips_idle_neurons(model.d_model, model.activation, dtype, device_of(train))
 
 
-def auto_recipe(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
-    """Return what recipe `auto` is here, and why."""
-    ffn, precision = timed_ffn(model, train), train.precision
-    if skips_here(model, train):
-        # In float32 it pays with every model that was measured.
-        if ffn is None or precision == "float32" or active_break_even(ffn, precision) >= FEW_ACTIVE:
-            return "late", "dense steps can leave out idle neurons"
-        why = "leaving out idle neurons makes no dense step faster"
-    else:
-        why = "dense steps cannot leave out idle neurons with this model, precision and device"
-    if ffn is None:
-        return "early", why
-    early = settled(SwitchConfig("early"), ffn.d_ff, ffn.activation, precision=precision)
-    speedup = sparse_speedup(ffn, early.num_experts, early.experts_per_token, precision)
-    faster = f"{why}, and a sparse FFN is {speedup:.2f} times as fast as a dense one"
-    return ("early", faster) if speedup > 1 else ("late", f"{faster}, that is slower: few steps are sparse")
+def costs_of(model: ModelConfig, train: TrainConfig, num_experts: int) -> Costs:
+    """Return what a layer of a run costs here, or where the device is not here, its FLOPs: no neuron is left out."""
+    ffn = timed_ffn(model, train)
+    if ffn is not None:
+        return costs(ffn, num_experts, train.precision, skips_here(model, train))
+    products = 3 if BUILDABLE[model.family].gated else 2
+    router = num_experts / (3 * products * d_ff(model))  # 2·D·E of 6·D·F FLOPs for each product
+    return Costs(train.batch_size * train.sequence_length, 1.0, None, Line(router, 1.0))

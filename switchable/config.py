@@ -40,8 +40,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         options.check(self)
         train, switch = self.train, self.switch
-        if AUTO in (train.precision, switch.recipe) or (
-            train.precision != "float32" and not is_set(switch.active_below)
+        if train.precision == AUTO or (
+            train.precision != "float32" and switch.recipe != AUTO and not is_set(switch.active_below)
         ):
             # Here: the settings of a run are read and checked before torch is loaded.
             from switchable.choices import chosen
@@ -152,7 +152,7 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
     Args:
         path: the file.
         flags: what overrides it.
-        choose: whether to look what `auto` stands for on this machine; else it is `late` and `float32`.
+        choose: whether to look what precision `auto` is on this machine; else it is float32.
 
     Raises:
         InputError: file missing or not YAML, unknown key, a value that is refused.
@@ -166,8 +166,6 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
                 given.setdefault(section, {})[f.name] = flags[f.name]
     switch = given["switch"] = {"recipe": AUTO} | given.get("switch", {})
     train = given["train"] = {"precision": AUTO} | given.get("train", {})
-    if switch["recipe"] == AUTO:
-        switch = switch | {"recipe": "late"}
     if train["precision"] == AUTO:
         train = train | {"precision": "float32"}
     # What is wrong is refused before torch is loaded to see what the machine can do.

@@ -4,10 +4,10 @@
     late    dense steps multiply active neurons only and cost no more than sparse ones: train dense, with a penalty that
             keeps few neurons active, and teach sparse mode at the end
     dense   never sparse, no router learns: plain training, for comparison
+    auto    each layer does what was measured to be cheapest here: sparse steps join early where they cost clearly less
+            than dense ones, else at the end, as in `late` (`switching/schedule.py`)
 
-`auto` is `late` where dense steps can leave out idle neurons on the machine at hand, or sparse ones would be slower,
-and `early` elsewhere (`choices.py`). A recipe is what stands where nothing is given; a setting that is given changes
-that one and no other (`settings.py`).
+A recipe is what stands where nothing is given; a setting that is given changes that one and no other (`settings.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EARLY: dict[str, Any] = {
     "final_dense_fraction": 0.05,
     "monitor_every": 50,
     "monitor_growth": 1.0,
-    "stability_threshold": 0.1,
+    "stability_threshold": 0.15,
     "max_activation_ratio": 0.3,
     "min_mass_caught": 0.6,
     "router_token_fraction": 0.5,
@@ -56,8 +56,10 @@ _DENSE = _LATE | {
     "router_token_fraction": 0.0,
     "activation_l1": 0.0,
 }
-RECIPES: dict[str, dict[str, Any]] = {"early": _EARLY, "late": _LATE, "dense": _DENSE}
+_AUTO = _LATE | {
+    "stability_threshold": 0.15,
+    "active_below": 1.0,  # below what the clock says
+}
+RECIPES: dict[str, dict[str, Any]] = {AUTO: _AUTO, "early": _EARLY, "late": _LATE, "dense": _DENSE}
 """All settings of `SwitchConfig` but `recipe` and `backend`. `num_experts` is the most: a model whose FFNs would get
 experts of fewer than `LEAST_NEURONS` neurons gets fewer, and `experts_per_token` keeps its share of them."""
-
-RECIPE_NAMES = (AUTO, *RECIPES)

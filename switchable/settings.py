@@ -2,9 +2,8 @@
 
     SwitchConfig(recipe="late", sparse_steps=5)       the recipe's table with one line changed
 
-What is not given is the recipe's. Four settings depend on the model or the machine too, and with recipe `auto` all of
-them: they stay `BY_RECIPE` until the model is known, when `settled` fills them in (`convert` and `switchable pretrain`
-call it).
+What is not given is the recipe's. Four settings depend on the model or the machine too: they stay `BY_RECIPE` until
+the model is known, when `settled` fills them in (`convert` and `switchable pretrain` call it).
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 from switchable.errors import InputError, divisors_near
 from switchable.options import check, option
-from switchable.recipes import AUTO, LEAST_NEURONS, PENALISED, RECIPE_NAMES, RECIPES
+from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
 
 
 class ByRecipe(enum.Enum):
@@ -45,9 +43,9 @@ class SwitchConfig:
     recipe: str = option(
         "early",
         "table of settings to start from: early = sparse steps save, from early on; late = dense steps multiply active "
-        "neurons only, sparse ones come at the end; dense = never sparse; auto = late where dense steps can leave out "
-        "idle neurons (ReLU or ReLU^2 without gate, CPU), else early where sparse steps are faster than dense ones",
-        choices=RECIPE_NAMES,
+        "neurons only, sparse ones come at the end; dense = never sparse; auto = sparse early in layers where that is "
+        "measured to cost clearly less here, else as late",
+        choices=tuple(RECIPES),
         metavar="NAME",
     )
     num_experts: int = option(BY_RECIPE, "experts per FFN; divides d_ff", least=1, metavar="E")
@@ -121,7 +119,7 @@ class SwitchConfig:
     )
     stability_threshold: float = option(
         BY_RECIPE,
-        "adjusted Rand index of successive structures from which a layer counts as stable; 0 = always",
+        "overlap (Jaccard index) of successive activation patterns from which a layer counts as stable; 0 = always",
         least=0,
         most=1,
         metavar="INDEX",
@@ -156,13 +154,10 @@ class SwitchConfig:
 
     def __post_init__(self) -> None:
         check(self, unset=BY_RECIPE)
-        self._fill({k: v for k, v in RECIPES.get(self.recipe, {}).items() if k not in OF_THE_MODEL})
-        self._check_together()
-
-    def _fill(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if getattr(self, name) is BY_RECIPE:
+        for name, value in RECIPES[self.recipe].items():
+            if name not in OF_THE_MODEL and getattr(self, name) is BY_RECIPE:
                 object.__setattr__(self, name, value)
+        self._check_together()
 
     def _check_together(self) -> None:
         experts, chosen = self.num_experts, self.experts_per_token
@@ -170,7 +165,7 @@ class SwitchConfig:
             raise InputError(
                 f"experts_per_token={chosen} is more than num_experts={experts}; use 1 to {experts}"
             )
-        if not is_set(self.min_dense_fraction) or self.min_dense_fraction == 1:
+        if self.never_sparse:
             return
         if self.monitor_every == 0:
             raise InputError(
@@ -194,22 +189,19 @@ def is_set(value: object) -> bool:
     return value is not BY_RECIPE
 
 
-def settled(
-    config: SwitchConfig, d_ff: int, activation: str, auto: str = "early", precision: str = "float32"
-) -> SwitchConfig:
+def settled(config: SwitchConfig, d_ff: int, activation: str, precision: str = "float32") -> SwitchConfig:
     """Return a configuration in which every setting has its value.
 
     Args:
         config: the settings given.
         d_ff: neurons per FFN of the model.
         activation: its name in transformers' `ACT2FN`.
-        auto: the recipe that `auto` stands for, by what the machine can do.
         precision: of the multiplications.
 
     Raises:
         InputError: settings that do not fit together.
     """
-    table = dict(RECIPES[auto if config.recipe == AUTO else config.recipe])
+    table = dict(RECIPES[config.recipe])
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
     most, chosen = table["num_experts"], table["experts_per_token"]
     (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // LEAST_NEURONS[precision])), count=1)
@@ -219,4 +211,4 @@ def settled(
     if activation not in PENALISED:
         table["activation_l1"] = 0.0
     values = table | {name: value for name, value in given.items() if is_set(value)}
-    return SwitchConfig(recipe=auto if config.recipe == AUTO else config.recipe, **values)
+    return SwitchConfig(recipe=config.recipe, **values)

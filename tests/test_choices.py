@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,19 @@ import torch
 from support import small_run
 
 from switchable import choices
-from switchable.choices import auto_precision, auto_recipe
+from switchable.choices import auto_precision, costs_of
 from switchable.cli import main
 from switchable.compute import measured
-from switchable.compute.measured import FFN, active_break_even, bfloat16_speedup, sparse_speedup
+from switchable.compute.measured import (
+    FFN,
+    Costs,
+    Line,
+    active_break_even,
+    bfloat16_speedup,
+    costs,
+    line_through,
+    sparse_speedup,
+)
 from switchable.config import RunConfig, from_dict, load, read_stored, to_dict
 from switchable.sections import ModelConfig, TrainConfig
 from switchable.settings import SwitchConfig, settled
@@ -27,11 +35,10 @@ CPU = TrainConfig(device="cpu", threads=1)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Set by hand what was measured: speed-ups of bfloat16 and sparse, break-even of active; and if it has loops."""
+    """Set by hand what was measured: the speed-up of bfloat16, the break-even of active; and if it has loops."""
 
-    def set_to(half: float = 2.0, sparse: float = 2.0, active: float = 0.3, loops: bool = True) -> None:
+    def set_to(half: float = 2.0, active: float = 0.3, loops: bool = True) -> None:
         monkeypatch.setattr(choices, "bfloat16_speedup", lambda *_: half)
-        monkeypatch.setattr(choices, "sparse_speedup", lambda *_: sparse)
         monkeypatch.setattr(choices, "active_break_even", lambda *_: active)
         monkeypatch.setattr(choices, "skips_idle_neurons", lambda *_: loops)
 
@@ -55,37 +62,33 @@ def test_precision_auto_is_bfloat16_where_it_is_clearly_faster(clock: Any, half:
 def test_a_run_for_a_device_that_is_not_here_is_planned_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load(None, {"device": "cuda"})
-    assert (config.train.precision, config.switch.recipe) == ("bfloat16", "early")
+    assert (config.train.precision, config.switch.recipe) == ("bfloat16", "auto")
+    # Its FLOPs: a router of 128 rows beside 2 x 3 products of 1,024 neurons, whose experts have 32 at least.
+    found = costs_of(config.model, config.train, config.switch.num_experts)
+    assert found == Costs(2048, 1.0, None, Line(32 / (6 * 1024), 1.0))
 
 
 @pytest.mark.parametrize(
-    ("precision", "measured_as", "expected"),
+    ("precision", "recipe", "active", "limit"),
     [
-        ("float32", {"loops": True, "active": 0.0}, ("late", 0.3)),  # the recipe's limit is float32's
-        ("float32", {"loops": False, "sparse": 1.5}, ("early", 0.2)),
-        ("float32", {"loops": False, "sparse": 0.9}, ("late", 0.3)),
-        ("bfloat16", {"active": 0.17, "sparse": 3.0}, ("late", 0.15)),
-        ("bfloat16", {"active": 0.9, "sparse": 3.0}, ("late", 0.3)),
-        ("bfloat16", {"active": 0.04, "sparse": 3.0}, ("early", 0.0)),
-        ("bfloat16", {"active": 0.0, "sparse": 0.9}, ("late", 0.0)),
+        ("float32", "late", 0.0, 0.3),  # the recipe's limit is float32's
+        ("float32", "early", 0.0, 0.2),
+        ("bfloat16", "late", 0.17, 0.15),
+        ("bfloat16", "late", 0.9, 0.3),
+        ("bfloat16", "late", 0.04, 0.0),
+        ("bfloat16", "auto", 0.04, 1.0),  # what a run measures decides in it
     ],
 )
-def test_recipe_auto_takes_no_steps_that_are_slower_than_dense_ones(
-    clock: Any, precision: str, measured_as: dict[str, Any], expected: tuple[str, float]
+def test_idle_neurons_are_left_out_where_that_pays(
+    clock: Any, precision: str, recipe: str, active: float, limit: float
 ) -> None:
-    clock(**measured_as)
-    switch = load(None, {"precision": precision, "device": "cpu"}).switch
-    assert (switch.recipe, switch.active_below) == expected
-    name, why = auto_recipe(MODEL, dataclasses.replace(CPU, precision=precision))
-    assert name == expected[0]
-    if measured_as.get("sparse") == 0.9:
-        assert why.endswith(
-            "a sparse FFN is 0.90 times as fast as a dense one, that is slower: few steps are sparse"
-        )
+    clock(active=active)
+    switch = load(None, {"precision": precision, "device": "cpu", "recipe": recipe}).switch
+    assert (switch.recipe, switch.active_below) == (recipe, limit)
 
 
 def test_what_is_asked_for_by_name_stands(clock: Any) -> None:
-    clock(half=0.1, sparse=0.1, active=0.0)
+    clock(half=0.1, active=0.0)
     switch = load(None, {"precision": "bfloat16", "recipe": "early", "active_below": 0.2}).switch
     assert (switch.recipe, switch.active_below, switch.min_dense_fraction) == ("early", 0.2, 0.1)
 
@@ -110,6 +113,33 @@ def test_the_break_even_is_on_a_line_through_two_shares(monkeypatch: pytest.Monk
     assert active_break_even(FFN(1, 2, "relu", False, 1, "cpu"), "bfloat16") == 0.0
     seconds |= {0.05: 0.5, 0.25: 0.5}
     assert active_break_even(FFN(1, 3, "relu", False, 1, "cpu"), "bfloat16") == 1.0
+
+
+def test_costs_are_lines_through_two_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def timed(_: FFN, ways: Any, precision: str, share: float) -> Times:
+        asked.append((sorted(ways), precision, share))
+        # The machine is twice as slow the second time: ratios count.
+        slow = 1.0 if share == 0.05 else 2.0
+        found = {"dense": slow * 4.0, "sparse": slow * (1.0 if slow == 1 else 2.5), "active": slow * 0.5}
+        return Times({name: [seconds] for name, seconds in found.items()})
+
+    monkeypatch.setattr(measured, "_timed", timed)
+    # 4 and 16 of 32 experts take 1 and 2.5 of dense's 4 seconds: 0.5 + 4 K/E; active neurons always 0.5.
+    found = costs(FFN(1, 1, "relu", False, 5000, "cpu"), 32, "bfloat16", True)
+    assert found == Costs(1024, 4.0, Line(0.5, 0.0), Line(0.5, 4.0))
+    assert asked == [(["active", "sparse"], "bfloat16", 0.05), (["active", "sparse"], "bfloat16", 0.25)]
+    assert found.gain(0.1, 0.125) == 0.5
+    assert found.told(0.1, 0.125) == "dense 4e+03 ms, active 500 ms, sparse 1e+03 ms"
+    none = costs(FFN(1, 2, "relu", False, 70, "cpu"), 1, "float32", False)  # one expert: no line
+    assert none == Costs(70, 4.0, None, Line(1.0, 0.0))
+    assert none.gain(0.0, 1.0) == 4.0
+
+
+def test_a_line_never_falls_and_is_never_below_zero() -> None:
+    assert line_through((0.25, 0.5), (2.0, 1.0)) == Line(2.0, 0.0)
+    assert line_through((0.25, 0.5), (1.0, 3.0)) == Line(0.0, 4.0)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -169,7 +199,7 @@ def test_nothing_is_measured_where_nothing_is_to_be_chosen(
     monkeypatch.setattr(measured, "_timed", None)
     config = load(None, given, choose=False)
     assert (config.train.precision, config.switch.recipe) == (
-        given.get("precision", "float32"), given.get("recipe", "late"),
+        given.get("precision", "float32"), given.get("recipe", "auto"),
     )  # fmt: skip
     assert (
         from_dict({"train": {"precision": "bfloat16"}, "switch": {"active_below": 0.2}}).switch.active_below

@@ -127,6 +127,6 @@ def _help(f: dataclasses.Field[Any]) -> str:
     if f.name in ("recipe", "precision"):
         return f"{text}{named} (default auto)"
     if f.default is BY_RECIPE:
-        return f"{text}{named} (default: the recipe's; in float32 here @recipe:{f.name}@)"
+        return f"{text}{named} (default: the recipe's; in float32 auto's is @recipe:{f.name}@)"
     shown = "" if f.default in (None, ()) else f" (default {f.default})"
     return f"{text}{named}{shown}"

@@ -11,7 +11,7 @@ from switchable.errors import nearest
 from switchable.gone import GONE
 
 RECIPES_VALUE = re.compile(r"@recipe:(\w+)@")
-"""Stands in a help text for what the recipe gives a setting on this machine: found out when help is printed."""
+"""Stands in a help text for what recipe `auto` gives a setting: found out when help is printed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _recipe_here() -> dict[str, Any]:
-    """Return what recipe `auto` gives the default model on this machine, by setting."""
+    """Return what recipe `auto` gives the default model, by setting."""
     import dataclasses
 
     from switchable.config import load

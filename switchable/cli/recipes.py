@@ -7,7 +7,7 @@ import dataclasses
 
 from switchable.files import as_json
 
-HELP = "show the recipes: all settings of switching, and which recipe this machine takes"
+HELP = "show the recipes: all settings of switching, side by side"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -17,15 +17,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from switchable.choices import auto_recipe
-    from switchable.config import load
     from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
     from switchable.settings import SwitchConfig
 
-    config = load(None, {})
-    precision, (here, why) = config.train.precision, auto_recipe(config.model, config.train)
     if args.json:
-        print(as_json({"precision": precision, "auto": here, "recipes": RECIPES}))
+        print(as_json({"recipes": RECIPES}))
         return 0
     helps = {f.name: f.metadata["help"] for f in dataclasses.fields(SwitchConfig)}
     print(f"{'setting':24}" + "".join(f"{name:>9}" for name in RECIPES) + "   what it is")
@@ -36,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         f"\nnum_experts is the most: experts get at least {LEAST_NEURONS['float32']} neurons, "
         f"{LEAST_NEURONS['bfloat16']} in bfloat16. experts_per_token keeps its share.\n"
         f"activation_l1 is for {', '.join(PENALISED)}; other activations get 0.\n"
-        f"auto is {here} here for the default model, in {precision}: {why}."
+        "With auto, what a run measures at its start also decides (docs/method.md)."
     )
     return 0
 

@@ -29,8 +29,10 @@ from switchable.ffn.ssd import FFNSettings
 from switchable.ranks import gathered
 from switchable.settings import SwitchConfig
 from switchable.switching.controller import Controller
+from switchable.switching.limits import missed, moves
 from switchable.switching.monitor import LayerMeasures
-from switchable.switching.schedule import Schedule, ScheduleState
+from switchable.switching.schedule import Schedule
+from switchable.switching.state import ScheduleState
 from switchable.train.setup import Variant
 
 LOAD_BALANCE = 0.01
@@ -56,7 +58,7 @@ class StaticSchedule(Schedule):
         """Return `"dense"` or `"sparse"`."""
         return "dense" if state.began is None or not any(state.takes_part) else "sparse"
 
-    def _stays(self, measured: LayerMeasures) -> bool:  # noqa: ARG002
+    def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:  # noqa: ARG002
         return True
 
 
@@ -108,7 +110,11 @@ class PaperSchedule(Schedule):
     ) -> tuple[bool, ...]:
         if any(state.takes_part):
             return state.takes_part
-        join = step >= self.dense_until and self._is_sparse(measures) and self._is_stable(measures)
+        join = (
+            step >= self.dense_until
+            and not missed(self.config, measures)
+            and not moves(self.config, measures)
+        )
         return (join,) * len(measures)
 
     def _who_is_regrouped(

@@ -111,8 +111,7 @@ def cut_into_experts(job: Job, flops: StepFlops) -> float:
     rule = dataclasses.replace(
         switch, recipe="early", min_dense_fraction=0.0, monitor_every=1, stability_threshold=0.0
     )
-    stable = [dataclasses.replace(measured, similarity=1.0) for measured in measures]
-    controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, stable).state
+    controller.state = state = StaticSchedule(rule, total).decide(total - 1, controller.state, measures).state
     parts = zip(layers, state.takes_part, state.why_dense, state.experts_per_token, strict=True)
     for layer, part, why, k in parts:
         layer.ssd.takes_part, layer.ssd.why_dense = part, why

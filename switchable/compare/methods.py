@@ -9,11 +9,11 @@ tuning `ssd` leaves the others alone, and a dense run serves any recipe.
 
 `ssd-paper` follows Zhang et al. 2024 (arXiv 2410.03440) as far as its abstract, figures and public clustering code
 tell: structure from the weights, a router that is the mean of its expert's neurons, every layer, dense at first until
-the structure is stable and dense at the end, in between long sparse and dense phases, the structure found anew at
-each change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean
-similarity of their structures reaches the configuration's threshold, after 10 % of the run at the earliest, a sparse
-phase takes 7.5 % of the run and the dense one behind it 2.5 %, the last 5 % are dense, K is that of the configuration,
-and in sparse steps the router learns through the straight-through gate, at the model's learning rate.
+the pattern is stable and dense at the end, in between long sparse and dense phases, the structure found anew at each
+change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean similarity of
+their activation patterns reaches the configuration's threshold, after 10 % of the run at the earliest, a sparse phase
+takes 7.5 % of the run and the dense one behind it 2.5 %, the last 5 % are dense, K is that of the configuration, and
+in sparse steps the router learns through the straight-through gate, at the model's learning rate.
 
 `moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
 experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
@@ -32,8 +32,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchable.config import RunConfig, settled_for
+from switchable.config import RunConfig
 from switchable.errors import InputError, nearest
+from switchable.recipes import AUTO
 from switchable.sections import TrainConfig
 from switchable.settings import SwitchConfig
 
@@ -121,9 +122,9 @@ def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     kept = dataclasses.asdict(config.switch)
     if chosen.keeps is not None:
-        kept = {name: kept[name] for name in chosen.keeps}
-    given = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
-    switch = settled_for(given, config.model, config.train)
+        # Recipe auto has no limit of its own to give to another.
+        kept = {n: kept[n] for n in chosen.keeps if n != "active_below" or kept["recipe"] != AUTO}
+    switch = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
     train = dataclasses.replace(config.train, seed=seed, **_resolved(chosen.train, config))
     return dataclasses.replace(config, switch=switch, train=train)
 

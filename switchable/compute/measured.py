@@ -2,8 +2,8 @@
 
     speed-up = median over turns of (seconds of the plain way / seconds of the other)
 
-A stopwatch chooses only at a run's start, and what it chose is written into the run's configuration: a run that goes
-on does the same, on any machine. No random state is touched.
+A stopwatch chooses only at a run's start, and what it measured or chose is kept with the run: one that goes on does
+the same, on any machine. No random state is touched.
 
 Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 """
@@ -11,7 +11,8 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import NamedTuple
@@ -32,6 +33,8 @@ MOST_TOKENS = 1024
 """That are timed: more take longer and tell no more."""
 SHARES = (0.05, 0.25)
 """Of the neurons, active on a token: between these two the time of `active` is taken for a straight line."""
+PARTS = (8, 2)
+"""The experts over K: between these two so is the time of a sparse FFN."""
 
 Way = Callable[[Tensor, FFNWeights], Tensor]
 
@@ -49,6 +52,66 @@ class FFN(NamedTuple):
     """None: as many as there are."""
 
 
+class Line(NamedTuple):
+    """Seconds that grow in a straight line with a share."""
+
+    base: float
+    slope: float
+
+    def at(self, share: float) -> float:
+        """Return the seconds at a share."""
+        return self.base + self.slope * share
+
+
+def line_through(shares: Sequence[float], seconds: Sequence[float]) -> Line:
+    """Return the line through two points, which neither falls nor is below zero anywhere."""
+    (low, high), (few, many) = shares, seconds
+    slope = max(0.0, (many - few) / (high - low)) if high > low else 0.0
+    slope = min(slope, few / low)
+    return Line(few - slope * low, slope)
+
+
+class Costs(NamedTuple):
+    """Seconds of one FFN, forward and backward, by how it multiplies."""
+
+    tokens: int
+    dense: float
+    active: Line | None
+    """By the share of active neurons; None where they cannot be multiplied alone."""
+    sparse: Line
+    """By the share of the experts, K/E; the router included."""
+
+    def active_at(self, ratio: float) -> float:
+        """Return the seconds with a share of the neurons active, if those can be multiplied alone; else infinity."""
+        return math.inf if self.active is None else self.active.at(ratio)
+
+    def gain(self, ratio: float, share: float) -> float:
+        """Return how many times the seconds of a sparse step a dense one takes, multiplied the faster way."""
+        return min(self.dense, self.active_at(ratio)) / self.sparse.at(share)
+
+    def told(self, ratio: float, share: float) -> str:
+        """Say what each way takes."""
+        ways = {"dense": self.dense, "active": self.active_at(ratio), "sparse": self.sparse.at(share)}
+        return ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in ways.items() if s < math.inf)
+
+
+@functools.cache
+def costs(ffn: FFN, num_experts: int, precision: str, skips: bool) -> Costs:
+    """Time the ways of an FFN; `skips` says whether it can multiply active neurons only."""
+    ks = [max(1, num_experts // part) for part in PARTS]
+    timed = []
+    for k, share in zip(ks, SHARES, strict=True):
+        ways = {"sparse": _sparse(ffn, num_experts, k), **({"active": _skipping(ffn)} if skips else {})}
+        timed.append(_timed(ffn, ways, precision, share))
+    dense = timed[0].median("dense")
+
+    def line(name: str, shares: Sequence[float]) -> Line:
+        return line_through(shares, [dense * times.ratio(name, "dense") for times in timed])
+
+    active_line = line("active", SHARES) if skips else None
+    return Costs(_timed_tokens(ffn), dense, active_line, line("sparse", [k / num_experts for k in ks]))
+
+
 @functools.cache
 def bfloat16_speedup(ffn: FFN) -> float:
     """Return how many times as fast a dense FFN is under autocast to bfloat16 as in float32."""
@@ -63,27 +126,16 @@ def bfloat16_speedup(ffn: FFN) -> float:
 @functools.cache
 def sparse_speedup(ffn: FFN, num_experts: int, experts_per_token: int, precision: str) -> float:
     """Return how many times as fast a sparse FFN with its router is as a dense one, both in `precision`."""
-    router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, device=ffn.device)
-    router_ED = (1e3 * router_ED).sin().view(num_experts, -1)
-
-    def sparse(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-        ids_TK = top_experts(linear(x_TD.detach(), router_ED).float(), experts_per_token)
-        return expert_ffn(ExpertCall(x_TD, weights, ids_TK, num_experts, ffn.activation))
-
-    return _timed(ffn, {"sparse": sparse}, precision).ratio("dense", "sparse")
+    ways = {"sparse": _sparse(ffn, num_experts, experts_per_token)}
+    return _timed(ffn, ways, precision).ratio("dense", "sparse")
 
 
 @functools.cache
 def active_break_even(ffn: FFN, precision: str) -> float:
     """Return the share of active neurons at which multiplying only those takes a dense FFN's time; 0 if above it."""
-
-    def skipping(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-        y_TD: Tensor = active(x_TD, weights, ffn.activation).y_TD
-        return y_TD
-
     few, many = SHARES
     at_few, at_many = (
-        _timed(ffn, {"active": skipping}, precision, share).ratio("active", "dense") for share in SHARES
+        _timed(ffn, {"active": _skipping(ffn)}, precision, share).ratio("active", "dense") for share in SHARES
     )
     if at_few >= 1:
         return 0.0
@@ -93,6 +145,25 @@ def active_break_even(ffn: FFN, precision: str) -> float:
 def _dense(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     y_TD: Tensor = linear(weights.activations(x_TD, activation), weights.down_FD.t())
     return y_TD
+
+
+def _skipping(ffn: FFN) -> Way:
+    return lambda x_TD, weights: active(x_TD, weights, ffn.activation).y_TD
+
+
+def _sparse(ffn: FFN, num_experts: int, experts_per_token: int) -> Way:
+    router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, device=ffn.device)
+    router_ED = (1e3 * router_ED).sin().view(num_experts, -1)
+
+    def sparse(x_TD: Tensor, weights: FFNWeights) -> Tensor:
+        ids_TK = top_experts(linear(x_TD.detach(), router_ED).float(), experts_per_token)
+        return expert_ffn(ExpertCall(x_TD, weights, ids_TK, num_experts, ffn.activation))
+
+    return sparse
+
+
+def _timed_tokens(ffn: FFN) -> int:
+    return min(ffn.tokens, MOST_TOKENS)
 
 
 def _timed(ffn: FFN, ways: Mapping[str, Way], precision: str = "float32", share: float = 0.5) -> Times:
@@ -112,7 +183,7 @@ def _timed(ffn: FFN, ways: Mapping[str, Way], precision: str = "float32", share:
         gate_FD,
         bias_F if ffn.gated else None,
     )
-    x_TD, dy_TD = (normal(min(ffn.tokens, MOST_TOKENS), ffn.d_model) for _ in range(2))
+    x_TD, dy_TD = (normal(_timed_tokens(ffn), ffn.d_model) for _ in range(2))
     leaves = [x_TD, *dict.fromkeys(weights.tensors)]
 
     def step(way: Way) -> None:

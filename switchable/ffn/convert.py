@@ -13,7 +13,6 @@ from functools import partial
 from torch import nn
 
 from switchable.compute.choose import check_backend
-from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.errors import InputError
 from switchable.ffn.agreement import check_same_answers, check_same_function, families_of
 from switchable.ffn.facts import facts_of, settings_of
@@ -27,7 +26,6 @@ from switchable.ffn.ssd import FFNSettings
 from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
 from switchable.options import checked
-from switchable.recipes import AUTO
 from switchable.settings import SwitchConfig, settled
 
 MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active")
@@ -109,7 +107,9 @@ def convert(
     families, trial, others = families_of(model, family, example_inputs, trusted)
     found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
     found = _in_order(model, found)
-    config = _settled(config, *found[0])
+    name, ffn, first_family = found[0]
+    activation, _, d_ff = facts_of(ffn, first_family, name)
+    config = settled(config, d_ff, activation)
     built = [
         (name, ffn, _switchable(ffn, settings_of(ffn, each, name, config), layer_type))
         for name, ffn, each in found
@@ -153,17 +153,6 @@ def _place(model: nn.Module, name: str, ffn: nn.Module, layer: SwitchableFFN) ->
         return put_into_layer(ffn, layer.ssd.settings.family, layer)
     model.set_submodule(name, layer)
     return partial(model.set_submodule, name, ffn)
-
-
-def _settled(config: SwitchConfig, name: str, ffn: nn.Module, family: Family) -> SwitchConfig:
-    """Return the configuration with a value for every setting, for a model whose first FFN is given."""
-    activation, d_model, d_ff = facts_of(ffn, family, name)
-    auto = "early"
-    if config.recipe == AUTO:
-        weight = next(ffn.parameters())
-        skips = skips_idle_neurons(d_model, activation, weight.dtype, weight.device.type)
-        auto = "late" if skips else "early"
-    return settled(config, d_ff, activation, auto)
 
 
 def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[SwitchableFFN]) -> SwitchableFFN:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from switchable.study.canvas import (
     DENSE,
@@ -32,6 +33,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "router's K": {"color": SPARSE, "ls": "-", "marker": "o"},
     "random K": {"color": TRAIN, "ls": "--"},
 }
+WAYS = {"sparse": SPARSE, "active": "#7fb8da", "dense": DENSE}
+"""How a layer multiplies, from the upper edge of its strip down."""
 SIMILARITY_LABELS = {
     "pattern": "Jaccard index",
     "coactivation": "correlation",
@@ -77,6 +80,36 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
     axes.set_ylim(bottom=0.0)
     step_axis(axes, study.span, study.regroupings())
     axes.legend(handles=axes.get_lines(), fontsize=8)
+
+
+def ways(study: Study, picture: Picture, axes: Axes) -> None:
+    """A strip per layer: the shares of the steps that it made sparse, from active neurons, and dense."""
+    train = study.records("train")
+    steps = [0, *(r["step"] for r in train)]
+    layers = range(len(train[-1]["step_ways"]))
+    for layer in layers:
+        made = [r["step_ways"][layer] for r in train]
+        low = np.full(len(steps), layer - 0.42)
+        for way, colour in WAYS.items():
+            shares = [each.count(way[0]) / len(each) for each in made]
+            high = low + 0.84 * np.array([shares[0], *shares])
+            label = way if layer == 0 else None
+            axes.fill_between(steps, low, high, step="pre", color=colour, lw=0, label=label)
+            low = high
+        for (start, end), each in zip(pairwise(steps), made, strict=True):
+            told = ", ".join(f"{each.count(way[0])} {way}" for way in WAYS if way[0] in each)
+            picture.hover(
+                axes, (start + end) / 2, layer, f"layer {layer}, steps {start + 1:,} to {end:,}: {told}"
+            )
+    plain_axes(axes)
+    axes.set_axisbelow(True)
+    mark_regroupings(axes, study.regroupings())
+    axes.set_xlim(0, steps[-1])
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("layer")
+    legend_above(axes)
 
 
 def _shade(study: Study, axes: Axes) -> None:

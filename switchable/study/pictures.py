@@ -98,6 +98,12 @@ def _over_training(study: Study) -> list[PictureOf]:
         )
         draws = (partial(panels.loss, study), partial(panels.flops, study))
         found.append(_one("loss", "Loss and computation", caption, *draws))
+        if all("step_ways" in record for record in study.records("train")):  # older runs have none
+            caption = (
+                "Of the steps between two lines of the log, the share in which a layer was sparse, multiplied only its "
+                "active neurons, or all. The table of changes says why."
+            )
+            found.append(_one("ways", "What each layer did", caption, partial(panels.ways, study)))
     return found + _curves(study, "activation_ratio", "neurons")
 
 

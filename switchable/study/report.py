@@ -89,6 +89,8 @@ def _figure(picture: PictureOf, points: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tables(study: Study) -> Iterable[dict[str, Any]]:
+    if study.records("change"):
+        yield _change_table(study)
     if study.results:
         yield _layer_table(study)
     if len(study.steps) > 1:
@@ -110,6 +112,17 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
 def _figure_row(key: str, value: Any) -> list[str]:
     known = FIGURES.get(key, {"name": key, "unit": ""})
     return [str(known["name"]), _text(value) if value is None else f"{_text(value)} {known['unit']}"]
+
+
+def _change_table(study: Study) -> dict[str, Any]:
+    names = ("step", "layer", "from", "to", "why")
+    columns = {name: lambda change, name=name: _text(change[name]) for name in names}
+    rows = [(change,) for change in study.records("change")]
+    caption = (
+        "What was measured before each change. Milliseconds are of one layer's ways to multiply, forward and backward, "
+        "timed when the run started. A layer that is sparse is so in most steps from then on."
+    )
+    return _table("What layers changed, and why", columns, rows, caption) | {"folded": len(rows) > 24}
 
 
 def _layer_table(study: Study) -> dict[str, Any]:

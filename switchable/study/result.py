@@ -54,7 +54,7 @@ class Study:
     """What could not be shown, and why."""
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """Return the run's records of a kind (`train`, `measure`, `eval`)."""
+        """Return the run's records of a kind (`train`, `measure`, `change`, `eval`, `costs`)."""
         return [record for record in self.metrics if record.get("kind") == kind]
 
     @property
@@ -99,7 +99,9 @@ class Study:
     @property
     def span(self) -> list[int]:
         """All steps of which there is something, ascending: every axis of steps shows them."""
-        return sorted({record["step"] for record in self.metrics} | set(self.steps))
+        return sorted(
+            {record["step"] for record in self.metrics if record["kind"] != "costs"} | set(self.steps)
+        )
 
     def mean_pairs(self, kind: str) -> npt.NDArray[np.float64]:
         """Return a similarity's mean over the layers in which it is defined."""

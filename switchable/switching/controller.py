@@ -27,11 +27,13 @@ from switchable.options import checked
 from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
+from switchable.switching.costs import costs_of_layers, from_plain, plain
 from switchable.switching.measures import Inputs
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
 from switchable.switching.probe import as_batches, tokens_of
-from switchable.switching.schedule import Schedule, ScheduleState
+from switchable.switching.schedule import Schedule
+from switchable.switching.state import Change, ScheduleState
 from switchable.switching.switch import regroup
 
 MOST_SEED = 2**32 - 1
@@ -53,6 +55,8 @@ class Measurement:
     """K of each layer in sparse mode from now on."""
     permutations: tuple[Tensor | None, ...]
     """How each layer's neurons moved, for whatever else is kept of them: row i was row perm_F[i]. None: they stayed."""
+    changes: tuple[Change, ...]
+    """Which layers multiply in another way from now on, and why."""
 
 
 class Controller:
@@ -118,6 +122,12 @@ class Controller:
         self.regroupings = 0
         self._apply_mode()
 
+    def time_layers(self) -> None:
+        """Time each layer's ways to multiply, if the recipe weighs them and they are not known: `step` does it too."""
+        if self.schedule.weighs and not self.schedule.costs:
+            tokens = self.probe_tokens // len(self.probe)
+            self.schedule.costs = costs_of_layers(self.layers, tokens, self.precision)
+
     @property
     def mode(self) -> str:
         """The mode of the next step."""
@@ -153,6 +163,7 @@ class Controller:
         if not self._checked:
             check_trained(self.layers, found)
             check_state(self.layers, found)
+            self.time_layers()
             self._checked = True
         before = self.mode
         self.steps_done += 1
@@ -199,6 +210,7 @@ class Controller:
             decision.state.takes_part,
             decision.state.experts_per_token,
             tuple(perms),
+            decision.changes,
         )
 
     def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
@@ -243,12 +255,8 @@ class Controller:
             "steps_done": self.steps_done,
             "switches": self.switches,
             "regroupings": self.regroupings,
-            "takes_part": list(self.state.takes_part),
-            "experts_per_token": list(self.state.experts_per_token),
-            "multiplies_active": list(self.state.multiplies_active),
-            "activation_l1": list(self.state.activation_l1),
-            "why_dense": list(self.state.why_dense),
-            "began": self.state.began,
+            **self.state.plain(),
+            "costs": plain(self.schedule.costs),
             "last": [None if found is None else found.labels_F for found in self.last],
             "patterns": [None if found is None else found.pattern_TW for found in self.last],
             "routes": [None if found is None else found.route_TK for found in self.last],
@@ -268,14 +276,8 @@ class Controller:
             )
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
-        self.state = ScheduleState(
-            tuple(state["takes_part"]),
-            tuple(state["experts_per_token"]),
-            tuple(state["multiplies_active"]),
-            tuple(state["activation_l1"]),
-            state["began"],
-            tuple(state.get("why_dense", [""] * len(self.layers))),  # which version 0.1 did not write
-        )
+        self.schedule.costs = from_plain(state.get("costs", ()))
+        self.state = ScheduleState.from_plain(state)
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]
         self._apply_mode()

@@ -4,7 +4,6 @@ To what `measures.py` defines come, per layer:
 
     pattern similarity  Jaccard index of the sets of active neurons now and last time, mean over the tokens
     routing changed     share of tokens whose set of K experts is not last time's; where K is last time's
-    similarity          adjusted Rand index of the best structure now and last time's, and of it and the one in use
 
 The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
 """
@@ -23,10 +22,9 @@ from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
-from switchable.structure.groups import cluster_layers, groups_layer, similarity
+from switchable.structure.groups import cluster_layers, groups_layer
 from switchable.switching.measures import Inputs, LayerSums, show
 from switchable.switching.patterns import jaccard, pack, routes_changed
-from switchable.switching.switch import current_structure
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,6 @@ class LayerMeasures:
     """Share of the activation mass in the best K experts, 0 to 1."""
     load_imbalance: float
     """Load of the busiest expert over the mean load, 1 to E."""
-    similarity: float
-    """Adjusted Rand index of the best structure now and the best one last time, -0.5 to 1; 0 the first time."""
-    similarity_in_use: float
-    """Adjusted Rand index of the best structure now and the one in use, -0.5 to 1."""
     experts_per_token: int
     """The K of this measurement: the layer's before it, from which the schedule may give it another."""
     dead: float = 0.0
@@ -135,7 +129,7 @@ def measure(
         Found(labels_F.cpu(), pack(seen.active_TF, layer.ssd.neuron_ids_F), seen.route_TK)
         for labels_F, seen, layer in zip(labels, watches, layers, strict=True)
     ]
-    measures = [_measures(*each) for each in zip(watches, layers, last, found, strict=True)]
+    measures = [_measures(*each) for each in zip(watches, last, found, strict=True)]
     return from_main(measures), found
 
 
@@ -145,7 +139,7 @@ def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
         return weight_features(layer.ssd.reads_FD.detach()) if groups_layer(index) else None
 
 
-def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Found) -> LayerMeasures:
+def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:
     sums = seen.sums
     return LayerMeasures(
         activation_ratio=sums.activation_ratio,
@@ -153,8 +147,6 @@ def _measures(seen: Watch, layer: SwitchableFFN, last: Found | None, found: Foun
         mass_by_k=tuple(sums.mass_router),
         mass_best=sums.mass_best_k,
         load_imbalance=sums.load_imbalance,
-        similarity=0.0 if last is None else similarity(last.labels_F, found.labels_F),
-        similarity_in_use=similarity(current_structure(layer), found.labels_F),
         experts_per_token=sums.chosen,
         dead=sums.dead,
         always_on=sums.always_on,

@@ -1,10 +1,15 @@
 """When to switch: a pure function of the step and of what was measured.
 
-    dense ──(some layer is sparse and its structure is stable)──> alternating ──(last part of the run)──> final dense
+    dense ──(some layer is sparse and its pattern is stable)──> alternating ──(last part of the run)──> final dense
 
 While alternating, `sparse_steps` sparse steps are followed by a dense one, over and over: a change of mode costs
 nothing while the structure stands, and the dense steps keep both modes and the router together. Which layers take part
 is decided per layer and by measurement: one that is not sparse (usually the first) stays dense.
+
+Recipe `auto` weighs costs too (`costs.py`): a layer's dense steps multiply active neurons only where that is faster,
+and before `min_dense_fraction` of the run it takes part as long as that saves clearly:
+
+    seconds of its dense step  >=  SAVES · seconds of its sparse step
 
 Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measurements, docs/log/quality.md.
 """
@@ -13,51 +18,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from switchable.compute.measured import Costs
+from switchable.recipes import AUTO, RECIPES
 from switchable.settings import SwitchConfig
+from switchable.switching.limits import LEAVE_FACTOR, experts_needed, missed, moves
 from switchable.switching.monitor import LayerMeasures
+from switchable.switching.state import Change, Decision, ScheduleState
 
-LEAVE_FACTOR = 1.25
-"""A layer that takes part leaves when it misses a limit by this factor: no to and fro."""
+SAVES = 1.5
+"""How many times the seconds of a sparse step a layer's dense step must take for the layer to take part early. Early
+sparse steps cost 0.008 nats more than late ones, which 4 to 5 % more tokens win back (docs/recipe.md), and FFNs are a
+third of a step."""
 
 SETTLE_FRACTION = 0.1
 """The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
 (82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right."""
-
-MAX_EXPERT_FRACTION = 0.65
-"""With a mass target: a layer that needs a larger fraction of its experts stays dense."""
 
 ACTIVATION_TARGET = 0.12
 """Activation ratio down to which the penalty on activations is paid, per layer."""
 
 NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
 NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
-
-
-@dataclass(frozen=True)
-class ScheduleState:
-    """Where the schedule stands."""
-
-    takes_part: tuple[bool, ...]
-    """Whether each layer is sparse in sparse steps."""
-    experts_per_token: tuple[int, ...]
-    multiplies_active: tuple[bool, ...]
-    """Whether each layer multiplies only its active neurons in dense steps."""
-    activation_l1: tuple[float, ...]
-    """Each layer's penalty on activations, in nats per unit."""
-    began: int | None = None
-    """The step at which alternating began; None before."""
-    why_dense: tuple[str, ...] = field(default=(), compare=False)
-    """What keeps each layer out of sparse steps: what was measured against which limit; empty where nothing does."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do after a measurement: the new state, and which layers get the structure just found."""
-
-    state: ScheduleState
-    regroup: tuple[bool, ...]
 
 
 class Schedule:
@@ -75,11 +58,24 @@ class Schedule:
 
     def __init__(self, config: SwitchConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
+        self.costs: tuple[Costs, ...] = ()
+        """Of each layer, where the recipe weighs them."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether costs decide, so that `costs` must be given before the first measurement."""
+        return self.config.recipe == AUTO
 
     @property
     def dense_until(self) -> int:
-        """The first step (counted from 0) that may be sparse."""
+        """The first step (counted from 0) that may be sparse, whatever it costs."""
         return round(self.config.min_dense_fraction * self.total_steps)
+
+    @property
+    def joins_from(self) -> int:
+        """The first step from which a layer may take part, to save time."""
+        early = RECIPES["early"]["min_dense_fraction"] if self.weighs else 1.0
+        return min(self.dense_until, round(early * self.total_steps))
 
     @property
     def dense_from(self) -> int:
@@ -155,11 +151,15 @@ class Schedule:
     def groups_afresh(self, steps_done: int, state: ScheduleState) -> bool:
         """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.
 
-        Always where structures are compared. Otherwise only the last measurement before layers may join, whose
-        structure they keep, and later ones while some layer has yet to join; up to there the structure at hand is
-        carried along.
+        Always where layers join as soon as their patterns are stable. Otherwise only the last measurement before all
+        may join, whose structure they keep, and others while some layer has yet to join or nearly saves enough to; up
+        to there the structure at hand is carried along.
         """
-        if self.config.stability_threshold > 0:
+        if self.weighs:
+            waits = zip(state.gains, state.takes_part, strict=True) if state.gains else ()
+            if any(gain * LEAVE_FACTOR >= SAVES and not part for gain, part in waits):
+                return True
+        elif self.config.stability_threshold > 0:
             return True
         until = self.dense_until
         if steps_done >= until:
@@ -170,98 +170,115 @@ class Schedule:
         """Decide after a measurement taken when `step` steps are done.
 
         A layer joins when it is sparse (activation ratio and the mass that its experts catch, or the experts that the
-        mass target needs) and stable (similarity of successive structures). Its structure follows every measurement
-        before that one; once it takes part, its structure stands. In the last dense phase nothing is regrouped any
-        more: sparse mode would have no time to learn it. With a `mass_target`, each layer's K follows every measurement
-        to the end; whether its dense steps multiply active neurons only, and whether its activations are penalised,
-        always does.
+        mass target needs), stable (its activation pattern) and, where costs decide, cheap. Its structure follows every
+        measurement before that one; once it takes part, its structure stands. In the last dense phase nothing is
+        regrouped any more: sparse mode would have no time to learn it. With a `mass_target`, each layer's K follows
+        every measurement to the end; whether its dense steps multiply active neurons only, and whether its activations
+        are penalised, always does.
         """
-        state = self._followed(state, measures)
+        before, state = state, self._followed(state, measures)
         if self.config.never_sparse or step >= self.dense_from:
-            return Decision(state, (False,) * len(measures))
+            return Decision(state, (False,) * len(measures), self._changes(step, before, state, measures))
         takes_part = self._who_takes_part(step, state, measures)
         regroup = self._who_is_regrouped(step, state, takes_part, measures)
         began = step if state.began is None and any(takes_part) else state.began
         why = tuple(
-            "" if part else self._why_dense(step, m) for part, m in zip(takes_part, measures, strict=True)
+            "" if part else f"at step {step}: {self._why_dense(step, layer, m)}"
+            for layer, (part, m) in enumerate(zip(takes_part, measures, strict=True))
         )
-        return Decision(replace(state, takes_part=takes_part, why_dense=why, began=began), regroup)
+        state = replace(state, takes_part=takes_part, why_dense=why, began=began)
+        return Decision(state, regroup, self._changes(step, before, state, measures))
 
     def _followed(self, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
         """Return the state with what follows from any measurement."""
         config = self.config
         return replace(
             state,
-            experts_per_token=tuple(self.experts_needed(m) for m in measures),
-            multiplies_active=tuple(m.activation_ratio < config.active_below for m in measures),
+            experts_per_token=tuple(experts_needed(config, m) for m in measures),
+            multiplies_active=tuple(self._few_active(layer, m) for layer, m in enumerate(measures)),
+            gains=tuple(self._gain(layer, m) for layer, m in enumerate(measures)) if self.weighs else (),
             activation_l1=tuple(
                 config.activation_l1 if m.activation_ratio > ACTIVATION_TARGET else 0.0 for m in measures
             ),
         )
 
-    def experts_needed(self, measured: LayerMeasures) -> int:
-        """Return K: the fewest experts of the router's choice that catch the mass asked for, or the settings' K."""
-        target = self.config.mass_target
-        if target is None:
-            return self.config.experts_per_token
-        enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= target)
-        return next(enough, len(measured.mass_by_k))
+    def _few_active(self, layer: int, measured: LayerMeasures) -> bool:
+        """Whether a dense step of a layer multiplies its active neurons only."""
+        ratio = measured.activation_ratio
+        pays = not self.weighs or self.costs[layer].active_at(ratio) < self.costs[layer].dense
+        return pays and ratio < self.config.active_below
+
+    def _gain(self, layer: int, measured: LayerMeasures) -> float:
+        return self.costs[layer].gain(measured.activation_ratio, self._share(measured))
+
+    def _share(self, measured: LayerMeasures) -> float:
+        """Return K/E of a layer after a measurement."""
+        return experts_needed(self.config, measured) / self.config.num_experts
 
     def _who_takes_part(
         self, step: int, state: ScheduleState, measures: Sequence[LayerMeasures]
     ) -> tuple[bool, ...]:
-        may_join = step >= self.dense_until
         return tuple(
-            self._stays(m) if part else may_join and self._is_sparse([m]) and self._is_stable([m])
-            for part, m in zip(state.takes_part, measures, strict=True)
+            self._stays(step, layer, m) if part else not self._kept_out(step, layer, m)
+            for layer, (part, m) in enumerate(zip(state.takes_part, measures, strict=True))
         )
 
-    def _stays(self, measured: LayerMeasures) -> bool:
-        return self._is_sparse([measured], slack=LEAVE_FACTOR)
+    def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:
+        slack = LEAVE_FACTOR
+        return not (missed(self.config, [measured], slack) or self._costly(step, layer, measured, slack))
 
-    def _is_stable(self, measures: Sequence[LayerMeasures]) -> bool:
-        """Whether the structures that were found in turn are alike, on average; with a threshold of 0 nobody asks."""
-        threshold = self.config.stability_threshold
-        return threshold == 0 or _mean([m.similarity for m in measures]) >= threshold
+    def _kept_out(self, step: int, layer: int, measured: LayerMeasures) -> list[str]:
+        """Return what keeps a layer from joining after a measurement."""
+        found = missed(self.config, [measured])
+        if not self._teaches(step):
+            found += [*moves(self.config, [measured]), *self._costly(step, layer, measured)]
+        if step < self.joins_from:
+            found.append(f"no layer joins before step {self.joins_from} (min_dense_fraction)")
+        return found
 
-    def _is_sparse(self, measures: Sequence[LayerMeasures], slack: float = 1.0) -> bool:
-        """Whether the layers, on average, count as sparse; `slack` is the factor by which they may miss a limit."""
-        return not self._missed(measures, slack)
+    def _teaches(self, step: int) -> bool:
+        """Whether layers take part to be taught sparse mode, whatever it costs: only where costs decide before."""
+        return self.weighs and step >= self.dense_until
 
-    def _missed(self, measures: Sequence[LayerMeasures], slack: float = 1.0) -> list[str]:
-        """Return the limits of sparsity that the layers, on average, miss, each with what was measured.
+    def _costly(self, step: int, layer: int, measured: LayerMeasures, slack: float = 1.0) -> list[str]:
+        """Return how little time a layer's sparse steps save, if it is too little to take them for its sake."""
+        if not self.weighs or self._teaches(step):
+            return []
+        gain = self._gain(layer, measured)
+        return [f"a dense step takes {gain:.2f} times a sparse one, below {SAVES / slack:g}"] * (
+            gain * slack < SAVES
+        )
 
-        A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
-        mass, and a layer that joins so costs more than all others.
-        """
-        config, missed = self.config, []
-        if config.mass_target is not None:
-            used = _mean([self.experts_needed(m) / len(m.mass_by_k) for m in measures])
-            if used > slack * MAX_EXPERT_FRACTION:
-                missed.append(
-                    f"mass_target={config.mass_target:g} takes {used:.2f} of its experts, above {MAX_EXPERT_FRACTION}"
-                )
-            return missed
-        active = _mean([m.activation_ratio for m in measures])
-        if active > slack * config.max_activation_ratio:
-            missed.append(
-                f"activation ratio {active:.3f}, above max_activation_ratio={config.max_activation_ratio:g}"
-            )
-        caught = _mean([m.mass_caught for m in measures])
-        if slack * caught < config.min_mass_caught:
-            missed.append(f"mass caught {caught:.3f}, below min_mass_caught={config.min_mass_caught:g}")
-        return missed
-
-    def _why_dense(self, step: int, measured: LayerMeasures) -> str:
+    def _why_dense(self, step: int, layer: int, measured: LayerMeasures) -> str:
         """Say what keeps a layer out of sparse steps after a measurement."""
-        missed = self._missed([measured])
-        if not self._is_stable([measured]):
-            missed.append(
-                f"similarity {measured.similarity:.3f}, below stability_threshold={self.config.stability_threshold:g}"
-            )
-        if step < self.dense_until:
-            missed.append(f"no layer joins before step {self.dense_until} (min_dense_fraction)")
-        return f"at step {step}: {', '.join(missed) or 'the mean over layers misses a limit'}"
+        return ", ".join(self._kept_out(step, layer, measured)) or "the mean over layers misses a limit"
+
+    def _changes(
+        self, step: int, before: ScheduleState, now: ScheduleState, measures: Sequence[LayerMeasures]
+    ) -> tuple[Change, ...]:
+        """Return which layers do something else from now on, each with the numbers that were compared."""
+        pairs = enumerate(zip(before.ways, now.ways, strict=True))
+        return tuple(
+            Change(layer, was, is_now, self._why(step, layer, was, is_now, measures[layer]))
+            for layer, (was, is_now) in pairs
+            if was != is_now
+        )
+
+    def _why(self, step: int, layer: int, was: str, now: str, measured: LayerMeasures) -> str:
+        """Return the numbers that were compared where a layer does something else from now on."""
+        ratio = measured.activation_ratio
+        told = f"{ratio:.3f} of the neurons active"
+        if self.weighs:
+            told = f"{self.costs[layer].told(ratio, self._share(measured))}; {told}"
+        elif "active" in (was, now):
+            told += f", active_below={self.config.active_below:g}"
+        if now == "sparse":
+            told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
+            told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
+            told += f"; from step {self.dense_until} on sparse mode is taught" * (step >= self.dense_until)
+        elif was == "sparse":
+            told += f"; {self._why_dense(step, layer, measured)}"
+        return told
 
     def _who_is_regrouped(
         self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]
@@ -276,7 +293,3 @@ class Schedule:
             not part and not (joins and m.pattern_similarity is not None)  # None: measured for the first time
             for part, joins, m in zip(state.takes_part, takes_part, measures, strict=True)
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -29,7 +29,7 @@ FILES = "events.out.tfevents."
 _MEASURES = [f.name for f in fields(LayerMeasures) if f.name != "mass_by_k"]
 CHARTS = {
     "loss": {"loss": ["Multiline", ["train/loss", "eval/val_loss_"]]},
-    "layers": {name: ["Multiline", [f"{name}/"]] for name in _MEASURES},
+    "layers": {name: ["Multiline", [f"{name}/"]] for name in ("sparse_steps", "active_steps", *_MEASURES)},
 }
 """TensorBoard's tab "Custom Scalars": all tags that begin so in one chart, which is all layers of a measure."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class Counters:
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0
+    window_ways: list[str] = field(default_factory=list)
+    """Per layer, how it multiplied in each of these steps: the first letter of dense, active or sparse."""
     ran_with: list[dict[str, Any]] = field(default_factory=list)
     """What it was trained with: threads, jobs at a time on the machine, device; one entry unless that changed."""
 
@@ -50,6 +53,26 @@ class Counters:
             here["processes"] = ranks.world_size()
         if here not in self.ran_with:
             self.ran_with.append(here)
+
+    def count_ways(self, experts: Sequence[int | None], active: Sequence[float | None]) -> list[str]:
+        """Note how each layer multiplied in a step, and return it: `"sparse"`, `"active"` or `"dense"`.
+
+        Args:
+            experts: per token, of each layer that was sparse.
+            active: share of the neurons, of each layer that multiplied only those.
+        """
+        ways = [
+            "sparse" if k is not None else "dense" if share is None else "active"
+            for k, share in zip(experts, active, strict=True)
+        ]
+        before = self.window_ways or [""] * len(ways)
+        self.window_ways = [past + way[0] for past, way in zip(before, ways, strict=True)]
+        return ways
+
+    def new_window(self) -> None:
+        """Begin anew what is counted from one train line to the next, but for the loss."""
+        self.window_steps = self.window_sparse = 0
+        self.window_seconds, self.window_ways = 0.0, []
 
     @property
     def train_seconds(self) -> float:

@@ -2,9 +2,14 @@
 
 Every line of metrics.jsonl has a `kind` and a `step`:
 
-    train    loss (mean since the last line), mode, learning rate, tokens, FLOPs so far, tokens per second
+    costs    what recipe `auto` weighs: seconds of each layer's ways to multiply, once, at step 0
+    train    loss (mean since the last line), mode, learning rate, tokens, FLOPs so far, tokens per second; `step_ways`,
+             per layer a letter for each step since the last line: d(ense), a(ctive) or s(parse)
     measure  the monitor's measures per layer, what was regrouped, which layers take part in sparse steps
+    change   a layer multiplies in another way from the next step on: from, to, and why
     eval     validation loss in both modes, bits per byte; tokens, FLOPs and seconds of training so far
+
+From step 1 on each line has `layer_ways`, how every layer multiplied in that step: "dense", "active" or "sparse".
 """
 
 from __future__ import annotations
@@ -12,14 +17,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 from switchable import ranks
+from switchable.compute.measured import Costs
 from switchable.files import as_json, read_records, write_text
 from switchable.progress import progress_bar, say
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
+from switchable.switching.costs import plain
 from switchable.train.board import Board
 
 
@@ -46,6 +54,8 @@ class RunLog:
         self.shows = not quiet
         self._bar = progress_bar("dense", "step", total_steps, self.shows, initial=start_step)
         self._total = total_steps
+        self.ways: list[str] = []
+        """How each layer multiplied in the step just done."""
 
     @staticmethod
     def _rewind(rundir: RunDir, step: int) -> None:
@@ -65,7 +75,16 @@ class RunLog:
         """Record a line of training figures."""
         self._write({"kind": "train", "step": step, **values})
         shown = ("loss", "learning_rate", "flops", "tokens_per_second", "sparse_fraction")
-        self._board.add(step, {f"train/{key}": values[key] for key in shown})
+        points = {f"train/{key}": values[key] for key in shown}
+        for i, steps in enumerate(values["step_ways"]):
+            shares = {way: steps.count(way[0]) / len(steps) for way in ("active", "sparse")}
+            points |= {f"{way}_steps/layer {i}": share for way, share in shares.items()}
+        self._board.add(step, points)
+
+    def costs(self, found: Sequence[Costs]) -> None:
+        """Record what each layer's ways to multiply cost."""
+        if found:
+            self._write({"kind": "costs", "step": 0, "layers": plain(found)})
 
     def measure(self, measurement: Measurement) -> None:
         """Record a measurement of the monitor."""
@@ -84,6 +103,9 @@ class RunLog:
             curves = {key: value for key, value in layer.items() if not isinstance(value, tuple)}
             points = {f"{key}/layer {i}": value for key, value in {**curves, "experts_per_token": k}.items()}
             self._board.add(measurement.step, {tag: v for tag, v in points.items() if v is not None})
+        for change in measurement.changes:
+            told = {"layer": change.layer, "from": change.before, "to": change.now, "why": change.why}
+            self._write({"kind": "change", "step": measurement.step, **told})
 
     def evaluation(self, step: int, values: dict[str, Any], progress: dict[str, Any]) -> None:
         """Record a validation, and what training had cost by then, and say it on the terminal."""
@@ -108,7 +130,8 @@ class RunLog:
             self._bar.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(as_json(record) + "\n")
+        ways = {"layer_ways": self.ways} if self.ways else {}
+        self._file.write(as_json(record | ways) + "\n")
         self._file.flush()
 
 

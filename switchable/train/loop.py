@@ -126,7 +126,9 @@ class Trainer:
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
         counters.steps += 1
-        flops = self.flops.step(experts, active_shares(self.job))
+        shares = active_shares(self.job)
+        self.log.ways = counters.count_ways(experts, shares)
+        flops = self.flops.step(experts, shares)
         counters.flops += flops
         counters.sparse_steps += sparse
         counters.window_steps += 1
@@ -168,11 +170,11 @@ class Trainer:
                 "tokens": counters.steps * self.flops.tokens,
                 "flops": counters.flops,
                 "tokens_per_second": counters.window_steps * self.flops.tokens / counters.window_seconds,
+                "step_ways": counters.window_ways,
             },
         )
         self._window_loss.zero_()
-        counters.window_steps = counters.window_sparse = 0
-        counters.window_seconds = 0.0
+        counters.new_window()
 
     def _loss_so_far(self) -> float:
         """Return the sum of the losses since the last train line, of all ranks: the one host sync of training."""

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchable.choices import skips_here
+from switchable.choices import costs_of, skips_here
 from switchable.config import RunConfig, check
 from switchable.errors import InputError, nearest
 from switchable.ffn.active_training import LEAST_TOKENS
 from switchable.ffn.convert import convert, layers_of
 from switchable.sections import TrainConfig
 from switchable.switching.monitor import LayerMeasures
-from switchable.switching.schedule import Schedule, ScheduleState
+from switchable.switching.schedule import Schedule
+from switchable.switching.state import ScheduleState
 from switchable.timing import processor, take_turns
 from switchable.train.flops import StepFlops, count
 from switchable.train.parallel import blocks_of, check_division
@@ -152,6 +153,8 @@ def _schedule(
     few, every = switch.experts_per_token, switch.num_experts
     measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
     schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length
+    if schedule.weighs:
+        schedule.costs = (costs_of(config.model, train, every),) * layers
     probe = -(-train.probe_tokens // batch) * batch
 
     def cost(mode: str, state: ScheduleState) -> float:
@@ -170,7 +173,7 @@ def _schedule(
         done, sparse_steps = end, sparse_steps + sparse
 
     # Equal measurements decide alike up to these steps: once one changes nothing, the next ones do not either.
-    for end in (schedule.dense_until - 1, schedule.dense_from - 1, train.steps):
+    for end in (schedule.joins_from - 1, schedule.dense_until - 1, schedule.dense_from - 1, train.steps):
         before: ScheduleState | None = None
         while done < end and state != before:
             measured = schedule.measured_until
@@ -185,9 +188,7 @@ def _schedule(
 
 def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMeasures:
     by_k = (0.0,) * (enough - 1) + (1.0,) * (experts - enough + 1)
-    return LayerMeasures(
-        ratio, caught, by_k, 1.0, 1.0, similarity=1.0, similarity_in_use=1.0, experts_per_token=enough
-    )
+    return LayerMeasures(ratio, caught, by_k, 1.0, 1.0, experts_per_token=enough, pattern_similarity=1.0)
 
 
 def estimates(

@@ -10,6 +10,7 @@ finished run is drawn by whoever started it (`study.report.write_run_report`).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +234,11 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
         flops = count_step(job)
+        if not counters.steps:
+            begin = time.perf_counter()
+            job.controller.time_layers()
+            counters.seconds_measure += time.perf_counter() - begin
+            log.costs(job.controller.schedule.costs)
         if ranks.is_main() and not quiet:
             for line in opening(job, rundir, flops, counters):
                 log.say(line)

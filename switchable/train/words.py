@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from switchable import ranks
-from switchable.choices import active_limit, auto_precision, auto_recipe, timed_ffn
-from switchable.compute.measured import sparse_speedup
+from switchable.choices import active_limit, auto_precision, timed_ffn
+from switchable.compute.measured import PARTS, SHARES, sparse_speedup
 from switchable.config import RunConfig, read_stored, settled_for
 from switchable.data.tokenizers import load_tokenizer
-from switchable.recipes import RECIPES
+from switchable.recipes import AUTO, RECIPES
 from switchable.settings import SwitchConfig
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
@@ -30,9 +30,9 @@ def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> l
     resumed = f"goes on after step {counters.steps:,}; " if counters.steps else ""
     tokens, threads, fresh = train.steps * flops.tokens, torch.get_num_threads(), not counters.steps
     return [
-        *([_recipe(job.config, fresh)] if type(job.controller.schedule) is Schedule else []),
+        *([_recipe(job)] if type(job.controller.schedule) is Schedule else []),
         *([_precision(job.config), *_limit(job.config)] if fresh else []),
-        *(sparse_speed(job.config, switch.experts_per_token) if fresh and not switch.never_sparse else []),
+        *(_costs(job) if fresh and not switch.never_sparse else []),
         f"model: {job.config.model.family}, {job.parameters:,} parameters, vocabulary of {job.data.vocab_size:,}; "
         f"{job.report.ffns}",
         f"training: {train.steps:,} steps of {flops.tokens:,} tokens, {tokens:,} in all ({tokens / text.tokens:.2g} "
@@ -42,27 +42,45 @@ def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> l
     ]
 
 
-def _chosen(kind: str, name: str, auto: tuple[str, str]) -> str:
-    """Say why a setting has this value, given what `auto` stands for and why."""
-    if name == auto[0]:
-        return f"it is what {kind} auto is here ({auto[1]})"
-    return f"it was asked for; auto would be {auto[0]} here ({auto[1]})"
-
-
 def _precision(config: RunConfig) -> str:
-    name = config.train.precision
-    return f"precision {name}: {_chosen('precision', name, auto_precision(config.model, config.train))}"
+    """Say why a run has its precision, given what `auto` stands for and why."""
+    name, (auto, why) = config.train.precision, auto_precision(config.model, config.train)
+    here = (
+        f"it was asked for; auto would be {auto} here"
+        if name != auto
+        else "it is what precision auto is here"
+    )
+    return f"precision {name}: {here} ({why})"
 
 
 def _limit(config: RunConfig) -> list[str]:
     """Say below what share of active neurons dense steps leave out the others, where the clock decided it."""
     switch, train = config.switch, config.train
     found = active_limit(config.model, train, switch.recipe)
-    if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
+    if (
+        switch.recipe == AUTO
+        or switch.active_below != found
+        or found == RECIPES[switch.recipe]["active_below"]
+    ):
         return []
     limit = f"where fewer than {found:g} are active" if found else "in no layer"
     return [
         f"dense steps leave out idle neurons {limit}: elsewhere that would be slower in {train.precision} here"
+    ]
+
+
+def _costs(job: Job) -> list[str]:
+    """Say what recipe auto weighs, or how fast sparse steps are with the K that layers start with."""
+    if not job.controller.schedule.costs:
+        return sparse_speed(job.config, job.config.switch.experts_per_token)
+    found = job.controller.schedule.costs[0]
+    ways = f"dense {1e3 * found.dense:.3g} ms"
+    if found.active is not None:
+        shares = " or ".join(f"{1e3 * found.active.at(share):.3g} ms with {share:.0%}" for share in SHARES)
+        ways += f", from active neurons {shares} of them"
+    shares = " or ".join(f"{1e3 * found.sparse.at(1 / part):.3g} ms with 1/{part}" for part in PARTS)
+    return [
+        f"an FFN on {found.tokens} tokens takes here, forward and backward: {ways}, sparse {shares} of the experts"
     ]
 
 
@@ -85,19 +103,18 @@ def sparse_begins(config: RunConfig, measured: Measurement) -> str:
     return ": ".join([f"step {measured.step}: sparse steps begin in {len(parts)} layers", *speed])
 
 
-def _recipe(config: RunConfig, fresh: bool) -> str:
-    """Name the recipe, why a new run has this one, what of it was changed, and when steps are sparse."""
-    switch = config.switch
-    why = f"; {_chosen('recipe', switch.recipe, auto_recipe(config.model, config.train))}" if fresh else ""
+def _recipe(job: Job) -> str:
+    """Name the recipe, what of it was changed, and when steps are sparse."""
+    config, switch, schedule = job.config, job.config.switch, job.controller.schedule
     plain = settled_for(SwitchConfig(recipe=switch.recipe), config.model, config.train)
     before, now = (dataclasses.asdict(each) for each in (plain, switch))
     changes = [f"{name}={now[name]}" for name in now if now[name] != before[name]]
     changed = f"; changed: {', '.join(changes)}" if changes else ""
-    first = round(switch.min_dense_fraction * config.train.steps)
-    when = "no step is sparse"
-    if not switch.never_sparse:
-        when = f"from step {first:,} on at the earliest {switch.sparse_steps} sparse steps to each dense one"
-    return f"recipe {switch.recipe}: {when}{changed}{why}"
+    taught = f"from step {schedule.dense_until:,} on"
+    when = f"{taught} at the earliest {switch.sparse_steps} sparse steps to each dense one"
+    if schedule.weighs:
+        when += f"; already from step {schedule.joins_from:,} on in layers where that is clearly cheaper here"
+    return f"recipe {switch.recipe}: {'no step is sparse' if switch.never_sparse else when}{changed}"
 
 
 def closing(rundir: RunDir, figures: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -267,7 +267,9 @@ def test_checkpoints_of_the_trainer_open_and_resume_with_every_neuron_known(tmp_
     assert_same(load(tmp_path / "whole" / "checkpoint-12")[0], model, batch)
     resumed = train(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-6")
     assert_same(resumed.model, model, batch)  # type: ignore[arg-type]
-    measured = [[x for x in t.state.log_history if "switchable_similarity" in x] for t in (whole, resumed)]
+    measured = [
+        [x for x in t.state.log_history if "switchable_pattern_similarity" in x] for t in (whole, resumed)
+    ]
     assert len(measured[0]) > 3
     assert json.dumps(measured[0], sort_keys=True) == json.dumps(measured[1], sort_keys=True)
 

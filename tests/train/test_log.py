@@ -26,7 +26,13 @@ def test_the_layers_of_a_measure_stand_in_one_chart(
         for title, regexes in charts.items()
     }
     assert shown["loss"] == ["train/loss", "eval/val_loss_dense", "eval/val_loss_sparse"]
-    for name in ("activation_ratio", "experts_per_token", "mass_caught", "similarity", "similarity_in_use"):
+    for name in (
+        "activation_ratio",
+        "experts_per_token",
+        "mass_caught",
+        "pattern_similarity",
+        "sparse_steps",
+    ):
         assert shown[name] == [f"{name}/layer 0", f"{name}/layer 1"]
     by_layer = [tag for tag in tags if "/layer " in tag]
     assert sorted(by_layer) == sorted(

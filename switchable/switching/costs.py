@@ -1,0 +1,71 @@
+"""What each layer of a model costs, multiplied in each way: what recipe `auto` weighs, timed once, when a run starts.
+
+    dense     every neuron                                     seconds
+    active    a dense step from the active neurons alone       seconds = base + slope · activation ratio
+    sparse    K of E experts, and the router                   seconds = base + slope · K/E
+
+All forward and backward, in turns (`compute/measured.py`). Layers of one shape are timed once. What was found belongs
+to the run: it lies in every checkpoint, so that a resumed run takes the same steps on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from switchable.compute.cpu.active.active import skips_idle_neurons
+from switchable.compute.measured import FFN, Costs, Line, costs
+from switchable.ffn.active_training import LEAST_TOKENS
+from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.ssd import SSD
+from switchable.ranks import from_main
+
+
+def costs_of_layers(
+    layers: Sequence[SwitchableFFN], tokens: int, precision: Callable[[], AbstractContextManager[Any]]
+) -> tuple[Costs, ...]:
+    """Time the ways of every layer, on rank 0 for all.
+
+    Args:
+        layers: of the model.
+        tokens: of a forward pass.
+        precision: the context in which they are multiplied.
+    """
+    with precision():
+        dtypes = [_dtype(layer.ssd) for layer in layers]
+    return from_main(tuple(_costs(layer.ssd, tokens, d) for layer, d in zip(layers, dtypes, strict=True)))
+
+
+def _costs(ssd: SSD, tokens: int, dtype: torch.dtype) -> Costs:
+    device, activation = ssd.reads_FD.device.type, ssd.settings.activation
+    ffn = FFN(ssd.d_model, ssd.d_ff, activation, ssd.gate_projection is not None, tokens, device)
+    skips = tokens >= LEAST_TOKENS and not ssd.hidden_dropout
+    skips = skips and skips_idle_neurons(ssd.d_model, activation, dtype, device)
+    return costs(ffn, ssd.num_experts, "bfloat16" if dtype == torch.bfloat16 else "float32", skips)
+
+
+def _dtype(ssd: SSD) -> torch.dtype:
+    weight = ssd.up_projection.weight
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def plain(found: Iterable[Costs]) -> list[dict[str, Any]]:
+    """Return costs as a file keeps them."""
+    return [each._asdict() for each in found]
+
+
+def from_plain(stored: Iterable[dict[str, Any]]) -> tuple[Costs, ...]:
+    """Return what `plain` was given."""
+    return tuple(
+        Costs(
+            each["tokens"],
+            each["dense"],
+            Line(*each["active"]) if each["active"] else None,
+            Line(*each["sparse"]),
+        )
+        for each in stored
+    )

@@ -1,0 +1,62 @@
+"""The limits that layers must keep to take part in sparse steps: whether they are sparse, whether their patterns move.
+
+Each function says what is missed, with what was measured; nothing where nothing is. Several layers are judged by means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from switchable.settings import SwitchConfig
+from switchable.switching.monitor import LayerMeasures
+
+LEAVE_FACTOR = 1.25
+"""A layer that takes part leaves when it misses a limit by this factor: no to and fro."""
+
+MAX_EXPERT_FRACTION = 0.65
+"""With a mass target: a layer that needs a larger fraction of its experts stays dense."""
+
+
+def experts_needed(config: SwitchConfig, measured: LayerMeasures) -> int:
+    """Return K: the fewest experts of the router's choice that catch the mass asked for, or the settings' K."""
+    target = config.mass_target
+    if target is None:
+        return config.experts_per_token
+    enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= target)
+    return next(enough, len(measured.mass_by_k))
+
+
+def missed(config: SwitchConfig, measures: Sequence[LayerMeasures], slack: float = 1.0) -> list[str]:
+    """Return the limits of sparsity that are missed by more than a factor.
+
+    A small activation ratio is not enough: where other neurons fire on every token, K experts catch little of the
+    mass, and a layer that joins so costs more than all others.
+    """
+    if config.mass_target is not None:
+        used = _mean([experts_needed(config, m) / len(m.mass_by_k) for m in measures])
+        told = (
+            f"mass_target={config.mass_target:g} takes {used:.2f} of its experts, above {MAX_EXPERT_FRACTION}"
+        )
+        return [told] if used > slack * MAX_EXPERT_FRACTION else []
+    found = []
+    active = _mean([m.activation_ratio for m in measures])
+    if active > slack * config.max_activation_ratio:
+        found.append(
+            f"activation ratio {active:.3f}, above max_activation_ratio={config.max_activation_ratio:g}"
+        )
+    caught = _mean([m.mass_caught for m in measures])
+    if slack * caught < config.min_mass_caught:
+        found.append(f"mass caught {caught:.3f}, below min_mass_caught={config.min_mass_caught:g}")
+    return found
+
+
+def moves(config: SwitchConfig, measures: Sequence[LayerMeasures]) -> list[str]:
+    """Return how little successive activation patterns overlap, if that is less than the settings ask for."""
+    alike = _mean([m.pattern_similarity or 0.0 for m in measures])  # the first has none before it
+    if alike >= config.stability_threshold:
+        return []
+    return [f"pattern similarity {alike:.3f}, below stability_threshold={config.stability_threshold:g}"]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
