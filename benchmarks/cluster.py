@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from switchable.structure.assignment import balanced_assignment, lower_bound
 from switchable.structure.features import weight_features
-from switchable.structure.groups import cluster_layers, similarity
+from switchable.structure.groups import cluster_layers
 from switchable.structure.kmeans import BalancedKMeans
 
 NEURONS, WIDTH, EXPERTS, LAYERS = 3072, 768, 32, 12
@@ -207,8 +208,8 @@ def warm_start(before_FD: Tensor, after_FD: Tensor) -> dict[str, float]:
         "seconds": statistics.median(seconds for seconds, _ in warm),
         "fresh_seconds": statistics.median(seconds for seconds, _ in scratch),
         "inertia_over_fresh": warm[0][1].inertia_ / scratch[0][1].inertia_,
-        "similarity_to_start": similarity(start_F, warm[0][1].labels_),
-        "similarity_of_fresh_to_start": similarity(start_F, scratch[0][1].labels_),
+        "similarity_to_start": adjusted_rand_score(start_F, warm[0][1].labels_),
+        "similarity_of_fresh_to_start": adjusted_rand_score(start_F, scratch[0][1].labels_),
     }
     print(
         f"\nafter 100 more training steps: warm {figures['seconds']:.3f} s, fresh {figures['fresh_seconds']:.3f} s;"

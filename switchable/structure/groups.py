@@ -1,11 +1,10 @@
-"""Which neurons go together, in every layer of a model; how two groupings compare.
+"""Which neurons go together, in every layer of a model.
 
     rows (`features.py`) -> cluster_layers -> labels_F -> match_labels -> permutation_from_labels
 
 The layers are independent of one another: they are shared out over threads and, where torch.distributed runs, over
-ranks. The adjusted Rand index (Hubert and Arabie 1985) is 1 for equal groupings and 0 on average for unrelated ones.
-Matching labels (the assignment of most overlap) lets an unchanged expert keep its number, its place in the weights and
-its router row.
+ranks. Matching labels (the assignment of most overlap) lets an unchanged expert keep its number, its place in the
+weights and its router row.
 
 Shapes: F neurons, D width, E experts, I = F/E neurons per expert.
 """
@@ -19,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from switchable import ranks
@@ -123,11 +121,6 @@ def _in_threads(
             return [future.result() for future in futures]
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the default for threads to come
-
-
-def similarity(labels_a: Tensor, labels_b: Tensor) -> float:
-    """Return the adjusted Rand index of two groupings of the same neurons: 1 the same, about 0 unrelated."""
-    return float(adjusted_rand_score(*_of_the_same(labels_a=labels_a, labels_b=labels_b)))
 
 
 def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:

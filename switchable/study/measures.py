@@ -26,7 +26,6 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.store.probe import Probe
 from switchable.switching.measures import LayerSums, show
 from switchable.switching.patterns import pack
-from switchable.switching.switch import current_structure
 
 EXACT_ZEROS = ("relu", "relu2", "relu6")
 """Activations (names in `ACT2FN`) that are exactly zero for an inactive neuron."""
@@ -88,8 +87,8 @@ class Fingerprint:
 
     pattern_TW: Tensor
     """Which neurons are active on which tokens, packed (`patterns.pack`)."""
-    structure_F: Tensor
-    """The expert of each neuron."""
+    neurons: int
+    """F."""
 
 
 def measure_model(
@@ -185,6 +184,4 @@ class _Meter:
             load=(load_E / load_E.sum()).tolist(),
             load_imbalance=sums.load_imbalance,
         )
-        structure_F = torch.empty(layer.ssd.d_ff, dtype=torch.long)
-        structure_F[layer.ssd.neuron_ids_F] = current_structure(layer)
-        return study, Fingerprint(torch.cat(self.kept["patterns"]), structure_F)
+        return study, Fingerprint(torch.cat(self.kept["patterns"]), layer.ssd.d_ff)

@@ -38,7 +38,6 @@ WAYS = {"sparse": SPARSE, "active": "#7fb8da", "dense": DENSE}
 SIMILARITY_LABELS = {
     "pattern": "Jaccard index",
     "coactivation": "correlation",
-    "structure": "adjusted Rand index",
 }
 
 

@@ -163,10 +163,6 @@ SIMILARITY_CAPTIONS = {
         "Same neurons firing together?",
         "Correlation of the co-activation matrices of two checkpoints: which neurons fire together.",
     ),
-    "structure": (
-        "Same experts?",
-        "Adjusted Rand index of the neurons' assignments to experts at two checkpoints: 1 is the same, 0 unrelated.",
-    ),
 }
 
 

@@ -15,7 +15,7 @@ from switchable.study.measures import LayerStudy
 
 Series = list[tuple[list[float], list[float]]]
 """Per layer: steps and values."""
-SIMILARITIES = ("pattern", "coactivation", "structure")
+SIMILARITIES = ("pattern", "coactivation")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
     pattern        Jaccard index of the sets of active neurons on the same tokens, mean over tokens
     co-activation  Pearson correlation of the entries above the diagonal of two co-activation matrices,
                    C_ij = correlation over tokens of "i is active" and "j is active"
-    structure      adjusted Rand index of the assignments of neurons to experts
 
-All three compare neuron by neuron and therefore need every pattern in the neurons' first order, which `Fingerprint`
+Both compare neuron by neuron and therefore need every pattern in the neurons' first order, which `Fingerprint`
 guarantees. Memory: the fingerprints (a bit per token and neuron; `tokens_within` keeps them below 512 MiB) and, one
 layer at a time, one co-activation matrix per checkpoint over at most 512 neurons, drawn once (all if F is smaller).
 """
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from switchable.progress import progress_bar
-from switchable.structure.groups import similarity
 from switchable.study.measures import Fingerprint
 from switchable.switching.patterns import jaccard, unpack
 
@@ -40,17 +38,15 @@ def compare_checkpoints(
 ) -> dict[str, list[Matrix]]:
     """Compare all pairs of checkpoints by fingerprints (per checkpoint, per layer) of the same tokens.
 
-    Returns `"pattern"`, `"coactivation"` and `"structure"`: per layer a symmetric matrix [checkpoints, checkpoints]
+    Returns `"pattern"` and `"coactivation"`: per layer a symmetric matrix [checkpoints, checkpoints]
     with 1 on the diagonal; NaN where a correlation is not defined.
     """
-    found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": [], "structure": []}
+    found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": []}
     layers = list(zip(*fingerprints, strict=True))
     for layer in progress_bar("comparing", "layer", show=progress, over=layers):
         patterns = [f.pattern_TW for f in layer]
-        structures = [f.structure_F for f in layer]
         found["pattern"].append(_all_pairs(patterns, jaccard))
-        found["coactivation"].append(_coactivation_similarity(patterns, len(structures[0])))
-        found["structure"].append(_all_pairs(structures, similarity))
+        found["coactivation"].append(_coactivation_similarity(patterns, layer[0].neurons))
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from switchable import progress
@@ -70,7 +71,7 @@ def test_coactivation_finds_the_neurons_that_fire_together() -> None:
     active_TF, group_F = firing()
     rows = features.coactivation_features(active_TF, width=6)
     (labels_F,) = structure.cluster_layers([rows], 6)
-    assert structure.similarity(labels_F, group_F) == 1.0
+    assert adjusted_rand_score(labels_F, group_F) == 1.0
 
 
 def test_coactivation_of_constant_neurons_is_zero() -> None:
@@ -181,16 +182,6 @@ def test_two_ranks_share_the_layers_and_agree(tmp_path: Path, monkeypatch: pytes
         assert "NaN" in said
 
 
-def test_similarity_by_hand() -> None:
-    a, b = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0])
-    assert structure.similarity(a, b) == 1.0  # numbers do not matter
-    # Pairs together: 2 in a, 2 in b, 0 in both, of 6; expected 2 * 2 / 6: (0 - 2/3) / (2 - 2/3) = -0.5.
-    assert structure.similarity(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(-0.5)
-    # 6 neurons, one of each group swapped: (2 - 6 * 6 / 15) / (6 - 6 * 6 / 15) = -1/9.
-    swapped = structure.similarity(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 1, 0]))
-    assert swapped == pytest.approx(-1 / 9)
-
-
 def test_match_labels_by_hand_and_against_all_renumberings() -> None:
     old = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     new = torch.tensor([2, 2, 0, 0, 0, 2, 1, 1, 1])
@@ -200,7 +191,7 @@ def test_match_labels_by_hand_and_against_all_renumberings() -> None:
     best = max(int((torch.tensor(p)[new] == old).sum()) for p in itertools.permutations(range(4)))
     assert kept == best
     matched = structure.match_labels(old, new, 4)
-    assert structure.similarity(matched, new) == 1.0
+    assert adjusted_rand_score(matched, new) == 1.0
 
 
 def test_permutation_by_hand() -> None:
@@ -250,8 +241,8 @@ LABELS = torch.arange(6) // 2
         (lambda: structure.cluster_layers([ROWS], 3, warm=[LABELS // 2]), "unequal sizes"),
         (lambda: structure.cluster_layers([ROWS], 3, margin=-0.1), "margin=-0.1"),
         (lambda: structure.cluster_layers([ROWS], 3, workers=0), "workers=0"),
-        (lambda: structure.similarity(LABELS, LABELS[:4]), "labels of 6 and 4 neurons"),
-        (lambda: structure.similarity(LABELS, LABELS.float()), "labels_b is"),
+        (lambda: structure.match_labels(LABELS, LABELS[:4], 3), "labels of 6 and 4 neurons"),
+        (lambda: structure.match_labels(LABELS, LABELS.float(), 3), "new_labels is"),
         (lambda: structure.match_labels(LABELS, LABELS, 2), "old_labels go from 0 to 2 with num_experts=2"),
         (lambda: structure.permutation_from_labels(LABELS - 1, 3), "labels_F go from -1 to 1"),
         (lambda: structure.permutation_from_labels(LABELS // 2, 2), "experts of 2 to 4 neurons"),

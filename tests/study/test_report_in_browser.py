@@ -85,7 +85,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=[LayerShape(f"bert.encoder.layer.1{i}", 16, 64, 4, "relu") for i in range(2)],
         steps=list(steps),
         results=[[layer(0.5), layer(0.5 / (n + 1))] for n in range(4)],
-        pairs=dict.fromkeys(("pattern", "coactivation", "structure"), matrices),
+        pairs=dict.fromkeys(("pattern", "coactivation"), matrices),
         config={"train.steps": 1000},
         metrics=[
             {"kind": "train", "step": s, "loss": 9.0 / s, "flops": 1e9 * s, "sparse_fraction": 0.5}
