@@ -69,10 +69,10 @@ QUESTIONS: dict[str, dict[str, Settings]] = {
         "80 %, the first layer too": {"mass_target": 0.8},
     },
     "start": {
-        "10 % dense, similarity 0.1": {},
-        "10 %, 0.5": {"stability_threshold": 0.5},
-        "5 %, 0": {"min_dense_fraction": 0.05, "stability_threshold": 0.0},
-        "10 %, 0.1, with half the mass caught": {"min_mass_caught": 0.5},
+        "10 % dense": {},
+        "10 %, patterns 0.5 alike": {"stability_threshold": 0.5},
+        "5 %, alike or not": {"min_dense_fraction": 0.05, "stability_threshold": 0.0},
+        "10 %, with half the mass caught": {"min_mass_caught": 0.5},
         "30 %": {"min_dense_fraction": 0.3},
     },
     "late": {

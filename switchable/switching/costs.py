@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.compute.measured import FFN, Costs, Line, costs
@@ -35,20 +36,20 @@ def costs_of_layers(
         precision: the context in which they are multiplied.
     """
     with precision():
-        dtypes = [_dtype(layer.ssd) for layer in layers]
+        dtypes = [_dtype(layer.ssd.up_projection.weight) for layer in layers]
     return from_main(tuple(_costs(layer.ssd, tokens, d) for layer, d in zip(layers, dtypes, strict=True)))
 
 
 def _costs(ssd: SSD, tokens: int, dtype: torch.dtype) -> Costs:
-    device, activation = ssd.reads_FD.device.type, ssd.settings.activation
+    device, activation = ssd.up_projection.weight.device.type, ssd.settings.activation
     ffn = FFN(ssd.d_model, ssd.d_ff, activation, ssd.gate_projection is not None, tokens, device)
     skips = tokens >= LEAST_TOKENS and not ssd.hidden_dropout
     skips = skips and skips_idle_neurons(ssd.d_model, activation, dtype, device)
     return costs(ffn, ssd.num_experts, "bfloat16" if dtype == torch.bfloat16 else "float32", skips)
 
 
-def _dtype(ssd: SSD) -> torch.dtype:
-    weight = ssd.up_projection.weight
+def _dtype(weight: Tensor) -> torch.dtype:
+    """Return what a product with a weight is multiplied in."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

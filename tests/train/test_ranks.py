@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from train.test_loop import small
 
 from switchable import choices, ranks
+from switchable.compute.measured import Costs, Line
 from switchable.config import to_dict
 from switchable.ffn import active_training
+from switchable.switching import costs
 from switchable.train import pretrain as run
 from switchable.train import setup
 from switchable.train.loop import Trainer
@@ -271,15 +273,22 @@ def dies_on_rank_1(*arguments: str) -> int:
 
 
 def train_where_clocks_differ(out: Path, corpus: Path) -> None:
-    """Both ranks measure; rank 0 finds bfloat16 faster, rank 1 does not."""
+    """Both ranks measure; rank 0 finds bfloat16 and FFNs faster, rank 1 does not."""
     trained = []
+
+    def measured(*_: object) -> Costs:
+        return Costs(64, 1.0 + ranks.rank(), None, Line(0.0, 1.0))
+
     with pytest.MonkeyPatch.context() as patch, process_group(60):
         patch.setattr(choices, "bfloat16_speedup", lambda *_: 2.0 - 1.5 * ranks.rank())
-        config = small(corpus, train={"precision": "auto", "steps": 5})
+        patch.setattr(costs, "costs", measured)
+        config = small(corpus, train={"precision": "auto", "steps": 5}, switch={"recipe": "auto"})
         own_set_up = run.set_up
-        patch.setattr(run, "set_up", lambda used, *rest: (trained.append(used), own_set_up(used, *rest))[1])
+        patch.setattr(run, "set_up", lambda *given: (trained.append(own_set_up(*given)), trained[-1])[1])
         pretrain(config, out / "run", out / "cache", quiet=True)
-        chosen = [config.train.precision, trained[0].train.precision]
+        job = trained[0]
+        found = [each.dense for each in job.controller.schedule.costs]
+        chosen = [config.train.precision, job.config.train.precision, found]
         (out / f"chosen-{ranks.rank()}.json").write_text(json.dumps(chosen))
 
 
@@ -287,4 +296,4 @@ def test_rank_0_chooses_for_all_what_is_left_to_the_machine(corpus: Path, tmp_pa
     ended = run_ranks(2, train_where_clocks_differ, tmp_path, corpus, log=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
     found = [json.loads((tmp_path / f"chosen-{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [["bfloat16", "bfloat16"], ["float32", "bfloat16"]]
+    assert found == [["bfloat16", "bfloat16", [1.0, 1.0]], ["float32", "bfloat16", [1.0, 1.0]]]
