@@ -30,7 +30,7 @@ from switchable.timing import Times, take_turns
 CLEARLY = 1.2
 """Speed-up from which bfloat16 is taken: the rest of a step gains less than its FFNs."""
 MOST_TOKENS = 1024
-"""That are timed: more take longer and tell no more."""
+"""That are timed on a CPU: more take longer and tell no more. A GPU would idle with so few."""
 SHARES = (0.05, 0.25)
 """Of the neurons, active on a token: between these two the time of `active` is taken for a straight line."""
 PARTS = (8, 2)
@@ -163,7 +163,7 @@ def _sparse(ffn: FFN, num_experts: int, experts_per_token: int) -> Way:
 
 
 def _timed_tokens(ffn: FFN) -> int:
-    return min(ffn.tokens, MOST_TOKENS)
+    return min(ffn.tokens, MOST_TOKENS) if ffn.device == "cpu" else ffn.tokens
 
 
 def _timed(ffn: FFN, ways: Mapping[str, Way], precision: str = "float32", share: float = 0.5) -> Times:

@@ -68,12 +68,12 @@ class Schedule:
 
     @property
     def dense_until(self) -> int:
-        """The first step (counted from 0) that may be sparse, whatever it costs."""
+        """The first step (counted from 0) that may be sparse; where costs decide, whatever it costs."""
         return round(self.config.min_dense_fraction * self.total_steps)
 
     @property
     def joins_from(self) -> int:
-        """The first step from which a layer may take part, to save time."""
+        """The first step from which a layer may take part."""
         early = RECIPES["early"]["min_dense_fraction"] if self.weighs else 1.0
         return min(self.dense_until, round(early * self.total_steps))
 
@@ -275,7 +275,7 @@ class Schedule:
         if now == "sparse":
             told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
             told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
-            told += f"; from step {self.dense_until} on sparse mode is taught" * (step >= self.dense_until)
+            told += f"; from step {self.dense_until} on sparse mode is taught" * self._teaches(step)
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"
         return told

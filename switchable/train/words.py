@@ -13,7 +13,7 @@ from switchable.choices import active_limit, auto_precision, timed_ffn
 from switchable.compute.measured import PARTS, SHARES, sparse_speedup
 from switchable.config import RunConfig, read_stored, settled_for
 from switchable.data.tokenizers import load_tokenizer
-from switchable.recipes import AUTO, RECIPES
+from switchable.recipes import RECIPES
 from switchable.settings import SwitchConfig
 from switchable.store.rundir import RunDir
 from switchable.switching.controller import Measurement
@@ -25,14 +25,13 @@ from switchable.train.setup import Job
 
 def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> list[str]:
     """Return what a run says of itself before its first step; what it has read, it has said while reading."""
-    train, switch, text = job.config.train, job.config.switch, job.data.train
+    train, text = job.config.train, job.data.train
     processes = f", {ranks.world_size()} processes ({train.parallel})" if ranks.running() else ""
     resumed = f"goes on after step {counters.steps:,}; " if counters.steps else ""
     tokens, threads, fresh = train.steps * flops.tokens, torch.get_num_threads(), not counters.steps
     return [
         *([_recipe(job)] if type(job.controller.schedule) is Schedule else []),
-        *([_precision(job.config), *_limit(job.config)] if fresh else []),
-        *(_costs(job) if fresh and not switch.never_sparse else []),
+        *([_precision(job.config), *_speed(job)] if fresh else []),
         f"model: {job.config.model.family}, {job.parameters:,} parameters, vocabulary of {job.data.vocab_size:,}; "
         f"{job.report.ffns}",
         f"training: {train.steps:,} steps of {flops.tokens:,} tokens, {tokens:,} in all ({tokens / text.tokens:.2g} "
@@ -45,23 +44,15 @@ def opening(job: Job, rundir: RunDir, flops: StepFlops, counters: Counters) -> l
 def _precision(config: RunConfig) -> str:
     """Say why a run has its precision, given what `auto` stands for and why."""
     name, (auto, why) = config.train.precision, auto_precision(config.model, config.train)
-    here = (
-        f"it was asked for; auto would be {auto} here"
-        if name != auto
-        else "it is what precision auto is here"
-    )
-    return f"precision {name}: {here} ({why})"
+    told = "is what precision auto is" if name == auto else f"was asked for; auto would be {auto}"
+    return f"precision {name}: it {told} here ({why})"
 
 
 def _limit(config: RunConfig) -> list[str]:
     """Say below what share of active neurons dense steps leave out the others, where the clock decided it."""
     switch, train = config.switch, config.train
     found = active_limit(config.model, train, switch.recipe)
-    if (
-        switch.recipe == AUTO
-        or switch.active_below != found
-        or found == RECIPES[switch.recipe]["active_below"]
-    ):
+    if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
         return []
     limit = f"where fewer than {found:g} are active" if found else "in no layer"
     return [
@@ -69,19 +60,17 @@ def _limit(config: RunConfig) -> list[str]:
     ]
 
 
-def _costs(job: Job) -> list[str]:
-    """Say what recipe auto weighs, or how fast sparse steps are with the K that layers start with."""
-    if not job.controller.schedule.costs:
-        return sparse_speed(job.config, job.config.switch.experts_per_token)
-    found = job.controller.schedule.costs[0]
-    ways = f"dense {1e3 * found.dense:.3g} ms"
-    if found.active is not None:
-        shares = " or ".join(f"{1e3 * found.active.at(share):.3g} ms with {share:.0%}" for share in SHARES)
-        ways += f", from active neurons {shares} of them"
-    shares = " or ".join(f"{1e3 * found.sparse.at(1 / part):.3g} ms with 1/{part}" for part in PARTS)
-    return [
-        f"an FFN on {found.tokens} tokens takes here, forward and backward: {ways}, sparse {shares} of the experts"
-    ]
+def _speed(job: Job) -> list[str]:
+    """Say what recipe auto weighs, or from where on idle neurons are left out, and how fast sparse steps begin."""
+    config, costs = job.config, job.controller.schedule.costs
+    if not costs:
+        never = config.switch.never_sparse
+        return _limit(config) + ([] if never else sparse_speed(config, config.switch.experts_per_token))
+    ways = (
+        f"{costs[0].told(share, 1 / part)} with {share:.0%} of the neurons active or 1/{part} of the experts"
+        for share, part in zip(SHARES, PARTS, strict=True)
+    )
+    return [f"an FFN on {costs[0].tokens} tokens takes here, forward and backward: {'; '.join(ways)}"]
 
 
 def sparse_speed(config: RunConfig, experts_per_token: float) -> list[str]:

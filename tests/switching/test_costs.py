@@ -224,8 +224,9 @@ def test_metrics_and_report_say_what_every_layer_did_at_every_step_and_why(
         "layers where that is clearly cheaper here; changed: "
     ) in said
     assert (
-        "an FFN on 1024 tokens takes here, forward and backward: dense 4 ms, from active neurons 4 ms with 5% or 4 ms "
-        "with 25% of them, sparse 0.5 ms with 1/8 or 2 ms with 1/2 of the experts"
+        "an FFN on 1024 tokens takes here, forward and backward: dense 4 ms, active 4 ms, sparse 0.5 ms with 5% of the "
+        "neurons active or 1/8 of the experts; dense 4 ms, active 4 ms, sparse 2 ms with 25% of the neurons active or "
+        "1/2 of the experts"
     ) in said
     records = read_records(tmp_path / "run/metrics.jsonl")
     assert records[0]["kind"] == "costs"
