@@ -34,7 +34,7 @@ from typing import Any
 
 from switchable.config import RunConfig
 from switchable.errors import InputError, nearest
-from switchable.recipes import AUTO
+from switchable.recipes import AUTO, RECIPES
 from switchable.sections import TrainConfig
 from switchable.settings import SwitchConfig
 
@@ -122,8 +122,9 @@ def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     kept = dataclasses.asdict(config.switch)
     if chosen.keeps is not None:
-        # Recipe auto has no limit of its own to give to another.
-        kept = {n: kept[n] for n in chosen.keeps if n != "active_below" or kept["recipe"] != AUTO}
+        clock = kept["recipe"] == AUTO and kept["active_below"] == RECIPES[AUTO]["active_below"]
+        # What the clock decides in recipe auto has no limit that another could have.
+        kept = {n: kept[n] for n in chosen.keeps if not (clock and n == "active_below")}
     switch = SwitchConfig(**(kept | _resolved(chosen.switch, config)))
     train = dataclasses.replace(config.train, seed=seed, **_resolved(chosen.train, config))
     return dataclasses.replace(config, switch=switch, train=train)

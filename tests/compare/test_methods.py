@@ -73,6 +73,9 @@ def test_what_each_method_changes(given: RunConfig) -> None:
         0,
         0.0,
     )
+    for below, kept in ((1.0, 0.3), (0.1, 0.1)):  # recipe auto leaves it to the clock, unless it is given
+        auto = load(None, {"recipe": "auto", "precision": "float32", "active_below": below})
+        assert method_config(auto, "dense-active", 0).switch.active_below == kept
     assert (active.never_sparse, active.num_experts, active.active_below) == (
         True,
         1,
