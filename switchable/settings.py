@@ -102,7 +102,8 @@ class SwitchConfig:
     )
     max_activation_ratio: float = option(
         BY_RECIPE,
-        "without a mass_target: largest activation ratio at which a layer counts as sparse; others stay dense",
+        "without a mass_target, and early in recipe auto: largest activation ratio at which a layer counts as sparse; "
+        "others stay dense",
         least=0,
         most=1,
         metavar="RATIO",

@@ -224,30 +224,32 @@ class Schedule:
         )
 
     def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:
-        slack = LEAVE_FACTOR
-        return not (missed(self.config, [measured], slack) or self._costly(step, layer, measured, slack))
+        early = self._is_early(step)
+        found = missed(self.config, [measured], LEAVE_FACTOR, early)
+        return not (found or (early and self._costly(layer, measured, LEAVE_FACTOR)))
 
     def _kept_out(self, step: int, layer: int, measured: LayerMeasures) -> list[str]:
         """Return what keeps a layer from joining after a measurement."""
-        found = missed(self.config, [measured])
-        if not self._teaches(step):
-            found += [*moves(self.config, [measured]), *self._costly(step, layer, measured)]
+        early = self._is_early(step)
+        found = missed(self.config, [measured], early=early)
+        if early or not self.weighs:
+            found += moves(self.config, [measured])
+        if early:
+            found += self._costly(layer, measured)
         if step < self.joins_from:
             found.append(f"no layer joins before step {self.joins_from} (min_dense_fraction)")
         return found
 
-    def _teaches(self, step: int) -> bool:
-        """Whether layers take part to be taught sparse mode, whatever it costs: only where costs decide before."""
-        return self.weighs and step >= self.dense_until
+    def _is_early(self, step: int) -> bool:
+        """Whether layers take part to save time; from `dense_until` on they do to be taught, whatever it costs."""
+        return self.weighs and step < self.dense_until
 
-    def _costly(self, step: int, layer: int, measured: LayerMeasures, slack: float = 1.0) -> list[str]:
+    def _costly(self, layer: int, measured: LayerMeasures, slack: float = 1.0) -> list[str]:
         """Return how little time a layer's sparse steps save, if it is too little to take them for its sake."""
-        if not self.weighs or self._teaches(step):
-            return []
         gain = self._gain(layer, measured)
-        return [f"a dense step takes {gain:.2f} times a sparse one, below {SAVES / slack:g}"] * (
-            gain * slack < SAVES
-        )
+        if gain * slack >= SAVES:
+            return []
+        return [f"a dense step takes {gain:.2f} times a sparse one, below {SAVES / slack:g}"]
 
     def _why_dense(self, step: int, layer: int, measured: LayerMeasures) -> str:
         """Say what keeps a layer out of sparse steps after a measurement."""
@@ -275,7 +277,9 @@ class Schedule:
         if now == "sparse":
             told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
             told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
-            told += f"; from step {self.dense_until} on sparse mode is taught" * self._teaches(step)
+            told += f"; from step {self.dense_until} on sparse mode is taught" * (
+                self.weighs and not self._is_early(step)
+            )
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"
         return told

@@ -74,7 +74,7 @@ def test_each_layer_by_its_own_costs() -> None:
     found = ways(auto([ACTIVE] * 5), measures)
     assert found == {
         50: ("active", "active", "active", "dense", "active"),
-        100: ("sparse", "active", "active", "sparse", "active"),
+        100: ("sparse", "active", "active", "dense", "active"),  # 4 ms or 1 ms, but 40 % are active
         920: ("sparse", "sparse", "sparse", "sparse", "active"),  # 90 of 128 are more than 0.65
     }
     assert ways(auto([FULL_PRICE, ACTIVE]), [layer(0.05)] * 2)[100] == ("sparse", "active")
@@ -101,6 +101,8 @@ def test_a_layer_joins_early_when_it_saves_clearly_and_leaves_when_it_no_longer_
     assert (joins(0.071, inside), joins(0.069, inside)) == (True, False)
     assert (joins(0.2, alike=0.15), joins(0.2, alike=0.149)) == (True, False)
     assert not joins(0.2, step=99)
+    # However cheap: more than 30 % active neurons keep it out, more than 37.5 % put it out.
+    assert (joins(0.3), joins(0.301), joins(0.37, inside), joins(0.38, inside)) == (True, False, True, False)
     # From 920 on sparse mode is taught, whatever it costs and however the pattern moves.
     assert joins(0.01, step=920, alike=0.0)
     assert joins(0.01, inside, step=920, alike=0.0)
