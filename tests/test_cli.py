@@ -259,7 +259,7 @@ def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
         if name not in config:
             continue  # of the verb, not of the run
         seen.add(name)
-        said = re.search(r"\(default:? (?:the recipe's; in float32 here )?(.*)\)$", text.strip())
+        said = re.search(r"\(default:? (?:the recipe's; in float32 auto's is )?(.*)\)$", text.strip())
         if name in ("recipe", "precision"):
             assert said is not None
             assert said[1] == "auto"

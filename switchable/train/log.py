@@ -83,8 +83,7 @@ class RunLog:
 
     def costs(self, found: Sequence[Costs]) -> None:
         """Record what each layer's ways to multiply cost."""
-        if found:
-            self._write({"kind": "costs", "step": 0, "layers": plain(found)})
+        self._write({"kind": "costs", "step": 0, "layers": plain(found)})
 
     def measure(self, measurement: Measurement) -> None:
         """Record a measurement of the monitor."""

@@ -234,7 +234,7 @@ def _run(job: Job, rundir: RunDir, counters: Counters, quiet: bool, jobs: int) -
     log = open_log(rundir, train.steps, counters.steps, quiet)
     try:
         flops = count_step(job)
-        if not counters.steps:
+        if job.controller.schedule.weighs and not counters.steps:
             begin = time.perf_counter()
             job.controller.time_layers()
             counters.seconds_measure += time.perf_counter() - begin
