@@ -105,16 +105,22 @@ def prepare_call(
     extra = (*router, *(() if start_D is None else (start_D,)))
     if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
         return None
+    threads, gated = torch.get_num_threads(), weights.gate_FD is not None
+    bytes_read = (
+        min(tokens * experts_per_token, num_experts) * (d_ff // num_experts) * d_model * (12 if gated else 8)
+    )
     sizes = Sizes(
         d_model,
         d_ff // num_experts,
         num_experts,
         experts_per_token,
         squared=activation == "relu2",
-        gated=weights.gate_FD is not None,
+        gated=gated,
         gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
+        routed=bool(router),
+        alone=threads == 1 or bytes_read < WORTH_THREADS,
     )
     # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
@@ -138,13 +144,9 @@ def prepare_call(
     }
     if router:
         fields |= {"router": router[0], "router_bias": router[1]}
-    entry, threads = "routed" if router else "given", torch.get_num_threads()
-    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * (12 if sizes.gated else 8)
-    stages: tuple[int, ...] = (1, num_experts, threads)
-    if threads == 1 or bytes_read < WORTH_THREADS:
-        entry, stages = f"{entry}_alone", (1,)
+    stages = (1,) if sizes.alone else (1, num_experts, threads)
     code = _code(sizes, cast(Machine, this_machine()))
-    return DecodeCall(Run(DECODE, code, entry, stages, fields), scratch, given_TK)
+    return DecodeCall(Run(DECODE, code, "decode", stages, fields), scratch, given_TK)
 
 
 @functools.cache
