@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from switchable import ranks
@@ -126,8 +125,23 @@ def _in_threads(
 
 
 def similarity(labels_a: Tensor, labels_b: Tensor) -> float:
-    """Return the adjusted Rand index of two groupings of the same neurons: 1 the same, about 0 unrelated."""
-    return float(adjusted_rand_score(*_of_the_same(labels_a=labels_a, labels_b=labels_b)))
+    """Return the adjusted Rand index of two groupings of the same neurons: 1 the same, about 0 unrelated.
+
+    scikit-learn has it too, but importing that takes a fifth of every process's start.
+    """
+    a_F, b_F = (
+        np.unique(each, return_inverse=True)[1] for each in _of_the_same(labels_a=labels_a, labels_b=labels_b)
+    )
+    counts_AB = np.bincount(a_F * (b_F.max() + 1) + b_F, minlength=(a_F.max() + 1) * (b_F.max() + 1))
+    counts_AB = counts_AB.reshape(-1, b_F.max() + 1)
+    # Ordered pairs of neurons by whether a puts them together, and b; a neuron makes a pair with itself.
+    in_both, in_a, in_b = (int(np.square(n).sum()) for n in (counts_AB, counts_AB.sum(1), counts_AB.sum(0)))
+    both, only_a, only_b = in_both - len(a_F), in_a - in_both, in_b - in_both
+    neither = len(a_F) ** 2 - in_both - only_a - only_b
+    if only_a == only_b == 0:
+        return 1.0
+    chance = (both + only_a) * (only_a + neither) + (both + only_b) * (only_b + neither)
+    return 2.0 * (both * neither - only_a * only_b) / chance
 
 
 def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from switchable import progress
@@ -108,6 +110,15 @@ def test_all_layers_give_what_each_alone_gives() -> None:
         assert torch.equal(labels_F, BalancedKMeans(8, random_state=3 + i).fit(rows_FD).labels_)
     assert all(map(torch.equal, labels, structure.cluster_layers(rows, 8, random_state=3, workers=1)))
     assert structure.cluster_layers([], 8) == []
+
+
+@pytest.mark.parametrize(("neurons", "groups", "others"), [(1, 1, 1), (6, 6, 1), (40, 4, 7), (500, 25, 25)])
+def test_the_rand_index_is_scikit_learns_to_the_last_bit(neurons: int, groups: int, others: int) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        a, b = (torch.from_numpy(rng.integers(0, count, neurons)) for count in (groups, others))
+        for other in (b, a, a.flip(0)):
+            assert structure.similarity(a, other) == adjusted_rand_score(a.numpy(), other.numpy())
 
 
 def test_threads_of_torch_are_as_before() -> None:
