@@ -11,14 +11,15 @@ import torch
 from compute.problems import TOLERANCE, Case, assert_equals_reference, outcome, problem, relative_error
 from llvmlite import ir
 
-from switchable.compute.cpu import limits, llvm, tasks
+from switchable.compute.cpu import code, limits, llvm, tasks
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts import fused, packing
 from switchable.compute.cpu.experts import library as fused_library
 from switchable.compute.cpu.experts.dot import MOST_VECTORS, _split
 from switchable.compute.cpu.experts.library import library
 from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.reorder import write_reorder
-from switchable.compute.cpu.llvm import POINTER, Machine, Writer, compile_module, this_machine
+from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
 from switchable.errors import InputError
 
 pytestmark = pytest.mark.skipif(
@@ -260,10 +261,10 @@ def test_weights_are_reordered_as_the_loops_read_them() -> None:
         packing = Packing(width, neurons, torch.float32, replace(HERE, vector_bytes=4 * lanes))
         module = ir.Module("reorder")
         write_reorder(Writer(module, "reorder", [POINTER, POINTER], wide=False, lanes=lanes), packing)
-        code = compile_module(module, HERE)
+        built = Code(module, HERE)
         weights = torch.arange(1.0, neurons * width + 1)
         packed = torch.empty(packing.vectors * packing.steps * lanes)
-        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(code.address("reorder"))
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(built.address("reorder"))
         call(weights.data_ptr(), packed.data_ptr())
         return packed.tolist()
 
@@ -280,13 +281,13 @@ def test_weights_are_reordered_as_the_loops_read_them() -> None:
 
 def test_what_a_call_does_not_need_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
-    compiled = llvm._compiled
+    compiled = code._compiled
 
     def noted(text: str, machine: Machine) -> object:
         found.append(text)
         return compiled(text, machine)
 
-    monkeypatch.setattr(llvm, "_compiled", noted)
+    monkeypatch.setattr(code, "_compiled", noted)
     with torch.no_grad():
         problem(Case(width=80, neurons=3)).run("fused")
     # Three functions of eight: pairs in order, `up` with a bias, `down`.

@@ -1,9 +1,8 @@
-"""A small vocabulary for writing loops over vectors in LLVM's language, and the machine that they are compiled for.
+"""A small vocabulary for writing loops over vectors in LLVM's language, and the machine that they are written for.
 
-    Writer("dot", ...)  ->  LLVM IR  ->  Code  ->  machine code in memory, called through ctypes (tasks.py)
+    Writer("dot", ...)  ->  LLVM IR  ->  Code (code.py)  ->  machine code in memory, called through ctypes (tasks.py)
 
-All loops of the CPU's backends are written with it. LLVM comes as a wheel (llvmlite) and compiles in memory, within a
-fraction of a second: no compiler has to be installed, and nothing is kept on disk.
+All loops of the CPU's backends are written with it.
 
 Source: LLVM's language reference (getelementptr, shufflevector, llvm.fma, llvm.prefetch).
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,8 +24,6 @@ Index: TypeAlias = ir.Value | int
 """An int64 in the code that is written: computed there, or known now."""
 CACHE_LINE = 64
 """Bytes."""
-CALLED = re.compile(r'@"([^"]+)"')
-"""A function's name in LLVM's language."""
 
 
 @dataclass(frozen=True)
@@ -58,56 +54,6 @@ def this_machine() -> Machine | None:
         return None
     pairs = bool(features.get("avx512bf16"))
     return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs)
-
-
-class Code:
-    """Functions as machine code in memory, which lives as long as this does.
-
-    Each is compiled, with those that it calls, when its address is first asked for: a model needs some of a module's.
-    """
-
-    def __init__(self, module: ir.Module, machine: Machine):
-        self.machine = machine
-        self._texts = {function.name: str(function) for function in module.functions}
-        self._engines: dict[str, llvm.ExecutionEngine] = {}
-
-    def address(self, name: str) -> int:
-        """Return where a function begins."""
-        if name not in self._engines:
-            self._engines[name] = _compiled("\n".join(self._called_by(name).values()), self.machine)
-        return int(self._engines[name].get_function_address(name))
-
-    def _called_by(self, name: str) -> dict[str, str]:
-        """Return the text of a function and of all that it calls, by their names."""
-        found: dict[str, str] = {}
-        names = [name]
-        while names:
-            found |= {each: self._texts[each] for each in names}
-            names = [each for text in found.values() for each in CALLED.findall(text) if each not in found]
-        return found
-
-
-def compile_module(module: ir.Module, machine: Machine) -> Code:
-    """Return a module's functions; they may be called as long as the result lives."""
-    return Code(module, machine)
-
-
-def _compiled(text: str, machine: Machine) -> llvm.ExecutionEngine:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, jit=True
-    )
-    compiled = llvm.parse_assembly(text)
-    compiled.verify()
-    # The loops are tiled for the registers already; unrolled or vectorised once more they would spill.
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
-    passes = llvm.create_pass_builder(target, options)
-    passes.getModulePassManager().run(compiled, passes)
-    engine = llvm.create_mcjit_compiler(compiled, target)
-    engine.finalize_object()
-    return engine
 
 
 def i64(value: Index) -> ir.Value:

@@ -28,9 +28,10 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
 from switchable.compute.cpu.limits import why_no_loops
-from switchable.compute.cpu.llvm import Code, Machine, compile_module, this_machine
+from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
 from switchable.compute.cpu.topk import MOST_EXPERTS
 
@@ -153,4 +154,4 @@ def prepare_call(
 def _code(sizes: Sizes, machine: Machine) -> Code:
     module = ir.Module("decode")
     DecodeKernels(module, sizes, machine)
-    return compile_module(module, machine)
+    return Code(module, machine)
