@@ -40,13 +40,8 @@ def arguments(base: Path, corpus: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_stopped_gone_on_with_and_finished(
-    base: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = arguments(
-        base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, len(os.sched_getaffinity(0))))
-    )
-    first = subprocess.Popen(
+def started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "switchable", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -54,6 +49,15 @@ def test_stopped_gone_on_with_and_finished(
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         start_new_session=True,
     )
+
+
+def test_stopped_gone_on_with_and_finished(
+    base: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(
+        base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, len(os.sched_getaffinity(0))))
+    )
+    first = started(command)
     metrics = base / "out/dense-s0/metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -73,13 +77,7 @@ def test_stopped_gone_on_with_and_finished(
     assert out == ""
 
     dense.acquire()  # another process takes over the dense run ...
-    second = subprocess.Popen(
-        [sys.executable, "-m", "switchable", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    second = started(command)
     assert second.stderr is not None
     for line in second.stderr:
         if "dense-s0: another process is training it; waiting for it" in line:
