@@ -115,9 +115,9 @@ def test_a_run_that_fails_is_named_with_its_reason(
     [
         (["--methods", "sdd"], ["method 'sdd' is not known", "did you mean 'ssd'"]),
         (["--methods", "ssd@two"], ["'ssd@two': after @ comes a factor", "e.g. ssd@1.04"]),
-        (["--seeds", "one"], ["seed 'one' is not usable", "--seeds 0 1 2"]),
-        (["--jobs", "0"], ["jobs='0' is not possible"]),
-        (["--jobs", "999"], ["jobs='999' is not possible"]),
+        (["--seeds", "0", "-1"], ["--seeds=-1 is out of range; use a whole number of at least 0"]),
+        (["--jobs", "0"], ["--jobs=0 is out of range; use a whole number from 1 to "]),
+        (["--jobs", "999"], ["--jobs=999 is out of range"]),
         (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64"]),
         (["--monitor-every", "0"], ["monitor_every=0 would never find"]),
         (["--out", "SMALL"], ["small.yaml/compare.json cannot be written: Not a directory"]),
