@@ -26,13 +26,16 @@ class Code:
     def __init__(self, module: ir.Module, machine: Machine):
         self.machine = machine
         self._texts = {function.name: str(function) for function in module.functions}
-        self._engines: dict[str, llvm.ExecutionEngine] = {}
+        self._engines: list[llvm.ExecutionEngine] = []  # they hold the code
+        self._addresses: dict[str, int] = {}
 
     def address(self, name: str) -> int:
         """Return where a function begins."""
-        if name not in self._engines:
-            self._engines[name] = _compiled("\n".join(self._called_by(name).values()), self.machine)
-        return int(self._engines[name].get_function_address(name))
+        if name not in self._addresses:
+            engine = _compiled("\n".join(self._called_by(name).values()), self.machine)
+            self._engines.append(engine)
+            self._addresses[name] = int(engine.get_function_address(name))
+        return self._addresses[name]
 
     def _called_by(self, name: str) -> dict[str, str]:
         """Return the text of a function and of all that it calls, by their names."""
