@@ -1,22 +1,31 @@
-"""AMX: when it may be used, and, emulated, that one tile's product is what Intel's manual says.
+"""AMX: when it is used, what is compiled, and, emulated, that one tile's product is what Intel's manual says.
 
-The processor's own instructions run where it has them.
+`test_half.py` compares the experts' results; the processor's own instructions run where it has them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compute.emulated_amx import EMULATED, EmulatedAMX
+from compute.problems import Case, outcome, problem
 from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu import instructions, llvm
 from switchable.compute.cpu.amx import AMX, CONFIGURATION
+from switchable.compute.cpu.experts import fused
+from switchable.compute.cpu.experts.dot import EPILOGUES, GATED
+from switchable.compute.cpu.experts.library import Library
+from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import POINTER, Machine, Writer, compile_module, this_machine
 from switchable.compute.cpu.tasks import ENTRY
 
@@ -185,3 +194,107 @@ def test_the_processor_s_product_is_the_emulated_one() -> None:
     torch.testing.assert_close(
         tile_product(AMX(), *tiles), tile_product(EMULATED, *tiles), rtol=1e-6, atol=1e-6
     )
+
+
+def assembly(packing: Packing, gated: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loops of a packing in the machine's language."""
+    written = []
+
+    def engine(compiled: llvm.llvm.ModuleRef, target: llvm.llvm.TargetMachine) -> SimpleNamespace:
+        written.append(target.emit_assembly(compiled))
+        return SimpleNamespace(finalize_object=lambda: None)
+
+    monkeypatch.setattr(llvm.llvm, "create_mcjit_compiler", engine)
+    Library(packing, gated)
+    return written[0]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="LLVM's code for x86-64")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_four_tiles_are_read_for_four_products_and_nothing_else(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = Machine("sapphirerapids", "", 64, 32, pairs=True, amx=AMX())
+    text = assembly(Packing(768, 96, HALF, processor), gated, monkeypatch)
+    _, *parts = re.split(r"^([a-z]\w*):", text, flags=re.MULTILINE)
+    functions = dict(zip(parts[::2], parts[1::2], strict=True))
+    multiplying = {name.removesuffix("_expert") for name, own in functions.items() if "tdpbf16ps" in own}
+    assert multiplying == {"scatter", "weights", *(f"dot{name}" for name in (GATED if gated else EPILOGUES))}
+    blocks = [block for block in text.split("\n.LBB") if "tdpbf16ps" in block]
+    inner = [block.split("\n\tj")[0] for block in blocks]
+    for block in inner:
+        products = block.count("tdpbf16ps")
+        assert products in (2, 4)  # of one row of tiles and of two
+        assert block.count("tileloadd") == {2: 3, 4: 4}[products]
+        moves = [line for line in block.splitlines() if "mov" in line and "(" in line]
+        assert not moves, moves  # from or to memory: a spill
+    assert any(block.count("tdpbf16ps") == 4 for block in inner)
+    assert "vdpbf16ps" not in text
+    assert text.count("ldtilecfg") == text.count("tilerelease") == (8 if gated else 6)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This machine with emulated tiles, none of which are used wrongly."""
+    assert HERE is not None
+    monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
+    before = EMULATED.products
+    yield
+    assert EMULATED.products > before
+    assert EMULATED.faults == 0
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_threads_and_repetition_do_not_change_a_bit(gated: bool) -> None:
+    case = Case(1301, 64, 24, experts=8, dtype=HALF, gated=gated)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results.append(outcome(problem(case), "fused"))
+    torch.set_num_threads(before)
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("neurons", [8, 24, 40, 96])
+def test_what_another_call_left_in_memory_is_in_no_sum(neurons: int) -> None:
+    case = Case(77, 64, neurons, experts=4, dtype=HALF)
+    found, spoilt = problem(case), problem(replace(case, experts=8))  # with room for more
+    wanted = outcome(found, "fused")
+    with torch.no_grad():
+        spoilt.leaves["up"].fill_(torch.nan)
+    outcome(spoilt, "fused")
+    for name, got in outcome(found, "fused").items():
+        assert got.isfinite().all(), name
+        assert torch.equal(got, wanted[name]), name
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("last", "wanted"), [(1.0, 33 * 32.0), (torch.inf, torch.inf)])
+def test_a_gradient_of_33_tokens_is_filled_up_with_zeros_only(last: float, wanted: float) -> None:
+    found = problem(Case(33, 32, 16, experts=1, chosen=1, dtype=HALF, bias=False))
+    with torch.no_grad():
+        for leaf in found.leaves.values():
+            leaf.fill_(1)
+        found.x[32] = last
+    (gradient,) = torch.autograd.grad(found.run("fused").sum(), [found.leaves["up"]])
+    assert (gradient == wanted).all()
+
+
+def test_without_amx_no_tile_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = EMULATED.products
+    case = Case(77, 64, 24, experts=4, dtype=HALF)
+    machines = (
+        replace(HERE, amx=None),
+        replace(HERE, pairs=False, amx=EMULATED),
+        replace(HERE, vector_bytes=32, registers=16, amx=EMULATED),
+    )
+    for machine in machines:
+        monkeypatch.setattr(fused, "this_machine", lambda machine=machine: machine)
+        outcome(problem(case), "fused")
+    monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
+    for other in (replace(case, width=48), replace(case, neurons=7), replace(case, dtype=torch.float32)):
+        outcome(problem(other), "fused")
+    assert EMULATED.products == before
