@@ -160,7 +160,7 @@ class Blocks:
 
 
 def dot_by_amx(loops: Loops, w: Writer, finish: Callable[[ir.Value, ir.Value, Index], None]) -> None:
-    """Multiply an expert's tokens with its neurons; `finish` is given sums, their token's place and first neuron."""
+    """Multiply an expert's tokens with its neurons; `finish` is given sums, their row and first neuron."""
     count, tokens, x, packed = w.arguments[:4]
     blocks, width = Blocks(loops, w), loops.words_D
     whole = loops.I // BLOCK * BLOCK
