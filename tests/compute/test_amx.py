@@ -17,16 +17,17 @@ import pytest
 import torch
 from compute.emulated_amx import EMULATED, EmulatedAMX
 from compute.problems import Case, outcome, problem
-from llvmlite import ir
+from llvmlite import binding, ir
 from torch import Tensor
 
-from switchable.compute.cpu import instructions, llvm
+from switchable.compute.cpu import code, instructions, llvm
 from switchable.compute.cpu.amx import AMX, CONFIGURATION
-from switchable.compute.cpu.experts import fused
+from switchable.compute.cpu.code import Code
+from switchable.compute.cpu.experts import fused, library
 from switchable.compute.cpu.experts.dot import EPILOGUES, GATED
 from switchable.compute.cpu.experts.library import Library
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import POINTER, Machine, Writer, compile_module, this_machine
+from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
 from switchable.compute.cpu.tasks import ENTRY
 
 HERE = this_machine()
@@ -140,8 +141,8 @@ def tile_product(amx: AMX | EmulatedAMX, total: Tensor, left: Tensor, right: Ten
     amx.store(w.b, 0, addresses[0], 64)
     amx.release(w.b)
     w.b.ret_void()
-    code = compile_module(module, HERE)
-    ENTRY(code.address("product"))(ctypes.c_void_p())
+    built = Code(module, HERE)
+    ENTRY(built.address("product"))(ctypes.c_void_p())
     return tensors[0]
 
 
@@ -183,8 +184,8 @@ def test_the_emulation_counts_what_a_processor_would_refuse() -> None:
     amx.release(w.b)
     w.b.ret_void()
     assert HERE is not None
-    code = compile_module(module, HERE)
-    ENTRY(code.address("wrong"))(ctypes.c_void_p())
+    built = Code(module, HERE)
+    ENTRY(built.address("wrong"))(ctypes.c_void_p())
     assert amx.faults == 3
 
 
@@ -200,11 +201,13 @@ def assembly(packing: Packing, gated: bool, monkeypatch: pytest.MonkeyPatch) -> 
     """The loops of a packing in the machine's language."""
     written = []
 
-    def engine(compiled: llvm.llvm.ModuleRef, target: llvm.llvm.TargetMachine) -> SimpleNamespace:
+    def engine(compiled: binding.ModuleRef, target: binding.TargetMachine) -> SimpleNamespace:
         written.append(target.emit_assembly(compiled))
         return SimpleNamespace(finalize_object=lambda: None)
 
-    monkeypatch.setattr(llvm.llvm, "create_mcjit_compiler", engine)
+    monkeypatch.setattr(binding, "create_mcjit_compiler", engine)
+    # All of the module at once, not what a call needs of it.
+    monkeypatch.setattr(library, "Code", lambda module, machine: code._compiled(str(module), machine))
     Library(packing, gated)
     return written[0]
 
