@@ -25,7 +25,11 @@ from switchable.errors import InputError
 from switchable.progress import progress_bar
 from switchable.structure.kmeans import BalancedKMeans
 
-PROMISING = 0.003  # a fresh fit this close above its goal after one sweep is worth finishing
+MARGIN = 0.005
+"""A fresh fit replaces the warm one if its inertia is lower by more than this fraction. Groupings of nearly equal
+inertia can have little in common: with 0 experts change for next to nothing."""
+PROMISING = 0.003
+"""A fresh fit this close above its goal after one sweep is worth finishing."""
 
 
 def cluster_layers(
@@ -35,8 +39,6 @@ def cluster_layers(
     warm: Sequence[Tensor | None] | None = None,
     random_state: int = 0,
     fresh: bool = True,
-    margin: float = 0.005,
-    workers: int | None = None,
     progress: bool = True,
 ) -> list[Tensor]:
     """Group the neurons of all layers into `num_experts` equal groups each; return labels_F per layer.
@@ -44,9 +46,6 @@ def cluster_layers(
     warm: labels to start from, per layer; None (the whole or an entry) starts from scratch. The result keeps
         the numbers of the experts it started from.
     fresh: try a start from scratch as well where there are labels to start from.
-    margin: it replaces the warm result if its inertia is lower by more than this fraction. Groupings of
-        nearly equal inertia can have little in common: with 0 experts change for next to nothing.
-    workers: threads; None means one per CPU thread that torch may use.
     progress: say how far the work is, if it takes a while.
 
     Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
@@ -54,22 +53,18 @@ def cluster_layers(
     """
     if warm is not None and len(warm) != len(rows_per_layer):
         raise InputError(f"{len(warm)} warm starts for {len(rows_per_layer)} layers; give one each, or None")
-    if not 0 <= margin < 1:
-        raise InputError(f"margin={margin}; give a fraction of the inertia, 0 up to 1")
 
     def one(layer: int) -> Tensor:
         rows_FD, start_F = rows_per_layer[layer], None if warm is None else warm[layer]
         assert rows_FD is not None, f"the rows of layer {layer} are missing on the rank that groups it"
         try:
-            return _cluster_layer(rows_FD, num_experts, start_F, random_state + layer, fresh, margin)
+            return _cluster_layer(rows_FD, num_experts, start_F, random_state + layer, fresh)
         except InputError as error:
             raise InputError(f"layer {layer} of {len(rows_per_layer)}: {error}") from error
 
     mine = [layer for layer in range(len(rows_per_layer)) if groups_layer(layer)]
     show = progress and ranks.is_main()
-    parts = ranks.gather(
-        lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, workers, show)]
-    )
+    parts = ranks.gather(lambda: [labels_F.cpu().numpy() for labels_F in _in_threads(one, mine, show)])
     world = len(parts)
     return [
         torch.from_numpy(parts[layer % world][layer // world]).to("cpu" if rows is None else rows.device)
@@ -82,9 +77,7 @@ def groups_layer(layer: int) -> bool:
     return layer % ranks.world_size() == ranks.rank()
 
 
-def _cluster_layer(
-    rows_FD: Tensor, experts: int, start_F: Tensor | None, seed: int, fresh: bool, margin: float
-) -> Tensor:
+def _cluster_layer(rows_FD: Tensor, experts: int, start_F: Tensor | None, seed: int, fresh: bool) -> Tensor:
     """One layer: from its labels, from scratch, or the better of both."""
     if start_F is None:
         scratch: Tensor = BalancedKMeans(experts, random_state=seed).fit(rows_FD).labels_
@@ -93,7 +86,7 @@ def _cluster_layer(
     labels_F: Tensor = warm.labels_
     if not fresh or warm.inertia_ == 0:
         return labels_F
-    goal = (1 - margin) * warm.inertia_
+    goal = (1 - MARGIN) * warm.inertia_
     # One sweep of local search tells whether the rest of a fresh fit, some two thirds of it, can be saved.
     other = BalancedKMeans(experts, sweeps=1, random_state=seed).fit(rows_FD)
     if goal <= other.inertia_ < goal * (1 + PROMISING):
@@ -101,15 +94,10 @@ def _cluster_layer(
     return match_labels(start_F, other.labels_, experts) if other.inertia_ < goal else labels_F
 
 
-def _in_threads(
-    one: Callable[[int], Tensor], layers: Sequence[int], workers: int | None, show: bool
-) -> list[Tensor]:
+def _in_threads(one: Callable[[int], Tensor], layers: Sequence[int], show: bool) -> list[Tensor]:
     """Return `one(layer)` for each of the layers, in their order; a bar appears if it takes a while."""
     threads = torch.get_num_threads()
-    workers = threads if workers is None else workers
-    if workers < 1:
-        raise InputError(f"workers={workers}; give the number of threads, 1 or more, or None")
-    workers = max(1, min(workers, len(layers)))
+    workers = max(1, min(threads, len(layers)))
     # One thread per layer beats all threads in each operation: much of the work is small operations.
     each = (threads // workers or 1,)
     try:
