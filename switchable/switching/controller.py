@@ -216,19 +216,20 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, why, k, few_active, penalty in zip(
+        for layer, others, part, why, k, few_active, ratio, penalty in zip(
             self.layers,
             self.twins,
             state.takes_part,
             state.why_dense,
             state.experts_per_token,
             state.multiplies_active,
+            state.activation_ratio,
             state.activation_l1,
             strict=True,
         ):
             ssd = layer.ssd
             ssd.takes_part, ssd.why_dense = part, why
-            ssd.multiplies_active, ssd.activation_l1 = few_active, penalty
+            ssd.multiplies_active, ssd.activation_ratio, ssd.activation_l1 = few_active, ratio, penalty
             ssd.set_experts_per_token(k)
             # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
             for twin in others:
@@ -246,6 +247,7 @@ class Controller:
             "takes_part": list(self.state.takes_part),
             "experts_per_token": list(self.state.experts_per_token),
             "multiplies_active": list(self.state.multiplies_active),
+            "activation_ratio": list(self.state.activation_ratio),
             "activation_l1": list(self.state.activation_l1),
             "why_dense": list(self.state.why_dense),
             "began": self.state.began,
@@ -275,6 +277,7 @@ class Controller:
             tuple(state["activation_l1"]),
             state["began"],
             tuple(state.get("why_dense", [""] * len(self.layers))),  # which version 0.1 did not write
+            tuple(state.get("activation_ratio", [0.0] * len(self.layers))),  # nor this
         )
         parts = zip(state["last"], state["patterns"], state["routes"], strict=True)
         self.last = [None if any(p is None for p in part) else Found(*part) for part in parts]

@@ -50,6 +50,8 @@ class ScheduleState:
     """The step at which alternating began; None before."""
     why_dense: tuple[str, ...] = field(default=(), compare=False)
     """What keeps each layer out of sparse steps: what was measured against which limit; empty where nothing does."""
+    activation_ratio: tuple[float, ...] = field(default=(), compare=False)
+    """Each layer's, at the last measurement."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Schedule:
             multiplies_active=(False,) * num_layers,
             activation_l1=(self.config.activation_l1,) * num_layers,
             why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
+            activation_ratio=(1.0,) * num_layers,
         )
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
@@ -193,6 +196,7 @@ class Schedule:
         return replace(
             state,
             experts_per_token=tuple(self.experts_needed(m) for m in measures),
+            activation_ratio=tuple(m.activation_ratio for m in measures),
             multiplies_active=tuple(m.activation_ratio < config.active_below for m in measures),
             activation_l1=tuple(
                 config.activation_l1 if m.activation_ratio > ACTIVATION_TARGET else 0.0 for m in measures
