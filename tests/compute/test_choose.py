@@ -114,7 +114,10 @@ def test_pairs_pay_from_few_tokens_on_and_for_large_experts(
             replace(case, gated=True)
             for case in (large, *(replace(unpaired[0], neurons=neurons) for neurons in (254, 256)))
         ]
-        calls = [problem(case).call for case in (few, replace(few, tokens=few.tokens + 1), large, *unpaired, *gated)]
+        calls = [
+            problem(case).call
+            for case in (few, replace(few, tokens=few.tokens + 1), large, *unpaired, *gated)
+        ]
         with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
             return [choose(call).name for call in calls]
 

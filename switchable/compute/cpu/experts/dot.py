@@ -10,13 +10,14 @@ Shapes as in `kernels.py`.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
 EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
@@ -30,6 +31,8 @@ DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act",
 `bias` is [F], `act` and `up` [P, I]."""
 MOST_VECTORS = 3
 """Vectors of neurons in a tile."""
+MOST_WRITTEN_OUT = 4
+"""Tiles of an expert that are written one after another; more are a loop, as compiling each takes a tenth of a second."""
 
 
 def write_dot(loops: Loops) -> None:
@@ -43,7 +46,11 @@ def write_dot(loops: Loops) -> None:
 def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     packing = loops.packing
     product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
-    for first, vectors in _split(packing.vectors, MOST_VECTORS):
+    in_loop, others = _split(packing.vectors, MOST_VECTORS)
+    whole = partial(_product, loops, product, epilogue, vectors=MOST_VECTORS)
+    if in_loop:
+        product.range(0, in_loop, MOST_VECTORS, whole)
+    for first, vectors in others:
         _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
     w = loops.writer(f"dot{epilogue}", [POINTER])
@@ -72,7 +79,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     DOT.write(w, pack, chunk)
 
 
-def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -> None:
+def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
     count, tokens, x, packed, bias, *of_pairs = w.arguments
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
@@ -80,7 +87,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
     # multipliers busy meanwhile: take two steps at a time, each with sums of its own.
     chains = 2 if vectors == 1 and steps % 2 == 0 else 1
-    ours = w.at(packed, first * steps * lanes)
+    ours = w.at(packed, w.mul(first, steps * lanes))
     following = w.at(ours, packing.vectors * steps * lanes)
     # `count` tokens of `steps` steps each prefetch steps · vectors · lanes numbers: the next expert's.
     pace = Pace(w, vectors * lanes, count)
@@ -112,14 +119,19 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
             for v in range(vectors):
                 parts = sums[r * vectors + v :: rows * vectors]
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
-                neuron = (first + v) * packing.neurons_per_vector
-                total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
-                places = [place_of(values, i, r, first + v) for values in of_pairs]
+                neuron, neurons = (
+                    w.mul(w.add(first, v), packing.neurons_per_vector),
+                    packing.neurons_per_vector,
+                )
+                if isinstance(first, int):  # in a loop all are there
+                    neurons = min(neurons, loops.I - (first + v) * neurons)
+                total = _reduce_inputs(loops, w, total, neurons)
+                places = [place_of(values, i, r, w.add(first, v)) for values in of_pairs]
                 _finish(loops, w, total, epilogue, w.at(bias, neuron), places)
 
-    def place_of(values: ir.Value, i: ir.Value, r: int, vector: int) -> ir.Value:
+    def place_of(values: ir.Value, i: ir.Value, r: int, vector: Index) -> ir.Value:
         pair = w.mul(w.add(i, r), loops.I)
-        return loops.at_z(w, values, w.add(pair, vector * packing.neurons_per_vector))
+        return loops.at_z(w, values, w.add(pair, w.mul(vector, packing.neurons_per_vector)))
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -154,8 +166,13 @@ def _finish(
     loops.store_z(w, total, z)
 
 
-def _split(vectors: int, most: int) -> list[tuple[int, int]]:
-    """Split a number of vectors into groups of at most `most`, as equal as possible: (first, how many)."""
+def _split(vectors: int, most: int) -> tuple[int, list[tuple[int, int]]]:
+    """Split a number of vectors into groups of at most `most`: how many go in a loop, and (first, how many) of others.
+
+    Those others are as equal as possible: a single vector would be slow.
+    """
     count = -(-vectors // most)
-    bounds = [vectors * i // count for i in range(count + 1)]
-    return [(first, after - first) for first, after in itertools.pairwise(bounds)]
+    looped = count - 2 if count > MOST_WRITTEN_OUT else 0
+    start, count = looped * most, count - looped
+    bounds = [start + (vectors - start) * i // count for i in range(count + 1)]
+    return start, [(first, after - first) for first, after in itertools.pairwise(bounds)]
