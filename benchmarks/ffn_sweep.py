@@ -1,8 +1,8 @@
 """Whether a sparse layer is anywhere slower than the dense one: see `ffn.py`, which runs it with `--sweep`.
 
-A whole converted layer, router and backend `auto`, against the fastest dense FFN: in training, where its router learns,
-and without gradients. In bfloat16 the layer trains under autocast and then has weights of bfloat16; dense may be float32
-all the same.
+A whole converted layer, router and backend `auto`, against the fastest dense FFN: in training, where its router
+learns, and without gradients. In bfloat16 the layer trains under autocast and then has weights of bfloat16; dense may
+be float32 all the same. With one thread CPU time is taken, which others' work does not reach.
 
 Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 """

@@ -32,7 +32,7 @@ DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act",
 MOST_VECTORS = 3
 """Vectors of neurons in a tile."""
 MOST_WRITTEN_OUT = 4
-"""Tiles of an expert that are written one after another; more are a loop, as compiling each takes a tenth of a second."""
+"""Tiles of an expert that are written one after another; more are a loop, as each takes 0.1 s to compile."""
 
 
 def write_dot(loops: Loops) -> None:
