@@ -30,9 +30,11 @@ CASES = {
     "odd number of neurons": replace(PLAIN, neurons=7),
     "experts of 8": replace(PLAIN, neurons=8),
     "experts of 12": replace(PLAIN, neurons=12, bias=False),
-    "experts of 96": replace(PLAIN, neurons=96),
-    "columns in two pieces": replace(PLAIN, neurons=150, width=128),
-    "several chunks": replace(PLAIN, tokens=1301, width=64),
+    "experts of 52": replace(PLAIN, neurons=52),
+    "several chunks": replace(PLAIN, tokens=1301),
+    "hardly a tile of tokens": replace(PLAIN, tokens=9),
+    "one expert": replace(PLAIN, experts=1, chosen=1),
+    "all experts": replace(PLAIN, chosen=8),
     "relu2": replace(PLAIN, activation="relu2"),
     "an expert with no token": replace(PLAIN, routing="late", chosen=2),
     "all tokens on one expert": replace(PLAIN, routing="one", chosen=1),
@@ -94,7 +96,9 @@ def test_it_is_as_exact_as_the_dense_layer_in_bfloat16(case: Case, autocast: boo
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
 @pytest.mark.parametrize(
-    "case", [case for case in CASES.values() if not case.gated], ids=[n for n, c in CASES.items() if not c.gated]
+    "case",
+    [case for case in CASES.values() if not case.gated],
+    ids=[n for n, c in CASES.items() if not c.gated],
 )
 def test_sorted_too(case: Case, autocast: bool) -> None:
     assert_as_exact_as_dense(case, autocast, "sorted")

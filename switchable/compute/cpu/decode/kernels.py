@@ -5,8 +5,8 @@
              gated: relu(gate_e · x_t + c) ⊙ (up_e · x_t + b), rows of `up` only for neurons whose gate is open
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
 
-`routed` has these three stages; `routed_alone` is all of it as one task, for one thread. `given` and `given_alone` are
-the same where the ids are known. A row of weights is prefetched while the one before it is multiplied.
+These are three stages, or one task for one thread. Where the ids are known, nothing is scored. A row of weights is
+prefetched while the one before it is multiplied.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -56,6 +56,10 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     gate_bias: bool
     bias: bool
     start: bool
+    routed: bool
+    """Whether a router chooses; else the ids are given."""
+    alone: bool
+    """Whether all is one task."""
 
     @property
     def d_ff(self) -> int:
@@ -63,26 +67,30 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
 
 
 class DecodeKernels:
-    """Writes the functions: each entry is made of the parts below."""
+    """Writes the function "decode", which is made of the parts below."""
 
     def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
         self.module, self.sizes, self.lanes = module, sizes, machine.vector_bytes // 4
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
-        self.scores = self._write_dots("scores", sizes.experts, True, lambda _w, total, _place: total)
+        choose: tuple[Part, ...] = (self._gather,)
+        if sizes.routed:
+            self.scores = self._write_dots("scores", sizes.experts, True, lambda _w, total, _place: total)
+            choose = (self._route, self._gather)
         bias = sizes.gate_bias if sizes.gated else sizes.bias
         self.hidden = self._write_dots("hidden", sizes.neurons, bias, self._activation)
         if sizes.gated:
             self.factors = self._write_dots(
                 "factors", None, sizes.bias, lambda w, total, place: w.b.fmul(total, w.load(place, w.number))
             )
-        for name, choose in (("routed", (self._route, self._gather)), ("given", (self._gather,))):
-            self._write_entry(name, choose, (self._read,), (self._write_range,))
-            self._write_entry(f"{name}_alone", (*choose, self._read_all, self._write_all))
+        if sizes.alone:
+            self._write((*choose, self._read_all, self._write_all))
+        else:
+            self._write(choose, (self._read,), (self._write_range,))
 
-    def _write_entry(self, name: str, *stages: tuple[Part, ...]) -> None:
-        w = Writer(self.module, name, [POINTER], wide=False, lanes=self.lanes)
+    def _write(self, *stages: tuple[Part, ...]) -> None:
+        w = Writer(self.module, "decode", [POINTER], wide=False, lanes=self.lanes)
 
         def stage(parts: tuple[Part, ...], record: Record, task: ir.Value) -> None:
             for part in parts:

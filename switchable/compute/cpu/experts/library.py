@@ -14,13 +14,14 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts.dot import DOT, write_dot
 from switchable.compute.cpu.experts.gradients import BIAS, MOST_TOKENS, WEIGHTS, write_bias, write_weights
 from switchable.compute.cpu.experts.kernels import AHEAD, Loops
 from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
 from switchable.compute.cpu.experts.sort import SORT, write_sort
-from switchable.compute.cpu.llvm import Machine, compile_module
+from switchable.compute.cpu.llvm import Machine
 from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
@@ -60,7 +61,7 @@ class Library:
         for write in (write_dot, write_scatter, write_weights, write_bias):
             write(loops)
         write_sort(module)
-        self.code = compile_module(module, packing.machine)
+        self.code = Code(module, packing.machine)
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
         """Sort expert ids, int64 and all in [0, num_experts)."""
