@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from compute.emulated_amx import EMULATED
 from compute.problems import Case, Problem, problem, relative_error
 from torch import Tensor
 
@@ -21,6 +23,9 @@ assert HERE is not None
 MACHINES = {"as it is": HERE, "no product of pairs": replace(HERE, pairs=False)}
 if HERE.pairs:
     MACHINES["32 bytes"] = replace(HERE, vector_bytes=32, registers=16)
+    MACHINES["AMX, emulated"] = replace(HERE, amx=EMULATED)
+if HERE.amx:
+    MACHINES["pairs without AMX"] = replace(HERE, amx=None)
 PLAIN = Case(tokens=301, width=96, neurons=24, experts=8)
 CASES = {
     "odd number of tokens": PLAIN,
@@ -71,9 +76,11 @@ def results(found: Problem, backend: str, autocast: bool) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=MACHINES.values(), ids=MACHINES)
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This machine, or one that lacks an instruction or wide vectors."""
     monkeypatch.setattr(fused, "this_machine", lambda: request.param)
+    yield
+    assert EMULATED.faults == 0
 
 
 def assert_as_exact_as_dense(case: Case, autocast: bool, backend: str) -> None:

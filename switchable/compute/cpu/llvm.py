@@ -18,6 +18,9 @@ from typing import TypeAlias
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from switchable.compute.cpu.amx import AMX
+from switchable.compute.cpu.instructions import TILES, usable
+
 I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
 Index: TypeAlias = ir.Value | int
@@ -38,22 +41,25 @@ class Machine:
     registers: int
     pairs: bool = False
     """Whether an instruction multiplies pairs of bfloat16 and adds both products to a float32 (AVX512-BF16)."""
+    amx: AMX | None = None
+    """What writes AMX's instructions, where it may be used."""
 
 
 @functools.cache
 def this_machine() -> Machine | None:
     """Return the machine that we run on; None if it has no fused multiply-add on vectors."""
     features = llvm.get_host_cpu_features()
+    names = usable(features)
     if platform.machine().lower() in ("arm64", "aarch64"):
         vector_bytes, registers = 16, 32
-    elif features.get("avx512f"):
+    elif "avx512f" in names:
         vector_bytes, registers = 64, 32
-    elif features.get("fma"):
+    elif "fma" in names:
         vector_bytes, registers = 32, 16
     else:
         return None
-    pairs = bool(features.get("avx512bf16"))
-    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs)
+    pairs, amx = "avx512bf16" in names, AMX() if names >= TILES else None
+    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs, amx)
 
 
 def i64(value: Index) -> ir.Value:

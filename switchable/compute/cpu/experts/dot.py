@@ -14,6 +14,7 @@ from functools import partial
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.amx_products import dot_by_amx
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
@@ -46,12 +47,15 @@ def write_dot(loops: Loops) -> None:
 def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     packing = loops.packing
     product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
-    in_loop, others = _split(packing.vectors, MOST_VECTORS)
-    whole = partial(_product, loops, product, epilogue, vectors=MOST_VECTORS)
-    if in_loop:
-        product.range(0, in_loop, MOST_VECTORS, whole)
-    for first, vectors in others:
-        _product(loops, product, epilogue, first, vectors)
+    if loops.amx:
+        dot_by_amx(loops, product, partial(_finish, loops, product, epilogue))
+    else:
+        in_loop, others = _split(packing.vectors, MOST_VECTORS)
+        whole = partial(_product, loops, product, epilogue, vectors=MOST_VECTORS)
+        if in_loop:
+            product.range(0, in_loop, MOST_VECTORS, whole)
+        for first, vectors in others:
+            _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
     w = loops.writer(f"dot{epilogue}", [POINTER])
     own = packing.vectors * packing.steps * loops.L
@@ -76,12 +80,12 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
 
         w.each(record["experts"], expert)
 
-    DOT.write(w, pack, chunk)
+    DOT.write(w, pack, loops.task(w, chunk))
 
 
 def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
-    count, tokens, x, packed, bias, *of_pairs = w.arguments
+    count, tokens, x, packed, _, z = w.arguments[:6]
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
     steps = packing.steps
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
@@ -96,7 +100,9 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int)
         addresses = [loops.row(w, x, tokens, i, r, words=loops.words_D) for r in range(rows)]
         for r in range(rows):
             w.prefetch(loops.row(w, x, tokens, i, rows + r, words=loops.words_D), 1, near=False)
-            w.prefetch(place_of(of_pairs[0], i, rows + r, first), vectors)
+            w.prefetch(
+                _place(loops, w, z, w.add(i, rows + r), w.mul(first, packing.neurons_per_vector)), vectors
+            )
 
         def step(d: ir.Value, carried: Values) -> Values:
             sums = list(carried)
@@ -119,19 +125,12 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int)
             for v in range(vectors):
                 parts = sums[r * vectors + v :: rows * vectors]
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
-                neuron, neurons = (
-                    w.mul(w.add(first, v), packing.neurons_per_vector),
-                    packing.neurons_per_vector,
-                )
+                neurons = packing.neurons_per_vector
+                neuron = w.mul(w.add(first, v), neurons)
                 if isinstance(first, int):  # in a loop all are there
                     neurons = min(neurons, loops.I - (first + v) * neurons)
                 total = _reduce_inputs(loops, w, total, neurons)
-                places = [place_of(values, i, r, w.add(first, v)) for values in of_pairs]
-                _finish(loops, w, total, epilogue, w.at(bias, neuron), places)
-
-    def place_of(values: ir.Value, i: ir.Value, r: int, vector: Index) -> ir.Value:
-        pair = w.mul(w.add(i, r), loops.I)
-        return loops.at_z(w, values, w.add(pair, w.mul(vector, packing.neurons_per_vector)))
+                _finish(loops, w, epilogue, total, w.add(i, r), neuron)
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -145,11 +144,15 @@ def _reduce_inputs(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir
     return total if neurons == total.type.count else w.shuffle(total, range(neurons))
 
 
-def _finish(
-    loops: Loops, w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, of_pairs: Values
-) -> None:
-    """Write what becomes of a vector of products; `of_pairs` are its places in `z`, `act`, `up` and `dup`."""
-    kind, (z, act, up, dup) = total.type, of_pairs
+def _place(loops: Loops, w: Writer, values: ir.Value, i: ir.Value, neuron: Index) -> ir.Value:
+    """The address of what an expert's pair number i has for a neuron."""
+    return loops.at_z(w, values, w.add(w.mul(i, loops.I), neuron))
+
+
+def _finish(loops: Loops, w: Writer, epilogue: str, total: ir.Value, i: ir.Value, neuron: Index) -> None:
+    """Write what becomes of a vector of products, those of an expert's pair number i from a neuron on."""
+    kind, bias = total.type, w.at(w.arguments[4], neuron)
+    z, act, up, dup = (_place(loops, w, values, i, neuron) for values in w.arguments[5:])
     if "bias" in epilogue:
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in epilogue:  # a NaN stays one, here and below

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts.dot import DOT, write_dot
-from switchable.compute.cpu.experts.gradients import BIAS, MOST_TOKENS, WEIGHTS, write_bias, write_weights
+from switchable.compute.cpu.experts.gradients import BIAS, WEIGHTS, write_bias, write_weights
 from switchable.compute.cpu.experts.kernels import AHEAD, Loops
 from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
@@ -141,7 +141,7 @@ class Library:
         numbers["adds"] = int(onto_TD is not None)
         packed = weight_FD = weight_FD.contiguous()
         if self.packing.terms > 1:
-            packed = self.scratch("packed", (len(weight_FD) // 2, weight_FD.shape[1]), self.sums)
+            packed = self.scratch("packed", (experts, self.packing.scatter_words, y_TD.shape[1]), self.sums)
         memory = {"y": y_TD, "weights": weight_FD, "packed": packed, "z": z_PI}
         tasks = (experts if self.packing.terms > 1 else 0, pairs.chunks)
         SCATTER.run(self.code, "scatter", *tasks, **pairs.fields, **numbers, **memory)
@@ -158,7 +158,7 @@ class Library:
         numbers = {"experts": num_experts, "chunks": pairs.chunks}
         memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
         if own.terms > 1:
-            memory["words"] = self.scratch("words", (tasks, MOST_TOKENS // 2, own.neurons), self.sums)
+            memory["words"] = self.scratch("words", (tasks, own.gradient_words), self.sums)
         WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
         return total_FD
 

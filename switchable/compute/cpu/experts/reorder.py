@@ -29,7 +29,7 @@ def write_reorder(w: Writer, packing: Packing) -> None:
             w.load(w.at(weights, w.add(first, r * width))) if r < present else w.zero() for r in range(rows)
         ]
         step = w.add(w.mul(w.div(d, packing.inputs_per_vector), lanes), w.mul(v, packing.steps * lanes))
-        for r, row in enumerate(_transpose(w, table, packing.inputs_per_vector)):
+        for r, row in enumerate(transpose(w, table, packing.inputs_per_vector)):
             w.store(row, w.at(packed, w.add(step, r * lanes)))
 
     whole, left = divmod(packing.neurons, rows)
@@ -39,7 +39,7 @@ def write_reorder(w: Writer, packing: Packing) -> None:
     w.b.ret_void()
 
 
-def _transpose(w: Writer, table: list[ir.Value], p: int) -> list[ir.Value]:
+def transpose(w: Writer, table: list[ir.Value], p: int) -> list[ir.Value]:
     """Transpose a square of vectors whose entries are p numbers: swap its off-diagonal quarters, then theirs."""
     half = len(table) // 2
     while half:
