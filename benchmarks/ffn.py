@@ -1,6 +1,6 @@
 """The sparse FFN against the dense one on the CPU: training step, decoding, memory.
 
-    python -m benchmarks.ffn [--quick] [--precision bfloat16]
+    python -m benchmarks.ffn [--quick | --sweep] [--precision bfloat16]
 
 Parity comes first: outputs and gradients of every contender against the reference; nothing is reported if one fails.
 Then all contenders take turns in one process, on equal weights and the same random routing, and ratios are medians
@@ -21,7 +21,7 @@ training and prefill. Ratios are over the fastest dense one of the same run. Par
 times that of all neurons multiplied by torch in bfloat16. `layer` is a whole converted layer as models train it, under
 autocast: its router scores, chooses and learns, for which a sixteenth of the tokens multiply all neurons besides.
 
-The last line is one JSON document.
+`--sweep` times the whole layer at every shape instead (`ffn_sweep.py`). The last line is one JSON document.
 
 Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 """
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import ffn_bfloat16
+from benchmarks import ffn_bfloat16, ffn_sweep
 from benchmarks._ffn_layer import GATED, TRAINING, TRANSFORMERS, Layer, Shape
 from benchmarks._memory import peak_bytes
 from switchable.compute.choose import choose
@@ -159,8 +159,11 @@ def main() -> int:
     """Run everything; return the exit code."""
     parser = argparse.ArgumentParser(description="The sparse FFN against the dense one on the CPU.")
     parser.add_argument("--quick", action="store_true", help="under 50 seconds")
+    parser.add_argument("--sweep", action="store_true", help="where a whole layer is slower than a dense one")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        return ffn_sweep.main(arguments.precision)
     seconds = 5.0 if arguments.quick else 30.0
     if arguments.precision == "bfloat16":
         return ffn_bfloat16.main(2 * seconds)

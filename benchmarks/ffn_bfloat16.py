@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,10 @@ class HalfLayer(Layer):
         self.halves["dense down"] = self.down.weight.detach().bfloat16()
         for leaf in self.halves.values():
             leaf.requires_grad_()
-        self.whole = _switchable(shape)
+        whole = _switchable(shape)
+        self.wholes = {"float32": whole, "autocast": whole, "weights": deepcopy(whole).bfloat16()}
+        wholes = (leaf for each in self.wholes.values() for leaf in each.parameters())
+        self.learning = (*self.halves.values(), *wholes)
 
     def leaves_of(self, name: str) -> dict[str, Tensor]:
         """What a contender is given."""
@@ -44,7 +48,7 @@ class HalfLayer(Layer):
         own, (way, precision) = self.leaves_of(name), name.split()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             if way == "layer":
-                y_TD: Tensor = self.whole(own["x"][None])[0]
+                y_TD: Tensor = self.wholes[precision](own["x"][None])[0]
                 return y_TD
             if way == "dense":
                 return dense_ffn(own, own["dense down"])
@@ -52,19 +56,22 @@ class HalfLayer(Layer):
 
     def _zero_grad(self) -> None:
         super()._zero_grad()
-        for leaf in (*self.halves.values(), *self.whole.parameters()):
+        for leaf in self.learning:
             leaf.grad = None
 
     def train(self, name: str) -> None:
         self._zero_grad()
-        self.whole.train()
         y_TD = self.forward(name)
         torch.autograd.backward(y_TD, self.dy_TD.to(y_TD.dtype))
 
     def prefill(self, name: str) -> None:
-        self.whole.eval()
         with torch.no_grad():
             self.forward(name)
+
+    def set_training(self, training: bool) -> None:
+        """Whether whole layers train from now on."""
+        for whole in self.wholes.values():
+            whole.train(training)
 
     def errors(self, name: str, true: dict[str, Tensor]) -> dict[str, float]:
         """Return a contender's relative errors in the output and all gradients."""
@@ -124,6 +131,7 @@ def row_of(shape: Shape, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": str(shape)}
     for job in ("train", "prefill"):
         calls = {name: partial(getattr(layer, job), name) for name in names}
+        layer.set_training(job == "train")
         times = take_turns(calls, seconds / 2)
         dense, ours = (
             min((n for n in names if n.startswith(way)), key=times.median) for way in ("dense", "fused")

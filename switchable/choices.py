@@ -78,10 +78,10 @@ def active_limit(model: ModelConfig, train: TrainConfig, recipe: str) -> float:
     return float(min(limit, math.floor(20 * active_break_even(ffn, train.precision)) / 20))
 
 
-def skips_here(model: ModelConfig, train: TrainConfig) -> bool:
-    """Return whether dense steps of a run can leave out idle neurons; nothing is timed."""
+def skips_here(model: ModelConfig, train: TrainConfig, share: float = 0.0) -> bool:
+    """Return whether dense steps of a run leave out idle neurons with such a share of active ones; nothing is timed."""
     dtype = getattr(torch, train.precision)
-    return skips_idle_neurons(model.d_model, model.activation, dtype, device_of(train))
+    return skips_idle_neurons(model.d_model, model.activation, dtype, device_of(train), share)
 
 
 def costs_of(model: ModelConfig, train: TrainConfig, num_experts: int) -> Costs:

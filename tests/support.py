@@ -21,13 +21,15 @@ def shared(name: str) -> Path:
     return path
 
 
-def tiny_gpt2(activation: str = "relu", layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_gpt2(
+    activation: str = "relu", layers: int = 2, dtype: torch.dtype = torch.float32, width: int = 16
+) -> nn.Module:
     """A GPT-2 with d_model 16, d_ff 64 and random weights, the same ones each time."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=61, n_positions=32, n_embd=16, n_inner=64, n_layer=layers, n_head=2,
+        vocab_size=61, n_positions=32, n_embd=width, n_inner=4 * width, n_layer=layers, n_head=2,
         activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip

@@ -33,6 +33,8 @@ def test_contenders_take_turns_after_one_that_does_not_count(monkeypatch: pytest
     called.clear()
     assert take_turns(contenders, seconds=0.0, repeat=2, turns=1).medians == {"a": 1.0, "b": 3.0}
     assert "".join(called) == "ab" + "aabb"
+    halves = take_turns(contenders, seconds=0.0, clock=lambda: clock[0] / 2)
+    assert halves.medians == {"a": 0.5, "b": 1.5}
 
 
 def test_a_device_is_waited_for_before_and_after_each_measurement() -> None:

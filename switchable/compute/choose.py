@@ -2,7 +2,7 @@
 
 A rule decides, and leaves one: a training run that is resumed must get the same bits, so a stopwatch must not choose.
 On the CPU, `decode` for a few tokens without gradients; else `fused`, from 64 tokens on and for experts that are not so
-large that a matrix library does as well (in bfloat16, if the processor multiplies it in pairs, from 32 on and for all;
+large that a matrix library does as well (in bfloat16, if the processor multiplies it in pairs, from 16 on and for all;
 gated ones for all, too); else `sorted`, and `reference` for gated ones, where the products are large enough to be worth
 its calls, N · D · I multiplications of an expert with its N tokens; else `masked`. On CUDA `grouped_mm`; `triton` only
 by name, until a figure from a GPU is there. What none of these can do is left to `reference`.
@@ -27,7 +27,7 @@ from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.sorted import SORTED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
-from switchable.compute.dtypes import compute_dtype
+from switchable.compute.dtypes import autocasts, compute_dtype
 from switchable.compute.masked import MASKED
 from switchable.compute.reference import REFERENCE
 from switchable.errors import InputError, nearest
@@ -39,8 +39,9 @@ BACKENDS: dict[str, Backend] = {
 
 FEWEST_FUSED = 64
 """Tokens from which `fused` is worth the reordering of its weights."""
-FEWEST_PAIRED = 32
-"""The same where bfloat16 is multiplied in pairs; measured with D 256 and 768, E 32 and 128, autocast and not."""
+FEWEST_PAIRED = {False: 16, True: 32}
+"""The same where bfloat16 is multiplied in pairs, and if gradients are to be rounded to it, with weights of bfloat16;
+measured with D 256 and 768, E 32 and 128, gated and not."""
 THICK = 512
 """Neurons of an expert from which `sorted` is as fast as `fused` or faster; measured with D 256 to 1,024, E 4 to 16.
 In pairs `fused` was faster up to 2,048, the most tried."""
@@ -53,8 +54,9 @@ in float32, and half as fast again in bfloat16, with up to 1,024 neurons, the mo
 WORTH_SORTING = 700_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `sorted` beats `masked`.
 Measured on 2 cores for D 128 to 1,024, E 8 to 64: the break-even lay between 500,000 and 800,000 from 16 tokens on."""
-LARGEST_DECODE = 16
-"""Tokens; above, `decode` is not asked where it has no compiled code."""
+LARGEST_DECODE = {torch.bfloat16: 1}
+"""Tokens; above, `decode` is not asked where it has no compiled code. 16 in other types: the fewer bytes all neurons
+have, the sooner reading them is faster than finding some."""
 
 
 def expert_ffn(call: ExpertCall, backend: str = "auto") -> Tensor:
@@ -102,7 +104,7 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
         return (GROUPED_MM,)
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
     compiled = has_code(d_model, experts, dtype, call.activation)
-    if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE):
+    if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16)):
         return (DECODE, MASKED)
     loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
     gated, machine = call.weights.gate_FD is not None, this_machine()
@@ -110,7 +112,8 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     if machine is not None and machine.pairs and dtype == torch.bfloat16:
         paired = multiplied(d_model, neurons, dtype, machine) == dtype
         unpaired = THICK_GATED if gated else THICK_UNPAIRED
-        fewest, thick = (FEWEST_PAIRED, math.inf) if paired else (FEWEST_FUSED, unpaired)
+        rounded = call.learns and not autocasts(call)
+        fewest, thick = (FEWEST_PAIRED[rounded], math.inf) if paired else (FEWEST_FUSED, unpaired)
     if loops and tokens >= fewest and neurons < thick:
         return (FUSED, SORTED)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * neurons

@@ -24,7 +24,7 @@ def applies(ssd: SSD, x_BSD: Tensor) -> bool:
         ssd.multiplies_active
         and x_BSD.shape[:-1].numel() >= LEAST_TOKENS
         and not ssd.hidden_dropout
-        and has_active(x_BSD, ssd.weights, ssd.settings.activation)
+        and has_active(x_BSD, ssd.weights, ssd.settings.activation, ssd.activation_ratio)
     )
 
 

@@ -100,6 +100,8 @@ class SSD:
         """Whether the router is trained in steps with gradients."""
         self.multiplies_active = False
         """Whether training in dense mode multiplies only active neurons, where `active_training.py` can."""
+        self.activation_ratio = 0.0
+        """The share of active neurons that was last measured, by which it decides in which precisions that pays."""
         self.active_count = ActiveCount()
         """What that came to."""
         self.activation_l1 = settings.config.activation_l1

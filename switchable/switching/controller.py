@@ -228,19 +228,20 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, why, k, few_active, penalty in zip(
+        for layer, others, part, why, k, few_active, ratio, penalty in zip(
             self.layers,
             self.twins,
             state.takes_part,
             state.why_dense,
             state.experts_per_token,
             state.multiplies_active,
+            state.activation_ratio,
             state.activation_l1,
             strict=True,
         ):
             ssd = layer.ssd
             ssd.takes_part, ssd.why_dense = part, why
-            ssd.multiplies_active, ssd.activation_l1 = few_active, penalty
+            ssd.multiplies_active, ssd.activation_ratio, ssd.activation_l1 = few_active, ratio, penalty
             ssd.set_experts_per_token(k)
             # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
             for twin in others:

@@ -90,6 +90,7 @@ class Schedule:
             multiplies_active=(False,) * num_layers,
             activation_l1=(self.config.activation_l1,) * num_layers,
             why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
+            activation_ratio=(1.0,) * num_layers,
         )
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
@@ -195,6 +196,9 @@ class Schedule:
         return replace(
             state,
             experts_per_token=tuple(experts_needed(config, m) for m in measures),
+            activation_ratio=(0.0,) * len(measures)  # costs have decided: no other limit is asked
+            if self.weighs
+            else tuple(m.activation_ratio for m in measures),
             multiplies_active=tuple(self._few_active(layer, m) for layer, m in enumerate(measures)),
             gains=tuple(self._gain(layer, m) for layer, m in enumerate(measures)) if self.weighs else (),
             activation_l1=tuple(

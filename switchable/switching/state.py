@@ -22,6 +22,8 @@ class ScheduleState:
     """The step at which alternating began; None before."""
     why_dense: tuple[str, ...] = field(default=(), compare=False)
     """What keeps each layer out of sparse steps: what was measured against which limit; empty where nothing does."""
+    activation_ratio: tuple[float, ...] = field(default=(), compare=False)
+    """Of each layer, by which it decides in which precisions it pays to leave out idle neurons."""
     gains: tuple[float, ...] = field(default=(), compare=False)
     """How many times the seconds of its sparse step each layer's dense step took; empty where costs do not decide."""
 
@@ -40,7 +42,11 @@ class ScheduleState:
     @classmethod
     def from_plain(cls, stored: Mapping[str, Any]) -> ScheduleState:
         """Return what `plain` was called on; `stored` may hold more."""
-        known = {"why_dense": [""] * len(stored["takes_part"])}  # which version 0.1 did not write
+        layers = len(stored["takes_part"])
+        known = {
+            "why_dense": [""] * layers,
+            "activation_ratio": [0.0] * layers,
+        }  # which version 0.1 did not write
         known |= {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
         return cls(**values)

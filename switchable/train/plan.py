@@ -149,7 +149,7 @@ def _schedule(
     All layers have the activation ratio `ratio`, and all but the first catch enough of the mass with the settings' K.
     """
     train, switch = config.train, config.switch
-    skips = micro_tokens >= LEAST_TOKENS and skips_here(config.model, train)
+    skips = micro_tokens >= LEAST_TOKENS and skips_here(config.model, train, ratio)
     few, every = switch.experts_per_token, switch.num_experts
     measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
     schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length

@@ -195,7 +195,10 @@ def plain_seconds(
 def _active_layers(job: Job) -> list[int]:
     def is_active(ssd: Any) -> int:
         weights = ssd.weights
-        return int(ssd.multiplies_active and has_active(weights.up_FD, weights, ssd.settings.activation))
+        return int(
+            ssd.multiplies_active
+            and has_active(weights.up_FD, weights, ssd.settings.activation, ssd.activation_ratio)
+        )
 
     with job.replica.autocast():
         return [is_active(layer.ssd) for layer in job.controller.layers]

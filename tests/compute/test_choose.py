@@ -41,6 +41,8 @@ AUTO = {
     ("63 tokens, gated", False): (replace(SMALL, tokens=63, gated=True), "decode"),
     ("64 tokens, gated", False): (replace(SMALL, tokens=64, gated=True), "fused"),
     ("one token, bfloat16", False): (replace(SMALL, tokens=1, dtype=HALF), "decode"),
+    ("two tokens, bfloat16", False): (replace(SMALL, tokens=2, dtype=HALF), "masked"),
+    ("two tokens, bfloat16, gated", False): (replace(SMALL, tokens=2, dtype=HALF, gated=True), "masked"),
     ("17 tokens, bfloat16", False): (replace(SMALL, tokens=17, dtype=HALF), "masked"),
     ("float64, 16 tokens", False): (replace(SMALL, tokens=16, dtype=torch.float64), "masked"),
     ("stored as nn.Linear", False): (replace(SMALL, tokens=4, stored="linear"), "masked"),
@@ -98,26 +100,40 @@ def test_under_autocast(key: tuple[str, bool], wanted: tuple[Case, str]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["autocast", "bfloat16 weights"])
-def test_pairs_pay_from_32_tokens_on_and_for_large_experts(
+def test_pairs_pay_from_few_tokens_on_and_for_large_experts(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def names(pairs: bool) -> list[str]:
         machine = replace(HERE, vector_bytes=64, pairs=pairs)
         monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
         monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
-        few = replace(SMALL, width=32, neurons=30, tokens=31, dtype=dtype)
+        few = replace(SMALL, width=32, neurons=30, tokens=31 if dtype is HALF else 15, dtype=dtype)
         large = replace(LARGE, dtype=dtype)
         unpaired = [replace(large, width=48, tokens=512, neurons=neurons) for neurons in (62, 64)]
         gated = [
             replace(case, gated=True)
             for case in (large, *(replace(unpaired[0], neurons=neurons) for neurons in (254, 256)))
         ]
-        calls = [problem(case).call for case in (few, replace(few, tokens=32), large, *unpaired, *gated)]
+        calls = [
+            problem(case).call
+            for case in (few, replace(few, tokens=few.tokens + 1), large, *unpaired, *gated)
+        ]
         with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
             return [choose(call).name for call in calls]
 
     assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted", "fused", "fused", "reference"]
     assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused", *["fused"] * 3]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_gradients_pairs_pay_from_16_tokens_on(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(HERE, vector_bytes=64, pairs=True)
+    monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
+    monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
+    for dtype in (torch.float32, HALF):
+        cases = [Case(tokens, 32, 30, 8, dtype=dtype, gated=gated) for tokens in (15, 16)]
+        with torch.no_grad(), torch.autocast("cpu", HALF, enabled=dtype is not HALF):
+            assert [choose(problem(case).call).name for case in cases] == ["masked", "fused"]
 
 
 def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:

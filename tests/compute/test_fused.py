@@ -245,15 +245,27 @@ def test_how_experts_are_cut_into_vectors() -> None:
     assert cut(12) == (4, 3)
     assert cut(17) == (4, 5)
     assert cut(24) == (2, 3)
-    assert [_split(vectors, 3) for vectors in (1, 4, 7)] == [
-        [(0, 1)],
-        [(0, 2), (2, 2)],
-        [(0, 2), (2, 2), (4, 3)],
+    assert [_split(vectors, 3) for vectors in (1, 4, 7, 12, 13, 15)] == [
+        (0, [(0, 1)]),
+        (0, [(0, 2), (2, 2)]),
+        (0, [(0, 2), (2, 2), (4, 3)]),
+        (0, [(0, 3), (3, 3), (6, 3), (9, 3)]),
+        (9, [(9, 2), (11, 2)]),
+        (9, [(9, 3), (12, 3)]),
     ]
     assert Packing(256, 96, torch.float32, wide).scatter_columns == 4  # of 16 vectors
     assert Packing(144, 96, torch.float32, wide).scatter_columns == 3  # of 9
     assert Packing(256, 8, torch.bfloat16, wide).steps == 64  # of two words of two numbers
     assert Packing(272, 96, torch.float64, replace(wide, registers=16, vector_bytes=32)).scatter_columns == 2
+
+
+def test_large_experts_take_no_longer_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(fused_library, "compile_module", lambda module, _: written.append(len(str(module))))
+    for neurons in (344, 1024):
+        fused_library.Library(Packing(64, neurons, torch.float32, HERE), gated=False)
+    small, large = written
+    assert large < 1.1 * small
 
 
 def test_weights_are_reordered_as_the_loops_read_them() -> None:

@@ -177,3 +177,25 @@ def test_without_an_instruction_for_it_bfloat16_multiplies_everything(
     y_BSD = model.bfloat16()(x_BSD)
     assert layer.ssd.active_count.tokens == 0
     assert torch.equal(y_BSD, dense["y"])
+
+
+@pytest.mark.parametrize(("ratio", "half", "whole"), [(0.19, True, True), (0.2, False, True)])
+def test_from_a_fifth_of_the_neurons_on_bfloat16_multiplies_all_whatever_the_settings_say(
+    ratio: float, half: bool, whole: bool
+) -> None:
+    machine = this_machine()
+    if machine is None or not machine.pairs:
+        pytest.skip("a processor that multiplies no pairs of bfloat16")
+    model = layer_of("plain")
+    ssd = layers_of(model)[0].ssd
+    ssd.multiplies_active, ssd.activation_ratio = True, ratio
+    x_BSD = torch.randn(3, 201, 64)
+
+    def skips(weights: torch.dtype, *, autocast: bool = False) -> bool:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.to(weights)(x_BSD.to(weights))
+        return ssd.active_count.take(ssd.d_ff) is not None
+
+    assert skips(torch.float32) == whole
+    assert skips(torch.float32, autocast=True) == half
+    assert skips(torch.bfloat16) == half

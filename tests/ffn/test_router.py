@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
+from switchable.ffn import router as router_module
 from switchable.ffn.convert import layers_of
 from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
 
@@ -115,3 +117,32 @@ def test_the_objective_lowers_its_loss_and_lifts_the_mass_caught() -> None:
 def test_the_step_that_picks_a_fraction_of_the_tokens(fraction: float, step: int) -> None:
     assert stride(fraction) == step
     assert torch.arange(10)[::step].tolist() == list(range(0, 10, step))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
+def test_a_choice_by_products_of_bfloat16_catches_the_same_mass(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down, x = (torch.randn(n, 64, generator=generator).bfloat16().float() for n in (256, 256, 2048))
+    mass = expert_mass(torch.relu(x @ up.T - 8.0), down, 32)
+    router = Router(64, 32)
+    router.initialise(up)
+    router.to(torch.bfloat16).to(torch.float32)
+    exact = router(x).detach()
+    half = copy.deepcopy(router) if autocast else copy.deepcopy(router).bfloat16()
+
+    def scores(learns: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(learns):
+            return half(x if autocast else x.bfloat16())
+
+    def caught(by: Tensor) -> float:
+        return float(mass.gather(1, by.topk(6).indices).sum() / mass.sum())
+
+    assert scores(learns=True).dtype == scores(learns=False).dtype == torch.float32
+    assert torch.equal(scores(learns=True), exact)
+    for pairs in (False, True):
+        monkeypatch.setattr(router_module, "has_pairs", lambda pairs=pairs: pairs)
+        assert torch.equal(scores(learns=False), exact) != pairs
+        # Experts change places whose scores differ by less than 1 in 256: they catch nearly the same.
+        assert abs(caught(scores(learns=False)) - caught(exact)) < 5e-4

@@ -39,6 +39,13 @@ def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_pairs() -> bool:
+    """Return whether the processor has an instruction for products of bfloat16, which torch's library uses too."""
+    machine = this_machine()
+    return machine is not None and machine.pairs
+
+
 def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
     """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
     number = expert_ids_TK.numel()

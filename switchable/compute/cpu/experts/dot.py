@@ -32,6 +32,8 @@ DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act",
 `bias` is [F], `act` and `up` [P, I]."""
 MOST_VECTORS = 3
 """Vectors of neurons in a tile."""
+MOST_WRITTEN_OUT = 4
+"""Tiles of an expert that are written one after another; more are a loop, as each takes 0.1 s to compile."""
 
 
 def write_dot(loops: Loops) -> None:
@@ -48,7 +50,11 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     if loops.amx:
         dot_by_amx(loops, product, partial(_finish, loops, product, epilogue))
     else:
-        for first, vectors in _split(packing.vectors, MOST_VECTORS):
+        in_loop, others = _split(packing.vectors, MOST_VECTORS)
+        whole = partial(_product, loops, product, epilogue, vectors=MOST_VECTORS)
+        if in_loop:
+            product.range(0, in_loop, MOST_VECTORS, whole)
+        for first, vectors in others:
             _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
     w = loops.writer(f"dot{epilogue}", [POINTER])
@@ -77,7 +83,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     DOT.write(w, pack, loops.task(w, chunk))
 
 
-def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -> None:
+def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
     count, tokens, x, packed, _, z = w.arguments[:6]
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
@@ -85,7 +91,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
     # multipliers busy meanwhile: take two steps at a time, each with sums of its own.
     chains = 2 if vectors == 1 and steps % 2 == 0 else 1
-    ours = w.at(packed, first * steps * lanes)
+    ours = w.at(packed, w.mul(first, steps * lanes))
     following = w.at(ours, packing.vectors * steps * lanes)
     # `count` tokens of `steps` steps each prefetch steps · vectors · lanes numbers: the next expert's.
     pace = Pace(w, vectors * lanes, count)
@@ -94,7 +100,9 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
         addresses = [loops.row(w, x, tokens, i, r, words=loops.words_D) for r in range(rows)]
         for r in range(rows):
             w.prefetch(loops.row(w, x, tokens, i, rows + r, words=loops.words_D), 1, near=False)
-            w.prefetch(_place(loops, w, z, w.add(i, rows + r), first * packing.neurons_per_vector), vectors)
+            w.prefetch(
+                _place(loops, w, z, w.add(i, rows + r), w.mul(first, packing.neurons_per_vector)), vectors
+            )
 
         def step(d: ir.Value, carried: Values) -> Values:
             sums = list(carried)
@@ -117,8 +125,11 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
             for v in range(vectors):
                 parts = sums[r * vectors + v :: rows * vectors]
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
-                neuron = (first + v) * packing.neurons_per_vector
-                total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
+                neurons = packing.neurons_per_vector
+                neuron = w.mul(w.add(first, v), neurons)
+                if isinstance(first, int):  # in a loop all are there
+                    neurons = min(neurons, loops.I - (first + v) * neurons)
+                total = _reduce_inputs(loops, w, total, neurons)
                 _finish(loops, w, epilogue, total, w.add(i, r), neuron)
 
     w.tiles(count, packing.tile_rows, tile)
@@ -158,8 +169,13 @@ def _finish(loops: Loops, w: Writer, epilogue: str, total: ir.Value, i: ir.Value
     loops.store_z(w, total, z)
 
 
-def _split(vectors: int, most: int) -> list[tuple[int, int]]:
-    """Split a number of vectors into groups of at most `most`, as equal as possible: (first, how many)."""
+def _split(vectors: int, most: int) -> tuple[int, list[tuple[int, int]]]:
+    """Split a number of vectors into groups of at most `most`: how many go in a loop, and (first, how many) of others.
+
+    Those others are as equal as possible: a single vector would be slow.
+    """
     count = -(-vectors // most)
-    bounds = [vectors * i // count for i in range(count + 1)]
-    return [(first, after - first) for first, after in itertools.pairwise(bounds)]
+    looped = count - 2 if count > MOST_WRITTEN_OUT else 0
+    start, count = looped * most, count - looped
+    bounds = [start + (vectors - start) * i // count for i in range(count + 1)]
+    return start, [(first, after - first) for first, after in itertools.pairwise(bounds)]

@@ -15,7 +15,7 @@ from functools import partial
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import Writer
+from switchable.compute.cpu.llvm import Index, Writer
 
 
 def write_reorder(w: Writer, packing: Packing) -> None:
@@ -23,18 +23,19 @@ def write_reorder(w: Writer, packing: Packing) -> None:
     weights, packed = w.arguments
     rows, lanes, width = packing.neurons_per_vector, packing.lanes, packing.steps * packing.inputs_per_vector
 
-    def square(d: ir.Value, v: int) -> None:
-        present = min(rows, packing.neurons - v * rows)
+    def square(d: ir.Value, v: Index, present: int) -> None:
+        first = w.add(d, w.mul(v, rows * width))
         table = [
-            w.load(w.at(weights, w.add(d, (v * rows + r) * width))) if r < present else w.zero()
-            for r in range(rows)
+            w.load(w.at(weights, w.add(first, r * width))) if r < present else w.zero() for r in range(rows)
         ]
-        step = w.mul(w.div(d, packing.inputs_per_vector), lanes)
+        step = w.add(w.mul(w.div(d, packing.inputs_per_vector), lanes), w.mul(v, packing.steps * lanes))
         for r, row in enumerate(transpose(w, table, packing.inputs_per_vector)):
-            w.store(row, w.at(packed, w.add(step, (v * packing.steps + r) * lanes)))
+            w.store(row, w.at(packed, w.add(step, r * lanes)))
 
-    for v in range(packing.vectors):
-        w.range(0, width, lanes, partial(square, v=v))
+    whole, left = divmod(packing.neurons, rows)
+    w.each(whole, lambda v: w.range(0, width, lanes, partial(square, v=v, present=rows)))
+    if left:
+        w.range(0, width, lanes, partial(square, v=whole, present=left))
     w.b.ret_void()
 
 
