@@ -28,9 +28,8 @@ from switchable.switching.monitor import LayerMeasures
 from switchable.switching.state import Change, Decision, ScheduleState
 
 SAVES = 1.5
-"""How many times the seconds of a sparse step a layer's dense step must take for the layer to take part early. Early
-sparse steps cost 0.008 nats more than late ones, which 4 to 5 % more tokens win back (docs/recipe.md), and FFNs are a
-third of a step."""
+"""How many times as long as its sparse step a layer's dense step must take for it to take part early: that costs 0.008
+nats more than late sparse steps, which 4 to 5 % more tokens win back (docs/recipe.md); FFNs are a third of a step."""
 
 SETTLE_FRACTION = 0.1
 """The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
@@ -196,9 +195,8 @@ class Schedule:
         return replace(
             state,
             experts_per_token=tuple(experts_needed(config, m) for m in measures),
-            activation_ratio=(0.0,) * len(measures)  # costs have decided: no other limit is asked
-            if self.weighs
-            else tuple(m.activation_ratio for m in measures),
+            # Where costs decide, no other limit is asked.
+            activation_ratio=tuple(0.0 if self.weighs else m.activation_ratio for m in measures),
             multiplies_active=tuple(self._few_active(layer, m) for layer, m in enumerate(measures)),
             gains=tuple(self._gain(layer, m) for layer, m in enumerate(measures)) if self.weighs else (),
             activation_l1=tuple(
@@ -281,9 +279,8 @@ class Schedule:
         if now == "sparse":
             told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
             told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
-            told += f"; from step {self.dense_until} on sparse mode is taught" * (
-                self.weighs and not self._is_early(step)
-            )
+            if self.weighs and not self._is_early(step):
+                told += f"; from step {self.dense_until} on sparse mode is taught"
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"
         return told
