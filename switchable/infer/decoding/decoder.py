@@ -1,0 +1,146 @@
+"""A causal model for decoding: a handful of calls per layer, and memory for the cache from the start.
+
+    Decoder(model, "int8")     takes the model's weights over, in a width
+    .begin(ids, pads, places)  reads prompts                                    -> logits of the last token
+    .next(ids)                 one token more of each sequence                  -> logits
+
+The FFNs multiply in the mode that the model is in: `set_mode` is the switch here too. Families are those of
+`families.py`; `why_not` says what keeps a model out, and transformers' `generate` decodes it.
+
+Shapes: B sequences, S tokens of a prompt, T = B·S, P places in the cache, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from switchable.compute.call import RELU_TYPES
+from switchable.errors import InputError
+from switchable.infer.decoding.attention import Attention, Norm, Step, angles_of
+from switchable.infer.decoding.families import parts_of, why_no_family
+from switchable.infer.decoding.ffn import ffn, ffns_of
+from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
+from switchable.infer.loss import positions_of
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Return None, or why a model is not decoded here: words that follow "it"."""
+    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
+        return "is not on the CPU"
+    reason = why_no_family(model)
+    if reason is not None:
+        return reason
+    found = ffns_of(model, parts_of(model))
+    if found is None:
+        return "has FFNs that its family does not have"
+    for each in found:
+        if each.ssd is not None and each.ssd.mode == "sparse" and each.activation not in RELU_TYPES:
+            return f"is sparse with {each.activation}; only {' and '.join(RELU_TYPES)} are compiled"
+    return None
+
+
+class Decoder:
+    """A model for decoding, of which `why_not` says None.
+
+    Args:
+        model: a causal language model; its weights are taken over. Afterwards it is in the width given; in 8 bits it
+            has no matrices any more.
+        weights: a key of `WIDTHS`.
+        stored: matrices in 8 bits from a file; then the model's own are not looked at.
+
+    Raises:
+        InputError: a width that is not known.
+    """
+
+    def __init__(self, model: Any, weights: str = "float32", stored: Stored | None = None):
+        if weights not in WIDTHS:
+            raise InputError(f"weights={weights!r} is not known; use one of {', '.join(WIDTHS)}")
+        self.model, self.matrices = model.eval(), Matrices(weights, stored)
+        if weights != "int8":
+            model.to(WIDTHS[weights])
+        parts = parts_of(model)
+        found = ffns_of(model, parts) or []
+        names = [f"layers.{number}" for number in range(len(parts.blocks))]
+        self.parallel, self.positions = parts.parallel, positions_of(model)
+        tied = parts.tokens.weight is parts.head.weight
+        self.tokens = None if tied else self.matrices.rows("tokens", [(parts.tokens.weight, False)])
+        self.head: Matrix = self.matrices.matrix("head", parts.head)
+        self.places = None if parts.positions is None else numbers(parts.positions)
+        self.rotary = parts.rotary
+        self.norm = None if parts.norm is None else Norm(parts.norm)
+        self.blocks = [
+            (
+                *map(Norm, block.norms),
+                Attention(block, parts, name, self.matrices),
+                ffn(own, f"{name}.ffn", self.matrices),
+            )
+            for name, block, own in zip(names, parts.blocks, found, strict=True)
+        ]
+        self.pads: Tensor | None = None
+        self.seen = 0
+
+    @torch.no_grad()
+    def begin(self, ids_BS: Tensor, pads_B: Tensor | None = None, places: int | None = None) -> Tensor:
+        """Read prompts, and return the logits [B, V] of what comes after them.
+
+        Args:
+            ids_BS: tokens, those of shorter prompts at the right end.
+            pads_B: how many of each are not its own; None: none.
+            places: most tokens that there will be, with the prompt's; None: as many as there are positions.
+
+        Raises:
+            InputError: more tokens than the model has positions.
+        """
+        sequences, length = ids_BS.shape
+        wanted = places or self.positions or length
+        if self.positions is not None and max(wanted, length) > self.positions:
+            raise InputError(
+                f"the prompt has {length} tokens, {max(wanted, length)} with what is to be written, and the model "
+                f"{self.positions} positions; use fewer"
+            )
+        padded = pads_B is not None and bool(pads_B.any())
+        self.pads, self.seen = pads_B if padded else None, 0
+        self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
+        for *_, attention, _ffn in self.blocks:
+            attention.reserve(sequences, wanted, self.matrices.cached)
+        return self._step(ids_BS)
+
+    @torch.no_grad()
+    def next(self, ids_B: Tensor) -> Tensor:
+        """Return the logits [B, V] after one token more of each sequence."""
+        return self._step(ids_B.unsqueeze(1))
+
+    def _step(self, ids_BS: Tensor) -> Tensor:
+        sequences, length = ids_BS.shape
+        x_BSD = self._embedded(ids_BS)
+        places_BS = torch.arange(self.seen, self.seen + length).unsqueeze(0)
+        mask = None
+        if self.pads is not None:
+            keys = torch.arange(self.seen + length)
+            mask = (keys <= places_BS.unsqueeze(2)) & (keys >= self.pads.view(-1, 1, 1))
+            # A place of padding attends to itself: no row may be empty.
+            mask = (mask | (keys == places_BS.unsqueeze(2))).unsqueeze(1)
+            places_BS = (places_BS - self.pads.unsqueeze(1)).clamp_min(0)
+        angles = None
+        if self.angles is not None:
+            cos, sin = (each[places_BS].unsqueeze(1) for each in self.angles)
+            angles = (cos, sin)
+        if self.places is not None:
+            x_BSD = x_BSD + self.places[places_BS]
+        step = Step(self.seen, angles, mask)
+        x_TD = x_BSD.view(sequences * length, -1)
+        for first, second, attention, feed in self.blocks:
+            after_TD = attention(first(x_TD), x_TD, step)
+            x_TD = feed(second(x_TD if self.parallel else after_TD), after_TD)
+        self.seen += length
+        last_BD = x_TD.view(sequences, length, -1)[:, -1]
+        last_BD = (last_BD if self.norm is None else self.norm(last_BD)).contiguous()
+        return self.head(last_BD).float()
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        rows, scale = self.tokens or self.head.weight
+        found = rows[ids].float()
+        return found if scale is None else found * scale[ids].unsqueeze(-1)
