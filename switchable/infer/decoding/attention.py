@@ -94,7 +94,7 @@ class Attention:
             each = qkv.view(sequences, -1, self.heads, 3, self.size).permute(3, 0, 2, 1, 4).unbind(0)
             return tuple(each)
         whole = qkv.view(sequences, -1, self.heads + 2 * self.groups, self.size).transpose(1, 2)
-        q, k, v = whole.split((self.heads, self.groups, self.groups), dim=1)
+        q, k, v = torch.split(whole, [self.heads, self.groups, self.groups], dim=1)
         if self.head_norms is not None:
             q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
         return q, k, v
@@ -104,7 +104,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first numbers of each head; `sin` has the sign of the half that it is multiplied with."""
     turned = cos.shape[-1]
     if turned < x.shape[-1]:
-        own, rest = x.split((turned, x.shape[-1] - turned), dim=-1)
+        own, rest = x[..., :turned], x[..., turned:]
         return torch.cat((rotated(own, cos, sin), rest), dim=-1)
     return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin).to(x.dtype)
 

@@ -12,23 +12,33 @@ Shapes: B sequences, S tokens of a prompt, T = B·S, P places in the cache, D d_
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchable.compute.call import RELU_TYPES
+from switchable.compute.cpu.limits import why_no_loops
 from switchable.errors import InputError
+from switchable.ffn.families import neuron_dim
 from switchable.infer.decoding.attention import Attention, Norm, Step, angles_of
-from switchable.infer.decoding.families import parts_of, why_no_family
-from switchable.infer.decoding.ffn import ffn, ffns_of
+from switchable.infer.decoding.families import Parts, parts_of, why_no_family
+from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
 from switchable.infer.loss import positions_of
 
 
-def why_not(model: nn.Module) -> str | None:
+class Block(NamedTuple):
+    """One layer."""
+
+    before_attention: Norm
+    before_ffn: Norm
+    attention: Attention
+    ffn: FFN
+
+
+def why_not(model: nn.Module, mode: str = "dense") -> str | None:
     """Return None, or why a model is not decoded here: words that follow "it"."""
-    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
+    if {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}:
         return "is not on the CPU"
     reason = why_no_family(model)
     if reason is not None:
@@ -37,8 +47,9 @@ def why_not(model: nn.Module) -> str | None:
     if found is None:
         return "has FFNs that its family does not have"
     for each in found:
-        if each.ssd is not None and each.ssd.mode == "sparse" and each.activation not in RELU_TYPES:
-            return f"is sparse with {each.activation}; only {' and '.join(RELU_TYPES)} are compiled"
+        if mode == "sparse" and not is_compiled(each):
+            width = each.up.weight.numel() // each.up.weight.shape[neuron_dim(each.up, output=False)]
+            return f"has no compiled code for experts with {each.activation} and a width of {width}"
     return None
 
 
@@ -58,11 +69,13 @@ class Decoder:
     def __init__(self, model: Any, weights: str = "float32", stored: Stored | None = None):
         if weights not in WIDTHS:
             raise InputError(f"weights={weights!r} is not known; use one of {', '.join(WIDTHS)}")
-        self.model, self.matrices = model.eval(), Matrices(weights, stored)
-        if weights != "int8":
-            model.to(WIDTHS[weights])
         parts = parts_of(model)
         found = ffns_of(model, parts) or []
+        if weights == "int8":
+            _check_widths(parts, found)
+        else:
+            model.to(WIDTHS[weights])
+        self.model, self.matrices = model.eval(), Matrices(weights, stored)
         names = [f"layers.{number}" for number in range(len(parts.blocks))]
         self.parallel, self.positions = parts.parallel, positions_of(model)
         tied = parts.tokens.weight is parts.head.weight
@@ -72,8 +85,9 @@ class Decoder:
         self.rotary = parts.rotary
         self.norm = None if parts.norm is None else Norm(parts.norm)
         self.blocks = [
-            (
-                *map(Norm, block.norms),
+            Block(
+                Norm(block.norms[0]),
+                Norm(block.norms[1]),
                 Attention(block, parts, name, self.matrices),
                 ffn(own, f"{name}.ffn", self.matrices),
             )
@@ -82,7 +96,7 @@ class Decoder:
         self.pads: Tensor | None = None
         self.seen = 0
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, ids_BS: Tensor, pads_B: Tensor | None = None, places: int | None = None) -> Tensor:
         """Read prompts, and return the logits [B, V] of what comes after them.
 
@@ -104,11 +118,11 @@ class Decoder:
         padded = pads_B is not None and bool(pads_B.any())
         self.pads, self.seen = pads_B if padded else None, 0
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
-        for *_, attention, _ffn in self.blocks:
-            attention.reserve(sequences, wanted, self.matrices.cached)
+        for block in self.blocks:
+            block.attention.reserve(sequences, wanted, self.matrices.cached)
         return self._step(ids_BS)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next(self, ids_B: Tensor) -> Tensor:
         """Return the logits [B, V] after one token more of each sequence."""
         return self._step(ids_B.unsqueeze(1))
@@ -132,9 +146,9 @@ class Decoder:
             x_BSD = x_BSD + self.places[places_BS]
         step = Step(self.seen, angles, mask)
         x_TD = x_BSD.view(sequences * length, -1)
-        for first, second, attention, feed in self.blocks:
-            after_TD = attention(first(x_TD), x_TD, step)
-            x_TD = feed(second(x_TD if self.parallel else after_TD), after_TD)
+        for block in self.blocks:
+            after_TD = block.attention(block.before_attention(x_TD), x_TD, step)
+            x_TD = block.ffn(block.before_ffn(x_TD if self.parallel else after_TD), after_TD)
         self.seen += length
         last_BD = x_TD.view(sequences, length, -1)[:, -1]
         last_BD = (last_BD if self.norm is None else self.norm(last_BD)).contiguous()
@@ -144,3 +158,19 @@ class Decoder:
         rows, scale = self.tokens or self.head.weight
         found = rows[ids].float()
         return found if scale is None else found * scale[ids].unsqueeze(-1)
+
+
+def _check_widths(parts: Parts, ffns: list[FFNParts]) -> None:
+    """Refuse 8 bits where our loops cannot multiply them.
+
+    Raises:
+        InputError: says which numbers fit.
+    """
+    widths = {parts.tokens.weight.shape[1], parts.heads * parts.head_dim}
+    widths |= {
+        each.up.weight.shape[neuron_dim(each.up, output=False)] for each in ffns if not is_compiled(each)
+    }
+    for width in sorted(widths):
+        reason = why_no_loops(width, torch.float32)
+        if reason is not None:
+            raise InputError(f"weights=int8 {reason}; use weights=bfloat16 or float32")

@@ -5,8 +5,8 @@
     family                          positions   norm        qkv                     besides
     gpt2                            learned     LayerNorm   one, a part after another
     opt                             learned     LayerNorm   three
-    gpt_neox                        rotary      LayerNorm   one, a head after another   attention and FFN read the same x
-    llama, mistral, qwen2, qwen3,   rotary      RMSNorm     three                   qwen3: a norm on each head of q and k
+    gpt_neox                        rotary      LayerNorm   one, a head after another    parallel or not
+    llama, mistral, qwen2, qwen3,   rotary      RMSNorm     three                   qwen3: norms of q and k
     arcee
 
 Settings that change the formula beyond this are refused (`why_not`): then transformers' `generate` decodes.
@@ -135,7 +135,13 @@ FAMILIES: dict[str, Callable[[Any], Parts]] = {
     "OPTForCausalLM": _opt,
     "GPTNeoXForCausalLM": _neox,
     **dict.fromkeys(
-        ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "ArceeForCausalLM"),
+        (
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "ArceeForCausalLM",
+        ),
         _llama,
     ),
 }

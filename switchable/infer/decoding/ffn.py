@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights
+from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
 from switchable.compute.cpu.topk import top_experts
@@ -70,11 +70,16 @@ def _plain(block: BlockParts, family: Family, activation: str) -> FFNParts:
     return FFNParts(child(block.ffn, family.up), child(block.ffn, family.down), gate, activation, None)
 
 
-def ffn(parts: FFNParts, name: str, matrices: Matrices) -> FFN:
-    """Take an FFN's weights over, and return what computes it."""
+def is_compiled(parts: FFNParts) -> bool:
+    """Whether there is code for an FFN's experts."""
     d_model = parts.down.weight.shape[neuron_dim(parts.down, output=True) ^ 1]
     experts = 1 if parts.ssd is None else parts.ssd.num_experts
-    if has_code(d_model, experts, matrices.dtype, parts.activation):
+    return has_code(d_model, experts, torch.float32, parts.activation)
+
+
+def ffn(parts: FFNParts, name: str, matrices: Matrices) -> FFN:
+    """Take an FFN's weights over, and return what computes it."""
+    if is_compiled(parts):
         return ByNeuron(parts, name, matrices)
     gate = None if parts.gate is None else matrices.matrix(f"{name}.gate", parts.gate)
     up, down = matrices.matrix(f"{name}.up", parts.up), matrices.matrix(f"{name}.down", parts.down)
@@ -109,7 +114,7 @@ class ByNeuron:
         biases = {"up_bias_F": parts.up.bias, "gate_bias_F": None if parts.gate is None else parts.gate.bias}
         self.biases = {each: None if bias is None else numbers(bias) for each, bias in biases.items()}
         self.bias_D = None if parts.down.bias is None else numbers(parts.down.bias)
-        self.router = ()
+        self.router: tuple[Tensor, Tensor] | None = None
         if parts.ssd is not None:
             self.router = (numbers(parts.ssd.router.weight), numbers(parts.ssd.router.bias))
         self.calls: dict[tuple[int, int, int], DecodeCall] = {}
@@ -162,6 +167,7 @@ class ByNeuron:
         biases = {name: None if bias is None else bias.to(dtype) for name, bias in self.biases.items()}
         weights, x_wide = self._weights(wide, biases), x_TD.to(dtype)
         if self.chosen < self.experts:
+            assert self.router is not None
             ids_TK = top_experts(linear(x_TD, *self.router), self.chosen)
             y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation))
         else:

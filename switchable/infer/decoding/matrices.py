@@ -80,8 +80,8 @@ class Matrix:
 class Matrices:
     """Takes a model's matrices over, in a width.
 
-    float32 and bfloat16 that are laid out well already stay where they are; others get a new place, to which the model's
-    parameters point then. In 8 bits the model's own are let go: it can no longer be called.
+    float32 and bfloat16 that are laid out well already stay where they are; others get a new place, to which the
+    model's parameters point then. In 8 bits the model's own are let go: it can no longer be called.
 
     Args:
         width: a key of `WIDTHS`.
@@ -97,12 +97,12 @@ class Matrices:
         """The dtype of keys and values."""
         self.taken: dict[str, Quantised] = {}
 
-    def rows(self, name: str, parts: Sequence[tuple[nn.Parameter, bool]]) -> Quantised:
+    def rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
         """Return a matrix made of parameters below one another, each [N, D], or [D, N] and told so."""
         self.taken[name] = found = self._rows(name, parts)
         return found
 
-    def _rows(self, name: str, parts: Sequence[tuple[nn.Parameter, bool]]) -> Quantised:
+    def _rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
         rows = [parameter.detach().t() if turned else parameter.detach() for parameter, turned in parts]
         if self.stored is not None:
             return Quantised(self.stored[name], self.stored[f"{name}.scale"])
@@ -113,7 +113,9 @@ class Matrices:
             return Quantised(torch.cat([r for r, _ in each]), torch.cat([s for _, s in each]))
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
         whole = whole.to(self.dtype).contiguous()
-        for (parameter, turned), own in zip(parts, whole.split([len(own) for own in rows]), strict=True):
+        for (parameter, turned), own in zip(
+            parts, torch.split(whole, [len(own) for own in rows]), strict=True
+        ):
             parameter.data = own.t() if turned else own
         return Quantised(whole)
 

@@ -34,8 +34,8 @@ MORE = max(AHEAD, ROWS[0])
 DECODE = Tasks(
     numbers=("tokens",),
     addresses=(
-        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_scale", "gate_bias", "up", "up_scale",
-        "bias", "hidden", "down", "down_scale", "start", "add", "y",
+        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_scale", "gate_bias", "up",
+        "up_scale", "bias", "hidden", "down", "down_scale", "start", "add", "y",
     ),
     stages=3,
 )  # fmt: skip

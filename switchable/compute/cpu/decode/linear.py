@@ -18,7 +18,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.decode.rows import Rows
-from switchable.compute.cpu.llvm import POINTER, Code, Machine, Values, Writer, compile_module, this_machine
+from switchable.compute.cpu.llvm import POINTER, Code, Machine, Writer, compile_module, this_machine
 from switchable.compute.cpu.tasks import Record, Run, Tasks
 
 ROWS, TOKENS = (4, 2, 1), (4, 2, 1)

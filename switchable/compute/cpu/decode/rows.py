@@ -1,6 +1,6 @@
 """Rows of a matrix of weights, of whatever width, as the vectors of float32 that are multiplied.
 
-    float32   as they are          bfloat16   the upper half of a float32          int8   whole numbers, times a scale per row
+    float32   as they are          bfloat16   the upper half of one          int8   whole numbers, times a scale per row
 
 Reading weights is what decoding takes time for, and widening them costs one or two instructions a vector, which the
 memory's slowness hides. Inputs and sums stay float32.
