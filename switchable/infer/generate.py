@@ -56,7 +56,7 @@ class Written(NamedTuple):
     tokens: int
     """Those that are new."""
     seconds: float
-    """Reading the prompt included; of several prompts, all of them."""
+    """Reading the prompt included, compiling not; of several prompts, all of them."""
 
 
 def write(
@@ -105,6 +105,8 @@ def write_each(
         check_prompt(objective, tokenizer, prompt, positions_of(module))
     set_mode(module, mode, experts_per_token)
     torch.manual_seed(sampling.seed)
+    if isinstance(model, Decoder):
+        model.warm(len(prompts))
     begin = time.perf_counter()
     if objective == "causal":
         ends = ends_of(module)

@@ -98,6 +98,12 @@ class Decoder:
         self.pads: Tensor | None = None
         self.seen = 0
 
+    def warm(self, sequences: int) -> None:
+        """Compile what decoding so many sequences needs."""
+        one_B = torch.zeros(sequences, dtype=torch.int64)
+        self.begin(one_B.unsqueeze(1), places=2)
+        self.next(one_B)
+
     @torch.inference_mode()
     def begin(self, ids_BS: Tensor, pads_B: Tensor | None = None, places: int | None = None) -> Tensor:
         """Read prompts, and return the logits [B, V] of what comes after them.
