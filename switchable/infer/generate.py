@@ -16,9 +16,9 @@ from switchable.ffn.convert import set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
 from switchable.infer.decoding.matrices import Stored
+from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
-from switchable.infer.precision import round_weights
 from switchable.infer.sampling import Sampling
 from switchable.infer.text import EndOfTexts, GrowingText
 

@@ -22,6 +22,7 @@ from switchable.ffn.convert import check_sparse, is_router_parameter, layers_of,
 from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
 from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
+from switchable.infer.decoding.rounded import round_weights
 from switchable.store import tensorfile
 from switchable.store.checkpoint import METADATA
 from switchable.store.contents import ROUTERS, routers_of
@@ -72,7 +73,7 @@ def export(
     if weights == "int8":
         check_int8(model)
     elif weights is not None:
-        model.to(WIDTHS[weights])
+        round_weights(model, weights)
     if to == "sparse":
         check_sparse(model)
     if experts_per_token is not None:
