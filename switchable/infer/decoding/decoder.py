@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.errors import InputError
 from switchable.ffn.families import neuron_dim
-from switchable.infer.decoding.attention import Attention, Norm, Step, angles_of
+from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Norm, Step, angles_of
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
 from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
@@ -141,12 +141,13 @@ class Decoder:
         sequences, length = ids_BS.shape
         x_BSD = self._embedded(ids_BS)
         places_BS = torch.arange(self.seen, self.seen + length).unsqueeze(0)
-        mask = None
+        dtype = self.matrices.cached
+        plain = length > 1 and self.seen + length <= MOST_PLAIN and dtype == torch.bfloat16
+        mask = bias = None
+        if self.pads is not None or plain:
+            mask = self._mask(places_BS)
+            bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf) if plain else None
         if self.pads is not None:
-            keys = torch.arange(self.seen + length)
-            mask = (keys <= places_BS.unsqueeze(2)) & (keys >= self.pads.view(-1, 1, 1))
-            # A place of padding attends to itself: no row may be empty.
-            mask = (mask | (keys == places_BS.unsqueeze(2))).unsqueeze(1)
             places_BS = (places_BS - self.pads.unsqueeze(1)).clamp_min(0)
         angles = None
         if self.angles is not None:
@@ -154,7 +155,7 @@ class Decoder:
             angles = (cos, sin)
         if self.places is not None:
             x_BSD = x_BSD + self.places[places_BS]
-        step = Step(self.seen, angles, mask)
+        step = Step(self.seen, angles, mask, bias)
         x_TD = x_BSD.view(sequences * length, -1)
         for block in self.blocks:
             after_TD = block.attention(block.before_attention(x_TD), x_TD, step)
@@ -163,6 +164,14 @@ class Decoder:
         last_BD = x_TD.view(sequences, length, -1)[:, -1]
         last_BD = (last_BD if self.norm is None else self.norm(last_BD)).contiguous()
         return self.head(last_BD).float()
+
+    def _mask(self, places_BS: Tensor) -> Tensor:
+        """Return what each place attends to, [B or 1, 1, S, P]: itself and what is before it but the padding."""
+        keys, own = torch.arange(int(places_BS[0, -1]) + 1), places_BS.unsqueeze(2)
+        mask = keys <= own
+        if self.pads is not None:  # a place of padding attends to itself: no row may be empty
+            mask = (mask & (keys >= self.pads.view(-1, 1, 1))) | (keys == own)
+        return mask.unsqueeze(1)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         rows, scale = self.tokens or self.head.weight
