@@ -88,12 +88,30 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     assert not list((trained / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("extra", [["--mode", "dense"], ["--mode", "sparse", "--experts-per-token", "2"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--mode", "dense"],
+        ["--mode", "sparse", "--experts-per-token", "2"],
+        ["--mode", "sparse", "--weights", "int8", "--stop", "no such text"],
+        ["--weights", "bfloat16"],
+    ],
+)
 def test_generate(trained: Path, extra: list[str]) -> None:
     done = run(trained, "generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert len(done.stdout.strip()) > len("the cat")
+    width = extra[extra.index("--weights") + 1] if "--weights" in extra else "float32"
+    assert f"in {width}: 5 tokens" in done.stderr
+
+
+def test_generate_takes_several_prompts(trained: Path) -> None:
+    done = run(trained, "generate", "run", "--prompt", "the cat", "a", "--max-new-tokens", "5")
+    first, second = done.stdout.split("\n\na")
+    assert first.startswith("the cat")
+    assert second.strip()
+    assert "10 tokens" in done.stderr
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -238,6 +256,10 @@ def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
     refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
     refused(run(trained, "generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
     refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1")
+    refused(run(trained, "generate", "run", "--weights", "int4"), "choose from", "int8")
+    both = ("--weights", "int8", "--precision", "float32")
+    refused(run(trained, "generate", "run", *both), "--weights int8 and --precision float32 differ")
+    refused(run(trained, "generate", "run", "--stop", ""), "--stop '' would end every text at once")
 
 
 def help_of(verb: str) -> str:
