@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from switchable.cli.flags import default_cache
 from switchable.config import objective_of, read_stored
-from switchable.data.batches import eval_batches
+from switchable.data.batches import validation_batches
+from switchable.data.objectives import CausalLM
 from switchable.data.tokens import prepare
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
@@ -106,7 +107,8 @@ def main() -> int:
     except InputError as error:
         print(f"benchmarks.structure: {error}", file=sys.stderr)
         return 2
-    batches = list(eval_batches(data.val.path, 8, config.train.sequence_length, tokens))
+    text = validation_batches(data.val.path, CausalLM(config.train.sequence_length), 8, tokens)
+    batches = [batch["input_ids"] for batch in text]
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     print(f"{'layer':>5} {'active':>7}  " + "  ".join(f"{way + ' best/caught':>26}" for way in WAYS))
     for i, (layer, x_TD) in enumerate(zip(layers_of(model), inputs_of_layers(model, batches), strict=True)):

@@ -15,7 +15,7 @@ from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, Pr
 import switchable
 from switchable.cli import main
 
-STEPS, LENGTH = 300, 64
+STEPS, LENGTH = 200, 64
 out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 text = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]  # text that is on every machine
 

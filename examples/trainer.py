@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from switchable import SwitchConfig, convert, in_mode
 from switchable.integrations.hf_trainer import SwitchableCallback
 
-STEPS, LENGTH = 320, 64
+STEPS, LENGTH = 160, 64
 source = sorted(
     Path(sysconfig.get_path("stdlib")).glob("*.py")
 )  # text that is on every machine, a byte a token

@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from switchable.errors import InputError, nearest, shown
 
@@ -101,45 +101,44 @@ def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
         raise InputError(
             f"{name}={shown(value)} is not known; use one of {', '.join(known)}{nearest(str(value), known)}"
         )
-    if kind in (int, float) and not _inside(value, kind, **allowed):
+    within = _Range(*(allowed.get(end) for end in _Range._fields))
+    if kind in (int, float) and not within.holds(value, kind):
         more = f", e.g. {allowed['usual']}" if allowed.get("usual") else ""
-        raise InputError(f"{name}={shown(value)} is out of range; use {_range(kind, **allowed)}{more}")
+        raise InputError(
+            f"{name}={shown(value)} is out of range; use {f'{KINDS[kind]} {within}'.strip()}{more}"
+        )
     return float(value) if kind is float else value
 
 
-def _inside(
-    value: float,
-    kind: type,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    **_: object,
-) -> bool:
-    return (
-        abs(value) <= sys.float_info.max  # which NaN is not
-        and (kind is not int or most is not None or value <= LARGEST)
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (most is None or value <= most)
-        and (below is None or value < below)
-    )
+class _Range(NamedTuple):
+    """Which numbers are allowed; `above` and `below` do not belong to them."""
 
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
 
-def _range(
-    kind: type,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    **_: object,
-) -> str:
-    """Say which numbers are allowed: "a whole number of at least 1", "a number from 0 to 1", and so on."""
-    if least is not None and most is not None:
-        return f"{KINDS[kind]} from {least:.10g} to {most:.10g}"
-    low = f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else ""
-    high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
-    return " ".join((KINDS[kind], " and ".join(part for part in (low, high) if part))).strip()
+    def holds(self, value: float, kind: type) -> bool:
+        least, above, most, below = self
+        return (
+            abs(value) <= sys.float_info.max  # which NaN is not
+            and (kind is not int or most is not None or value <= LARGEST)
+            and (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+            and (below is None or value < below)
+        )
+
+    def __str__(self) -> str:
+        """Say it: "of at least 1", "from 0 to 1", and so on."""
+        least, above, most, below = self
+        if least is not None and most is not None:
+            return f"from {least:.10g} to {most:.10g}"
+        low = (
+            f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else ""
+        )
+        high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
+        return " and ".join(part for part in (low, high) if part)
 
 
 def refuse_more_than_memory(wanted: float, what: str) -> None:

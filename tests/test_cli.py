@@ -1,4 +1,7 @@
-"""The command line as a process: what a user types, what they see, and what wrong input does."""
+"""The command line: what a user types, what they see, and what wrong input does.
+
+What is refused, or answered at once, is asked of `main` in this process: one of its own takes seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from switchable.cli import main
 from switchable.config import load, to_dict
 
 SMALL = """
@@ -23,6 +28,9 @@ train: {steps: 12, batch_size: 4, sequence_length: 16, log_every: 4, eval_every:
 switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 3,
          stability_threshold: 0.0, max_activation_ratio: 1.0, min_mass_caught: 0.0, sparse_steps: 2}
 """
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -71,6 +79,22 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.fixture
+def here(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Gives commands in this process, in the folder of the finished run."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
+
+    def give(*arguments: str) -> subprocess.CompletedProcess[str]:
+        try:
+            code = main(list(arguments))
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return give
+
+
 def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     left = {p.name for p in (trained / "run").iterdir()}
     promised = {
@@ -97,8 +121,8 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
         ["--weights", "bfloat16"],
     ],
 )
-def test_generate(trained: Path, extra: list[str]) -> None:
-    done = run(trained, "generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
+def test_generate(here: Command, extra: list[str]) -> None:
+    done = here("generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert len(done.stdout.strip()) > len("the cat")
@@ -106,8 +130,8 @@ def test_generate(trained: Path, extra: list[str]) -> None:
     assert f"in {width}: 5 tokens" in done.stderr
 
 
-def test_generate_takes_several_prompts(trained: Path) -> None:
-    done = run(trained, "generate", "run", "--prompt", "the cat", "a", "--max-new-tokens", "5")
+def test_generate_takes_several_prompts(here: Command) -> None:
+    done = here("generate", "run", "--prompt", "the cat", "a", "--max-new-tokens", "5")
     first, second = done.stdout.split("\n\na")
     assert first.startswith("the cat")
     assert second.strip()
@@ -149,11 +173,12 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["--num-heads", "3"], ["num_heads=3 does not divide d_model=16"]),
     ],
 )
-def test_wrong_settings(trained: Path, corpus: Path, arguments: list[str], words: list[str]) -> None:
+def test_wrong_settings(
+    here: Command, trained: Path, corpus: Path, arguments: list[str], words: list[str]
+) -> None:
     given = arguments if "--data" in arguments else ["--data", str(corpus), *arguments]
     out = [] if "--out" in arguments else ["--out", "refused"]
-    done = run(trained, "pretrain", "small.yaml", *given, *out)
-    refused(done, *words)
+    refused(here("pretrain", "small.yaml", *given, *out), *words)
     assert not (trained / "refused/config.yaml").exists()
 
 
@@ -166,44 +191,41 @@ def test_wrong_settings(trained: Path, corpus: Path, arguments: list[str], words
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl", "line 2"]),
     ],
 )
-def test_wrong_text(trained: Path, name: str, content: bytes, words: list[str]) -> None:
+def test_wrong_text(here: Command, trained: Path, name: str, content: bytes, words: list[str]) -> None:
     (trained / name).write_bytes(content)
-    done = run(trained, "pretrain", "small.yaml", "--data", name, "--out", "refused")
-    refused(done, *words)
+    refused(here("pretrain", "small.yaml", "--data", name, "--out", "refused"), *words)
 
 
-def test_an_unknown_key_names_the_nearest(trained: Path) -> None:
+def test_an_unknown_key_names_the_nearest(here: Command, trained: Path) -> None:
     (trained / "wrong.yaml").write_text("train: {learning_rat: 1}\n")
-    refused(run(trained, "pretrain", "wrong.yaml"), "'learning_rat'", "did you mean 'learning_rate'?")
+    refused(here("pretrain", "wrong.yaml"), "'learning_rat'", "did you mean 'learning_rate'?")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path, corpus: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(here: Command, trained: Path, corpus: Path) -> None:
     before = (trained / "run/summary.json").read_text()
-    done = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", "run")
+    done = here("pretrain", "small.yaml", "--data", str(corpus), "--out", "run")
     refused(done, "holds a run already", "--resume", "--overwrite")
     assert (trained / "run/summary.json").read_text() == before
 
 
-def test_resume_with_other_settings_is_refused(trained: Path) -> None:
+def test_resume_with_other_settings_is_refused(here: Command) -> None:
+    refused(here("pretrain", "--out", "run", "--resume", "--d-model", "32"), "model.d_model: 16 -> 32")
+    refused(here("pretrain", "--out", "nothing", "--resume"), "no run to resume")
     refused(
-        run(trained, "pretrain", "--out", "run", "--resume", "--d-model", "32"), "model.d_model: 16 -> 32"
-    )
-    refused(run(trained, "pretrain", "--out", "nothing", "--resume"), "no run to resume")
-    refused(
-        run(trained, "pretrain", "--out", "run", "--resume-from", "step-7"),
+        here("pretrain", "--out", "run", "--resume-from", "step-7"),
         "no checkpoint 'step-7'",
         "step-000004",
     )
 
 
-def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_resume_with_changed_text_is_refused(here: Command, trained: Path, tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
     first = run(trained, "pretrain", "small.yaml", "--data", str(tmp_path), "--out", "changing")
     assert first.returncode == 0, first.stderr
     (tmp_path / "0.txt").write_text("something else " * 50)
     refused(
-        run(trained, "pretrain", "--out", "changing", "--resume", "--quiet"),
+        here("pretrain", "--out", "changing", "--resume", "--quiet"),
         "changed since",
         " documents, ",
         "; now ",
@@ -211,7 +233,7 @@ def test_resume_with_changed_text_is_refused(trained: Path, tmp_path: Path) -> N
 
 
 def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
-    trained: Path, corpus: Path
+    here: Command, trained: Path, corpus: Path
 ) -> None:
     done = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", "damaged")
     assert done.returncode == 0, done.stderr
@@ -219,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
     content = bytearray(newest.read_bytes())
     content[-9] ^= 1
     newest.write_bytes(bytes(content))
-    said = run(trained, "pretrain", "--out", "damaged", "--resume")
+    said = here("pretrain", "--out", "damaged", "--resume")
     refused(said, "model.safetensors does not have its checksum", "--resume-from step-000008")
     again = run(trained, "pretrain", "--out", "damaged", "--resume", "--resume-from", "step-000008")
     assert again.returncode == 0, again.stderr
@@ -228,7 +250,9 @@ def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(trained: Path, corpus: Path, signum: int, code: int) -> None:
+def test_a_signal_saves_and_says_how_to_go_on(
+    here: Command, trained: Path, corpus: Path, signum: int, code: int
+) -> None:
     out = f"stopped{signum}"
     process = start(
         trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", out, "--steps", "100000",
@@ -240,8 +264,7 @@ def test_a_signal_saves_and_says_how_to_go_on(trained: Path, corpus: Path, signu
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    in_use = run(trained, "pretrain", "small.yaml", "--data", str(corpus), "--out", out)
-    refused(in_use, "in use by another run")
+    refused(here("pretrain", "small.yaml", "--data", str(corpus), "--out", out), "in use by another run")
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -250,16 +273,16 @@ def test_a_signal_saves_and_says_how_to_go_on(trained: Path, corpus: Path, signu
     assert len(list((trained / out / "checkpoints").glob("step-*"))) == 1
 
 
-def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
-    refused(run(trained, "generate", "nowhere"), "nowhere does not exist")
-    refused(run(trained, "generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
-    refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
-    refused(run(trained, "generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
-    refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1")
-    refused(run(trained, "generate", "run", "--weights", "int4"), "choose from", "int8")
+def test_generate_refuses_what_it_cannot_do(here: Command) -> None:
+    refused(here("generate", "nowhere"), "nowhere does not exist")
+    refused(here("generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
+    refused(here("generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
+    refused(here("generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
+    refused(here("generate", "run", "--temperature", "-1"), "temperature=-1")
+    refused(here("generate", "run", "--weights", "int4"), "choose from", "int8")
     both = ("--weights", "int8", "--precision", "float32")
-    refused(run(trained, "generate", "run", *both), "--weights int8 and --precision float32 differ")
-    refused(run(trained, "generate", "run", "--stop", ""), "--stop '' would end every text at once")
+    refused(here("generate", "run", *both), "--weights int8 and --precision float32 differ")
+    refused(here("generate", "run", "--stop", ""), "--stop '' would end every text at once")
 
 
 def help_of(verb: str) -> str:
@@ -314,7 +337,7 @@ def test_reading_settings_compiles_no_kernel() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_names_that_are_not_utf8(trained: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(here: Command, trained: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9")
     folder = tmp_path / odd
     folder.mkdir()
@@ -322,7 +345,7 @@ def test_names_that_are_not_utf8(trained: Path, tmp_path: Path) -> None:
         Path(folder, os.fsdecode(b"\xff") + f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
     for place in ("--out", "--cache"):
         command = ["small.yaml", "--data", str(folder), "--out", "odd", place, odd]
-        refused(run(trained, "pretrain", *command), r"the name 'caf\udce9' is not UTF-8")
+        refused(here("pretrain", *command), r"the name 'caf\udce9' is not UTF-8")
     assert not (trained / "odd").exists()
     done = run(trained, "pretrain", "small.yaml", "--data", str(folder), "--out", "odd")
     assert done.returncode == 0, done.stderr

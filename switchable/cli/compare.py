@@ -12,6 +12,7 @@ from pathlib import Path
 from switchable.cli.flags import add_common, add_config_flags, given_flags
 from switchable.errors import InputError
 from switchable.files import check_apart, check_writable
+from switchable.options import checked
 
 HELP = "train with several methods on the same data and initial weights; write one table"
 
@@ -27,7 +28,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.description = "methods:\n" + "\n".join(f"  {name:15} {summary}" for name, summary in rows)
     usual = ["dense", "ssd"]
     verb.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help="default: dense ssd")
-    verb.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="default: 0")
+    verb.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
     verb.add_argument(
         "--out",
         type=Path,
@@ -38,7 +39,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--jobs",
-        default="1",
+        type=int,
+        default=1,
         metavar="N",
         help="runs at a time, each with cores / N threads unless threads are given (default %(default)s)",
     )
@@ -48,14 +50,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, write the table, and print its figures as one JSON line."""
-    from switchable.compare.methods import check_methods, check_seeds
+    from switchable.compare.methods import check_methods
     from switchable.compare.runs import others_finished, runs_of
     from switchable.config import load, objective_of
 
     if args.config is None:
         raise InputError("no configuration given; name a YAML file, e.g. configs/parity-quick.yaml")
-    methods, seeds = check_methods(args.methods), check_seeds(args.seeds)
-    jobs = _jobs(args.jobs)
+    methods = check_methods(args.methods)
+    seeds = tuple(dict.fromkeys(checked("--seeds", seed, int, least=0) for seed in args.seeds))
+    jobs = checked("--jobs", args.jobs, int, least=1, most=cores())
     config = load(args.config, given_flags(args))
     threads = config.train.threads or max(1, cores() // jobs)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
@@ -100,11 +103,3 @@ def run(args: argparse.Namespace) -> int:
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _jobs(given: str) -> int:
-    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= cores()):
-        raise InputError(
-            f"jobs={given!r} is not possible; use a whole number from 1 to {cores()}, the cores here"
-        )
-    return int(given)

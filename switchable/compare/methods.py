@@ -187,19 +187,3 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         named(name)
     return tuple(dict.fromkeys(names))
-
-
-def check_seeds(given: Sequence[str]) -> tuple[int, ...]:
-    """Return the seeds, without repetitions.
-
-    Raises:
-        InputError: none, or one that is not a whole number of at least 0.
-    """
-    for seed in given:
-        if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
-            raise InputError(
-                f"seed {seed!r} is not usable; give whole numbers from 0 to 999999999, e.g. --seeds 0 1 2"
-            )
-    if not given:
-        raise InputError("no seed given; give one or more, e.g. --seeds 0 1 2")
-    return tuple(dict.fromkeys(int(seed) for seed in given))

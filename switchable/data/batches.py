@@ -10,15 +10,13 @@ which NumPy promises not to change. The windows of all epochs stand in one endle
 windows from i · B on. So every epoch shows each window once, and a batch may hold the end of one epoch and
 the start of the next. The file is mapped into memory, never copied.
 
-`Windows` does all of that for any objective; the objective makes model inputs of them (`objectives/`), from the
-number of each row in that endless row of windows.
+The objective makes model inputs of windows (`objectives/`), from the number of each in that endless row.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +35,13 @@ VALIDATION_SEED = 0  # of what is masked in validation batches
 TokenSource = npt.NDArray[np.integer[Any]] | str | os.PathLike[str]
 
 
-class Windows:
-    """The windows of a token array, in a seeded order without end: index -> int64 [B_local, S].
+class Batches:
+    """Batches to train on: index -> model inputs, each LongTensor [B_local, ...].
 
     Args:
         tokens: flat array of token ids [tokens], or the path of a token file that `tokens.prepare` made.
+        objective: what to make of a window, and how many tokens that has (S).
         batch_size: windows in a batch, all ranks together (B).
-        sequence_length: tokens in a window (S).
         seed: of the order and the offsets.
         rank: which part of each batch to return: the rows rank, rank + world_size, rank + 2 · world_size, ...
         world_size: number of parts; the parts are disjoint and make up the batch of one process,
@@ -56,36 +54,35 @@ class Windows:
     def __init__(
         self,
         tokens: TokenSource,
+        objective: Objective,
         batch_size: int,
-        sequence_length: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.tokens = token_array(tokens)
-        self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
-        self.rank, self.world_size = rank, world_size
-        _check_batch(batch_size, sequence_length, rank, world_size)
-        needed = batch_size * sequence_length
+        self.tokens, self.objective = token_array(tokens), objective
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        _check_batch(batch_size, objective.window, rank, world_size)
+        needed = batch_size * objective.window
         if len(self.tokens) < needed:
             raise InputError(
                 f"the training text is shorter than one batch: {len(self.tokens):,} tokens, but {batch_size} "
-                f"sequences of {sequence_length} are {needed:,}; give more text, or make batches smaller"
+                f"sequences of {objective.window} are {needed:,}; give more text, or make batches smaller"
             )
         # One window is given up so that any offset below S fits, unless the batch needs all there are.
-        self.windows_per_epoch = max(batch_size, (len(self.tokens) + 1) // sequence_length - 1)
+        self.windows_per_epoch = max(batch_size, (len(self.tokens) + 1) // objective.window - 1)
         """Windows in an epoch (W), the same for every epoch."""
         self._epochs: dict[int, Ints] = {}
 
-    def take(self, index: int) -> Ints:
-        """Return this rank's part of batch `index` (0, 1, 2, ...): [B / world_size, S]."""
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """Return this rank's part of batch `index` (0, 1, 2, ...)."""
         if index < 0:
             raise ValueError(f"batch index {index} is below 0")
         first = index * self.batch_size
-        positions = range(first + self.rank, first + self.batch_size, self.world_size)
-        starts = [self._start(*divmod(position, self.windows_per_epoch)) for position in positions]
-        length = self.sequence_length
-        return np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+        rows = np.arange(first + self.rank, first + self.batch_size, self.world_size, dtype=np.int64)
+        starts = [self._start(*divmod(int(row), self.windows_per_epoch)) for row in rows]
+        windows = np.stack([self.tokens[start : start + self.objective.window] for start in starts])
+        return _tensors(self.objective(windows.astype(np.int64), rows, self.seed))
 
     def _start(self, epoch: int, position: int) -> int:
         if epoch not in self._epochs:
@@ -96,39 +93,11 @@ class Windows:
 
     def _starts(self, epoch: int) -> Ints:
         """Where the windows of an epoch start, in the epoch's order: [W]."""
-        length, count = self.sequence_length, self.windows_per_epoch
+        length, count = self.objective.window, self.windows_per_epoch
         raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(count + 1)
         offsets = min(length, len(self.tokens) - count * length + 1)
         offset = int(raw[0]) % offsets
         return np.argsort(raw[1:], kind="stable") * length + offset
-
-
-class Batches:
-    """Batches to train on: index -> model inputs, each LongTensor [B_local, ...].
-
-    Args:
-        tokens, batch_size, seed, rank, world_size: as of `Windows`, which raises on them.
-        objective: what to make of a window.
-    """
-
-    def __init__(
-        self,
-        tokens: TokenSource,
-        objective: Objective,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.objective = objective
-        self.windows = Windows(tokens, batch_size, objective.window, seed, rank, world_size)
-
-    def batch(self, index: int) -> dict[str, Tensor]:
-        """Return this rank's part of batch `index`."""
-        windows = self.windows
-        rows = np.arange(index * windows.batch_size, (index + 1) * windows.batch_size, dtype=np.int64)
-        rows = rows[windows.rank :: windows.world_size]
-        return _tensors(self.objective(windows.take(index), rows, windows.seed))
 
 
 def validation_batches(
@@ -139,67 +108,36 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[dict[str, Tensor]]:
-    """Return the validation batches, always the same, whatever the seed of training.
-
-    Arguments and errors are those of `eval_batches`, whose windows they are made of.
-    """
-    found = eval_batches(tokens, batch_size, objective.window, eval_tokens, rank, world_size)
-    batches: list[dict[str, Tensor]] = []
-    first = rank
-    for ids in found:
-        rows = first + world_size * np.arange(len(ids), dtype=np.int64)
-        batches.append(_tensors(objective(ids.numpy(), rows, VALIDATION_SEED)))
-        first += world_size * len(ids)
-    return batches
-
-
-def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def eval_batches(
-    tokens: TokenSource,
-    batch_size: int,
-    sequence_length: int,
-    eval_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Tensor]:
-    """Return the windows to validate on, always the same: side by side from the start of the file.
+    """Return the batches to validate on, always the same: windows side by side from the start of the file.
 
     Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left
     out, unless it is the only one.
 
     Args:
-        tokens: flat array of token ids [tokens], or the path of a token file.
-        batch_size: windows in a batch, all ranks together.
-        sequence_length: tokens in a window (S).
+        tokens, objective, batch_size, rank, world_size: as of `Batches`.
         eval_tokens: how many tokens to evaluate at most; the whole file if it holds fewer.
-        rank: which rows of each batch to return, strided as in `Windows`.
-        world_size: number of ranks.
-
-    Yields:
-        LongTensor [B_local, S].
 
     Raises:
-        InputError: not even one window per rank (raised at once).
+        InputError: not even one window per rank.
     """
-    array = token_array(tokens)
-    _check_batch(batch_size, sequence_length, rank, world_size)
-    count = min(len(array), eval_tokens) // sequence_length
+    array, length = token_array(tokens), objective.window
+    _check_batch(batch_size, length, rank, world_size)
+    count = min(len(array), eval_tokens) // length
     if count < world_size:
         raise InputError(
             f"nothing to evaluate: {len(array):,} validation tokens and eval_tokens={eval_tokens:,} hold "
-            f"{count} windows of {sequence_length} tokens, for {world_size} process(es); give more text, a "
+            f"{count} windows of {length} tokens, for {world_size} process(es); give more text, a "
             "larger val_fraction or eval_tokens, or a shorter sequence"
         )
-    rows = min(batch_size, count // world_size * world_size)
-    windows = array[: count * sequence_length].reshape(count, sequence_length)
-    starts = range(0, count - rows + 1, rows)
-    return (
-        torch.from_numpy(windows[start + rank : start + rows : world_size].astype(np.int64))
-        for start in starts
-    )
+    size = min(batch_size, count // world_size * world_size)
+    windows = array[: count * length].reshape(count, length)
+    starts = range(0, count - size + 1, size)
+    parts = [np.arange(start + rank, start + size, world_size, dtype=np.int64) for start in starts]
+    return [_tensors(objective(windows[rows].astype(np.int64), rows, VALIDATION_SEED)) for rows in parts]
+
+
+def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,18 @@ from switchable.ffn.recording import Call, close
 from switchable.ffn.ssd import RESERVED
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """An FFN whose home is looked for, and what is known of it."""
+
+    model: nn.Module
+    match: Match
+    seen: Sequence[Call]
+    trained: Sequence[Call]
+    probability: float
+    """Of the dropout before the output projection; 0 without one."""
 
 
 def family_at(
@@ -32,9 +45,9 @@ def family_at(
         InputError: a dropout cannot be found, or is used elsewhere too.
     """
     paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
-    probability = _probability(match, trained)
+    search = _Search(model, match, seen, trained, _probability(match, trained))
     for home in _above(paths):
-        family = _as_module(model, home, match, seen, trained, probability)
+        family = _as_module(search, home)
         if family is not None:
             return home, family
         if not isinstance(model.get_submodule(home), CONTAINERS):
@@ -42,12 +55,12 @@ def family_at(
     for home in _above(paths):
         if isinstance(model.get_submodule(home), CONTAINERS):
             continue
-        family = _in_layer(model, home, match, seen, trained, probability)
+        family = _in_layer(search, home)
         if family is not None:
             return home, family
     raise InputError(
-        f"before {match.down.name} a dropout of {probability:.2g} is applied whose nn.Dropout or attribute is not to "
-        "be found, or is used elsewhere too; FFNs cannot take it over"
+        f"before {match.down.name} a dropout of {search.probability:.2g} is applied whose nn.Dropout or attribute is "
+        "not to be found, or is used elsewhere too; FFNs cannot take it over"
     )
 
 
@@ -85,99 +98,74 @@ def _probability(match: Match, trained: Sequence[Call]) -> float:
     return 1 - 1 / scale
 
 
-def _as_module(
-    model: nn.Module,
-    home: str,
-    match: Match,
-    seen: Sequence[Call],
-    trained: Sequence[Call],
-    probability: float,
-) -> Family | None:
+def _as_module(search: _Search, home: str) -> Family | None:
     """Return the family if a module is the FFN and nothing else."""
-    module = model.get_submodule(home)
+    match, trained, module = search.match, search.trained, search.model.get_submodule(home)
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     names = [name for name, _ in module.named_children()]
     taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name in names)
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    own_calls, its_calls = _of(seen, home), _of(seen, match.down.name)
+    own_calls, its_calls = _of(search.seen, home), _of(search.seen, match.down.name)
     if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls:
         return None
     if not all(
         c.alone and close(c.x, g.x) and close(c.y, d.y)
-        for c, g, d in zip(own_calls, _of(seen, match.gate.name), its_calls, strict=True)
+        for c, g, d in zip(own_calls, _of(search.seen, match.gate.name), its_calls, strict=True)
     ):
         return None
     behind = None
     ends, inside = _of(trained, home)[0].y, _of(trained, match.down.name)[0].y
     if not close(ends, inside):
-        behind = next(
-            (
-                c.name
-                for c in trained
-                if isinstance(c.module, nn.Dropout)
-                and c.name.startswith(f"{home}.")
-                and close(c.x, inside)
-                and close(c.y, ends)
-            ),
-            None,
-        )
+        dropouts = (c for c in trained if isinstance(c.module, nn.Dropout) and c.name.startswith(f"{home}."))
+        behind = next((c.name for c in dropouts if close(c.x, inside) and close(c.y, ends)), None)
         if behind is None:
             return None
-    hidden = None
-    if probability:
-        hidden = _dropout_module(model, home, probability)
-        if hidden is None:
-            return None
-    return _family(home, match, seen, hidden, False, None if behind is None else behind[len(home) + 1 :])
+    hidden = _dropout_module(search, home) if search.probability else None
+    if search.probability and hidden is None:
+        return None
+    return _family(search, home, hidden, dropout=None if behind is None else behind[len(home) + 1 :])
 
 
-def _in_layer(
-    model: nn.Module,
-    home: str,
-    match: Match,
-    seen: Sequence[Call],
-    trained: Sequence[Call],
-    probability: float,
-) -> Family | None:
-    module = model.get_submodule(home)
+def _in_layer(search: _Search, home: str) -> Family | None:
+    """Return the family if a layer does other things too; None if the dropout is not the FFN's alone."""
+    match, named = search.match, vars(search.model.get_submodule(home))
     for call in (match.down, match.gate, match.up):
         if call is not None and not isinstance(call.module, nn.Linear):
             raise InputError(
                 f"{call.name} is a {type(call.module).__name__} within a layer; use nn.Linear there"
             )
     hidden = None
-    if probability:
-        hidden = next(
-            (n for n, v in vars(module).items() if "drop" in n and _is_it(v, probability)), None
-        ) or _dropout_module(model, home, probability)
+    if search.probability:
+        hidden = next((n for n, v in named.items() if "drop" in n and _is_it(v, search.probability)), None)
+        hidden = hidden or _dropout_module(search, home)
         if hidden is None:
             return None
-        path = f"{home}.{hidden}" if home else hidden
-        if hidden not in vars(module) and len(_of(trained, path)) != len(_of(trained, match.down.name)):
+        calls = _of(search.trained, f"{home}.{hidden}" if home else hidden)
+        if hidden not in named and len(calls) != len(_of(search.trained, match.down.name)):
             return None
-    return _family(home, match, seen, hidden, True, None)
+    return _family(search, home, hidden, in_layer=True)
 
 
 def _is_it(value: object, probability: float) -> bool:
     return isinstance(value, float) and abs(value - probability) < 0.015
 
 
-def _dropout_module(model: nn.Module, home: str, probability: float) -> str | None:
-    """Return the path, from a module, of the dropout with a probability in it."""
-    for name, module in model.get_submodule(home).named_modules():
-        if isinstance(module, nn.Dropout) and _is_it(module.p, probability):
+def _dropout_module(search: _Search, home: str) -> str | None:
+    """Return the path, from a module, of the dropout with the probability in it."""
+    for name, module in search.model.get_submodule(home).named_modules():
+        if isinstance(module, nn.Dropout) and _is_it(module.p, search.probability):
             return str(name)
     return None
 
 
 def _family(
-    home: str, match: Match, seen: Sequence[Call], hidden: str | None, in_layer: bool, dropout: str | None
+    search: _Search, home: str, hidden: str | None, in_layer: bool = False, dropout: str | None = None
 ) -> Family:
-    start = len(home) + 1 if home else 0
+    start, match = len(home) + 1 if home else 0, search.match
     gate = match.gate.name[start:]
     up = match.up.name[start:] if match.up is not None else gate
     gated = match.up is not None or match.fused is not None
-    activation = None if in_layer and match.fused else _activation_module(home, match, seen)
+    activation = None if in_layer and match.fused else _activation_module(search, home)
     return Family(
         "",
         up,
@@ -193,8 +181,9 @@ def _family(
     )
 
 
-def _activation_module(home: str, match: Match, seen: Sequence[Call]) -> str | None:
+def _activation_module(search: _Search, home: str) -> str | None:
     """Return the path of the activation, None where it is a function."""
+    seen, match = search.seen, search.match
     count = len(_of(seen, match.down.name))
     for call in seen:
         inside = call.name.startswith(f"{home}.") if home else True

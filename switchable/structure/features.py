@@ -2,7 +2,7 @@
 
     weights        its row of the input projection: neurons that look for the same thing
     co-activation  its correlation with the others over probe tokens, in a few dimensions: that fire together
-    mixed          both side by side: cos(mixed) = (1 - share) cos(weights) + share cos(co-activation)
+    mixed          both side by side: cos(mixed) = (cos(weights) + cos(co-activation)) / 2
 
 The co-activation matrix C = Zᵀ Z / T of the T x F standardised activations Z is never built (F x F). Its leading
 eigenvectors come from subspace iteration on Z, in pieces of a thousand tokens. Scaled by their eigenvalue's root they
@@ -13,6 +13,8 @@ Shapes: T tokens, F neurons, D width, R embedding width.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -40,20 +42,18 @@ def weight_features(up_FD: Tensor) -> Tensor:
     return torch.nn.functional.normalize(up_FD / torch.where(peak_F1 > 0, peak_F1, 1), dim=1)
 
 
-def coactivation_features(active_TF: Tensor, *, width: int = 64, random_state: int = 0) -> Tensor:
+def coactivation_features(active_TF: Tensor, width: int = 64) -> Tensor:
     """Return `width` numbers per neuron whose inner products approximate the correlation of their activity.
 
     active_TF: activity of each neuron on probe tokens: bool (fires or not: the phi coefficient), or
     activations (Pearson's). A neuron that never changes (dead, or always on) gets a zero row.
     """
     _check_matrix("active_TF", active_TF, "(tokens, neurons)")
-    if width < 1:
-        raise InputError(f"width={width}; give the number of dimensions per neuron, 1 or more (64 is usual)")
     active_TF = active_TF.detach()
     tokens, neurons = active_TF.shape
     width = min(width, tokens, neurons)
     mean_F, inverse_F = _moments(active_TF)
-    generator = torch.Generator().manual_seed(random_state)
+    generator = torch.Generator().manual_seed(0)
     basis_FR = torch.randn(neurons, width, generator=generator).to(active_TF.device)
     for _ in range(SUBSPACE_STEPS):
         basis_FR = torch.linalg.qr(_correlate(active_TF, mean_F, inverse_F, basis_FR)).Q
@@ -66,17 +66,14 @@ def coactivation_features(active_TF: Tensor, *, width: int = 64, random_state: i
     return features_FR
 
 
-def mixed_features(weight_FD: Tensor, coactive_FR: Tensor, *, share: float = 0.5) -> Tensor:
-    """Return both kinds of rows side by side, so that their cosines add up as 1 - share to share."""
+def mixed_features(weight_FD: Tensor, coactive_FR: Tensor) -> Tensor:
+    """Return both kinds of rows side by side, so that their cosines count half each."""
     _check_matrix("weight_FD", weight_FD, "(neurons, width)")
     _check_matrix("coactive_FR", coactive_FR, "(neurons, width)")
     rows, others = len(weight_FD), len(coactive_FR)
     if rows != others:
         raise InputError(f"{rows} rows of weights, {others} of co-activation; give one each per neuron")
-    if not 0 <= share <= 1:
-        raise InputError(f"share={share}; give the co-activation's share of the cosine, 0 to 1")
-    parts = weight_features(weight_FD) * (1 - share) ** 0.5, weight_features(coactive_FR) * share**0.5
-    return torch.cat(parts, dim=1)
+    return torch.cat([weight_features(weight_FD), weight_features(coactive_FR)], dim=1) * math.sqrt(0.5)
 
 
 def _moments(active_TF: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,101 +20,74 @@ Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
 from __future__ import annotations
 
 import math
-import numbers
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from switchable.errors import InputError, divisors_near, nearest
+from switchable.errors import InputError, divisors_near
+from switchable.options import checked
 from switchable.structure.assignment import balanced_assignment
 from switchable.structure.local_search import few_threads, resplit_pairs, seed_centers, sketch
-
-Rows = Tensor | npt.NDArray[Any]
-METRICS = ("cosine", "euclidean")
 
 SKETCH_WIDTHS = (64, 256)  # as wide as there are clusters, within these limits
 ROUNDS = (4, 64)  # of pairs in a sweep: half the number of clusters, within these limits
 SWEEPS_OF_A_FRESH_FIT = 4
+MOST_ITERATIONS = 100  # of Lloyd's, over the whole fit
+TOLERANCE = 2e-4  # Lloyd's iterations end with one that lowers the inertia by less than this fraction of it
 SWEEP_TOLERANCE = 1e-3  # Lloyd's iterations between two sweeps need not converge further than this
 SWEEP_GAIN = 5e-4  # a sweep that gains less is the last one
 
 
 class BalancedKMeans:
-    """k-means with clusters of exactly equal size, in scikit-learn's manners.
+    """k-means on the rows' directions with clusters of exactly equal size, in scikit-learn's manners.
 
     n_clusters: the number of clusters; must divide the number of rows.
-    init: "k-means++", or labels of the rows (each cluster equally often) to start from.
-    max_iter: Lloyd's iterations at most, over the whole fit.
-    tol: stop when an iteration lowers the inertia by less than this fraction of it.
-    metric: "cosine" divides every row by its norm first (zero rows stay zero); "euclidean" takes rows as
-    they are.
+    init: labels of the rows (each cluster equally often) to start from; None: k-means++.
     sweeps: rounds of local search, at most; None means 4 for a fresh fit and 0 for a fit from labels.
     random_state: seed; equal seeds give equal results. The global random state is neither read nor changed.
 
-    After `fit`: `labels_` (int64), `cluster_centers_` (means, of the unit rows for "cosine"), `inertia_`,
-    `n_iter_`. Tensors in, tensors out on the same device; arrays in, arrays out. Inside it is float32.
+    After `fit`: `labels_` (int64, on the rows' device), `inertia_` (of the rows divided by their norms; zero rows stay
+    zero) and `n_iter_`. Inside it is float32.
     """
 
-    labels_: Any
-    cluster_centers_: Any
+    labels_: Tensor
     inertia_: float
     n_iter_: int
 
     def __init__(
-        self,
-        n_clusters: int,
-        *,
-        init: Literal["k-means++"] | Rows = "k-means++",
-        max_iter: int = 100,
-        tol: float = 2e-4,
-        metric: Literal["cosine", "euclidean"] = "cosine",
-        sweeps: int | None = None,
-        random_state: int = 0,
+        self, n_clusters: int, *, init: Tensor | None = None, sweeps: int | None = None, random_state: int = 0
     ) -> None:
-        self.n_clusters, self.init, self.max_iter, self.tol = n_clusters, init, max_iter, tol
-        self.metric, self.sweeps, self.random_state = metric, sweeps, random_state
+        self.n_clusters, self.init, self.sweeps, self.random_state = n_clusters, init, sweeps, random_state
 
     @torch.no_grad()
-    def fit(self, rows: Rows, y: None = None) -> BalancedKMeans:  # noqa: ARG002 - scikit-learn passes y
-        """Cluster the rows; return self."""
-        for name, least in (("n_clusters", 1), ("max_iter", 1), ("random_state", 0), ("sweeps", 0)):
-            if name != "sweeps" or self.sweeps is not None:
-                _check_whole(name, getattr(self, name), least)
-        if not 0 <= self.tol < 1:
-            raise InputError(f"tol={self.tol!r}; give a fraction of the inertia from 0 up to 1, such as 1e-4")
-        if self.metric not in METRICS:
-            close = nearest(str(self.metric), METRICS)
-            raise InputError(f"metric={self.metric!r}; use one of {', '.join(METRICS)}{close}")
-        rows_ND, peak_N = _as_rows(rows, self.n_clusters)
-        start_N = _as_labels(self.init, len(rows_ND), self.n_clusters, rows_ND.device)
-        rows_ND, mean_D, scale = _standardise(rows_ND, peak_N, self.metric)
-        lloyd = _Lloyd(rows_ND, self.n_clusters, self.max_iter)
+    def fit(self, rows: Tensor) -> BalancedKMeans:
+        """Cluster the rows; return self.
+
+        Raises:
+            InputError: rows not finite or not to be divided, labels that do not fit them, or a number out of range.
+        """
+        checked("n_clusters", self.n_clusters, int, least=1)
+        checked("sweeps", self.sweeps, int | None, least=0)
+        checked("random_state", self.random_state, int, least=0, most=2**63 - 1)
+        rows_ND = _unit_rows(rows, self.n_clusters)
+        start_N = None if self.init is None else _checked_labels(self.init, rows_ND, self.n_clusters)
+        lloyd = _Lloyd(rows_ND, self.n_clusters)
         sweeps = self.sweeps
         if sweeps is None:
             sweeps = SWEEPS_OF_A_FRESH_FIT if start_N is None else 0
-        labels_N = _search(lloyd, start_N, sweeps, self.tol, self.random_state)
-        centers_ED = _centers(rows_ND, labels_N, self.n_clusters)
-        self.inertia_ = lloyd.inertia(centers_ED) * scale**2
+        self.labels_ = _search(lloyd, start_N, sweeps, self.random_state)
+        self.inertia_ = lloyd.inertia(_centers(rows_ND, self.labels_, self.n_clusters))
         self.n_iter_ = lloyd.iterations
-        centers_ED = (centers_ED + mean_D) * scale
-        if isinstance(rows, Tensor):
-            self.labels_, self.cluster_centers_ = labels_N, centers_ED
-        else:
-            self.labels_, self.cluster_centers_ = labels_N.numpy(), centers_ED.numpy()
         return self
 
 
 class _Lloyd:
     """Lloyd's iterations on prepared rows, with the prices and the number of iterations they share."""
 
-    def __init__(self, rows_ND: Tensor, clusters: int, max_iter: int) -> None:
-        self.rows_ND = rows_ND
-        self.clusters = clusters
-        self.max_iter = max_iter
-        self.iterations = 0
+    def __init__(self, rows_ND: Tensor, clusters: int) -> None:
+        self.rows_ND, self.clusters, self.iterations = rows_ND, clusters, 0
         self.prices_E: npt.NDArray[np.float64] | None = None
         self._total = _squares(rows_ND)
 
@@ -122,7 +95,7 @@ class _Lloyd:
         """Iterate from balanced labels until the inertia falls by less than `tol`; return the best labels."""
         centers_ED = _centers(self.rows_ND, labels_N, self.clusters)
         inertia = self.inertia(centers_ED)
-        while self.iterations < self.max_iter:
+        while self.iterations < MOST_ITERATIONS:
             self.iterations += 1
             assigned_N, self.prices_E = _assign(self.rows_ND, centers_ED, self.prices_E)
             if torch.equal(assigned_N, labels_N):
@@ -145,7 +118,7 @@ def _squares(rows: Tensor) -> float:
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
-def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, tol: float, seed: int) -> Tensor:
+def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, seed: int) -> Tensor:
     """Start (or take the given start), alternate re-splits and Lloyd's iterations, return the best labels."""
     clusters, rounds = lloyd.clusters, min(max(ROUNDS[0], lloyd.clusters // 2), ROUNDS[1])
     if clusters in (1, len(lloyd.rows_ND)):  # nothing to choose: all together, or each alone
@@ -161,19 +134,19 @@ def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, tol: float, seed
         labels_N, lloyd.prices_E = _assign(sketch_NR, centers_ER, None)
         best_N, best = labels_N, math.inf
     else:
-        labels_N, best = lloyd.run(start_N, SWEEP_TOLERANCE if sweeps else tol)
+        labels_N, best = lloyd.run(start_N, SWEEP_TOLERANCE if sweeps else TOLERANCE)
         best_N = labels_N
     for _ in range(sweeps):
         with few_threads(sketch_NR):
             labels_N = resplit_pairs(sketch_NR, labels_N, clusters, rounds, generator)
-        labels_N, inertia = lloyd.run(labels_N, max(tol, SWEEP_TOLERANCE))
+        labels_N, inertia = lloyd.run(labels_N, SWEEP_TOLERANCE)
         gained = best - inertia
         if gained > 0:
             best_N, best = labels_N, inertia
         if gained <= SWEEP_GAIN * inertia:
             break
     if sweeps or start_N is None:
-        best_N, _ = lloyd.run(best_N, tol)
+        best_N, _ = lloyd.run(best_N, TOLERANCE)
     return best_N
 
 
@@ -195,41 +168,16 @@ def _centers(rows_ND: Tensor, labels_N: Tensor, clusters: int) -> Tensor:
     return sum_ED * (clusters / len(rows_ND))
 
 
-def _standardise(rows_ND: Tensor, peak_N: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
-    """Return rows in float32, normalised, scaled and centred; `(rows + mean) * scale` gives them uncentred.
+def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
+    """Check the rows; return them in float32, divided by their norms and centred.
 
-    Centring changes no distance and keeps float32 accurate when all rows share a large part; the division
-    by the largest magnitude keeps squares of very large or small rows in range.
+    Centring changes no distance and keeps float32 accurate when all rows share a large part; the division by the
+    largest entry keeps squares of very large or small rows in range.
     """
-    peak_N1 = peak_N[:, None]
-    scale = 1.0
-    if metric == "cosine":
-        rows_ND = rows_ND.float() / torch.where(peak_N1 > 0, peak_N1, 1)
-        norm_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
-        rows_ND /= torch.where(norm_N1 > 0, norm_N1, 1)
-    else:
-        scale = float(peak_N1.max()) or 1.0
-        rows_ND = rows_ND.float() / scale
-    mean_D = rows_ND.mean(0)
-    return rows_ND.sub_(mean_D), mean_D, scale
-
-
-def _as_rows(rows: Rows, clusters: int) -> tuple[Tensor, Tensor]:
-    """Check the rows; return them as a tensor of floats, not copied where possible, and their largest entries."""
-    if not isinstance(rows, Tensor | np.ndarray):
-        raise InputError(
-            f"rows are a {type(rows).__name__}; give a torch tensor or a NumPy array (rows x width)"
-        )
-    if rows.is_complex() if isinstance(rows, Tensor) else rows.dtype.kind not in "fiub":
-        raise InputError(f"rows of dtype {rows.dtype}; give real numbers")
-    if not isinstance(rows, Tensor):
-        rows = torch.from_numpy(np.asarray(rows, dtype=np.float32))
-    rows_ND = rows.detach()
-    if rows_ND.ndim != 2 or rows_ND.shape[1] == 0:
-        shape = tuple(rows_ND.shape)
-        raise InputError(f"rows of shape {shape}; give two dimensions, (number of rows, width)")
-    if not rows_ND.is_floating_point():
-        rows_ND = rows_ND.float()
+    if not isinstance(rows, Tensor) or rows.is_complex() or rows.ndim != 2 or rows.shape[1] == 0:
+        given = f"{tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise InputError(f"rows are {given}; give a tensor of real numbers, (number of rows, width)")
+    rows_ND = rows.detach() if rows.is_floating_point() else rows.detach().float()
     count = len(rows_ND)
     if count < clusters:
         raise InputError(
@@ -245,33 +193,29 @@ def _as_rows(rows: Rows, clusters: int) -> tuple[Tensor, Tensor]:
             f"{int(bad_N.sum())} of {count} rows hold NaN, infinite or (in float32) overflowing values,"
             f" the first is row {int(bad_N.nonzero()[0])}; give finite rows (has the training diverged?)"
         )
-    return rows_ND, peak_N
+    peak_N1 = peak_N[:, None]
+    rows_ND = rows_ND.float() / torch.where(peak_N1 > 0, peak_N1, 1)
+    norm_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
+    rows_ND /= torch.where(norm_N1 > 0, norm_N1, 1)
+    return rows_ND.sub_(rows_ND.mean(0))
 
 
-def _as_labels(init: Any, rows: int, clusters: int, device: torch.device) -> Tensor | None:
-    """Return the labels to start from, or None for k-means++."""
-    if isinstance(init, str):
-        if init != "k-means++":
-            raise InputError(f"init={init!r}; use 'k-means++', or an array of one label per row")
-        return None
-    labels = init.detach().cpu().numpy() if isinstance(init, Tensor) else np.asarray(init)
-    if labels.shape != (rows,) or labels.dtype.kind not in "iu":
+def _checked_labels(labels: Tensor, rows_ND: Tensor, clusters: int) -> Tensor:
+    """Return labels to start from as int64, on the rows' device."""
+    count = len(rows_ND)
+    if labels.shape != (count,) or labels.is_floating_point():
         raise InputError(
-            f"init labels of shape {labels.shape}, {labels.dtype}; give {rows} whole numbers, one per row"
+            f"init labels of shape {tuple(labels.shape)}, {labels.dtype}; give {count} whole numbers, one per row"
         )
-    if labels.min() < 0 or labels.max() >= clusters:
+    labels_N = labels.detach().to(rows_ND.device, torch.int64)
+    if labels_N.min() < 0 or labels_N.max() >= clusters:
         raise InputError(
-            f"init labels {labels.min()} to {labels.max()}; n_clusters={clusters} allows 0 to {clusters - 1}"
+            f"init labels {labels_N.min()} to {labels_N.max()}; n_clusters={clusters} allows 0 to {clusters - 1}"
         )
-    sizes = np.bincount(labels.astype(np.int64), minlength=clusters)
+    sizes = labels_N.bincount(minlength=clusters)
     if sizes.min() != sizes.max():
         raise InputError(
             f"init labels of unequal sizes, from {sizes.min()} to {sizes.max()} rows; every cluster must have"
-            f" {rows // clusters} (labels of a previous balanced fit have), or use init='k-means++'"
+            f" {count // clusters} (labels of a previous balanced fit have), or use none"
         )
-    return torch.from_numpy(labels.astype(np.int64)).to(device)
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(f"{name}={value!r}; give a whole number of at least {least}")
+    return labels_N

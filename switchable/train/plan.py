@@ -261,9 +261,7 @@ def _size(module: nn.Module) -> int:
 
 def _ffn_parameters(layer: Any) -> int:
     """Parameters of an FFN that move with its neurons: the projections, without the output's bias."""
-    weights = layer.ssd.weights
-    tensors = (weights.up_FD, weights.down_FD, weights.up_bias_F, weights.gate_FD, weights.gate_bias_F)
-    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+    return sum(tensor.numel() for tensor in layer.ssd.weights.tensors)
 
 
 def _units(model: nn.Module) -> list[int]:

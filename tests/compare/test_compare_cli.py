@@ -40,13 +40,8 @@ def arguments(base: Path, corpus: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_stopped_gone_on_with_and_finished(
-    base: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = arguments(
-        base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, len(os.sched_getaffinity(0))))
-    )
-    first = subprocess.Popen(
+def started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "switchable", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -54,6 +49,15 @@ def test_stopped_gone_on_with_and_finished(
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         start_new_session=True,
     )
+
+
+def test_stopped_gone_on_with_and_finished(
+    base: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(
+        base, corpus, "--methods", "dense", "ssd", "--jobs", str(min(2, len(os.sched_getaffinity(0))))
+    )
+    first = started(command)
     metrics = base / "out/dense-s0/metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -73,13 +77,7 @@ def test_stopped_gone_on_with_and_finished(
     assert out == ""
 
     dense.acquire()  # another process takes over the dense run ...
-    second = subprocess.Popen(
-        [sys.executable, "-m", "switchable", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    second = started(command)
     assert second.stderr is not None
     for line in second.stderr:
         if "dense-s0: another process is training it; waiting for it" in line:
@@ -117,9 +115,9 @@ def test_a_run_that_fails_is_named_with_its_reason(
     [
         (["--methods", "sdd"], ["method 'sdd' is not known", "did you mean 'ssd'"]),
         (["--methods", "ssd@two"], ["'ssd@two': after @ comes a factor", "e.g. ssd@1.04"]),
-        (["--seeds", "one"], ["seed 'one' is not usable", "--seeds 0 1 2"]),
-        (["--jobs", "0"], ["jobs='0' is not possible"]),
-        (["--jobs", "999"], ["jobs='999' is not possible"]),
+        (["--seeds", "0", "-1"], ["--seeds=-1 is out of range; use a whole number of at least 0"]),
+        (["--jobs", "0"], ["--jobs=0 is out of range; use a whole number from 1 to "]),
+        (["--jobs", "999"], ["--jobs=999 is out of range"]),
         (["--num-experts", "10"], ["num_experts=10 does not divide d_ff=64"]),
         (["--monitor-every", "0"], ["monitor_every=0 would never find"]),
         (["--out", "SMALL"], ["small.yaml/compare.json cannot be written: Not a directory"]),

@@ -11,7 +11,7 @@ import torch
 
 from switchable import InputError
 from switchable.compare.baselines import VARIANTS
-from switchable.compare.methods import METHODS, check_methods, check_seeds, in_order, method_config, named
+from switchable.compare.methods import METHODS, check_methods, in_order, method_config, named
 from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.config import RunConfig, changed, check, from_dict, load
 from switchable.ffn.convert import is_router_parameter
@@ -166,7 +166,7 @@ def test_longer_runs_see_the_same_batches_first(
         assert torch.equal(plain.batch(step)["input_ids"], longer.batch(step)["input_ids"])
 
 
-def test_unknown_methods_and_seeds_are_refused() -> None:
+def test_unknown_methods_are_refused() -> None:
     assert check_methods(["ssd", "dense", "ssd"]) == ("ssd", "dense")
     with pytest.raises(InputError, match=r"method 'ssd-papr' is not known; did you mean 'ssd-paper'\?"):
         check_methods(["dense", "ssd-papr"])
@@ -178,9 +178,3 @@ def test_unknown_methods_and_seeds_are_refused() -> None:
         check_methods(["dense-then-moe@2"])
     with pytest.raises(InputError, match="no method given"):
         check_methods([])
-    assert check_seeds(["2", "0", "2"]) == (2, 0)
-    for wrong in ("-1", "1.5", "two", "", "²"):
-        with pytest.raises(InputError, match="is not usable; give whole numbers"):
-            check_seeds([wrong])
-    with pytest.raises(InputError, match="no seed given"):
-        check_seeds([])

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,35 +58,46 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Around the call alone: torch's other small products only get slower by more threads."""
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def always_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
-def output(case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor | None = None) -> Tensor:
+def output(
+    case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor | None = None, count: int = 1
+) -> Tensor:
     found, sizes = problem(case), (case.experts, case.chosen)
-    with torch.no_grad():
+    with torch.no_grad(), threads(count):
         call = prepare_call(
             case.tokens, found.weights, choice, *sizes, activation=case.activation, start_D=start_D
         )
-    assert call is not None
-    return call(found.x.detach())
+        assert call is not None
+        return call(found.x.detach())
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.usefixtures("machine", "threads")
-def test_given_ids(case: Case) -> None:
+@pytest.mark.usefixtures("machine", "always_in_threads")
+def test_given_ids(case: Case, count: int) -> None:
     true_TD = problem(case, exact=True).run("reference")
-    assert relative_error(output(case, problem(case).ids), true_TD) < 1e-6
+    assert relative_error(output(case, problem(case).ids, count=count), true_TD) < 1e-6
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.usefixtures("machine", "threads")
-def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
+@pytest.mark.usefixtures("machine", "always_in_threads")
+def test_a_router_chooses_and_a_bias_is_added(case: Case, count: int) -> None:
     generator = torch.Generator().manual_seed(3)
     router_ED = torch.randn(case.experts, case.width, generator=generator)
     router_E = torch.randn(case.experts, generator=generator)
@@ -93,25 +105,20 @@ def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
     exact = problem(case, exact=True)
     scores_TE = exact.x @ router_ED.double().t() + router_E
     exact.ids = scores_TE.topk(case.chosen).indices
-    y_TD = output(case, (router_ED, router_E), start_D)
+    y_TD = output(case, (router_ED, router_E), start_D, count)
     assert relative_error(y_TD, exact.run("reference") + start_D) < 1e-6
 
 
 @pytest.mark.parametrize("others", ["torch's threads", "Python's"])
+@pytest.mark.usefixtures("always_in_threads")
 def test_stages_wait_for_each_other(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of threads, more than there are cores as well: every call gives the same bits."""
-    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
     if others == "Python's":
         monkeypatch.setattr(tasks, "_openmp", lambda: None)
-    before = torch.get_num_threads()
     alone_TD = output(PLAIN, problem(PLAIN).ids)
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            for _ in range(50):
-                assert torch.equal(output(PLAIN, problem(PLAIN).ids), alone_TD), count
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2, 3, 5):
+        for _ in range(50):
+            assert torch.equal(output(PLAIN, problem(PLAIN).ids, count=count), alone_TD), count
 
 
 def test_what_there_is_no_code_for() -> None:

@@ -17,6 +17,7 @@ from compute.problems import (
 )
 
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
+from switchable.compute.cuda.sort import sort_by_expert
 
 PLAIN = Case(tokens=19, width=24, neurons=16)
 CASES = {
@@ -41,6 +42,14 @@ def test_equals_the_reference(case: Case) -> None:
     for name, wanted in true.items():
         assert got[name].shape == wanted.shape, name
         assert relative_error(got[name], wanted) < TOLERANCE[case.dtype], name
+
+
+def test_pairs_are_sorted_by_expert_and_stay_in_order_within() -> None:
+    order, position, ends = sort_by_expert(torch.tensor([[2, 0], [0, 1], [3, 2]]), 5)
+    assert order.tolist() == [1, 2, 3, 0, 5, 4]  # experts 0 0 1 2 2 3
+    assert position.tolist() == [3, 0, 1, 2, 5, 4]
+    assert ends.tolist() == [2, 3, 5, 6, 6]  # expert 4 has none
+    assert {each.dtype for each in (order, position, ends)} == {torch.int32}
 
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from compute.emulated_amx import EMULATED
 from compute.problems import Case, Problem, problem, relative_error
 from torch import Tensor
 
@@ -21,6 +23,9 @@ assert HERE is not None
 MACHINES = {"as it is": HERE, "no product of pairs": replace(HERE, pairs=False)}
 if HERE.pairs:
     MACHINES["32 bytes"] = replace(HERE, vector_bytes=32, registers=16)
+    MACHINES["AMX, emulated"] = replace(HERE, amx=EMULATED)
+if HERE.amx:
+    MACHINES["pairs without AMX"] = replace(HERE, amx=None)
 PLAIN = Case(tokens=301, width=96, neurons=24, experts=8)
 CASES = {
     "odd number of tokens": PLAIN,
@@ -30,9 +35,11 @@ CASES = {
     "odd number of neurons": replace(PLAIN, neurons=7),
     "experts of 8": replace(PLAIN, neurons=8),
     "experts of 12": replace(PLAIN, neurons=12, bias=False),
-    "experts of 96": replace(PLAIN, neurons=96),
-    "columns in two pieces": replace(PLAIN, neurons=150, width=128),
-    "several chunks": replace(PLAIN, tokens=1301, width=64),
+    "experts of 52": replace(PLAIN, neurons=52),
+    "several chunks": replace(PLAIN, tokens=1301),
+    "hardly a tile of tokens": replace(PLAIN, tokens=9),
+    "one expert": replace(PLAIN, experts=1, chosen=1),
+    "all experts": replace(PLAIN, chosen=8),
     "relu2": replace(PLAIN, activation="relu2"),
     "an expert with no token": replace(PLAIN, routing="late", chosen=2),
     "all tokens on one expert": replace(PLAIN, routing="one", chosen=1),
@@ -69,9 +76,11 @@ def results(found: Problem, backend: str, autocast: bool) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=MACHINES.values(), ids=MACHINES)
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This machine, or one that lacks an instruction or wide vectors."""
     monkeypatch.setattr(fused, "this_machine", lambda: request.param)
+    yield
+    assert EMULATED.faults == 0
 
 
 @pytest.mark.usefixtures("machine")

@@ -142,16 +142,6 @@ class TestKernels:
         assert y_TD[0].isnan().all()
         assert y_TD[1:].isfinite().all()
 
-    @pytest.mark.parametrize(("experts", "rows"), [(3, 7), (16, 1100), (300, 50)])
-    def test_sort_is_stable(self, experts: int, rows: int) -> None:
-        from switchable.compute.cuda.triton.sort import sort_by_expert
-
-        ids = torch.randint(experts, (rows, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        order, position, ends = sort_by_expert(ids, experts)
-        assert torch.equal(order.long(), ids.flatten().sort(stable=True).indices)
-        assert torch.equal(position.long(), order.argsort())
-        assert torch.equal(ends.long(), ids.flatten().bincount(minlength=experts).cumsum(0))
-
     def test_under_torch_compile(self) -> None:
         found = placed(SMALL)
         compiled = torch.compile(run, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from switchable.data.batches import Batches, Windows, bits_per_byte, eval_batches
+from switchable.data.batches import Batches, bits_per_byte, validation_batches
 from switchable.data.objectives import CausalLM
 from switchable.errors import InputError
 
@@ -46,7 +46,7 @@ def test_shape_type_and_consecutive_tokens() -> None:
 
 def test_each_epoch_shows_each_window_once_at_a_new_offset() -> None:
     batches = CausalBatches(arange(1003), batch_size=3, sequence_length=10, seed=1)
-    windows = batches.windows.windows_per_epoch
+    windows = batches.windows_per_epoch
     assert windows == 99  # 1003 - 9 = 994 tokens are there whatever the offset
     offsets, orders = [], []
     for epoch in range(6):
@@ -62,7 +62,7 @@ def test_each_epoch_shows_each_window_once_at_a_new_offset() -> None:
 
 def test_batches_go_on_across_the_end_of_an_epoch() -> None:
     batches = CausalBatches(arange(57), batch_size=3, sequence_length=10, seed=4)  # 4 windows in an epoch
-    assert batches.windows.windows_per_epoch == 4
+    assert batches.windows_per_epoch == 4
     rows = torch.cat([batches.batch(i) for i in range(4)])  # 12 rows: exactly 3 epochs
     for epoch in range(3):
         starts = rows[4 * epoch : 4 * epoch + 4, 0]
@@ -103,8 +103,8 @@ def test_ranks_part_the_batch_in_strides(world_size: int) -> None:
 def test_token_file_is_mapped_not_read(tmp_path: Path) -> None:
     path = write_tokens(tmp_path, np.arange(70_000, dtype=np.uint32))
     batches = CausalBatches(path, batch_size=2, sequence_length=8, seed=0)
-    assert isinstance(batches.windows.tokens.base, np.memmap)
-    assert batches.windows.tokens.dtype == np.uint32
+    assert isinstance(batches.tokens.base, np.memmap)
+    assert batches.tokens.dtype == np.uint32
     assert torch.equal(batches.batch(5), CausalBatches(np.arange(70_000), 2, 8, 0).batch(5))
 
 
@@ -116,7 +116,7 @@ def test_token_file_without_meta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tokens", "windows"), [(40, 4), (41, 4), (49, 4), (58, 4), (59, 5)])
 def test_smallest_corpus(tokens: int, windows: int) -> None:
     batches = CausalBatches(arange(tokens), batch_size=4, sequence_length=10, seed=0)
-    assert batches.windows.windows_per_epoch == windows
+    assert batches.windows_per_epoch == windows
     for i in range(20):
         assert int(batches.batch(i).max()) < tokens
 
@@ -136,14 +136,21 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="rank=4"):
         CausalBatches(arange(100), 8, 2, 0, rank=4, world_size=4)
     with pytest.raises(ValueError, match="below 0"):
-        Windows(arange(100), 8, 2, 0).take(-1)
+        CausalBatches(arange(100), 8, 2, 0).batch(-1)
 
 
 # --- validation ---
 
 
-def test_eval_batches_are_sequential() -> None:
-    batches = list(eval_batches(arange(100), batch_size=2, sequence_length=10, eval_tokens=75))
+def windows_of(
+    tokens: np.ndarray, batch_size: int, sequence_length: int, eval_tokens: int, rank: int = 0, world: int = 1
+) -> list[torch.Tensor]:
+    found = validation_batches(tokens, CausalLM(sequence_length), batch_size, eval_tokens, rank, world)
+    return [batch["input_ids"] for batch in found]
+
+
+def test_validation_goes_through_the_text_in_order() -> None:
+    batches = windows_of(arange(100), batch_size=2, sequence_length=10, eval_tokens=75)
     assert [b[:, 0].tolist() for b in batches] == [
         [0, 10],
         [20, 30],
@@ -153,19 +160,19 @@ def test_eval_batches_are_sequential() -> None:
     assert batches[0][1].tolist() == list(range(10, 20))
 
 
-def test_eval_batches_of_less_than_a_batch() -> None:
-    batches = list(eval_batches(arange(35), batch_size=8, sequence_length=10, eval_tokens=10_000))
+def test_validation_batches_of_less_than_a_batch() -> None:
+    batches = windows_of(arange(35), batch_size=8, sequence_length=10, eval_tokens=10_000)
     assert [b[:, 0].tolist() for b in batches] == [[0, 10, 20]]
     with pytest.raises(InputError, match="nothing to evaluate: 9 validation tokens"):
-        eval_batches(arange(9), 8, 10, 10_000)
+        windows_of(arange(9), 8, 10, 10_000)
     with pytest.raises(InputError, match="eval_tokens=9"):
-        eval_batches(arange(90), 8, 10, 9)
+        windows_of(arange(90), 8, 10, 9)
 
 
-def test_eval_ranks_have_equal_shapes() -> None:
-    parts = [list(eval_batches(arange(35), 8, 10, 10_000, rank, 2)) for rank in range(2)]
+def test_validation_ranks_have_equal_shapes() -> None:
+    parts = [windows_of(arange(35), 8, 10, 10_000, rank, 2) for rank in range(2)]
     assert [[b[:, 0].tolist() for b in part] for part in parts] == [[[0]], [[10]]]
-    parts = [list(eval_batches(arange(100), 4, 10, 80, rank, 2)) for rank in range(2)]
+    parts = [windows_of(arange(100), 4, 10, 80, rank, 2) for rank in range(2)]
     assert [[b[:, 0].tolist() for b in part] for part in parts] == [[[0, 20], [40, 60]], [[10, 30], [50, 70]]]
 
 

@@ -16,6 +16,8 @@ from switchable.evaluation.config import EvalConfig
 from switchable.infer.loss import loss_in_mode
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.store.load import load, trained_precision
+from switchable.study.config import StudyConfig
+from switchable.study.study import study_run
 from switchable.train.pretrain import pretrain
 from switchable.train.setup import set_up
 
@@ -61,15 +63,13 @@ def test_eval_multiplies_in_the_precision_that_it_says(
 
 
 def test_study_and_generate_say_theirs(
-    run: tuple[str, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[str, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     precision, folder, _ = run
-    assert main(["study", str(folder), "--out", str(tmp_path / "own")]) == 0
+    studies = [study_run(folder, StudyConfig(precision=asked), progress=True) for asked in (None, "float32")]
     assert f"measured in {precision} on" in capsys.readouterr().err
-    assert main(["study", str(folder), "--out", str(tmp_path / "other"), "--precision", "float32"]) == 0
-    studies = [json.loads((tmp_path / name / "study.json").read_text()) for name in ("own", "other")]
-    assert [study["probe"]["precision"] for study in studies] == [precision, "float32"]
-    assert (studies[0]["results"] == studies[1]["results"]) == (precision == "float32")
+    assert [study.probe["precision"] for study in studies] == [precision, "float32"]
+    assert (studies[0].results == studies[1].results) == (precision == "float32")
     for flags, expected in (([], "float32"), (["--precision", "bfloat16"], "bfloat16")):
         assert main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "3", *flags]) == 0
         assert f"dense mode, in {expected}: 3 tokens" in capsys.readouterr().err

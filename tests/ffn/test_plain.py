@@ -132,6 +132,16 @@ def in_layer(case: str) -> tuple[nn.Module, dict[str, Tensor], str, str]:
     return made, inputs(case), f"{layer}.{up}", f"{layer}.{down}"
 
 
+def assert_counts_in_both_modes(model: nn.Module, batch: dict[str, Tensor], before: Tensor) -> None:
+    """What was put on a projection changes the output, of both modes alike (all experts are on)."""
+    found = []
+    for mode in ("dense", "sparse"):
+        set_mode(model, mode)
+        found.append(output(model, batch))
+    torch.testing.assert_close(found[0], found[1])
+    assert (found[0] - before).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("which", ["up", "down"])
 @pytest.mark.parametrize("case", LAYERS)
 def test_an_adapter_in_a_layer_is_refused_in_either_mode(case: str, which: str) -> None:
@@ -156,12 +166,7 @@ def test_hooks_in_a_layer_count_alike_in_both_modes(case: str) -> None:
     plain = output(model, batch)
     for name in (up, down):
         hook = model.get_submodule(name).register_forward_hook(lambda _m, _x, y: 1.5 * y)
-        found = []
-        for mode in ("dense", "sparse"):
-            set_mode(model, mode)
-            found.append(output(model, batch))
-        torch.testing.assert_close(found[0], found[1])
-        assert (found[0] - plain).abs().max() > 1e-4
+        assert_counts_in_both_modes(model, batch, plain)
         hook.remove()
 
 
@@ -174,12 +179,7 @@ def test_a_mask_in_a_layer_counts_alike_in_both_modes(case: str) -> None:
         weight = projection.weight.detach().clone()
         prune.l1_unstructured(projection, "weight", 0.5)
         assert int((projection.weight == 0).sum()) == weight.numel() // 2
-        found = []
-        for mode in ("dense", "sparse"):
-            set_mode(model, mode)
-            found.append(output(model, batch))
-        torch.testing.assert_close(found[0], found[1])
-        assert (found[0] - plain).abs().max() > 1e-4
+        assert_counts_in_both_modes(model, batch, plain)
 
 
 class Bare(nn.Module):

@@ -3,69 +3,21 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
-import math
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families.models import inputs, make, output
-from safetensors.torch import load_file, save_file
+from store.models import CONFIG, OLDER, assert_same, trained
 from support import tiny_gpt2
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from switchable import InputError, SwitchConfig, convert, in_mode, load, set_mode
-from switchable.data.tokenizers import train_bpe
+from switchable import SwitchConfig, convert, in_mode, load, set_mode
 from switchable.ffn.convert import layers_of
-from switchable.ffn.description import decoded, encoded
-from switchable.store import folders
 from switchable.store.checkpoint import save
 from switchable.store.export import export
-from switchable.switching.switch import regroup
-
-CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
-OLDER = Path(__file__).parent / "older"
-KEPT = ("num_experts", "experts_per_token", "takes_part", "why_dense")
-
-
-def trained(case: str) -> Any:
-    """A converted model with routers, K and neuron order of its own, whose first FFN stays dense."""
-    model = make(case)
-    convert(model, CONFIG)
-    layers = layers_of(model)
-    regroup(layers, [(torch.arange(64) * (3 + 2 * i)) % 8 for i in range(len(layers))])
-    for i, layer in enumerate(layers):
-        with torch.no_grad():
-            layer.router.weight.normal_(generator=torch.Generator().manual_seed(i))
-        layer.ssd.experts_per_token = 2 + i
-    layers[0].ssd.takes_part, layers[0].ssd.why_dense = False, "it is never „sparse“"
-    return model
-
-
-def assert_same(opened: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Both are the same switchable model."""
-    for ours, theirs in zip(layers_of(opened), layers_of(model), strict=True):
-        for name in KEPT:
-            assert getattr(ours.ssd, name) == getattr(theirs.ssd, name), name
-        assert torch.equal(ours.ssd.neuron_ids_F, theirs.ssd.neuron_ids_F)
-        assert ours.ssd.settings.family == theirs.ssd.settings.family
-    found = []
-    for each in (opened, model):
-        for mode in ("dense", "sparse"):
-            with in_mode(each, mode), torch.no_grad():
-                found.append(output(each.eval(), batch))
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[3])
-    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "opt", "bert", "t5-gated", "bart", "vit"])
@@ -141,91 +93,6 @@ def test_a_state_dict_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert [layer.ssd.experts_per_token for layer in layers_of(third)] == [3, 3]
 
 
-PLAIN = """
-import json, sys
-sys.modules["switchable"] = None  # importing it raises
-import torch, transformers
-from safetensors.torch import load_file, save_file
-for folder in sys.argv[1:]:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, config.architectures[0])
-    model, found = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(names for what, names in found.items() if what != "unexpected_keys"), found
-    assert found["unexpected_keys"] and all(".router." in name for name in found["unexpected_keys"]), found
-    with torch.no_grad():
-        save_file({"y": model(**load_file(folder + ".inputs")).logits.contiguous()}, folder + ".output")
-"""
-
-
-def offline(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, without a network."""
-    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | settings,
-    )
-
-
-def test_transformers_alone_opens_the_dense_model(tmp_path: Path) -> None:
-    cases = ("gpt2", "opt", "t5-gated")
-    for case in cases:
-        trained(case).save_pretrained(tmp_path / case)
-        save_file(inputs(case), tmp_path / f"{case}.inputs")
-    done = offline("-c", PLAIN, *(tmp_path / case for case in cases))
-    assert done.returncode == 0, done.stderr
-    for case in cases:
-        found, expected = load_file(tmp_path / f"{case}.output")["y"], output(trained(case), inputs(case))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-TASK = """\
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{context}}}}"
-doc_to_target: " {{{{word}}}}"
-metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-"""
-
-
-@pytest.mark.parametrize("to", ["sparse export", "save_pretrained"])
-def test_the_command_of_lm_eval_opens_the_dense_model(tmp_path: Path, to: str) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("needs lm-eval: pip install 'switchable[eval]'")
-    model, tokenizer = trained("gpt2"), train_bpe(["the cat sat on a mat " * 9], 257)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    save(tmp_path / "own", model, tokenizer=tokenizer)
-    if to == "sparse export":
-        export(tmp_path / "own", "sparse", tmp_path / "folder")
-    else:
-        model.save_pretrained(tmp_path / "folder")
-        tokenizer.save_pretrained(str(tmp_path / "folder"))
-    (tmp_path / "data.jsonl").write_text('{"context": "the cat sat on", "word": "a"}\n')
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
-    done = offline(
-        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'folder'},max_length=32",
-        "--tasks", "tiny", "--include_path", tmp_path / "tasks", "--device", "cpu", "--batch_size", "1",
-        "--output_path", tmp_path / "scores", HF_HOME=str(tmp_path / "home"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (scores,) = (tmp_path / "scores").rglob("*.json")
-    found = json.loads(scores.read_text())["results"]["tiny"]["perplexity,none"]
-    before, after = (tokenizer(text)["input_ids"] for text in ("the cat sat on", " a"))
-    with torch.no_grad():
-        log_p = model(input_ids=torch.tensor([before + after])).logits[0].log_softmax(-1)
-    rows = log_p[len(before) - 1 : -1]
-    loss = -sum(float(row[token]) for row, token in zip(rows, after, strict=True))
-    assert found == pytest.approx(math.exp(loss), rel=1e-3)
-    assert ("UNEXPECTED" in done.stderr + done.stdout) == (to == "save_pretrained")
-
-
 SWITCHING = SwitchConfig(
     num_experts=8, experts_per_token=3, monitor_every=3, min_dense_fraction=0.2, stability_threshold=0.0,
     max_activation_ratio=1.0, min_mass_caught=0.0, sparse_steps=2, final_dense_fraction=0.0,
@@ -291,85 +158,3 @@ def test_folders_of_an_older_form_open(kind: str) -> None:
         with in_mode(model, mode), torch.no_grad():
             logits = model(input_ids=torch.arange(8)[None]).logits[0, -1, :4]
         torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-def reseal(folder: Path) -> None:
-    """Give a folder a manifest of its tensors as they are now."""
-    folders.seal(folder, {path.name: folders.entry(path) for path in folder.glob("*tensors")})
-
-
-def alter(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the descriptions in a sparse export."""
-    tensors = load_file(folder / "switchable.tensors")
-    for name in [name for name in tensors if name.endswith("_extra_state")]:
-        described = decoded(tensors[name])
-        change(described)
-        tensors[name] = encoded(described)
-    save_file(tensors, folder / "switchable.tensors")
-    reseal(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 2}, r"h\.\d\.mlp is described in format 2, of a later version; update switchable"),
-        ({"num_experts": 4}, r"router\.weight has shape \(8, 16\), not \(4, 16\)"),
-        ({"num_experts": 5}, r"num_experts=5 does not divide d_ff=64"),
-        ({"experts_per_token": 9}, r"experts_per_token=9 is not possible"),
-        ({"takes_part": "yes"}, r"is that of another FFN, or damaged"),
-        ({"neuron_ids": [0] * 64}, r"is that of another FFN, or damaged"),
-        ({"neuron_ids": "0"}, r"the description of transformer\.h\.0\.mlp is damaged"),
-        ({"family": {"ffn": "GPT2MLP", "novel": 1}}, r"unexpected keyword argument 'novel'"),
-        ({"family": "gpt2"}, r"do not fit its model"),
-        ({"family": {"ffn": "GPT9MLP", "up": "a", "down": "b"}}, r"found 0 of 2 FFNs of class 'GPT9MLP'"),
-        ({"gate": "softmax"}, r"its experts' outputs are scaled"),
-    ],
-)
-def test_experts_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    save(tmp_path / "own", trained("gpt2"))
-    export(tmp_path / "own", "sparse", tmp_path / "sparse")
-    alter(tmp_path / "sparse", lambda described: described.update(change))
-    with pytest.raises(InputError, match=rf"experts of .*sparse .*{message}"):
-        load(tmp_path / "sparse")
-
-
-def test_damaged_experts_are_refused(tmp_path: Path) -> None:
-    for case in ("gpt2", "t5", "vit"):
-        save(tmp_path / case, trained(case))
-    export(tmp_path / "gpt2", "sparse", tmp_path / "sparse")
-    own = tmp_path / "sparse" / "switchable.tensors"
-
-    def refused(message: str, folder: Path = own.parent) -> None:
-        with pytest.raises(InputError, match=message) as told:
-            load(folder)
-        assert "\n" not in str(told.value)
-
-    for other, message in (("t5", "found 0 of"), ("vit", "found 0 of 2")):
-        shutil.copy(tmp_path / other / "switchable.tensors", own)
-        refused(r"switchable\.tensors has \d+ bytes instead of \d+")
-        reseal(own.parent)
-        refused(f"experts of .* do not fit its model: .*({message})")
-    own.write_bytes((tmp_path / "gpt2" / "switchable.tensors").read_bytes()[:700])
-    reseal(own.parent)
-    refused(r"switchable\.tensors is missing or damaged")
-    own.unlink()
-    refused(r"is damaged \(switchable\.tensors is missing\)")
-    shutil.copytree(OLDER / "checkpoint", tmp_path / "older")
-    for text in ('{"layers": 3}', '{"num_experts": 4, "layers": {}}', "[]", "{"):
-        (tmp_path / "older" / "switchable.json").write_text(text)
-        folders.seal(
-            tmp_path / "older",
-            {p.name: folders.entry(p) for p in (tmp_path / "older").iterdir() if p.name != "manifest.json"},
-        )
-        refused(r"the experts of .*older (cannot be read|do not fit)", tmp_path / "older")
-    trained("gpt2").save_pretrained(tmp_path / "saved")
-    weights = tmp_path / "saved" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["transformer.h.0.mlp.router._extra_state"] += 1
-    save_file(tensors, weights, metadata={"format": "pt"})
-    refused(r"experts of .*saved cannot be read: their description is damaged", tmp_path / "saved")
-    del tensors["transformer.h.0.mlp.router._extra_state"]
-    save_file(tensors, weights, metadata={"format": "pt"})
-    refused(r"experts of .*saved do not fit its model: there are 1 of them for 2 FFNs", tmp_path / "saved")
-    weights.write_bytes(weights.read_bytes()[:9000])
-    refused(r"saved cannot be loaded", tmp_path / "saved")

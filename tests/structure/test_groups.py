@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from switchable import progress
 from switchable.errors import InputError
-from switchable.structure import features
+from switchable.structure import features, kmeans
 from switchable.structure import groups as structure
 from switchable.structure.kmeans import BalancedKMeans
 
@@ -87,36 +89,54 @@ def test_coactivation_of_constant_neurons_is_zero() -> None:
 def test_coactivation_is_deterministic_and_leaves_the_global_state() -> None:
     active_TF, _ = firing()
     before = torch.random.get_rng_state()
-    first, again = (features.coactivation_features(active_TF, width=4, random_state=5) for _ in range(2))
+    first, again = (features.coactivation_features(active_TF, width=4) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_mixed_cosines_add_up(share: float) -> None:
+def test_mixed_cosines_add_up() -> None:
     weight, coactive = torch.randn(20, 7, generator=generator()), torch.randn(20, 3, generator=generator(1))
-    mixed = features.mixed_features(weight, coactive, share=share)
+    mixed = features.mixed_features(weight, coactive)
     cosines = [torch.nn.functional.normalize(x, dim=1) for x in (weight, coactive, mixed)]
     weight_FF, coactive_FF, mixed_FF = (x @ x.T for x in cosines)
-    torch.testing.assert_close(mixed_FF, (1 - share) * weight_FF + share * coactive_FF, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed_FF, (weight_FF + coactive_FF) / 2, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_all_layers_give_what_each_alone_gives() -> None:
     rows = layers()
-    labels = structure.cluster_layers(rows, 8, random_state=3, workers=3)
+    labels = structure.cluster_layers(rows, 8, random_state=3)
     for i, (rows_FD, labels_F) in enumerate(zip(rows, labels, strict=True)):
         assert torch.equal(labels_F, BalancedKMeans(8, random_state=3 + i).fit(rows_FD).labels_)
-    assert all(map(torch.equal, labels, structure.cluster_layers(rows, 8, random_state=3, workers=1)))
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, labels, structure.cluster_layers(rows, 8, random_state=3)))
     assert structure.cluster_layers([], 8) == []
 
 
+@pytest.mark.parametrize(("neurons", "groups", "others"), [(1, 1, 1), (6, 6, 1), (40, 4, 7), (500, 25, 25)])
+def test_the_rand_index_is_scikit_learns_to_the_last_bit(neurons: int, groups: int, others: int) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        a, b = (torch.from_numpy(rng.integers(0, count, neurons)) for count in (groups, others))
+        for other in (b, a, a.flip(0)):
+            assert structure.similarity(a, other) == adjusted_rand_score(a.numpy(), other.numpy())
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_threads_of_torch_are_as_before() -> None:
-    before = torch.get_num_threads()
-    structure.cluster_layers(layers(2), 8, workers=2)
-    assert torch.get_num_threads() == before
+    structure.cluster_layers(layers(2), 8)
+    assert torch.get_num_threads() == 3
 
 
-def test_the_better_of_warm_and_fresh_is_kept() -> None:
+def test_the_better_of_warm_and_fresh_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(96, 4, generator=generator())
     bad = torch.arange(96) % 8
     warm = BalancedKMeans(8, init=bad).fit(rows)
@@ -125,11 +145,15 @@ def test_the_better_of_warm_and_fresh_is_kept() -> None:
     assert gain > 0.01  # else this test tests nothing
     only_warm = structure.cluster_layers([rows], 8, warm=[bad], fresh=False)[0]
     assert torch.equal(only_warm, warm.labels_)
-    better = structure.cluster_layers([rows], 8, warm=[bad], margin=0.0)[0]
-    assert BalancedKMeans(8, init=better, max_iter=1).fit(rows).inertia_ < warm.inertia_
+    monkeypatch.setattr(structure, "MARGIN", 0.0)
+    better = structure.cluster_layers([rows], 8, warm=[bad])[0]
+    monkeypatch.setattr(kmeans, "MOST_ITERATIONS", 1)
+    assert BalancedKMeans(8, init=better).fit(rows).inertia_ < warm.inertia_
+    monkeypatch.undo()  # the iterations
+    monkeypatch.setattr(structure, "MARGIN", 0.9)
     # It kept its numbers where it could: matching again changes nothing.
     assert torch.equal(structure.match_labels(bad, better, 8), better)
-    held = structure.cluster_layers([rows], 8, warm=[bad], margin=0.9)[0]
+    held = structure.cluster_layers([rows], 8, warm=[bad])[0]
     assert torch.equal(held, warm.labels_)
 
 
@@ -157,7 +181,8 @@ def _rank_main(rank: int, folder: str) -> None:
     """One of two processes: cluster together, then meet an error that only rank 1 can see."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    labels = structure.cluster_layers(layers(), 8, random_state=3, workers=1)
+    torch.set_num_threads(1)
+    labels = structure.cluster_layers(layers(), 8, random_state=3)
     said = ""
     broken = layers(3)
     if rank == 1:
@@ -239,17 +264,13 @@ LABELS = torch.arange(6) // 2
         (lambda: features.weight_features([[1.0]]), "up_FD is list"),  # type: ignore[arg-type]
         (lambda: features.weight_features(ROWS * float("nan")), "NaN"),
         (lambda: features.coactivation_features(torch.ones(0, 4)), r"active_TF is \(0, 4\)"),
-        (lambda: features.coactivation_features(ROWS, width=0), "width=0; give the number"),
         (lambda: features.mixed_features(ROWS, ROWS[:3]), "6 rows of weights, 3 of co-activation"),
-        (lambda: features.mixed_features(ROWS, ROWS, share=1.5), "share=1.5; give"),
         (
             lambda: structure.cluster_layers([ROWS], 4),
             "layer 0 of 1: n_clusters=4 does not divide the 6 rows",
         ),
         (lambda: structure.cluster_layers([ROWS], 3, warm=[]), "0 warm starts for 1 layers"),
         (lambda: structure.cluster_layers([ROWS], 3, warm=[LABELS // 2]), "unequal sizes"),
-        (lambda: structure.cluster_layers([ROWS], 3, margin=-0.1), "margin=-0.1"),
-        (lambda: structure.cluster_layers([ROWS], 3, workers=0), "workers=0"),
         (lambda: structure.similarity(LABELS, LABELS[:4]), "labels of 6 and 4 neurons"),
         (lambda: structure.similarity(LABELS, LABELS.float()), "labels_b is"),
         (lambda: structure.match_labels(LABELS, LABELS, 2), "old_labels go from 0 to 2 with num_experts=2"),

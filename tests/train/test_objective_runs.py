@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support import small_run
+from train.test_loop import in_two_parts
 
 from switchable import InputError, set_mode
 from switchable.ffn.convert import layers_of
@@ -18,10 +19,7 @@ from switchable.infer.generate import write
 from switchable.infer.loss import validation_loss
 from switchable.infer.sampling import Sampling
 from switchable.store.load import load
-from switchable.train.loop import Trainer
-from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import set_up
-from switchable.train.signals import TrainingStopped
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
 
@@ -45,19 +43,7 @@ def test_it_switches_and_reports(trained: Runs, family: str, layers: int) -> Non
 def test_twenty_steps_equal_ten_and_resume_and_ten(
     trained: Runs, family: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer._step
-
-    def stop_at_ten(self: Trainer) -> None:
-        step(self)
-        if self.counters.steps == 10:
-            self.stop.signum = 15
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stop_at_ten)
-        with pytest.raises(TrainingStopped):
-            pretrain(small_run(corpus, family), tmp_path / "run", tmp_path / "cache", quiet=True)
-    torch.manual_seed(123)
-    resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
+    in_two_parts(small_run(corpus, family), tmp_path, monkeypatch)
     whole, _ = trained(family)
     for file in ("model.safetensors", "switchable.tensors", "training.tensors"):
         expected, found = (load_file(r / "checkpoints/step-000020" / file) for r in (whole, tmp_path / "run"))

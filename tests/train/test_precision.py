@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_loop import in_two_parts, small, weights
+from train.test_loop import in_two_parts, small, weights
 
 from switchable.switching import monitor
 from switchable.train import setup

@@ -211,15 +211,13 @@ def test_wrong_input_ends_every_rank_and_rank_0_says_why(
     assert not (tmp_path / "run/config.yaml").exists()
 
 
+def pretraining(settings: Path, base: Path) -> list[str]:
+    """The arguments of the command."""
+    return ["pretrain", f"{settings}/run.yaml", "--out", f"{base}/run", "--cache", f"{base}/cache"]
+
+
 def test_what_torchrun_restarts_goes_on_only_in_a_folder_of_its_own(settings: Path, tmp_path: Path) -> None:
-    given = [
-        "pretrain",
-        str(settings / "run.yaml"),
-        "--out",
-        str(tmp_path / "run"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
+    given = pretraining(settings, tmp_path)
     assert run_ranks(2, cli, *given, "--quiet", log=tmp_path) == [(0, "")] * 2
     before = (tmp_path / "run/summary.json").stat().st_mtime_ns
     for launcher, codes in (("somebody else", [2, 2]), (None, [0, 0])):
@@ -239,14 +237,7 @@ def restarted(*arguments: str) -> int:
 
 
 def test_a_lost_rank_ends_the_other_with_a_word(settings: Path, tmp_path: Path) -> None:
-    given = [
-        "pretrain",
-        str(settings / "run.yaml"),
-        "--out",
-        str(tmp_path / "run"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
+    given = pretraining(settings, tmp_path)
     healthy, lost = start_ranks(2, dies_on_rank_1, *given, "--steps", "100000", log=tmp_path)
     healthy.join(60)
     lost.join(60)

@@ -1,9 +1,8 @@
-"""A small vocabulary for writing loops over vectors in LLVM's language, and the machine that they are compiled for.
+"""A small vocabulary for writing loops over vectors in LLVM's language, and the machine that they are written for.
 
-    Writer("dot", ...)  ->  LLVM IR  ->  compile_module  ->  machine code in memory, called through ctypes (tasks.py)
+    Writer("dot", ...)  ->  LLVM IR  ->  Code (code.py)  ->  machine code in memory, called through ctypes (tasks.py)
 
-All loops of the CPU's backends are written with it. LLVM comes as a wheel (llvmlite) and compiles in memory, within a
-fraction of a second: no compiler has to be installed, and nothing is kept on disk.
+All loops of the CPU's backends are written with it.
 
 Source: LLVM's language reference (getelementptr, shufflevector, llvm.fma, llvm.prefetch).
 """
@@ -18,6 +17,9 @@ from typing import TypeAlias
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+
+from switchable.compute.cpu.amx import AMX
+from switchable.compute.cpu.instructions import TILES, usable
 
 I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
@@ -39,55 +41,25 @@ class Machine:
     registers: int
     pairs: bool = False
     """Whether an instruction multiplies pairs of bfloat16 and adds both products to a float32 (AVX512-BF16)."""
+    amx: AMX | None = None
+    """What writes AMX's instructions, where it may be used."""
 
 
 @functools.cache
 def this_machine() -> Machine | None:
     """Return the machine that we run on; None if it has no fused multiply-add on vectors."""
     features = llvm.get_host_cpu_features()
+    names = usable(features)
     if platform.machine().lower() in ("arm64", "aarch64"):
         vector_bytes, registers = 16, 32
-    elif features.get("avx512f"):
+    elif "avx512f" in names:
         vector_bytes, registers = 64, 32
-    elif features.get("fma"):
+    elif "fma" in names:
         vector_bytes, registers = 32, 16
     else:
         return None
-    pairs = bool(features.get("avx512bf16"))
-    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs)
-
-
-class Code:
-    """Machine code in memory, which lives as long as this does."""
-
-    def __init__(self, engine: llvm.ExecutionEngine):
-        self.engine = engine
-        self.addresses: dict[str, int] = {}
-
-    def address(self, name: str) -> int:
-        """Return where a function begins."""
-        if name not in self.addresses:
-            self.addresses[name] = int(self.engine.get_function_address(name))
-        return self.addresses[name]
-
-
-def compile_module(module: ir.Module, machine: Machine) -> Code:
-    """Compile a module; its functions may be called as long as the result lives."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, jit=True
-    )
-    compiled = llvm.parse_assembly(str(module))
-    compiled.verify()
-    # The loops are tiled for the registers already; unrolled or vectorised once more they would spill.
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
-    passes = llvm.create_pass_builder(target, options)
-    passes.getModulePassManager().run(compiled, passes)
-    engine = llvm.create_mcjit_compiler(compiled, target)
-    engine.finalize_object()
-    return Code(engine)
+    pairs, amx = "avx512bf16" in names, AMX() if names >= TILES else None
+    return Machine(llvm.get_host_cpu_name(), features.flatten(), vector_bytes, registers, pairs, amx)
 
 
 def i64(value: Index) -> ir.Value:

@@ -18,7 +18,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.cpu.llvm import I64, POINTER, Code, Writer, i64
+from switchable.compute.cpu.code import Code
+from switchable.compute.cpu.llvm import I64, POINTER, Writer, i64
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """The type of a compiled function: takes the address of its record."""

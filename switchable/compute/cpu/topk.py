@@ -17,15 +17,14 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.llvm import (
     I32,
     I64,
     POINTER,
-    Code,
     Machine,
     Values,
     Writer,
-    compile_module,
     i64,
     this_machine,
 )
@@ -73,7 +72,7 @@ def _code(experts: int, chosen: int) -> Code:
         w.range(start, stop, 1, row)
 
     TASKS.write(w, rows)
-    return compile_module(module, machine)
+    return Code(module, machine)
 
 
 def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int) -> None:

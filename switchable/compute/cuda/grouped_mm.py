@@ -20,6 +20,7 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
 from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.cuda.sort import sort_by_expert
 from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
@@ -61,14 +62,10 @@ def _take(x: Tensor, index_R: Tensor, inverse_R: Tensor, per_row: int) -> Tensor
 def _run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
     E, K, neurons, dtype = call.num_experts, ids_TK.shape[1], call.neurons, compute_dtype(call)
-    # Not the Triton backend's sort: this backend must run without triton, and on the CPU.
-    sorted_R, order_R = ids_TK.reshape(-1).sort(stable=True)
-    position_R = torch.empty_like(order_R)
-    position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    experts_E = torch.arange(E, device=sorted_R.device)
-    ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
+    order_R, position_R, ends_E = sort_by_expert(ids_TK, E)
     # A product with 0s and 1s gives each row its bias: the gradient of indexing would add row by row.
-    member_RE = (sorted_R.unsqueeze(1) == experts_E).to(dtype)
+    experts_E = torch.arange(E, device=ids_TK.device)
+    member_RE = (ids_TK.reshape(-1, 1)[order_R] == experts_E).to(dtype)
 
     def project(rows: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
         out = grouped_mm(rows, weight_FD.to(dtype).view(E, neurons, -1).transpose(1, 2), offs=ends_E)

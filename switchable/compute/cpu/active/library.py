@@ -14,8 +14,9 @@ from torch import Tensor
 
 from switchable.compute.cpu.active.entries import COLLECT, TRANSPOSE
 from switchable.compute.cpu.active.kernels import DOT, MASS, SUM, TOTALS, WEIGHTS, ActiveKernels
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import Machine, compile_module
+from switchable.compute.cpu.llvm import Machine
 from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
@@ -97,7 +98,7 @@ class ActiveLibrary:
         self.sums = torch.promote_types(dtype, torch.float32)
         """Dtype of entries' values and of sums over entries."""
         ActiveKernels(module, Packing(d_model, 1, dtype, machine))
-        self.code = compile_module(module, machine)
+        self.code = Code(module, machine)
         self.scratch = Scratch()
 
     def collect(self, x_TD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Entries:

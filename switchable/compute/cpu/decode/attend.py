@@ -20,16 +20,15 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import (
     I32,
     I64,
     POINTER,
-    Code,
     Machine,
     Values,
     Writer,
-    compile_module,
     intrinsic,
     this_machine,
 )
@@ -115,7 +114,7 @@ def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
         w.each(record["shared"], head)
 
     ATTEND.write(w, task)
-    return compile_module(module, machine)
+    return Code(module, machine)
 
 
 def _scores(

@@ -30,10 +30,11 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
 from switchable.compute.cpu.decode.rows import TYPES
 from switchable.compute.cpu.limits import why_no_loops
-from switchable.compute.cpu.llvm import Code, Machine, compile_module, this_machine
+from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
 from switchable.compute.cpu.topk import MOST_EXPERTS
 
@@ -120,16 +121,21 @@ def prepare_call(
     extra = (*router, *(() if start_D is None else (start_D,)))
     if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
         return None
+    threads, gated = torch.get_num_threads(), weights.gate_FD is not None
+    neurons = min(tokens * experts_per_token, num_experts) * (d_ff // num_experts)
+    bytes_read = neurons * d_model * (3 if gated else 2) * weights.up_FD.itemsize
     sizes = Sizes(
         d_model,
         d_ff // num_experts,
         num_experts,
         experts_per_token,
         squared=activation == "relu2",
-        gated=weights.gate_FD is not None,
+        gated=gated,
         gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
+        routed=bool(router),
+        alone=threads == 1 or bytes_read < WORTH_THREADS,
         adds=adds,
         dtype=weights.up_FD.dtype,
     )
@@ -156,18 +162,13 @@ def prepare_call(
     }
     if router:
         fields |= {"router": router[0], "router_bias": router[1]}
-    entry, threads = "routed" if router else "given", torch.get_num_threads()
-    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model
-    bytes_read *= (3 if sizes.gated else 2) * weights.up_FD.itemsize
-    stages: tuple[int, ...] = (1, num_experts, threads)
-    if threads == 1 or bytes_read < WORTH_THREADS:
-        entry, stages = f"{entry}_alone", (1,)
+    stages = (1,) if sizes.alone else (1, num_experts, threads)
     code = _code(sizes, cast(Machine, this_machine()))
-    return DecodeCall(Run(DECODE, code, entry, stages, fields), scratch, given_TK)
+    return DecodeCall(Run(DECODE, code, "decode", stages, fields), scratch, given_TK)
 
 
 @functools.cache
 def _code(sizes: Sizes, machine: Machine) -> Code:
     module = ir.Module("decode")
     DecodeKernels(module, sizes, machine)
-    return compile_module(module, machine)
+    return Code(module, machine)

@@ -5,8 +5,8 @@
              gated: relu(gate_e · x_t + c) ⊙ (up_e · x_t + b), rows of `up` only for neurons whose gate is open
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
 
-`routed` has these three stages; `routed_alone` is all of it as one task, for one thread. `given` and `given_alone` are
-the same where the ids are known. A row of weights is prefetched while the one before it is multiplied.
+These are three stages, or one task for one thread. Where the ids are known, nothing is scored. A row of weights is
+prefetched while the one before it is multiplied.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -59,6 +59,10 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     gate_bias: bool
     bias: bool
     start: bool
+    routed: bool
+    """Whether a router chooses; else the ids are given."""
+    alone: bool
+    """Whether all is one task."""
     adds: bool = False
     """Whether every token has something of its own that is added, as the input of a residual branch."""
     dtype: torch.dtype = torch.float32
@@ -70,7 +74,7 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
 
 
 class DecodeKernels:
-    """Writes the functions: each entry is made of the parts below."""
+    """Writes the function "decode", which is made of the parts below."""
 
     def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
         self.module, self.sizes, self.lanes = module, sizes, machine.vector_bytes // 4
@@ -78,8 +82,13 @@ class DecodeKernels:
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
         self.rows = Rows(sizes.dtype, sizes.d_model, self.lanes)
-        plain = Rows(torch.float32, sizes.d_model, self.lanes)
-        self.scores = self._write_dots("scores", plain, sizes.experts, True, lambda _w, total, _place: total)
+        choose: tuple[Part, ...] = (self._gather,)
+        if sizes.routed:
+            plain = Rows(torch.float32, sizes.d_model, self.lanes)
+            self.scores = self._write_dots(
+                "scores", plain, sizes.experts, True, lambda _w, total, _place: total
+            )
+            choose = (self._route, self._gather)
         bias = sizes.gate_bias if sizes.gated else sizes.bias
         self.hidden = self._write_dots("hidden", self.rows, sizes.neurons, bias, self._activation)
         if sizes.gated:
@@ -90,12 +99,13 @@ class DecodeKernels:
                 sizes.bias,
                 lambda w, total, place: w.b.fmul(total, w.load(place, w.number)),
             )
-        for name, choose in (("routed", (self._route, self._gather)), ("given", (self._gather,))):
-            self._write_entry(name, choose, (self._read,), (self._write_range,))
-            self._write_entry(f"{name}_alone", (*choose, self._read_all, self._write_all))
+        if sizes.alone:
+            self._write((*choose, self._read_all, self._write_all))
+        else:
+            self._write(choose, (self._read,), (self._write_range,))
 
-    def _write_entry(self, name: str, *stages: tuple[Part, ...]) -> None:
-        w = Writer(self.module, name, [POINTER], wide=False, lanes=self.lanes)
+    def _write(self, *stages: tuple[Part, ...]) -> None:
+        w = Writer(self.module, "decode", [POINTER], wide=False, lanes=self.lanes)
 
         def stage(parts: tuple[Part, ...], record: Record, task: ir.Value) -> None:
             for part in parts:
@@ -244,8 +254,6 @@ class DecodeKernels:
 
         def token(e: ir.Value, t: ir.Value) -> None:
             numbers, values, count = self._firing(w, record, e, t)
-            if self.rows.scaled:
-                self._scale(w, record, numbers, values, count)
 
             def block(v: ir.Value, size: int) -> None:
                 place = w.mul(v, self.lanes)
@@ -255,7 +263,10 @@ class DecodeKernels:
                     value = w.load_broadcast(w.at(values, i))
                     ahead = w.integer(w.at(numbers, w.add(i, AHEAD), I64), I64)
                     self.rows.prefetch(w, down(ahead, place), size)
-                    columns = self.rows.vectors(w, down(w.integer(w.at(numbers, i, I64), I64), place), size)
+                    number = w.integer(w.at(numbers, i, I64), I64)
+                    if self.rows.scaled:
+                        value = w.b.fmul(value, w.load_broadcast(w.at(record["down_scale"], number)))
+                    columns = self.rows.vectors(w, down(number, place), size)
                     return [w.fma(value, column, total) for column, total in zip(columns, sums, strict=True)]
 
                 _, sums = w.loop(0, count, 1, w.vectors(own, size), add)
@@ -284,13 +295,3 @@ class DecodeKernels:
         for k in range(MORE):
             b.store(first, w.at(numbers, w.add(count, k), I64))
         return numbers, values, count
-
-    def _scale(self, w: Writer, record: Record, numbers: ir.Value, values: ir.Value, count: ir.Value) -> None:
-        """Multiply listed values by the scales of what they are multiplied with."""
-
-        def neuron(j: ir.Value) -> None:
-            place = w.at(values, j)
-            scale = w.at(record["down_scale"], w.integer(w.at(numbers, j, I64), I64))
-            w.store(w.b.fmul(w.load(place, w.number), w.load(scale, w.number)), place)
-
-        w.each(count, neuron)

@@ -17,8 +17,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.rows import Rows
-from switchable.compute.cpu.llvm import POINTER, Code, Machine, Writer, compile_module, this_machine
+from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
 from switchable.compute.cpu.tasks import Record, Run, Tasks
 
 ROWS, TOKENS = (4, 2, 1), (4, 2, 1)
@@ -108,4 +109,4 @@ def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Mac
         w.tiles(after, ROWS, tile, start=first)
 
     LINEAR.write(w, stage)
-    return compile_module(module, machine)
+    return Code(module, machine)

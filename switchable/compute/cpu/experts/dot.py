@@ -10,13 +10,15 @@ Shapes as in `kernels.py`.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.amx_products import dot_by_amx
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
 EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
@@ -43,8 +45,11 @@ def write_dot(loops: Loops) -> None:
 def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
     packing = loops.packing
     product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
-    for first, vectors in _split(packing.vectors, MOST_VECTORS):
-        _product(loops, product, epilogue, first, vectors)
+    if loops.amx:
+        dot_by_amx(loops, product, partial(_finish, loops, product, epilogue))
+    else:
+        for first, vectors in _split(packing.vectors, MOST_VECTORS):
+            _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
     w = loops.writer(f"dot{epilogue}", [POINTER])
     own = packing.vectors * packing.steps * loops.L
@@ -69,12 +74,12 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
 
         w.each(record["experts"], expert)
 
-    DOT.write(w, pack, chunk)
+    DOT.write(w, pack, loops.task(w, chunk))
 
 
 def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
-    count, tokens, x, packed, bias, *of_pairs = w.arguments
+    count, tokens, x, packed, _, z = w.arguments[:6]
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
     steps = packing.steps
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
@@ -89,7 +94,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
         addresses = [loops.row(w, x, tokens, i, r, words=loops.words_D) for r in range(rows)]
         for r in range(rows):
             w.prefetch(loops.row(w, x, tokens, i, rows + r, words=loops.words_D), 1, near=False)
-            w.prefetch(place_of(of_pairs[0], i, rows + r, first), vectors)
+            w.prefetch(_place(loops, w, z, w.add(i, rows + r), first * packing.neurons_per_vector), vectors)
 
         def step(d: ir.Value, carried: Values) -> Values:
             sums = list(carried)
@@ -114,12 +119,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: int, vectors: int) -
                 total = parts[0] if chains == 1 else w.b.fadd(*parts)
                 neuron = (first + v) * packing.neurons_per_vector
                 total = _reduce_inputs(loops, w, total, min(packing.neurons_per_vector, loops.I - neuron))
-                places = [place_of(values, i, r, first + v) for values in of_pairs]
-                _finish(loops, w, total, epilogue, w.at(bias, neuron), places)
-
-    def place_of(values: ir.Value, i: ir.Value, r: int, vector: int) -> ir.Value:
-        pair = w.mul(w.add(i, r), loops.I)
-        return loops.at_z(w, values, w.add(pair, vector * packing.neurons_per_vector))
+                _finish(loops, w, epilogue, total, w.add(i, r), neuron)
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -133,11 +133,15 @@ def _reduce_inputs(loops: Loops, w: Writer, total: ir.Value, neurons: int) -> ir
     return total if neurons == total.type.count else w.shuffle(total, range(neurons))
 
 
-def _finish(
-    loops: Loops, w: Writer, total: ir.Value, epilogue: str, bias: ir.Value, of_pairs: Values
-) -> None:
-    """Write what becomes of a vector of products; `of_pairs` are its places in `z`, `act`, `up` and `dup`."""
-    kind, (z, act, up, dup) = total.type, of_pairs
+def _place(loops: Loops, w: Writer, values: ir.Value, i: ir.Value, neuron: Index) -> ir.Value:
+    """The address of what an expert's pair number i has for a neuron."""
+    return loops.at_z(w, values, w.add(w.mul(i, loops.I), neuron))
+
+
+def _finish(loops: Loops, w: Writer, epilogue: str, total: ir.Value, i: ir.Value, neuron: Index) -> None:
+    """Write what becomes of a vector of products, those of an expert's pair number i from a neuron on."""
+    kind, bias = total.type, w.at(w.arguments[4], neuron)
+    z, act, up, dup = (_place(loops, w, values, i, neuron) for values in w.arguments[5:])
     if "bias" in epilogue:
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in epilogue:  # a NaN stays one, here and below

@@ -13,9 +13,11 @@ Shapes as in `kernels.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.amx_products import weights_by_amx
 from switchable.compute.cpu.experts.kernels import AHEAD, PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I1, I32, I64, POINTER, Values, Writer, i64
@@ -23,11 +25,9 @@ from switchable.compute.cpu.tasks import Record, Tasks
 
 WEIGHTS = Tasks(("experts", "chunks"), (*PAIRS, "x", "gradient", "z", "words"))
 """A task is a range of columns; `gradient` [F, D] is written, in float32 or float64. Of `words` every task has
-`MOST_TOKENS`·I / 2 for itself, in bfloat16."""
+`gradient_words` for itself, in bfloat16."""
 BIAS = Tasks(("experts", "chunks"), (*PAIRS, "gradient", "z"))
 """A task is an expert; `gradient` [F] is added to."""
-MOST_TOKENS = 128
-"""Whose columns are copied at a time, 256 bytes each: they should stay in the first-level cache."""
 
 
 def write_weights(loops: Loops) -> None:
@@ -35,8 +35,8 @@ def write_weights(loops: Loops) -> None:
     product = loops.writer("weights_expert", [I64, *[POINTER] * (6 if loops.paired else 4), I64, I64, I1])
     w = loops.writer("weights", [POINTER])
     if loops.paired:
-        _of_pairs(loops, product)
-        WEIGHTS.write(w, lambda record, number: _collect(loops, w, product.function, record, number))
+        (weights_by_amx if loops.amx else _of_pairs)(loops, product)
+        WEIGHTS.write(w, loops.task(w, partial(_collect, loops, w, product.function)))
         return
     _in_parts(loops, product)
 
@@ -62,10 +62,10 @@ def _bounds(loops: Loops, w: Writer, record: Record, number: ir.Value) -> Values
 
 
 def _collect(loops: Loops, w: Writer, product: ir.Function, record: Record, number: ir.Value) -> None:
-    """Multiply each expert's tokens, `MOST_TOKENS` at a time, wherever its chunks begin and end."""
-    b, bounds = w.b, _bounds(loops, w, record, number)
-    places, tokens = (w.scratch(MOST_TOKENS, I32) for _ in range(2))
-    words = w.at(record["words"], w.mul(number, MOST_TOKENS // 2 * loops.I))
+    """Multiply each expert's tokens, `gradient_tokens` at a time, wherever its chunks begin and end."""
+    b, bounds, most = w.b, _bounds(loops, w, record, number), loops.packing.gradient_tokens
+    places, tokens = (w.scratch(most, I32) for _ in range(2))
+    words = w.at(record["words"], w.mul(number, loops.packing.gradient_words))
 
     def expert(e: ir.Value) -> None:
         gradient = w.at(record["gradient"], w.mul(e, loops.I * loops.D))
@@ -80,9 +80,9 @@ def _collect(loops: Loops, w: Writer, product: ir.Function, record: Record, numb
                 place, (filled, new) = w.add(first, i), carried
                 w.put32(place, w.at(places, filled, I32))
                 w.put32(w.integer(w.at(record["tokens"], place, I32)), w.at(tokens, filled, I32))
-                full = w.compare(filled, "==", MOST_TOKENS - 1)
+                full = w.compare(filled, "==", most - 1)
                 with b.if_then(full):
-                    multiply(i64(MOST_TOKENS), new)
+                    multiply(i64(most), new)
                 return [b.select(full, i64(0), w.add(filled, 1)), b.select(full, I1(0), new)]
 
             return w.loop(0, count, 1, carried, pair)[1]
@@ -97,7 +97,7 @@ def _of_pairs(loops: Loops, w: Writer) -> None:
     """Add the products of tokens to some columns of their expert's gradient; to zero if the gradient is `new`."""
     count, places, tokens, x, gradient, z, words, start, stop, new = w.arguments
     b, vectors = w.b, loops.packing.gradient_columns
-    copies = w.scratch(MOST_TOKENS // 2 * vectors * loops.L)
+    copies = w.scratch(loops.packing.gradient_tokens // 2 * vectors * loops.L)
     steps = w.div(w.add(count, 1), 2)
 
     def both(i: ir.Value) -> Values:
@@ -133,10 +133,10 @@ def _of_pairs(loops: Loops, w: Writer) -> None:
 def _in_parts(loops: Loops, w: Writer) -> None:
     """Add the products of an expert's tokens to some columns of its gradient; to zero if the gradient is `new`."""
     count, tokens, x, gradient, z, start, stop, new = w.arguments
-    b, vectors = w.b, loops.packing.gradient_columns
+    b, vectors, most = w.b, loops.packing.gradient_columns, loops.packing.gradient_tokens
     width = vectors * loops.L
-    copies = w.scratch(MOST_TOKENS * width)
-    needed = w.div(w.add(count, MOST_TOKENS - 1), MOST_TOKENS)
+    copies = w.scratch(most * width)
+    needed = w.div(w.add(count, most - 1), most)
     # One at least: a new gradient of no token is zero.
     parts = b.select(w.compare(needed, "<", 1), i64(1), needed)
 

@@ -14,8 +14,9 @@ The rest of the time they would wait for memory, so everything is prefetched: wh
 values and weights one expert ahead. Columns of a block that several tiles read are cached side by side by the first.
 
 In bfloat16 a *word* is two neighbouring terms of a sum, 32 bits, which one instruction multiplies and adds: two numbers
-of a token, of a neuron, or of two tokens. Else it is one number. What a product writes is rounded to bfloat16, unless
-it is a sum over experts or over tokens: those stay float32.
+of a token, of a neuron, or of two tokens; AMX's instruction does so with tiles of words (`amx_products.py`), which then
+takes the place of the loops over registers and their prefetches. Else a word is one number. What a product writes is
+rounded to bfloat16, unless it is a sum over experts or over tokens: those stay float32.
 
 Tokens are taken in chunks whose rows stay in the core's own cache while all experts are applied to them. Every sum is
 made in the order of experts or of tokens, whatever the chunks and threads: no bit of a result depends on them.
@@ -28,6 +29,7 @@ L lanes of a vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import I32, Index, Writer, i64, intrinsic
+from switchable.compute.cpu.tasks import Record
 
 AHEAD = 8
 """Most rows between the one worked on and the one prefetched: `tokens` must have so many places after the last one."""
@@ -72,7 +75,7 @@ class Loops:
     def __init__(self, module: ir.Module, packing: Packing, gated: bool):
         self.module, self.packing, self.gated = module, packing, gated
         self.D, self.I, self.L = packing.d_model, packing.neurons, packing.lanes
-        self.paired = packing.terms == 2
+        self.paired, self.amx = packing.terms == 2, packing.amx
         self.words_D, self.words_I = self.D // packing.terms, self.I // packing.terms
 
     @property
@@ -83,6 +86,19 @@ class Loops:
     def writer(self, name: str, arguments: list[ir.Type]) -> Writer:
         """Begin a function."""
         return Writer(self.module, name, arguments, wide=self.packing.dtype == torch.float64, lanes=self.L)
+
+    def task(self, w: Writer, body: Callable[[Record, ir.Value], None]) -> Callable[[Record, ir.Value], None]:
+        """A task whose products may be AMX's: it configures the tiles, and leaves the thread without them."""
+        amx = self.amx
+        if amx is None:
+            return body
+
+        def with_tiles(record: Record, number: ir.Value) -> None:
+            amx.configure(w.b)
+            body(record, number)
+            amx.release(w.b)
+
+        return with_tiles
 
     def row(
         self, w: Writer, x: ir.Value, tokens: ir.Value, i: ir.Value, further: Index = 0, *, words: int

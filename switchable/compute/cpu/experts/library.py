@@ -14,13 +14,14 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts.dot import DOT, write_dot
-from switchable.compute.cpu.experts.gradients import BIAS, MOST_TOKENS, WEIGHTS, write_bias, write_weights
+from switchable.compute.cpu.experts.gradients import BIAS, WEIGHTS, write_bias, write_weights
 from switchable.compute.cpu.experts.kernels import AHEAD, Loops
 from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.scatter import SCATTER, write_scatter
 from switchable.compute.cpu.experts.sort import SORT, write_sort
-from switchable.compute.cpu.llvm import Machine, compile_module
+from switchable.compute.cpu.llvm import Machine
 from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
@@ -60,7 +61,7 @@ class Library:
         for write in (write_dot, write_scatter, write_weights, write_bias):
             write(loops)
         write_sort(module)
-        self.code = compile_module(module, packing.machine)
+        self.code = Code(module, packing.machine)
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
         """Sort expert ids, int64 and all in [0, num_experts)."""
@@ -140,7 +141,7 @@ class Library:
         numbers["adds"] = int(onto_TD is not None)
         packed = weight_FD = weight_FD.contiguous()
         if self.packing.terms > 1:
-            packed = self.scratch("packed", (len(weight_FD) // 2, weight_FD.shape[1]), self.sums)
+            packed = self.scratch("packed", (experts, self.packing.scatter_words, y_TD.shape[1]), self.sums)
         memory = {"y": y_TD, "weights": weight_FD, "packed": packed, "z": z_PI}
         tasks = (experts if self.packing.terms > 1 else 0, pairs.chunks)
         SCATTER.run(self.code, "scatter", *tasks, **pairs.fields, **numbers, **memory)
@@ -157,7 +158,7 @@ class Library:
         numbers = {"experts": num_experts, "chunks": pairs.chunks}
         memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
         if own.terms > 1:
-            memory["words"] = self.scratch("words", (tasks, MOST_TOKENS // 2, own.neurons), self.sums)
+            memory["words"] = self.scratch("words", (tasks, own.gradient_words), self.sums)
         WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
         return total_FD
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from switchable.compute.cpu.amx import AMX, ROWS
 from switchable.compute.cpu.llvm import Machine
 
 MANY_NEURONS = 24
@@ -44,8 +45,15 @@ class Packing:
         return 2 if self.dtype == torch.bfloat16 else 1
 
     @property
+    def amx(self) -> AMX | None:
+        """What writes AMX's instructions, if the products are made by them: a vector is a row of a tile then."""
+        return self.machine.amx if self.terms == 2 and self.lanes == ROWS else None
+
+    @property
     def inputs_per_vector(self) -> int:
         """p: words of a token that share a vector in `dot`."""
+        if self.amx:
+            return 1
         fits = [p for p in (1, 2, 4) if self.d_model // self.terms % p == 0 and p <= self.lanes]
         return min(fits, key=lambda p: (-(-self.neurons // (self.lanes // p)) * (self.lanes // p), p))
 
@@ -68,6 +76,12 @@ class Packing:
         return max(v for v in range(1, most + 1) if (self.d_model // self.lanes) % v == 0)
 
     @property
+    def scatter_words(self) -> int:
+        """Words of an expert's neurons that `scatter` adds up, filled up to whole tiles."""
+        words = self.neurons // self.terms
+        return -(-words // ROWS) * ROWS if self.amx else words
+
+    @property
     def scatter_columns(self) -> int:
         return self.columns(4 if self.machine.registers >= 32 else 2)
 
@@ -82,7 +96,20 @@ class Packing:
         return -(-block // FIRST_LEVEL_CACHE) if self.neurons >= MANY_NEURONS else 0
 
     @property
+    def gradient_tokens(self) -> int:
+        """Whose products are added to `weights` at once; their columns are copied and should stay in the first-level
+        cache, 256 bytes each, or 128 for AMX."""
+        return 256 if self.amx else 128
+
+    @property
+    def gradient_words(self) -> int:
+        """Words of those tokens' values, of all neurons, filled up to whole tiles."""
+        return self.gradient_tokens // 2 * (-(-self.neurons // ROWS) * ROWS if self.amx else self.neurons)
+
+    @property
     def gradient_columns(self) -> int:
+        if self.amx:
+            return 2
         return self.columns(4 if self.machine.registers >= 32 and self.neurons >= MANY_NEURONS else 2)
 
     @property

@@ -30,7 +30,7 @@ def write_reorder(w: Writer, packing: Packing) -> None:
             for r in range(rows)
         ]
         step = w.mul(w.div(d, packing.inputs_per_vector), lanes)
-        for r, row in enumerate(_transpose(w, table, packing.inputs_per_vector)):
+        for r, row in enumerate(transpose(w, table, packing.inputs_per_vector)):
             w.store(row, w.at(packed, w.add(step, (v * packing.steps + r) * lanes)))
 
     for v in range(packing.vectors):
@@ -38,7 +38,7 @@ def write_reorder(w: Writer, packing: Packing) -> None:
     w.b.ret_void()
 
 
-def _transpose(w: Writer, table: list[ir.Value], p: int) -> list[ir.Value]:
+def transpose(w: Writer, table: list[ir.Value], p: int) -> list[ir.Value]:
     """Transpose a square of vectors whose entries are p numbers: swap its off-diagonal quarters, then theirs."""
     half = len(table) // 2
     while half:

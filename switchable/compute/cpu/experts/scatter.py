@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.amx_products import scatter_by_amx
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
@@ -29,8 +30,9 @@ written, in float32 or float64, or added to if `adds` is 1."""
 def write_scatter(loops: Loops) -> None:
     """Write the function "scatter"."""
     product = loops.writer("scatter_expert", [I64, *[POINTER] * 4])
-    _product(loops, product)
+    (scatter_by_amx if loops.amx else _product)(loops, product)
     w = loops.writer("scatter", [POINTER])
+    own_words = loops.packing.scatter_words * loops.D
 
     def chunk(record: Record, number: ir.Value) -> None:
         begin = w.mul(number, record["per_chunk"])
@@ -43,27 +45,34 @@ def write_scatter(loops: Loops) -> None:
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)
             tokens, z = w.at(record["tokens"], first, I32), w.at(record["z"], w.mul(first, loops.words_I))
-            weights = w.at(record["packed"], w.mul(e, loops.words_I * loops.D))
+            weights = w.at(record["packed"], w.mul(e, own_words))
             w.b.call(product.function, [count, tokens, record["y"], weights, z])
 
         w.each(record["experts"], expert)
 
     def pack(record: Record, e: ir.Value) -> None:
         weights = loops.at_z(w, record["weights"], w.mul(e, loops.I * loops.D))
-        packed = w.at(record["packed"], w.mul(e, loops.words_I * loops.D))
+        packed = w.at(record["packed"], w.mul(e, own_words))
+
+        def put(words: ir.Value, j: ir.Value, d: ir.Value) -> None:
+            row, column = (loops.L, loops.packing.scatter_words) if loops.amx else (loops.D, 1)
+            w.store(words, w.at(packed, w.add(w.mul(j, row), w.mul(d, column))))
 
         def row(j: ir.Value) -> None:
             def vector(d: ir.Value) -> None:
                 first = loops.at_z(w, weights, w.add(w.mul(j, 2 * loops.D), d))
-                words = loops.pair_up(w, first, loops.at_z(w, first, loops.D), loops.L)
-                w.store(words, w.at(packed, w.add(w.mul(j, loops.D), d)))
+                put(loops.pair_up(w, first, loops.at_z(w, first, loops.D), loops.L), j, d)
 
             w.range(0, loops.D, loops.L, vector)
 
+        def no_row(j: ir.Value) -> None:
+            w.range(0, loops.D, loops.L, lambda d: put(w.zero(), j, d))
+
         if loops.paired:
             w.each(loops.words_I, row)
+            w.range(loops.words_I, loops.packing.scatter_words, 1, no_row)
 
-    SCATTER.write(w, pack, chunk)
+    SCATTER.write(w, pack, loops.task(w, chunk))
 
 
 def _product(loops: Loops, w: Writer) -> None:

@@ -2,8 +2,8 @@
 # ruff: noqa: ARG001, E741, SIM108 - arguments read by the tuner only; `I` is a size; branches are compiled apart
 """Triton kernels of the sparse FFN: tokens are gathered while they are multiplied, K copies of the output are summed.
 
-Rows r = 0..R-1 are the R = T·K (token, slot) pairs in expert order (`sort.py`), token(r) = order_r // K, and e is the
-expert of row r. With x the input and g the gradient of the output:
+Rows r = 0..R-1 are the R = T·K (token, slot) pairs in expert order (`../sort.py`), token(r) = order_r // K, and e is
+the expert of row r. With x the input and g the gradient of the output:
 
     expert "up"            h_r  = act(up_e x_token(r) + bias_e)
     expert "down"          z_r  = downᵀ_e h_r;                       combine   y_t  = Σ_k z_position(t,k)

@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
+from switchable.compute.cuda.sort import Rows, sort_by_expert
 from switchable.compute.cuda.triton import kernels, tuning
-from switchable.compute.cuda.triton.sort import Rows, sort_by_expert
 
 
 def forward(
@@ -67,7 +67,7 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 class _Launches:
-    """The sizes of one call, and the launch of every kernel but the sort."""
+    """The sizes of one call, and the launch of every kernel."""
 
     def __init__(self, x_TD: Tensor, up_FD: Tensor, rows: Rows) -> None:
         self.rows = rows

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
+from switchable.compute.cuda.sort import Rows
 from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -91,10 +92,10 @@ def _backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of those of x, up, down and bias that are wanted, in this order."""
-    from switchable.compute.cuda.triton import launch, sort
+    from switchable.compute.cuda.triton import launch
 
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return launch.backward(grad, x, up, down, h, sort.Rows(*rows), squared, wanted)
+        return launch.backward(grad, x, up, down, h, Rows(*rows), squared, wanted)
 
 
 @_backward.register_fake

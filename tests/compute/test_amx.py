@@ -1,0 +1,303 @@
+"""AMX: when it is used, what is compiled, and, emulated, that one tile's product is what Intel's manual says.
+
+`test_half.py` compares the experts' results; the processor's own instructions run where it has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compute.emulated_amx import EMULATED, EmulatedAMX
+from compute.problems import Case, outcome, problem
+from llvmlite import binding, ir
+from torch import Tensor
+
+from switchable.compute.cpu import code, instructions, llvm
+from switchable.compute.cpu.amx import AMX, CONFIGURATION
+from switchable.compute.cpu.code import Code
+from switchable.compute.cpu.experts import fused, library
+from switchable.compute.cpu.experts.dot import EPILOGUES, GATED
+from switchable.compute.cpu.experts.library import Library
+from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
+from switchable.compute.cpu.tasks import ENTRY
+
+HERE = this_machine()
+pytestmark = pytest.mark.skipif(HERE is None or not HERE.pairs, reason="a processor without AVX512-BF16")
+HALF = torch.bfloat16
+SAPPHIRE_RAPIDS = ("fma", "avx512f", "avx512bf16", "amx-tile", "amx-bf16")
+
+
+class Features(dict[str, bool]):
+    def flatten(self) -> str:
+        return ",".join(self)
+
+
+def machine_with(
+    monkeypatch: pytest.MonkeyPatch, *names: str, limit: str = "", refusal: str | None = None
+) -> Machine:
+    """The machine that is found on a processor with these features."""
+    monkeypatch.setattr(llvm.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(llvm.llvm, "get_host_cpu_features", lambda: Features(dict.fromkeys(names, True)))
+    monkeypatch.setattr(instructions, "ask_for_tiles", lambda: refusal)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    found: Machine = llvm.this_machine.__wrapped__()
+    return found
+
+
+def test_amx_is_used_where_the_processor_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS).amx == AMX()
+    assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS[:-1]).amx is None
+    assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS[:3]).amx is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "amx", "pairs", "vector_bytes"),
+    [
+        ("", True, True, 64),
+        ("ALL", True, True, 64),
+        ("AVX512_CORE_AMX", True, True, 64),
+        ("AVX10_1_512_AMX_FP16", True, True, 64),
+        ("a word that oneDNN does not know", True, True, 64),
+        ("AVX512_CORE_FP16", False, True, 64),
+        ("AVX512_CORE_BF16", False, True, 64),
+        ("avx512_core_bf16", False, True, 64),
+        ("AVX512_CORE_VNNI", False, False, 64),
+        ("AVX512_CORE", False, False, 64),
+        ("AVX2_VNNI", False, False, 32),
+        ("AVX2", False, False, 32),
+    ],
+)
+def test_the_limit_of_torch_s_products_is_ours(
+    limit: str, amx: bool, pairs: bool, vector_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = machine_with(monkeypatch, *SAPPHIRE_RAPIDS, limit=limit)
+    assert (found.amx is not None, found.pairs, found.vector_bytes) == (amx, pairs, vector_bytes)
+
+
+def test_a_limit_before_multiply_add_leaves_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS, limit="AVX") is None
+
+
+def test_a_system_that_refuses_the_registers_is_named_and_pairs_are_multiplied_instead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = machine_with(monkeypatch, *SAPPHIRE_RAPIDS, refusal="Operation not permitted")
+    assert (found.amx, found.pairs) == (None, True)
+    assert caplog.messages == [
+        "bfloat16 is multiplied without AMX, since the system refuses its registers: Operation not permitted"
+    ]
+
+
+def test_nobody_is_asked_for_registers_that_are_not_there_or_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine_with(monkeypatch, *SAPPHIRE_RAPIDS[:3], refusal="asked")
+    machine_with(monkeypatch, *SAPPHIRE_RAPIDS, limit="AVX512_CORE_BF16", refusal="asked")
+    assert not caplog.messages
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="a call of Linux on x86-64"
+)
+def test_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    if HERE is not None and HERE.amx is not None:
+        assert instructions.ask_for_tiles() is None
+    monkeypatch.setattr(instructions, "ASK_FOR_TILES", (158, 0x1023, 63))  # there is no such register
+    assert instructions.ask_for_tiles() in ("Invalid argument", "Operation not supported")
+
+
+def test_elsewhere_the_reason_is_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions.sys, "platform", "win32")
+    assert instructions.ask_for_tiles() == "they are asked for on Linux only, and this is win32"
+
+
+def test_all_eight_tiles_are_configured_to_16_rows_of_64_bytes() -> None:
+    assert len(CONFIGURATION) == 64
+    assert CONFIGURATION[:2] == bytes([1, 0])  # palette, first row
+    assert CONFIGURATION[16:48] == bytes([64, 0] * 8 + [0] * 16)
+    assert CONFIGURATION[48:] == bytes([16] * 8 + [0] * 8)
+
+
+def tile_product(amx: AMX | EmulatedAMX, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left · right by one instruction, [16, 16]; left is [16, 32], right [16, 16, 2]."""
+    assert HERE is not None
+    module = ir.Module("one")
+    w = Writer(module, "product", [POINTER], wide=False, lanes=16)
+    tensors = total.clone(), left.contiguous(), right.contiguous()
+    addresses = [w.b.inttoptr(llvm.i64(tensor.data_ptr()), POINTER) for tensor in tensors]
+    amx.configure(w.b)
+    for tile, address in enumerate(addresses):
+        amx.load(w.b, tile, address, 64)
+    amx.multiply_add(w.b, 0, 1, 2)
+    amx.store(w.b, 0, addresses[0], 64)
+    amx.release(w.b)
+    w.b.ret_void()
+    built = Code(module, HERE)
+    ENTRY(built.address("product"))(ctypes.c_void_p())
+    return tensors[0]
+
+
+def some_tiles() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(16, 32, generator=generator).to(HALF) for _ in range(2))
+    return torch.randn(16, 16, generator=generator), left, right.view(16, 16, 2)
+
+
+def test_the_emulated_product_is_that_of_matrices() -> None:
+    total, left, right = some_tiles()
+    matrix = right.transpose(1, 2).reshape(32, 16)  # a row of `right` holds two rows of the matrix
+    wanted = total.double() + left.double() @ matrix.double()
+    torch.testing.assert_close(
+        tile_product(EMULATED, total, left, right).double(), wanted, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_emulated_product_adds_even_and_odd_terms_apart_and_has_no_denormals() -> None:
+    total, left, right = torch.zeros(16, 16), torch.zeros(16, 32).to(HALF), torch.zeros(16, 16, 2).to(HALF)
+    left[0, :4] = torch.tensor([2.0**24, 1, -(2.0**24), 1]).to(HALF)
+    left[1, 0], left[2, :2] = 2.0**-130, 2.0**-70
+    right[:] = 1
+    got = tile_product(EMULATED, total, left, right)
+    assert got[0].tolist() == [2.0] * 16  # one after the other, 2^24 + 1 - 2^24 + 1 would be 1
+    assert got[1].tolist() == [0.0] * 16
+    assert got[2].tolist() == [2.0**-69] * 16
+    right[:] = 2.0**-70
+    assert tile_product(EMULATED, total, left, right)[2].tolist() == [0.0] * 16  # 2^-139
+
+
+def test_the_emulation_counts_what_a_processor_would_refuse() -> None:
+    amx, module = EmulatedAMX(), ir.Module("wrong")
+    w = Writer(module, "wrong", [POINTER], wide=False, lanes=16)
+    amx.zero(w.b, 0)  # not configured
+    amx.configure(w.b)
+    amx.configure(w.b)
+    amx.release(w.b)
+    amx.release(w.b)
+    w.b.ret_void()
+    assert HERE is not None
+    built = Code(module, HERE)
+    ENTRY(built.address("wrong"))(ctypes.c_void_p())
+    assert amx.faults == 3
+
+
+@pytest.mark.skipif(HERE is None or HERE.amx is None, reason="no AMX here: its own instructions cannot run")
+def test_the_processor_s_product_is_the_emulated_one() -> None:
+    tiles = some_tiles()
+    torch.testing.assert_close(
+        tile_product(AMX(), *tiles), tile_product(EMULATED, *tiles), rtol=1e-6, atol=1e-6
+    )
+
+
+def assembly(packing: Packing, gated: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loops of a packing in the machine's language."""
+    written = []
+
+    def engine(compiled: binding.ModuleRef, target: binding.TargetMachine) -> SimpleNamespace:
+        written.append(target.emit_assembly(compiled))
+        return SimpleNamespace(finalize_object=lambda: None)
+
+    monkeypatch.setattr(binding, "create_mcjit_compiler", engine)
+    # All of the module at once, not what a call needs of it.
+    monkeypatch.setattr(library, "Code", lambda module, machine: code._compiled(str(module), machine))
+    Library(packing, gated)
+    return written[0]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="LLVM's code for x86-64")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_four_tiles_are_read_for_four_products_and_nothing_else(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = Machine("sapphirerapids", "", 64, 32, pairs=True, amx=AMX())
+    text = assembly(Packing(768, 96, HALF, processor), gated, monkeypatch)
+    _, *parts = re.split(r"^([a-z]\w*):", text, flags=re.MULTILINE)
+    functions = dict(zip(parts[::2], parts[1::2], strict=True))
+    multiplying = {name.removesuffix("_expert") for name, own in functions.items() if "tdpbf16ps" in own}
+    assert multiplying == {"scatter", "weights", *(f"dot{name}" for name in (GATED if gated else EPILOGUES))}
+    blocks = [block for block in text.split("\n.LBB") if "tdpbf16ps" in block]
+    inner = [block.split("\n\tj")[0] for block in blocks]
+    for block in inner:
+        products = block.count("tdpbf16ps")
+        assert products in (2, 4)  # of one row of tiles and of two
+        assert block.count("tileloadd") == {2: 3, 4: 4}[products]
+        moves = [line for line in block.splitlines() if "mov" in line and "(" in line]
+        assert not moves, moves  # from or to memory: a spill
+    assert any(block.count("tdpbf16ps") == 4 for block in inner)
+    assert "vdpbf16ps" not in text
+    assert text.count("ldtilecfg") == text.count("tilerelease") == (8 if gated else 6)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This machine with emulated tiles, none of which are used wrongly."""
+    assert HERE is not None
+    monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
+    before = EMULATED.products
+    yield
+    assert EMULATED.products > before
+    assert EMULATED.faults == 0
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_threads_and_repetition_do_not_change_a_bit(gated: bool) -> None:
+    case = Case(1301, 64, 24, experts=8, dtype=HALF, gated=gated)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results.append(outcome(problem(case), "fused"))
+    torch.set_num_threads(before)
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("neurons", [8, 24, 40, 96])
+def test_what_another_call_left_in_memory_is_in_no_sum(neurons: int) -> None:
+    case = Case(77, 64, neurons, experts=4, dtype=HALF)
+    found, spoilt = problem(case), problem(replace(case, experts=8))  # with room for more
+    wanted = outcome(found, "fused")
+    with torch.no_grad():
+        spoilt.leaves["up"].fill_(torch.nan)
+    outcome(spoilt, "fused")
+    for name, got in outcome(found, "fused").items():
+        assert got.isfinite().all(), name
+        assert torch.equal(got, wanted[name]), name
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("last", "wanted"), [(1.0, 33 * 32.0), (torch.inf, torch.inf)])
+def test_a_gradient_of_33_tokens_is_filled_up_with_zeros_only(last: float, wanted: float) -> None:
+    found = problem(Case(33, 32, 16, experts=1, chosen=1, dtype=HALF, bias=False))
+    with torch.no_grad():
+        for leaf in found.leaves.values():
+            leaf.fill_(1)
+        found.x[32] = last
+    (gradient,) = torch.autograd.grad(found.run("fused").sum(), [found.leaves["up"]])
+    assert (gradient == wanted).all()
+
+
+def test_without_amx_no_tile_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = EMULATED.products
+    case = Case(77, 64, 24, experts=4, dtype=HALF)
+    machines = (
+        replace(HERE, amx=None),
+        replace(HERE, pairs=False, amx=EMULATED),
+        replace(HERE, vector_bytes=32, registers=16, amx=EMULATED),
+    )
+    for machine in machines:
+        monkeypatch.setattr(fused, "this_machine", lambda machine=machine: machine)
+        outcome(problem(case), "fused")
+    monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
+    for other in (replace(case, width=48), replace(case, neurons=7), replace(case, dtype=torch.float32)):
+        outcome(problem(other), "fused")
+    assert EMULATED.products == before
