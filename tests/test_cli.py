@@ -112,12 +112,30 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     assert not list((trained / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("extra", [["--mode", "dense"], ["--mode", "sparse", "--experts-per-token", "2"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--mode", "dense"],
+        ["--mode", "sparse", "--experts-per-token", "2"],
+        ["--mode", "sparse", "--weights", "int8", "--stop", "no such text"],
+        ["--weights", "bfloat16"],
+    ],
+)
 def test_generate(here: Command, extra: list[str]) -> None:
     done = here("generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert len(done.stdout.strip()) > len("the cat")
+    width = extra[extra.index("--weights") + 1] if "--weights" in extra else "float32"
+    assert f"in {width}: 5 tokens" in done.stderr
+
+
+def test_generate_takes_several_prompts(here: Command) -> None:
+    done = here("generate", "run", "--prompt", "the cat", "a", "--max-new-tokens", "5")
+    first, second = done.stdout.split("\n\na")
+    assert first.startswith("the cat")
+    assert second.strip()
+    assert "10 tokens" in done.stderr
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -261,6 +279,10 @@ def test_generate_refuses_what_it_cannot_do(here: Command) -> None:
     refused(here("generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
     refused(here("generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
     refused(here("generate", "run", "--temperature", "-1"), "temperature=-1")
+    refused(here("generate", "run", "--weights", "int4"), "choose from", "int8")
+    both = ("--weights", "int8", "--precision", "float32")
+    refused(here("generate", "run", *both), "--weights int8 and --precision float32 differ")
+    refused(here("generate", "run", "--stop", ""), "--stop '' would end every text at once")
 
 
 def help_of(verb: str) -> str:

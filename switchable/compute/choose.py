@@ -103,7 +103,7 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     if x_TD.is_cuda:
         return (GROUPED_MM,)
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
-    compiled = has_code(d_model, experts, dtype, call.activation)
+    compiled = dtype == torch.float32 and has_code(d_model, experts, dtype, call.activation)
     if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16)):
         return (DECODE, MASKED)
     loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None

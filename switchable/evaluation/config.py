@@ -20,6 +20,12 @@ class EvalConfig(Precision):
         (), "none: both, if the model can", choices=("dense", "sparse"), flag=False
     )
     experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
+    weights: str | None = option(
+        None,
+        "round the weights to this width first; none: as they are",
+        choices=("float32", "bfloat16", "int8"),
+        metavar="NAME",
+    )
     batch_size: int = option(8, "sequences at a time", least=1, metavar="N")
     sequence_length: int | None = option(
         None, "window of text, at most the model's positions; none: the training's", least=2, metavar="TOKENS"

@@ -19,6 +19,7 @@ from switchable.evaluation.scores import Score
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
+from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
@@ -32,6 +33,8 @@ class Evaluation(NamedTuple):
     scores: list[Score]
     precision: str
     """Of the multiplications."""
+    weights: str
+    """Their width."""
 
 
 def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> Evaluation:
@@ -62,7 +65,11 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
     precision = chosen_precision(model, config.precision, trained_precision(folder))
-    say(f"{folder}: multiplies in {precision} on {device}", show)
+    if config.weights is not None:
+        round_weights(model, config.weights)
+    weights = config.weights or str(next(model.parameters()).dtype).removeprefix("torch.")
+    rounded = "" if config.weights is None else f", weights in {weights}"
+    say(f"{folder}: multiplies in {precision} on {device}{rounded}", show)
     if data.data:
         say(f"reading {sources.resolve(data.data)}", show)
     if layers_of(model):
@@ -78,7 +85,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
     if tasks:
         with multiplying_in(model, precision):
             scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
-    return Evaluation(scores, precision)
+    return Evaluation(scores, precision, weights)
 
 
 def _window(model: Any, wished: int | None, trained: int) -> int:

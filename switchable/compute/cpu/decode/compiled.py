@@ -13,7 +13,7 @@ read, experts are tasks, then ranges of columns of `down`.
 Flow: a layer prepares a call and keeps it (`ffn/decoding.py`); `decode.py` prepares one each time. `kernels.py` is what
 the call runs.
 
-ReLU and squared ReLU, float32, up to 63 tokens.
+ReLU and squared ReLU, up to 63 tokens in float32; weights of any width (`rows.py`).
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -21,6 +21,8 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor
 from switchable.compute.call import RELU_TYPES, FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
+from switchable.compute.cpu.decode.rows import TYPES
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
@@ -44,24 +47,27 @@ WORTH_THREADS = 2**19
 def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
     """Whether there is code for layers of these sizes; compiles nothing."""
     return (
-        dtype == torch.float32
+        dtype in TYPES
         and activation in RELU_TYPES
         and num_experts <= MOST_EXPERTS
-        and why_no_loops(d_model, dtype) is None
+        and why_no_loops(d_model, torch.float32) is None  # what it is computed in
     )
 
 
-def takes(tensor: Tensor) -> bool:
-    """Whether compiled code could read a tensor where it lies."""
-    return tensor.dtype is torch.float32 and tensor.is_contiguous()
+def takes(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether compiled code could read a tensor where it lies, if there is one."""
+    return tensor is None or (tensor.dtype is dtype and tensor.is_contiguous())
 
 
 def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) -> bool:
     """Whether there is code for so many tokens of an FFN; compiles nothing."""
+    dtype = weights.up_FD.dtype
     return (
         0 < tokens <= MOST_TOKENS
-        and has_code(weights.up_FD.shape[1], num_experts, weights.up_FD.dtype, activation)
-        and all(map(takes, weights.tensors))
+        and has_code(weights.up_FD.shape[1], num_experts, dtype, activation)
+        and all(takes(matrix, dtype) for matrix in (weights.up_FD, weights.down_FD, weights.gate_FD))
+        and takes(weights.up_bias_F)
+        and takes(weights.gate_bias_F)
     )
 
 
@@ -70,12 +76,17 @@ class DecodeCall:
 
     def __init__(self, run: Run, *memory: Tensor):
         self.run, self.memory = run, memory
-        self.x, self.y = (run.places[name] for name in ("x", "y"))
+        self.x, self.add, self.y = (run.places[name] for name in ("x", "add", "y"))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for."""
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for.
+
+        `add` is what a call prepared with `adds` gets besides, of the same shape.
+        """
         y = torch.empty_like(x)
         self.run.record[self.x], self.run.record[self.y] = x.data_ptr(), y.data_ptr()
+        if add is not None:
+            self.run.record[self.add] = add.data_ptr()
         self.run()
         return y
 
@@ -89,6 +100,8 @@ def prepare_call(
     *,
     activation: str,
     start_D: Tensor | None = None,
+    scales: Mapping[str, Tensor] = MappingProxyType({}),
+    adds: bool = False,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
 
@@ -100,6 +113,8 @@ def prepare_call(
         experts_per_token: K.
         activation: its name.
         start_D: what is added to every row: the bias of the output projection.
+        scales: of int8 weights, "up_scale", "down_scale", "gate_scale".
+        adds: whether a call gets something to add to each row.
     """
     d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
@@ -107,9 +122,8 @@ def prepare_call(
     if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
         return None
     threads, gated = torch.get_num_threads(), weights.gate_FD is not None
-    bytes_read = (
-        min(tokens * experts_per_token, num_experts) * (d_ff // num_experts) * d_model * (12 if gated else 8)
-    )
+    neurons = min(tokens * experts_per_token, num_experts) * (d_ff // num_experts)
+    bytes_read = neurons * d_model * (3 if gated else 2) * weights.up_FD.itemsize
     sizes = Sizes(
         d_model,
         d_ff // num_experts,
@@ -122,6 +136,8 @@ def prepare_call(
         start=start_D is not None,
         routed=bool(router),
         alone=threads == 1 or bytes_read < WORTH_THREADS,
+        adds=adds,
+        dtype=weights.up_FD.dtype,
     )
     # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
@@ -142,6 +158,7 @@ def prepare_call(
         "hidden": floats + 4 * scores,
         "down": weights.down_FD,
         "start": start_D,
+        **scales,
     }
     if router:
         fields |= {"router": router[0], "router_bias": router[1]}
