@@ -58,6 +58,7 @@ class PreparedLayer:
         "call",
         "experts_per_token",
         "hooks",
+        "mass",
         "modules",
         "namespaces",
         "numbers",
@@ -67,7 +68,7 @@ class PreparedLayer:
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
         check_plain(ssd)
-        self.numbers, self.experts_per_token = x_BSD.numel(), ssd.experts_per_token
+        self.numbers, self.experts_per_token, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
         self.threads = torch.get_num_threads()
         layer, home = ssd.holders[0], ssd.holders[-1]
         *projections, _activation = ssd.called
@@ -97,14 +98,16 @@ class PreparedLayer:
                 ssd.num_experts,
                 ssd.experts_per_token,
                 activation=ssd.settings.activation,
+                mass=ssd.mass,
                 start_D=ssd.down_projection.bias,
             )
 
     def fits(self, ssd: SSD, x_BSD: Tensor) -> bool:
-        """Return whether all is as it was: x's size, K, threads, hooks, and which modules hold which numbers where."""
+        """Return whether all is as it was: x's size, K, mass, threads, hooks, which modules hold which numbers."""
         if (
             x_BSD.numel() != self.numbers
             or ssd.experts_per_token != self.experts_per_token
+            or ssd.mass != self.mass
             or torch.get_num_threads() != self.threads
         ):
             return False

@@ -34,6 +34,8 @@ def _supports(call: ExpertCall) -> str | None:
     d_model, neurons = call.x_TD.shape[1], call.neurons
     if d_model % multiple or neurons % multiple:
         return f"needs multiples of {multiple}, and d_model is {d_model}, neurons per expert {neurons}"
+    if call.ragged and call.learns:
+        return "computes no gradients where tokens have different numbers of experts"
     return None if call.expert_ids_TK.numel() else "needs at least one token"
 
 
@@ -82,6 +84,8 @@ def _run(call: ExpertCall) -> Tensor:
     else:
         hidden_RI = act(project(x_RD, weights.gate_FD, weights.gate_bias_F)) * hidden_RI
     z_RD = grouped_mm(hidden_RI, weights.down_FD.to(dtype).view(E, neurons, -1), offs=ends_E)
+    if call.ragged:  # rows of no expert come last: nothing has been written there
+        z_RD = z_RD.masked_fill((sorted_R == E).unsqueeze(1), 0)
     return _take(z_RD, position_R, order_R, 1).view(-1, K, z_RD.shape[1]).sum(1).to(x_TD.dtype)
 
 

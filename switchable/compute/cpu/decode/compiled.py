@@ -87,6 +87,7 @@ def prepare_call(
     experts_per_token: int,
     *,
     activation: str,
+    mass: float = 1.0,
     start_D: Tensor | None = None,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
@@ -94,10 +95,12 @@ def prepare_call(
     Args:
         tokens: T.
         weights: of an FFN.
-        choice: ids_TK, int64, in [0, num_experts); or the weight [E, D] and bias [E] of a router that chooses.
+        choice: ids_TK, int64, in [0, num_experts], the last one for none; or the weight [E, D] and bias [E] of a
+            router that chooses.
         num_experts: E.
         experts_per_token: K.
         activation: its name.
+        mass: below 1, a router's tokens take the fewest experts whose shares add up to it (`topk.py`).
         start_D: what is added to every row: the bias of the output projection.
     """
     d_ff, d_model = weights.up_FD.shape
@@ -110,6 +113,7 @@ def prepare_call(
         d_ff // num_experts,
         num_experts,
         experts_per_token,
+        mass=mass,
         squared=activation == "relu2",
         gated=weights.gate_FD is not None,
         gate_bias=weights.gate_bias_F is not None,
@@ -118,10 +122,10 @@ def prepare_call(
     )
     # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
-    scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
+    scratch = torch.empty(2 * (num_experts + 1 + pairs) + scores + tokens * d_ff)
     given_TK = scratch if router else cast(Tensor, choice).contiguous()
     token_sets = scratch.data_ptr()
-    ids = token_sets + 8 * num_experts
+    ids = token_sets + 8 * (num_experts + 1)
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,

@@ -37,8 +37,8 @@ DECODE = Tasks(
     ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so
-is `ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
+"""`scores` [T, E], `token_sets` [E + 1] (the tokens that chose each expert, a bit each; E is none) and `hidden` [T, F]
+are scratch; so is `ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
 
 Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
@@ -51,6 +51,7 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     neurons: int
     experts: int
     chosen: int
+    mass: float
     squared: bool
     gated: bool
     gate_bias: bool
@@ -144,7 +145,7 @@ class DecodeKernels:
             x = w.at(record["x"], w.mul(t, self.sizes.d_model))
             w.b.call(self.scores, [record["router"], x, record["router_bias"], scores])
             ids = w.at(record["ids"], w.mul(t, chosen), I64)
-            write_selection(w, scores, ids, experts, chosen)
+            write_selection(w, scores, ids, experts, chosen, self.sizes.mass)
 
         w.each(record["tokens"], token)
 
