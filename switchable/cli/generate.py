@@ -24,6 +24,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", choices=("dense", "sparse"), default="dense", help="how the FFNs multiply")
     verb.add_argument("--experts-per-token", type=int, metavar="K", help="experts per token in sparse mode")
     verb.add_argument(
+        "--mass",
+        type=float,
+        metavar="SHARE",
+        help="in sparse mode the fewest of the K experts whose shares add up to this, e.g. 0.9; 1 = all K",
+    )
+    verb.add_argument(
         "--max-new-tokens", type=int, default=100, help="tokens to write at most (default %(default)s)"
     )
     verb.add_argument(
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     precision = chosen_precision(model, asked)
     with multiplying_in(model, precision):
         text, tokens, seconds = write(
-            model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling
+            model, tokenizer, args.prompt, args.mode, args.experts_per_token, sampling, args.mass
         )
     print(text)
     how = f"{shown_mode(model, args.mode)}, in {precision}"

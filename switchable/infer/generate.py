@@ -33,6 +33,7 @@ def write(
     mode: str = "dense",
     experts_per_token: int | None = None,
     sampling: Sampling | None = None,
+    mass: float | None = None,
 ) -> Written:
     """Return the prompt with what the model writes after it, or into its blanks (see `fill.py`), and how fast it was.
 
@@ -43,15 +44,16 @@ def write(
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K in sparse mode; None keeps the model's own.
         sampling: how tokens are drawn.
+        mass: in sparse mode, as for `set_mode`.
 
     Raises:
-        InputError: impossible mode or K, no room for a new token within the model's positions, a prompt that is not
+        InputError: impossible mode, K or mass, no room for a new token within the positions, a prompt that is not
             UTF-8, or no mask in that of a masked model.
     """
     sampling = sampling or Sampling()
     objective = objective_of_model(model)
     check_prompt(objective, tokenizer, prompt, positions_of(model))
-    set_mode(model, mode, experts_per_token)
+    set_mode(model, mode, experts_per_token, mass)
     torch.manual_seed(sampling.seed)
     ways = {"masked": fill_masks, "span": fill_spans, "causal": _continue}
     begin = time.perf_counter()
