@@ -101,7 +101,7 @@ def fill_spans(
     if not set(ids) & set(sentinels):
         ids = [*ids, sentinels[0]]
     input_ids = torch.tensor([[*ids, tokenizer.eos_token_id]], device=next(model.parameters()).device)
-    written = sampling.generate(model, input_ids, sampling.max_new_tokens).tolist()
+    written = sampling.generate(model, input_ids, sampling.max_new_tokens)[0].tolist()
     spans = dict(_spans(written[1:], sentinels, {tokenizer.eos_token_id, tokenizer.pad_token_id}))
     filled = [token for i in ids for token in (spans.get(i, []) if i in sentinels else [i])]
     return str(tokenizer.decode(filled, skip_special_tokens=True)), len(written) - 1

@@ -1,19 +1,52 @@
-"""Text from either mode of one model, through transformers' `generate` with its KV cache."""
+"""Text from either mode of one model: by our own decoding path, or through transformers' `generate`."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.ffn.convert import set_mode
+from switchable.ffn.convert import layers_of, set_mode
+from switchable.infer.decoding.decoder import Decoder, why_not
+from switchable.infer.decoding.loop import decode, ends_of, why_not_written
+from switchable.infer.decoding.matrices import WIDTHS, Stored
+from switchable.infer.decoding.rounded import round_to_8_bits
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
+from switchable.infer.text import EndOfTexts, GrowingText
+
+
+def decoding(
+    model: nn.Module, weights: str, mode: str, sampling: Sampling, stored: Stored | None = None
+) -> tuple[nn.Module | Decoder, str | None]:
+    """Return what decodes a model with weights of a width: a decoder, or the model itself, and then why.
+
+    Args:
+        model: its weights are taken over, see `Decoder`.
+        weights: `"float32"`, `"bfloat16"` or `"int8"`. Without a decoder, 8 bits are a rounding of wider numbers.
+        mode: that it will be in.
+        sampling: how tokens will be drawn.
+        stored: matrices in 8 bits from a file.
+
+    Raises:
+        InputError: this machine cannot multiply weights of this width.
+    """
+    reason = why_not(model, mode) or why_not_written(model, sampling)
+    if mode == "sparse" and any(layer.ssd.mass < 1 for layer in layers_of(model)):
+        reason = reason or "has no code for a mass"
+    if reason is None:
+        return Decoder(model, weights, stored), None
+    if weights == "int8":
+        round_to_8_bits(model)
+    else:
+        model.to(WIDTHS[weights])
+    return model, reason
 
 
 class Written(NamedTuple):
@@ -23,49 +56,84 @@ class Written(NamedTuple):
     tokens: int
     """Those that are new."""
     seconds: float
-    """Reading the prompt included."""
+    """Reading the prompt included; of several prompts, all of them."""
 
 
 def write(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     mode: str = "dense",
     experts_per_token: int | None = None,
     sampling: Sampling | None = None,
-    mass: float | None = None,
+    **how: Any,
 ) -> Written:
-    """Return the prompt with what the model writes after it, or into its blanks (see `fill.py`), and how fast it was.
+    """Return the prompt with what the model writes after it, or into its blanks; `how`: see `write_each`."""
+    return write_each(model, tokenizer, [prompt], mode, experts_per_token, sampling, **how)[0]
+
+
+def write_each(
+    model: nn.Module | Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    mode: str = "dense",
+    experts_per_token: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    show: Callable[[str], object] = lambda _: None,
+) -> list[Written]:
+    """Return prompts with what the model writes after each, or into its blanks (see `fill.py`), and how fast it was.
 
     Args:
-        model: a language model: causal, masked, or encoder-decoder; converted, for sparse mode.
+        model: a language model: causal, masked, or encoder-decoder; converted, for sparse mode; or a decoder of one.
         tokenizer: its tokenizer.
-        prompt: text to continue, which may be empty; for a masked model, text with masks.
+        prompts: texts to continue, which may be empty; for a masked model, text with masks.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K in sparse mode; None keeps the model's own.
         sampling: how tokens are drawn.
-        mass: in sparse mode, as for `set_mode`.
+        stop: strings at which a text ends; they are not part of it. Causal models only.
+        show: gets the text of a single prompt as it grows, the prompt first.
 
     Raises:
-        InputError: impossible mode, K or mass, no room for a new token within the positions, a prompt that is not
+        InputError: impossible mode or K, no room for a new token within the model's positions, a prompt that is not
             UTF-8, or no mask in that of a masked model.
     """
     sampling = sampling or Sampling()
-    objective = objective_of_model(model)
-    check_prompt(objective, tokenizer, prompt, positions_of(model))
-    set_mode(model, mode, experts_per_token, mass)
+    module: nn.Module = model.model if isinstance(model, Decoder) else model
+    objective = objective_of_model(module)
+    for prompt in prompts:
+        check_prompt(objective, tokenizer, prompt, positions_of(module))
+    set_mode(module, mode, experts_per_token)
     torch.manual_seed(sampling.seed)
-    ways = {"masked": fill_masks, "span": fill_spans, "causal": _continue}
     begin = time.perf_counter()
-    text, tokens = ways[objective](model, tokenizer, prompt, sampling)
-    return Written(text, tokens, time.perf_counter() - begin)
+    if objective == "causal":
+        ends = ends_of(module)
+        shows = show if len(prompts) == 1 else lambda _: None
+        texts = [GrowingText(tokenizer, prompt_ids(tokenizer, each), stop, ends, shows) for each in prompts]
+        _continue(model, tokenizer, texts, sampling)
+        found = [(text.close(), text.new_tokens) for text in texts]
+    else:
+        fill = fill_masks if objective == "masked" else fill_spans
+        found = [fill(module, tokenizer, prompt, sampling) for prompt in prompts]
+        if len(prompts) == 1:
+            show(found[0][0])
+    seconds = time.perf_counter() - begin
+    return [Written(text, tokens, seconds) for text, tokens in found]
 
 
 def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
-) -> tuple[str, int]:
-    ids, positions = prompt_ids(tokenizer, prompt), positions_of(model)
-    room = min(sampling.max_new_tokens, sys.maxsize if positions is None else positions - len(ids))
-    input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-    written = sampling.generate(model, input_ids, room, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(written, skip_special_tokens=True)), len(written) - len(ids)
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[GrowingText], sampling: Sampling
+) -> None:
+    longest = max(len(text.ids) for text in texts)
+    positions = positions_of(model.model if isinstance(model, Decoder) else model)
+    room = min(sampling.max_new_tokens, sys.maxsize if positions is None else positions - longest)
+    if isinstance(model, Decoder):
+        decode(model, texts, room, sampling)
+        return
+    pad, device = tokenizer.eos_token_id, next(model.parameters()).device
+    ids_BS = torch.full((len(texts), longest), 0 if pad is None else pad, device=device)
+    mask_BS = torch.zeros_like(ids_BS)
+    for row, text in enumerate(texts):
+        ids_BS[row, longest - len(text.ids) :] = torch.tensor(text.ids)
+        mask_BS[row, longest - len(text.ids) :] = 1
+    sampling.generate(model, ids_BS, room, mask_BS, pad_token_id=pad, stopping_criteria=[EndOfTexts(texts)])

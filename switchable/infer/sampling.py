@@ -30,26 +30,38 @@ class Sampling:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < LEAST_TEMPERATURE
+
     def draw(self, logits_NV: Tensor) -> Tensor:
         """Return a token for each of N rows of logits."""
-        if self.temperature < LEAST_TEMPERATURE:
+        if self.greedy:
             return logits_NV.argmax(-1)
         if self.top_k:
             least_N1 = logits_NV.topk(min(self.top_k, logits_NV.shape[1])).values[:, -1:]
             logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
         return torch.multinomial((logits_NV / self.temperature).softmax(-1), 1)[:, 0]
 
-    def generate(self, model: Any, input_ids_1S: Tensor, most: int, **options: Any) -> Tensor:
+    def generate(
+        self,
+        model: Any,
+        input_ids_BS: Tensor,
+        most: int,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Return the tokens that transformers' `generate` writes, `most` new ones at most, with its KV cache."""
         choice: dict[str, Any] = {"do_sample": False}
-        if self.temperature >= LEAST_TEMPERATURE:
+        if not self.greedy:
             choice = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k}
         written = model.generate(
-            input_ids=input_ids_1S,
-            attention_mask=torch.ones_like(input_ids_1S),
+            input_ids=input_ids_BS,
+            attention_mask=torch.ones_like(input_ids_BS) if attention_mask is None else attention_mask,
             max_new_tokens=most,
             use_cache=True,
             **choice,
             **options,
         )
-        return cast(Tensor, written[0])
+        return cast(Tensor, written)

@@ -22,7 +22,6 @@ from switchable.compute.cpu import limits, tasks
 from switchable.compute.cpu.decode import compiled
 from switchable.compute.cpu.decode.compiled import DecodeCall, prepare_call
 from switchable.compute.cpu.llvm import Machine, this_machine
-from switchable.compute.cpu.topk import top_experts
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
@@ -31,8 +30,6 @@ pytestmark = pytest.mark.skipif(
     this_machine() is None, reason="a processor without multiply-add instructions"
 )
 PLAIN = Case(width=64, neurons=7, experts=6, tokens=3)
-MASS = 0.7
-"""What a router's experts must add up to in cases with fewer experts."""
 CASES = {
     "three tokens": PLAIN,
     "one token": replace(PLAIN, tokens=1),
@@ -45,9 +42,6 @@ CASES = {
     "one vector": replace(PLAIN, width=16),
     "experts of twenty neurons": replace(PLAIN, neurons=20),
     "many experts": replace(PLAIN, experts=48, neurons=2, chosen=9),
-}
-CASES |= {
-    f"fewer experts, {name}": replace(CASES[name], ragged=True) for name in ("63 tokens", "many experts")
 }
 CASES |= {
     f"gated, {name}": replace(CASES[name], gated=True)
@@ -76,13 +70,7 @@ def output(case: Case, choice: Tensor | tuple[Tensor, Tensor], start_D: Tensor |
     found, sizes = problem(case), (case.experts, case.chosen)
     with torch.no_grad():
         call = prepare_call(
-            case.tokens,
-            found.weights,
-            choice,
-            *sizes,
-            activation=case.activation,
-            mass=MASS if case.ragged else 1.0,
-            start_D=start_D,
+            case.tokens, found.weights, choice, *sizes, activation=case.activation, start_D=start_D
         )
     assert call is not None
     return call(found.x.detach())
@@ -104,7 +92,7 @@ def test_a_router_chooses_and_a_bias_is_added(case: Case) -> None:
     start_D = torch.randn(case.width, generator=generator)
     exact = problem(case, exact=True)
     scores_TE = exact.x @ router_ED.double().t() + router_E
-    exact.ids = top_experts(scores_TE, case.chosen, MASS if case.ragged else 1.0)
+    exact.ids = scores_TE.topk(case.chosen).indices
     y_TD = output(case, (router_ED, router_E), start_D)
     assert relative_error(y_TD, exact.run("reference") + start_D) < 1e-6
 
@@ -235,7 +223,6 @@ CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
     "another router": lambda layer: setattr(
         layer.router, "weight", torch.nn.Parameter(torch.randn_like(layer.router.weight))
     ),
-    "a mass": lambda layer: setattr(layer.ssd, "mass", 0.6),
     "more experts": lambda layer: layer.ssd.set_experts_per_token(9),
     "another order in memory": lambda layer: setattr(
         layer.ssd.up_projection.weight, "data", layer.ssd.up_projection.weight.data.contiguous()

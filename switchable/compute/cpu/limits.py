@@ -8,6 +8,7 @@ Shapes: D d_model, E experts, K experts per token.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, ExpertCall
 from switchable.compute.cpu.llvm import this_machine
@@ -38,13 +39,12 @@ def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
 
 
-def check_ids(call: ExpertCall) -> None:
-    """Raise InputError unless all ids of a call are of experts: compiled code would read and write elsewhere."""
-    expert_ids_TK, most = call.expert_ids_TK, call.num_experts - (not call.ragged)
+def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
+    """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
     number = expert_ids_TK.numel()
     if number:
         in_python = number <= PYTHON_IDS and expert_ids_TK.is_contiguous()
         ids = expert_ids_TK.view(-1).tolist() if in_python else [int(end) for end in expert_ids_TK.aminmax()]
         low, high = min(ids), max(ids)
-        if low < 0 or high > most:
-            raise InputError(f"expert ids must be in 0..{most}; found {low} to {high}")
+        if low < 0 or high >= num_experts:
+            raise InputError(f"expert ids must be in 0..{num_experts - 1}; found {low} to {high}")

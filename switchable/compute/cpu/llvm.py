@@ -277,7 +277,7 @@ class Writer:
         self.range(0, count, 1, body)
 
     def tiles(
-        self, count: Index, sizes: Sequence[int], body: Callable[[ir.Value, int], object], start: int = 0
+        self, count: Index, sizes: Sequence[int], body: Callable[[ir.Value, int], object], start: Index = 0
     ) -> None:
         """Cover range(start, count) by tiles of the first size, what is left by smaller ones; the last size is 1."""
         first: Index = start

@@ -13,7 +13,7 @@ read, experts are tasks, then ranges of columns of `down`.
 Flow: a layer prepares a call and keeps it (`ffn/decoding.py`); `decode.py` prepares one each time. `kernels.py` is what
 the call runs.
 
-ReLU and squared ReLU, float32, up to 63 tokens.
+ReLU and squared ReLU, up to 63 tokens in float32; weights of any width (`rows.py`).
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -21,6 +21,8 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from switchable.compute.call import RELU_TYPES, FFNWeights
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
+from switchable.compute.cpu.decode.rows import TYPES
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import Code, Machine, compile_module, this_machine
 from switchable.compute.cpu.tasks import Run
@@ -43,24 +46,27 @@ WORTH_THREADS = 2**19
 def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
     """Whether there is code for layers of these sizes; compiles nothing."""
     return (
-        dtype == torch.float32
+        dtype in TYPES
         and activation in RELU_TYPES
         and num_experts <= MOST_EXPERTS
-        and why_no_loops(d_model, dtype) is None
+        and why_no_loops(d_model, torch.float32) is None  # what it is computed in
     )
 
 
-def takes(tensor: Tensor) -> bool:
-    """Whether compiled code could read a tensor where it lies."""
-    return tensor.dtype is torch.float32 and tensor.is_contiguous()
+def takes(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether compiled code could read a tensor where it lies, if there is one."""
+    return tensor is None or (tensor.dtype is dtype and tensor.is_contiguous())
 
 
 def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) -> bool:
     """Whether there is code for so many tokens of an FFN; compiles nothing."""
+    dtype = weights.up_FD.dtype
     return (
         0 < tokens <= MOST_TOKENS
-        and has_code(weights.up_FD.shape[1], num_experts, weights.up_FD.dtype, activation)
-        and all(map(takes, weights.tensors))
+        and has_code(weights.up_FD.shape[1], num_experts, dtype, activation)
+        and all(takes(matrix, dtype) for matrix in (weights.up_FD, weights.down_FD, weights.gate_FD))
+        and takes(weights.up_bias_F)
+        and takes(weights.gate_bias_F)
     )
 
 
@@ -69,12 +75,17 @@ class DecodeCall:
 
     def __init__(self, run: Run, *memory: Tensor):
         self.run, self.memory = run, memory
-        self.x, self.y = (run.places[name] for name in ("x", "y"))
+        self.x, self.add, self.y = (run.places[name] for name in ("x", "add", "y"))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for."""
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for.
+
+        `add` is what a call prepared with `adds` gets besides, of the same shape.
+        """
         y = torch.empty_like(x)
         self.run.record[self.x], self.run.record[self.y] = x.data_ptr(), y.data_ptr()
+        if add is not None:
+            self.run.record[self.add] = add.data_ptr()
         self.run()
         return y
 
@@ -87,21 +98,22 @@ def prepare_call(
     experts_per_token: int,
     *,
     activation: str,
-    mass: float = 1.0,
     start_D: Tensor | None = None,
+    scales: Mapping[str, Tensor] = MappingProxyType({}),
+    adds: bool = False,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
 
     Args:
         tokens: T.
         weights: of an FFN.
-        choice: ids_TK, int64, in [0, num_experts], the last one for none; or the weight [E, D] and bias [E] of a
-            router that chooses.
+        choice: ids_TK, int64, in [0, num_experts); or the weight [E, D] and bias [E] of a router that chooses.
         num_experts: E.
         experts_per_token: K.
         activation: its name.
-        mass: below 1, a router's tokens take the fewest experts whose shares add up to it (`topk.py`).
         start_D: what is added to every row: the bias of the output projection.
+        scales: of int8 weights, "up_scale", "down_scale", "gate_scale".
+        adds: whether a call gets something to add to each row.
     """
     d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
@@ -113,19 +125,20 @@ def prepare_call(
         d_ff // num_experts,
         num_experts,
         experts_per_token,
-        mass=mass,
         squared=activation == "relu2",
         gated=weights.gate_FD is not None,
         gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
+        adds=adds,
+        dtype=weights.up_FD.dtype,
     )
     # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
-    scratch = torch.empty(2 * (num_experts + 1 + pairs) + scores + tokens * d_ff)
+    scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
     given_TK = scratch if router else cast(Tensor, choice).contiguous()
     token_sets = scratch.data_ptr()
-    ids = token_sets + 8 * (num_experts + 1)
+    ids = token_sets + 8 * num_experts
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,
@@ -139,11 +152,13 @@ def prepare_call(
         "hidden": floats + 4 * scores,
         "down": weights.down_FD,
         "start": start_D,
+        **scales,
     }
     if router:
         fields |= {"router": router[0], "router_bias": router[1]}
     entry, threads = "routed" if router else "given", torch.get_num_threads()
-    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model * (12 if sizes.gated else 8)
+    bytes_read = min(pairs, num_experts) * sizes.neurons * d_model
+    bytes_read *= (3 if sizes.gated else 2) * weights.up_FD.itemsize
     stages: tuple[int, ...] = (1, num_experts, threads)
     if threads == 1 or bytes_read < WORTH_THREADS:
         entry, stages = f"{entry}_alone", (1,)

@@ -70,7 +70,7 @@ def run(call: ExpertCall) -> Tensor:
         )
     if prepared is None:
         return _token_by_token(call)
-    check_ids(call)
+    check_ids(ids_TK, experts)
     return prepared(x_TD.contiguous())
 
 
@@ -84,8 +84,6 @@ def _token_by_token(call: ExpertCall) -> Tensor:
 
 def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:
     weights, experts, activation = call.weights, call.num_experts, call.activation
-    if call.ragged:
-        ids_K = ids_K[ids_K < experts]
     hidden_N = _project(x_D, weights.up_FD, weights.up_bias_F, ids_K, experts)
     if weights.gate_FD is not None:
         switch_N = _project(x_D, weights.gate_FD, weights.gate_bias_F, ids_K, experts)

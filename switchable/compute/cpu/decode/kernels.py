@@ -17,8 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from llvmlite import ir
 
+from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import I64, POINTER, Machine, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 from switchable.compute.cpu.topk import write_selection
@@ -32,13 +34,14 @@ MORE = max(AHEAD, ROWS[0])
 DECODE = Tasks(
     numbers=("tokens",),
     addresses=(
-        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_bias", "up", "bias", "hidden",
-        "down", "start", "y",
+        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_scale", "gate_bias", "up",
+        "up_scale", "bias", "hidden", "down", "down_scale", "start", "add", "y",
     ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `token_sets` [E + 1] (the tokens that chose each expert, a bit each; E is none) and `hidden` [T, F]
-are scratch; so is `ids` [T, K] where the router chooses. `start` [D] is what y begins with."""
+"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so
+is `ids` [T, K] where the router chooses. `start` [D] and `add` [T, D] are what y begins with. A scale [F] belongs to
+weights of 8 bits."""
 
 Part = Callable[[Writer, Record, ir.Value], None]
 """Writes what a task does, or part of it."""
@@ -51,12 +54,15 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     neurons: int
     experts: int
     chosen: int
-    mass: float
     squared: bool
     gated: bool
     gate_bias: bool
     bias: bool
     start: bool
+    adds: bool = False
+    """Whether every token has something of its own that is added, as the input of a residual branch."""
+    dtype: torch.dtype = torch.float32
+    """Of the matrices, not of the router's and of biases."""
 
     @property
     def d_ff(self) -> int:
@@ -71,12 +77,18 @@ class DecodeKernels:
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
-        self.scores = self._write_dots("scores", sizes.experts, True, lambda _w, total, _place: total)
+        self.rows = Rows(sizes.dtype, sizes.d_model, self.lanes)
+        plain = Rows(torch.float32, sizes.d_model, self.lanes)
+        self.scores = self._write_dots("scores", plain, sizes.experts, True, lambda _w, total, _place: total)
         bias = sizes.gate_bias if sizes.gated else sizes.bias
-        self.hidden = self._write_dots("hidden", sizes.neurons, bias, self._activation)
+        self.hidden = self._write_dots("hidden", self.rows, sizes.neurons, bias, self._activation)
         if sizes.gated:
             self.factors = self._write_dots(
-                "factors", None, sizes.bias, lambda w, total, place: w.b.fmul(total, w.load(place, w.number))
+                "factors",
+                self.rows,
+                None,
+                sizes.bias,
+                lambda w, total, place: w.b.fmul(total, w.load(place, w.number)),
             )
         for name, choose in (("routed", (self._route, self._gather)), ("given", (self._gather,))):
             self._write_entry(name, choose, (self._read,), (self._write_range,))
@@ -99,14 +111,15 @@ class DecodeKernels:
     def _write_dots(
         self,
         name: str,
+        kind: Rows,
         count: int | None,
         has_bias: bool,
         finish: Callable[[Writer, ir.Value, ir.Value], ir.Value],
     ) -> ir.Function:
         """out_r = finish(matrix_r · x + bias_r, where it goes) for so many rows of a matrix; None: for those listed."""
         listing = [POINTER, I64] if count is None else []
-        w = Writer(self.module, f"{name}_dots", [*[POINTER] * 4, *listing], wide=False, lanes=self.lanes)
-        matrix, x, bias, out, *listed = w.arguments
+        w = Writer(self.module, f"{name}_dots", [*[POINTER] * 5, *listing], wide=False, lanes=self.lanes)
+        matrix, scale, bias, x, out, *listed = w.arguments
         width = self.sizes.d_model
 
         def tile(r: ir.Value, rows: int) -> None:
@@ -114,20 +127,12 @@ class DecodeKernels:
                 return w.integer(w.at(listed[0], w.add(r, row), I64), I64) if listed else w.add(r, row)
 
             numbers = [number(row) for row in range(2 * rows)]
-            addresses = [w.at(matrix, w.mul(place, width)) for place in numbers]
-
-            def step(d: ir.Value, sums: Values) -> Values:
-                inputs = w.load(w.at(x, d))
-                own = [w.at(address, d) for address in addresses]
-                for address in own[rows:]:  # the next tile's, while this one is multiplied
-                    w.prefetch(address, 1)
-                return [
-                    w.fma(w.load(address), inputs, total) for address, total in zip(own, sums, strict=False)
-                ]
-
-            _, sums = w.loop(0, width, self.lanes, [w.zero()] * rows, step)
-            for place, total in zip(numbers, sums, strict=False):
-                value = w.reduce_add(total)
+            addresses = [kind.at(w, matrix, w.mul(place, width)) for place in numbers]
+            # What is prefetched is the next tile's, while this one is multiplied.
+            sums = kind.dots(w, addresses[:rows], addresses[rows:], [x], width)
+            for place, (value,) in zip(numbers, sums, strict=False):
+                if kind.scaled:
+                    value = w.b.fmul(value, w.load(w.at(scale, place), w.number))
                 if has_bias:
                     value = w.b.fadd(value, w.load(w.at(bias, place), w.number))
                 goes_to = w.at(out, place)
@@ -143,9 +148,9 @@ class DecodeKernels:
         def token(t: ir.Value) -> None:
             scores = w.at(record["scores"], w.mul(t, experts))
             x = w.at(record["x"], w.mul(t, self.sizes.d_model))
-            w.b.call(self.scores, [record["router"], x, record["router_bias"], scores])
+            w.b.call(self.scores, [record["router"], scores, record["router_bias"], x, scores])
             ids = w.at(record["ids"], w.mul(t, chosen), I64)
-            write_selection(w, scores, ids, experts, chosen, self.sizes.mass)
+            write_selection(w, scores, ids, experts, chosen)
 
         w.each(record["tokens"], token)
 
@@ -187,19 +192,19 @@ class DecodeKernels:
         """Fill `hidden` for one expert."""
         sizes = self.sizes
         neuron = w.mul(e, sizes.neurons)
-        names = ("gate", "gate_bias") if sizes.gated else ("up", "bias")
-        entrance, bias = (
-            w.at(record[name], w.mul(neuron, step))
-            for name, step in zip(names, (sizes.d_model, 1), strict=True)
-        )
+        names = ("gate", "gate_scale", "gate_bias") if sizes.gated else ("up", "up_scale", "bias")
+        matrix, *each = (record[name] for name in names)
+        entrance = self.rows.at(w, matrix, w.mul(neuron, sizes.d_model))
+        own = [w.at(numbers, neuron) for numbers in each]
 
         def token(t: ir.Value) -> None:
             x = w.at(record["x"], w.mul(t, sizes.d_model))
             hidden = w.at(record["hidden"], w.mul(t, sizes.d_ff))
-            w.b.call(self.hidden, [entrance, x, bias, w.at(hidden, neuron)])
+            w.b.call(self.hidden, [entrance, *own, x, w.at(hidden, neuron)])
             if sizes.gated:
                 numbers, _, count = self._firing(w, record, e, t)
-                w.b.call(self.factors, [record["up"], x, record["bias"], hidden, numbers, count])
+                others = [record[name] for name in ("up", "up_scale", "bias")]
+                w.b.call(self.factors, [*others, x, hidden, numbers, count])
 
         self._each_token(w, record, e, token)
 
@@ -221,10 +226,16 @@ class DecodeKernels:
         def row(field: str, number: ir.Value) -> ir.Value:
             return w.at(record[field], w.add(w.mul(number, sizes.d_model), first))
 
+        def down(number: ir.Value, place: ir.Value) -> ir.Value:
+            index = w.add(w.add(w.mul(number, sizes.d_model), first), place)
+            return self.rows.at(w, record["down"], index)
+
         def begin(t: ir.Value) -> None:
             def copy(v: ir.Value) -> None:
                 place = w.mul(v, self.lanes)
                 value = w.load(w.at(row("start", i64(0)), place)) if sizes.start else w.zero()
+                if sizes.adds:
+                    value = w.b.fadd(value, w.load(w.at(row("add", t), place)))
                 w.store(value, w.at(row("y", t), place))
 
             w.each(vectors, copy)
@@ -233,6 +244,8 @@ class DecodeKernels:
 
         def token(e: ir.Value, t: ir.Value) -> None:
             numbers, values, count = self._firing(w, record, e, t)
+            if self.rows.scaled:
+                self._scale(w, record, numbers, values, count)
 
             def block(v: ir.Value, size: int) -> None:
                 place = w.mul(v, self.lanes)
@@ -241,8 +254,8 @@ class DecodeKernels:
                 def add(i: ir.Value, sums: Values) -> Values:
                     value = w.load_broadcast(w.at(values, i))
                     ahead = w.integer(w.at(numbers, w.add(i, AHEAD), I64), I64)
-                    w.prefetch(w.at(row("down", ahead), place), size)
-                    columns = w.vectors(w.at(row("down", w.integer(w.at(numbers, i, I64), I64)), place), size)
+                    self.rows.prefetch(w, down(ahead, place), size)
+                    columns = self.rows.vectors(w, down(w.integer(w.at(numbers, i, I64), I64), place), size)
                     return [w.fma(value, column, total) for column, total in zip(columns, sums, strict=True)]
 
                 _, sums = w.loop(0, count, 1, w.vectors(own, size), add)
@@ -271,3 +284,13 @@ class DecodeKernels:
         for k in range(MORE):
             b.store(first, w.at(numbers, w.add(count, k), I64))
         return numbers, values, count
+
+    def _scale(self, w: Writer, record: Record, numbers: ir.Value, values: ir.Value, count: ir.Value) -> None:
+        """Multiply listed values by the scales of what they are multiplied with."""
+
+        def neuron(j: ir.Value) -> None:
+            place = w.at(values, j)
+            scale = w.at(record["down_scale"], w.integer(w.at(numbers, j, I64), I64))
+            w.store(w.b.fmul(w.load(place, w.number), w.load(scale, w.number)), place)
+
+        w.each(count, neuron)

@@ -1,0 +1,111 @@
+"""A linear map of a few tokens in one call of compiled code, with weights of any width.
+
+    y_t = scale ⊙ (W · x_t) + bias + start_t
+
+A task is a range of rows. A row is read once for all tokens that are multiplied side by side, at most `TOKENS[0]`, and
+then comes from the cache for the others.
+
+Shapes: T tokens, N rows of a matrix, D numbers in each.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.compute.cpu.decode.rows import Rows
+from switchable.compute.cpu.llvm import POINTER, Code, Machine, Writer, compile_module, this_machine
+from switchable.compute.cpu.tasks import Record, Run, Tasks
+
+ROWS, TOKENS = (4, 2, 1), (4, 2, 1)
+"""Rows of weights, and tokens, that are multiplied side by side."""
+TASK_BYTES = 2**16
+"""Of weights in a task, at least."""
+TASKS_PER_THREAD = 8
+"""At most: the threads need not be equally fast."""
+LINEAR = Tasks(numbers=("tokens", "rows", "width"), addresses=("x", "weight", "scale", "bias", "start", "y"))
+
+
+class LinearCall:
+    """y = W · x for a fixed number of tokens, everything looked up but x; for one Python thread at a time.
+
+    Args:
+        tokens: T.
+        weight_ND: float32, bfloat16 or int8, contiguous; D must fill vectors (`limits.why_no_loops`).
+        scale_N: of the rows of int8 weights.
+        bias_N: float32.
+        adds: whether a call gets a `start` [T, N], to which it is added.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        weight_ND: Tensor,
+        scale_N: Tensor | None,
+        bias_N: Tensor | None,
+        adds: bool = False,
+    ):
+        rows, width = weight_ND.shape
+        machine = cast(Machine, this_machine())
+        step = Rows(weight_ND.dtype, width, machine.vector_bytes // 4).in_line
+        code = _code(weight_ND.dtype, step, bias_N is not None, adds, machine)
+        threads = torch.get_num_threads()
+        size = weight_ND.numel() * weight_ND.itemsize
+        count = 1 if threads == 1 else max(1, min(size // TASK_BYTES, threads * TASKS_PER_THREAD))
+        fields = {"tokens": tokens, "rows": rows, "width": width}
+        fields |= {"weight": weight_ND, "scale": scale_N, "bias": bias_N}  # type: ignore[dict-item]
+        self.run = Run(LINEAR, code, "linear", (count,), fields)
+        self.memory, self.shape = (weight_ND, scale_N, bias_N), (tokens, rows)
+        self.x, self.start, self.y = (self.run.places[name] for name in ("x", "start", "y"))
+
+    def __call__(self, x_TD: Tensor, start_TN: Tensor | None = None) -> Tensor:
+        """Return y_TN; all float32 and contiguous."""
+        y_TN = torch.empty(self.shape)
+        record = self.run.record
+        record[self.x], record[self.y] = x_TD.data_ptr(), y_TN.data_ptr()
+        if start_TN is not None:
+            record[self.start] = start_TN.data_ptr()
+        self.run()
+        return y_TN
+
+
+@functools.cache
+def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Machine) -> Code:
+    module, lanes = ir.Module("linear"), machine.vector_bytes // 4
+    w = Writer(module, "linear", [POINTER], wide=False, lanes=lanes)
+    rows = Rows(dtype, lanes * in_line, lanes)
+    parts = [name for name, there in (("bias", bias), ("start", adds)) if there]
+
+    def finish(record: Record, total: ir.Value, n: ir.Value, place: ir.Value) -> None:
+        if rows.scaled:
+            total = w.b.fmul(total, w.load(w.at(record["scale"], n), w.number))
+        for name in parts:
+            address = w.at(record[name], n if name == "bias" else place)
+            total = w.b.fadd(total, w.load(address, w.number))
+        w.store(total, w.at(record["y"], place))
+
+    def stage(record: Record, task: ir.Value) -> None:
+        first, after = w.share(record["rows"], task, record["tasks"])
+
+        def tile(n: ir.Value, count: int) -> None:
+            numbers = [w.add(n, r) for r in range(2 * count)]
+            places = [rows.at(w, record["weight"], w.mul(r, record["width"])) for r in numbers]
+
+            def side_by_side(t: ir.Value, tokens: int) -> None:
+                ts = [w.add(t, k) for k in range(tokens)]
+                inputs = [w.at(record["x"], w.mul(t, record["width"])) for t in ts]
+                sums = rows.dots(w, places[:count], places[count:], inputs, record["width"])
+                for number, totals in zip(numbers, sums, strict=False):
+                    for t, total in zip(ts, totals, strict=True):
+                        finish(record, total, number, w.add(w.mul(t, record["rows"]), number))
+
+            w.tiles(record["tokens"], TOKENS, side_by_side)
+
+        w.tiles(after, ROWS, tile, start=first)
+
+    LINEAR.write(w, stage)
+    return compile_module(module, machine)

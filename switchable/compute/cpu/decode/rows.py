@@ -1,0 +1,110 @@
+"""Rows of a matrix of weights, of whatever width, as the vectors of float32 that are multiplied.
+
+    float32   as they are          bfloat16   the upper half of one          int8   whole numbers, times a scale per row
+
+Reading weights is what decoding takes time for, and widening them costs one or two instructions a vector, which the
+memory's slowness hides. Inputs and sums stay float32.
+
+Shapes: T tokens, D d_model or whatever a row has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.compute.cpu.llvm import CACHE_LINE, I32, Index, Values, Writer
+
+TYPES = {torch.float32: ir.FloatType(), torch.bfloat16: ir.IntType(16), torch.int8: ir.IntType(8)}
+"""Of the numbers in memory."""
+LARGEST = 127
+"""Of an int8, either sign."""
+
+
+class Rows:
+    """How code reads rows of weights.
+
+    Args:
+        dtype: of the weights, a key of `TYPES`.
+        width: D, where it is known when code is compiled; of others the greatest common divisor.
+        lanes: of a vector.
+    """
+
+    def __init__(self, dtype: torch.dtype, width: int, lanes: int):
+        self.kind, self.dtype, self.lanes = TYPES[dtype], dtype, lanes
+        self.in_line = math.gcd(width // lanes, max(1, CACHE_LINE // (lanes * dtype.itemsize)))
+        """Vectors that are read together: a line of the cache, or what divides the row."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether every row has a scale."""
+        return self.dtype == torch.int8
+
+    @property
+    def step(self) -> int:
+        """Numbers that are read together."""
+        return self.lanes * self.in_line
+
+    def at(self, w: Writer, base: ir.Value, index: Index) -> ir.Value:
+        """The address of a weight."""
+        return w.at(base, index, self.kind)
+
+    def load(self, w: Writer, address: ir.Value) -> ir.Value:
+        """A vector of weights, widened."""
+        if self.dtype == torch.float32:
+            return w.load(address)
+        narrow, wide = ir.VectorType(self.kind, self.lanes), ir.VectorType(I32, self.lanes)
+        read = w.b.load(address, align=self.dtype.itemsize, typ=narrow)
+        if self.dtype == torch.int8:
+            return w.b.sitofp(w.b.sext(read, wide), w.vector)
+        upper = w.b.shl(w.b.zext(read, wide), ir.Constant(wide, [16] * self.lanes))
+        return w.b.bitcast(upper, w.vector)
+
+    def vectors(self, w: Writer, address: ir.Value, count: int) -> list[ir.Value]:
+        """Neighbouring vectors."""
+        return [self.load(w, self.at(w, address, v * self.lanes)) for v in range(count)]
+
+    def prefetch(self, w: Writer, address: ir.Value, vectors: int) -> None:
+        """Ask for neighbouring vectors; what lies there may be nothing."""
+        w.prefetch(address, -(-vectors * self.dtype.itemsize // w.itemsize))
+
+    def dots(
+        self, w: Writer, rows: Values, following: Values, inputs: Values, width: Index
+    ) -> list[list[ir.Value]]:
+        """The sums of each row with each of some inputs, whose addresses are given; prefetch the following rows."""
+
+        def step(d: ir.Value, sums: Values) -> Values:
+            for address in following:
+                self.prefetch(w, self.at(w, address, d), self.in_line)
+            total = list(sums)
+            for v in range(self.in_line):
+                place = w.add(d, v * self.lanes)
+                xs = [w.load(w.at(x, place)) for x in inputs]
+                for r, row in enumerate(rows):
+                    weights = self.load(w, self.at(w, row, place))
+                    for t, x in enumerate(xs):
+                        total[r * len(xs) + t] = w.fma(weights, x, total[r * len(xs) + t])
+            return total
+
+        zeros = [w.zero()] * (len(rows) * len(inputs))
+        _, sums = w.loop(0, width, self.step, zeros, step)
+        return _reduced(w, sums, len(inputs))
+
+
+def _reduced(w: Writer, sums: Sequence[ir.Value], inputs: int) -> list[list[ir.Value]]:
+    totals = [w.reduce_add(total) for total in sums]
+    return [totals[first : first + inputs] for first in range(0, len(totals), inputs)]
+
+
+def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix in 8 bits and the scale of each row, float32: weight ≈ scale · int8.
+
+    A row of zeros has scale 0.
+    """
+    scale_N = weight_ND.abs().amax(1).float() / LARGEST
+    steps_ND = weight_ND.float() / scale_N.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+    return steps_ND.round_().to(torch.int8), scale_N

@@ -1,0 +1,176 @@
+"""A causal model for decoding: a handful of calls per layer, and memory for the cache from the start.
+
+    Decoder(model, "int8")     takes the model's weights over, in a width
+    .begin(ids, pads, places)  reads prompts                                    -> logits of the last token
+    .next(ids)                 one token more of each sequence                  -> logits
+
+The FFNs multiply in the mode that the model is in: `set_mode` is the switch here too. Families are those of
+`families.py`; `why_not` says what keeps a model out, and transformers' `generate` decodes it.
+
+Shapes: B sequences, S tokens of a prompt, T = B·S, P places in the cache, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchable.compute.cpu.limits import why_no_loops
+from switchable.errors import InputError
+from switchable.ffn.families import neuron_dim
+from switchable.infer.decoding.attention import Attention, Norm, Step, angles_of
+from switchable.infer.decoding.families import Parts, parts_of, why_no_family
+from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
+from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
+from switchable.infer.loss import positions_of
+
+
+class Block(NamedTuple):
+    """One layer."""
+
+    before_attention: Norm
+    before_ffn: Norm
+    attention: Attention
+    ffn: FFN
+
+
+def why_not(model: nn.Module, mode: str = "dense") -> str | None:
+    """Return None, or why a model is not decoded here: words that follow "it"."""
+    if {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}:
+        return "is not on the CPU"
+    reason = why_no_family(model)
+    if reason is not None:
+        return reason
+    found = ffns_of(model, parts_of(model))
+    if found is None:
+        return "has FFNs that its family does not have"
+    for each in found:
+        if mode == "sparse" and not is_compiled(each):
+            width = each.up.weight.numel() // each.up.weight.shape[neuron_dim(each.up, output=False)]
+            return f"has no compiled code for experts with {each.activation} and a width of {width}"
+    return None
+
+
+class Decoder:
+    """A model for decoding, of which `why_not` says None.
+
+    Args:
+        model: a causal language model; its weights are taken over. Afterwards it is in the width given; in 8 bits it
+            has no matrices any more.
+        weights: a key of `WIDTHS`.
+        stored: matrices in 8 bits from a file; then the model's own are not looked at.
+
+    Raises:
+        InputError: a width that is not known.
+    """
+
+    def __init__(self, model: Any, weights: str = "float32", stored: Stored | None = None):
+        if weights not in WIDTHS:
+            raise InputError(f"weights={weights!r} is not known; use one of {', '.join(WIDTHS)}")
+        parts = parts_of(model)
+        found = ffns_of(model, parts) or []
+        if weights == "int8":
+            _check_widths(parts, found)
+        else:
+            model.to(WIDTHS[weights])
+        self.model, self.matrices = model.eval(), Matrices(weights, stored)
+        names = [f"layers.{number}" for number in range(len(parts.blocks))]
+        self.parallel, self.positions = parts.parallel, positions_of(model)
+        tied = parts.tokens.weight is parts.head.weight
+        self.tokens = None if tied else self.matrices.rows("tokens", [(parts.tokens.weight, False)])
+        self.head: Matrix = self.matrices.matrix("head", parts.head)
+        self.places = None if parts.positions is None else numbers(parts.positions)
+        self.rotary = parts.rotary
+        self.norm = None if parts.norm is None else Norm(parts.norm)
+        self.blocks = [
+            Block(
+                Norm(block.norms[0]),
+                Norm(block.norms[1]),
+                Attention(block, parts, name, self.matrices),
+                ffn(own, f"{name}.ffn", self.matrices),
+            )
+            for name, block, own in zip(names, parts.blocks, found, strict=True)
+        ]
+        self.pads: Tensor | None = None
+        self.seen = 0
+
+    @torch.inference_mode()
+    def begin(self, ids_BS: Tensor, pads_B: Tensor | None = None, places: int | None = None) -> Tensor:
+        """Read prompts, and return the logits [B, V] of what comes after them.
+
+        Args:
+            ids_BS: tokens, those of shorter prompts at the right end.
+            pads_B: how many of each are not its own; None: none.
+            places: most tokens that there will be, with the prompt's; None: as many as there are positions.
+
+        Raises:
+            InputError: more tokens than the model has positions.
+        """
+        sequences, length = ids_BS.shape
+        wanted = places or self.positions or length
+        if self.positions is not None and max(wanted, length) > self.positions:
+            raise InputError(
+                f"the prompt has {length} tokens, {max(wanted, length)} with what is to be written, and the model "
+                f"{self.positions} positions; use fewer"
+            )
+        padded = pads_B is not None and bool(pads_B.any())
+        self.pads, self.seen = pads_B if padded else None, 0
+        self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
+        for block in self.blocks:
+            block.attention.reserve(sequences, wanted, self.matrices.cached)
+        return self._step(ids_BS)
+
+    @torch.inference_mode()
+    def next(self, ids_B: Tensor) -> Tensor:
+        """Return the logits [B, V] after one token more of each sequence."""
+        return self._step(ids_B.unsqueeze(1))
+
+    def _step(self, ids_BS: Tensor) -> Tensor:
+        sequences, length = ids_BS.shape
+        x_BSD = self._embedded(ids_BS)
+        places_BS = torch.arange(self.seen, self.seen + length).unsqueeze(0)
+        mask = None
+        if self.pads is not None:
+            keys = torch.arange(self.seen + length)
+            mask = (keys <= places_BS.unsqueeze(2)) & (keys >= self.pads.view(-1, 1, 1))
+            # A place of padding attends to itself: no row may be empty.
+            mask = (mask | (keys == places_BS.unsqueeze(2))).unsqueeze(1)
+            places_BS = (places_BS - self.pads.unsqueeze(1)).clamp_min(0)
+        angles = None
+        if self.angles is not None:
+            cos, sin = (each[places_BS].unsqueeze(1) for each in self.angles)
+            angles = (cos, sin)
+        if self.places is not None:
+            x_BSD = x_BSD + self.places[places_BS]
+        step = Step(self.seen, angles, mask)
+        x_TD = x_BSD.view(sequences * length, -1)
+        for block in self.blocks:
+            after_TD = block.attention(block.before_attention(x_TD), x_TD, step)
+            x_TD = block.ffn(block.before_ffn(x_TD if self.parallel else after_TD), after_TD)
+        self.seen += length
+        last_BD = x_TD.view(sequences, length, -1)[:, -1]
+        last_BD = (last_BD if self.norm is None else self.norm(last_BD)).contiguous()
+        return self.head(last_BD).float()
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        rows, scale = self.tokens or self.head.weight
+        found = rows[ids].float()
+        return found if scale is None else found * scale[ids].unsqueeze(-1)
+
+
+def _check_widths(parts: Parts, ffns: list[FFNParts]) -> None:
+    """Refuse 8 bits where our loops cannot multiply them.
+
+    Raises:
+        InputError: says which numbers fit.
+    """
+    widths = {parts.tokens.weight.shape[1], parts.heads * parts.head_dim}
+    widths |= {
+        each.up.weight.shape[neuron_dim(each.up, output=False)] for each in ffns if not is_compiled(each)
+    }
+    for width in sorted(widths):
+        reason = why_no_loops(width, torch.float32)
+        if reason is not None:
+            raise InputError(f"weights=int8 {reason}; use weights=bfloat16 or float32")

@@ -1,0 +1,176 @@
+"""The FFN of one layer for decoding, dense or sparse, on weights of any width.
+
+    few tokens, ReLU types   one call of compiled code (`compute/cpu/decode`): dense mode is the call with all experts,
+                             of whose `down` only the rows of neurons that fire are read
+    many                     the products that training takes: `expert_ffn`, or two of torch's
+    other activations        dense mode alone, by torch's activation between our products
+
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+
+from switchable.compute.call import ExpertCall, FFNWeights
+from switchable.compute.choose import expert_ffn
+from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
+from switchable.compute.cpu.topk import top_experts
+from switchable.ffn.convert import layers_of
+from switchable.ffn.families import Family, neuron_dim
+from switchable.ffn.ssd import SSD
+from switchable.ffn.table import FAMILIES
+from switchable.infer.decoding.families import BlockParts, Parts, child
+from switchable.infer.decoding.matrices import Matrices, Matrix, numbers
+
+MOST_SPARSE, MOST_DENSE = 48, 16
+"""Tokens up to which the compiled call is faster; measured with D 256 to 768, bfloat16, one thread."""
+
+FFN = Callable[[Tensor, Tensor], Tensor]
+"""(x [T, D], what is added [T, D]) -> their sum with FFN(x)."""
+
+
+class FFNParts(NamedTuple):
+    """An FFN's modules, switchable or not."""
+
+    up: nn.Linear
+    down: nn.Linear
+    gate: nn.Linear | None
+    activation: str
+    ssd: SSD | None
+    """None: a plain FFN."""
+
+
+def ffns_of(model: nn.Module, parts: Parts) -> list[FFNParts] | None:
+    """Return the FFNs of a model's layers; None where they are not what their family's usually are."""
+    layers = layers_of(model)
+    if layers:
+        if len(layers) != len(parts.blocks) or any(layer.ssd.settings.family.fused for layer in layers):
+            return None
+        ssds = [layer.ssd for layer in layers]
+        return [
+            FFNParts(s.up_projection, s.down_projection, s.gate_projection, s.settings.activation, s)
+            for s in ssds
+        ]
+    config = cast(Any, model.config)
+    family = FAMILIES.get(config.model_type)
+    if not isinstance(family, Family):
+        return None
+    return [_plain(block, family, getattr(config, family.activation_setting)) for block in parts.blocks]
+
+
+def _plain(block: BlockParts, family: Family, activation: str) -> FFNParts:
+    gate = None if family.gate is None else child(block.ffn, family.gate)
+    return FFNParts(child(block.ffn, family.up), child(block.ffn, family.down), gate, activation, None)
+
+
+def is_compiled(parts: FFNParts) -> bool:
+    """Whether there is code for an FFN's experts."""
+    d_model = parts.down.weight.shape[neuron_dim(parts.down, output=True) ^ 1]
+    experts = 1 if parts.ssd is None else parts.ssd.num_experts
+    return has_code(d_model, experts, torch.float32, parts.activation)
+
+
+def ffn(parts: FFNParts, name: str, matrices: Matrices) -> FFN:
+    """Take an FFN's weights over, and return what computes it."""
+    if is_compiled(parts):
+        return ByNeuron(parts, name, matrices)
+    gate = None if parts.gate is None else matrices.matrix(f"{name}.gate", parts.gate)
+    up, down = matrices.matrix(f"{name}.up", parts.up), matrices.matrix(f"{name}.down", parts.down)
+    return Dense(up, down, gate, parts.activation)
+
+
+class Dense:
+    """An FFN with any activation, all of it."""
+
+    def __init__(self, up: Matrix, down: Matrix, gate: Matrix | None, activation: str):
+        self.up, self.down, self.gate, self.act = up, down, gate, ACT2FN[activation]
+
+    def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
+        """Return add + FFN(x)."""
+        hidden_TF = self.act((self.gate or self.up)(x_TD))
+        if self.gate is not None:
+            hidden_TF = hidden_TF * self.up(x_TD)
+        return self.down(hidden_TF, add_TD)
+
+
+class ByNeuron:
+    """An FFN of a ReLU type whose matrices lie neuron by neuron, in the mode that its layer is in."""
+
+    def __init__(self, parts: FFNParts, name: str, matrices: Matrices):
+        self.ssd, self.activation, self.matrices = parts.ssd, parts.activation, matrices
+        self.experts = 1 if parts.ssd is None else parts.ssd.num_experts
+        own = {"up": parts.up, "down": parts.down} | ({} if parts.gate is None else {"gate": parts.gate})
+        self.rows = {
+            each: matrices.rows(f"{name}.{each}", [(module.weight, self._turned(module, each))])
+            for each, module in own.items()
+        }
+        biases = {"up_bias_F": parts.up.bias, "gate_bias_F": None if parts.gate is None else parts.gate.bias}
+        self.biases = {each: None if bias is None else numbers(bias) for each, bias in biases.items()}
+        self.bias_D = None if parts.down.bias is None else numbers(parts.down.bias)
+        self.router: tuple[Tensor, Tensor] | None = None
+        if parts.ssd is not None:
+            self.router = (numbers(parts.ssd.router.weight), numbers(parts.ssd.router.bias))
+        self.calls: dict[tuple[int, int, int], DecodeCall] = {}
+
+    @staticmethod
+    def _turned(module: nn.Linear, name: str) -> bool:
+        return neuron_dim(module, output=name == "down") == 1
+
+    @property
+    def chosen(self) -> int:
+        """K, or E in dense mode."""
+        sparse = self.ssd is not None and self.ssd.mode == "sparse"
+        return self.ssd.experts_per_token if sparse else self.experts  # type: ignore[union-attr]
+
+    def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
+        """Return add + FFN(x)."""
+        tokens, chosen = len(x_TD), self.chosen
+        if tokens > (MOST_SPARSE if chosen < self.experts else MOST_DENSE):
+            return self._many(x_TD, add_TD)
+        key = (tokens, chosen, torch.get_num_threads())
+        call = self.calls.get(key)
+        if call is None:
+            call = self.calls[key] = self._prepared(tokens, chosen)
+        return call(x_TD, add_TD)
+
+    def _prepared(self, tokens: int, chosen: int) -> DecodeCall:
+        choice: Any = self.router
+        if chosen == self.experts:
+            choice = torch.arange(self.experts).repeat(tokens, 1)
+        call = prepare_call(
+            tokens,
+            self._weights({name: each.rows_ND for name, each in self.rows.items()}, self.biases),
+            choice,
+            self.experts,
+            chosen,
+            activation=self.activation,
+            start_D=self.bias_D,
+            scales={f"{n}_scale": each.scale_N for n, each in self.rows.items() if each.scale_N is not None},
+            adds=True,
+        )
+        assert call is not None  # `has_code` said so, and the tensors are laid out for it
+        return call
+
+    def _weights(self, rows: dict[str, Tensor], biases: dict[str, Tensor | None]) -> FFNWeights:
+        return FFNWeights(rows["up"], rows["down"], gate_FD=rows.get("gate"), **biases)
+
+    def _many(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
+        dtype, scratch = self.matrices.many, self.matrices.scratch
+        wide = {name: each.wide(dtype, scratch, name) for name, each in self.rows.items()}
+        biases = {name: None if bias is None else bias.to(dtype) for name, bias in self.biases.items()}
+        weights, x_wide = self._weights(wide, biases), x_TD.to(dtype)
+        if self.chosen < self.experts:
+            assert self.router is not None
+            ids_TK = top_experts(linear(x_TD, *self.router), self.chosen)
+            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation))
+        else:
+            y_TD = linear(weights.activations(x_wide, self.activation), weights.down_FD.t())
+        y_TD = y_TD if self.bias_D is None else y_TD + self.bias_D
+        return add_TD + y_TD

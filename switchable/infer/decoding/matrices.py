@@ -1,0 +1,132 @@
+"""A model's matrices in the width that decoding wants, each multiplied in the way that is fastest for so many tokens.
+
+    few tokens    our own loops (`compute/cpu/decode/linear.py`), float32 sums, weights of any width
+    many          torch's product, in float32 or bfloat16; 8 bits are widened first, into memory that all share
+
+Shapes: T tokens, N rows, D numbers in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from switchable.compute.cpu.decode.linear import LinearCall
+from switchable.compute.cpu.decode.rows import quantised
+from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.llvm import this_machine
+from switchable.compute.cpu.tasks import Scratch
+
+WIDTHS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Of weights, by name."""
+MOST_COMPILED = {torch.float32: 32, torch.bfloat16: 24, torch.int8: 32}
+"""Tokens up to which our loops are faster than torch; measured on AVX-512 with D 256 to 3,072, one thread."""
+
+Stored = Mapping[str, Tensor]
+"""Tensors by name, as they were written."""
+
+
+class Quantised(NamedTuple):
+    """A matrix as it lies in memory."""
+
+    rows_ND: Tensor
+    scale_N: Tensor | None = None
+    """Of int8."""
+
+    def wide(self, dtype: torch.dtype, scratch: Scratch, name: str = "wide") -> Tensor:
+        """Return it in float32 or bfloat16, in memory that the next call for this name overwrites."""
+        if self.scale_N is None:
+            return self.rows_ND.to(dtype)
+        out_ND = scratch(name, self.rows_ND.shape, dtype)
+        return torch.mul(self.rows_ND, self.scale_N.to(dtype).unsqueeze(1), out=out_ND)
+
+
+class Matrix:
+    """y = x · Wᵀ + bias.
+
+    Args:
+        weight: W.
+        bias_N: float32.
+        many: the dtype in which many tokens are multiplied.
+        scratch: for what is widened.
+    """
+
+    def __init__(self, weight: Quantised, bias_N: Tensor | None, many: torch.dtype, scratch: Scratch):
+        self.weight, self.bias_N, self.many, self.scratch = weight, bias_N, many, scratch
+        self.bias_many = None if bias_N is None else bias_N.to(many)
+        self.most = MOST_COMPILED[weight.rows_ND.dtype]
+        if why_no_loops(weight.rows_ND.shape[1], torch.float32) is not None:
+            self.most = 0
+        self.calls: dict[tuple[int, int, bool], LinearCall] = {}
+
+    def __call__(self, x_TD: Tensor, add_TN: Tensor | None = None) -> Tensor:
+        """Return y, and `add_TN` added to it: float32 for few tokens, else what many are multiplied in."""
+        tokens = len(x_TD)
+        if tokens > self.most:
+            y_TN = linear(x_TD.to(self.many), self.weight.wide(self.many, self.scratch), self.bias_many)
+            return y_TN if add_TN is None else add_TN + y_TN
+        key = (tokens, torch.get_num_threads(), add_TN is not None)
+        call = self.calls.get(key)
+        if call is None:
+            call = self.calls[key] = LinearCall(tokens, *self.weight, self.bias_N, adds=key[2])
+        return call(x_TD, add_TN)
+
+
+class Matrices:
+    """Takes a model's matrices over, in a width.
+
+    float32 and bfloat16 that are laid out well already stay where they are; others get a new place, to which the
+    model's parameters point then. In 8 bits the model's own are let go: it can no longer be called.
+
+    Args:
+        width: a key of `WIDTHS`.
+        stored: matrices in 8 bits from a file, by the names that `matrix` gets.
+    """
+
+    def __init__(self, width: str, stored: Stored | None = None):
+        self.dtype, self.stored, self.scratch = WIDTHS[width], stored, Scratch()
+        machine = this_machine()
+        pairs = machine is not None and machine.pairs
+        self.many = torch.bfloat16 if width == "bfloat16" or (width == "int8" and pairs) else torch.float32
+        self.cached = torch.bfloat16 if self.many == torch.bfloat16 else torch.float32
+        """The dtype of keys and values."""
+        self.taken: dict[str, Quantised] = {}
+
+    def rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
+        """Return a matrix made of parameters below one another, each [N, D], or [D, N] and told so."""
+        self.taken[name] = found = self._rows(name, parts)
+        return found
+
+    def _rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
+        rows = [parameter.detach().t() if turned else parameter.detach() for parameter, turned in parts]
+        if self.stored is not None:
+            return Quantised(self.stored[name], self.stored[f"{name}.scale"])
+        if self.dtype == torch.int8:
+            each = [quantised(own) for own in rows]
+            for parameter, _ in parts:
+                parameter.data = parameter.data.new_empty(0)
+            return Quantised(torch.cat([r for r, _ in each]), torch.cat([s for _, s in each]))
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        whole = whole.to(self.dtype).contiguous()
+        for (parameter, turned), own in zip(
+            parts, torch.split(whole, [len(own) for own in rows]), strict=True
+        ):
+            parameter.data = own.t() if turned else own
+        return Quantised(whole)
+
+    def matrix(self, name: str, *modules: nn.Linear) -> Matrix:
+        """Return what some projections are together."""
+        weight = self.rows(name, [(each.weight, isinstance(each, Conv1D)) for each in modules])
+        biases = [each.bias for each in modules]
+        bias = None if biases[0] is None else torch.cat([numbers(each) for each in biases])
+        return Matrix(weight, bias, self.many, self.scratch)
+
+
+def numbers(parameter: Tensor) -> Tensor:
+    """Return a vector's numbers in float32, where they may be read without its parameter."""
+    return parameter.detach().float().contiguous()
