@@ -1,54 +1,149 @@
-"""Decoding one token at a time with transformers' `generate`, dense and sparse, and what Amdahl's law would allow.
+"""Tokens per second of our decoding path at each width of weights, beside transformers' `generate`, dense.
 
     python -m benchmarks.decode [--quick]
+
+    one, 8 and 32 sequences, greedy, a prompt of 8 tokens; prefill of 512 tokens; parity first, then all in turns
+    best dense = the faster of `generate` with float32 and with bfloat16 weights
+    bandwidth_share = bytes of bfloat16 weights that a token needs (6 of 32 experts, half of their `down`) · tokens/s
+                      / rate of a plain copy (bytes read and written)
+
+Besides, what sparse FFNs gain in `generate` itself, and what Amdahl's law would allow:
 
     bound = t_dense / (t_dense - L · (f_dense - f_sparse)),     share_of_amdahl = (t_dense / t_sparse) / bound
 
 t is the time of `generate` per new token (KV cache on, greedy), f one FFN's forward for one token (router included),
 L the number of layers, all sparse here. Between two timings of an FFN the weights of all layers are read, as in
-decoding, so that they do not come from the cache. `bandwidth_share` is the weight bytes that one sparse FFN reads per
-second over the rate of a plain copy (bytes read and written). The
-last line is one JSON document.
+decoding, so that they do not come from the cache. `ffn_bandwidth_share` is the weight bytes that one sparse FFN reads
+per second over that rate of a copy. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks._models import decoding_parity_error, random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.ffn.ssd import DecodeCache
+from switchable.infer.decoding.decoder import Decoder
+from switchable.infer.decoding.matrices import WIDTHS
 from switchable.timing import take_turns
 
-VOCABULARY, POSITIONS, EXPERTS, K = 8192, 256, 32, 6
+VOCABULARY, POSITIONS, EXPERTS, K = 8192, 768, 32, 6
+PROMPT, PREFILL, BATCHES = 8, 512, (1, 8, 32)
+SHORT = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
+"""Of widths, in the names of figures."""
+
+
+def prompts(sequences: int, length: int = PROMPT) -> Tensor:
+    """Return random prompts [B, S]."""
+    return torch.randint(1, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def generate(model: Any, ids_BS: Tensor, new_tokens: int, mode: str = "dense") -> Tensor:
+    """Return what transformers writes, prompts included."""
+    set_mode(model, mode)
+    written: Tensor = model.generate(
+        input_ids=ids_BS,
+        attention_mask=torch.ones_like(ids_BS),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    return written
+
+
+@torch.inference_mode()
+def decode(decoder: Decoder, ids_BS: Tensor, new_tokens: int, mode: str = "sparse") -> Tensor:
+    """Return what our decoder writes, prompts included; as above, the end of text is never taken."""
+    set_mode(decoder.model, mode)
+    logits_BV, tokens = decoder.begin(ids_BS, None, ids_BS.shape[1] + new_tokens), [ids_BS]
+    for left in range(new_tokens, 0, -1):
+        logits_BV[:, 0] = -torch.inf
+        tokens.append(logits_BV.argmax(-1, keepdim=True))
+        if left > 1:
+            logits_BV = decoder.next(tokens[-1][:, 0])
+    return torch.cat(tokens, dim=1)
+
+
+class Contenders:
+    """A model in every way that is timed.
+
+    Args:
+        model: converted, float32.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.dense = {name: copy.deepcopy(model).to(WIDTHS[name]) for name in ("float32", "bfloat16")}
+        self.decoders = {name: Decoder(copy.deepcopy(model), name) for name in WIDTHS}
+
+    def parity(self) -> bool:
+        """Whether the decoder of float32 weights writes what `generate` does, in both modes."""
+        return all(
+            torch.equal(
+                generate(self.dense["float32"], prompts(2), 12, mode),
+                decode(self.decoders["float32"], prompts(2), 12, mode),
+            )
+            for mode in ("dense", "sparse")
+        )
+
+    def seconds(self, sequences: int, length: int, new_tokens: int, rounds: int) -> dict[str, float]:
+        """Return the seconds of each: `dense_*` is `generate`, `ours_dense_*` and `ours_*` (sparse) the decoder."""
+        ids_BS = prompts(sequences, length)
+        calls: dict[str, Callable[[], object]] = {
+            f"dense_{SHORT[name]}": functools.partial(generate, model, ids_BS, new_tokens)
+            for name, model in self.dense.items()
+        }
+        for name, decoder in self.decoders.items():
+            for mode, prefix in (("sparse", "ours"), ("dense", "ours_dense")):
+                calls[f"{prefix}_{SHORT[name]}"] = functools.partial(
+                    decode, decoder, ids_BS, new_tokens, mode
+                )
+        return take_turns(calls, 0.0, turns=rounds).medians
+
+
+def rates(contenders: Contenders, quick: bool) -> dict[str, float]:
+    """Return tokens per second of all ways by batch, of prefill, and their ratios to the best dense way."""
+    found: dict[str, float] = {}
+    rounds = 3 if quick else 9
+    for sequences in BATCHES:
+        new_tokens = (32 if sequences == 1 else 12) if quick else 64
+        seconds = contenders.seconds(sequences, PROMPT, new_tokens, rounds)
+        rate = {name: sequences * new_tokens / each for name, each in seconds.items()}
+        best = max(rate["dense_float32"], rate["dense_bf16"])
+        found |= {f"batch{sequences}_{name}": each for name, each in rate.items()}
+        found[f"batch{sequences}_over_best_dense"] = max(rate["ours_bf16"], rate["ours_float32"]) / best
+    seconds = contenders.seconds(1, PREFILL, 1, rounds)
+    found |= {f"prefill_{name}": PREFILL / each for name, each in seconds.items()}
+    best = min(seconds["dense_float32"], seconds["dense_bf16"])
+    found["prefill_over_best_dense"] = best / min(seconds["ours_bf16"], seconds["ours_float32"])
+    found |= {f"tokens_per_second_{short}": found[f"batch1_ours_{short}"] for short in SHORT.values()}
+    return found
+
+
+def needed_bytes(d_model: int, num_layers: int) -> float:
+    """Return the bytes of bfloat16 weights that a token needs: attention, chosen experts, head."""
+    chosen_FD = 4 * d_model * d_model * K / EXPERTS
+    return 2 * (num_layers * (4 * d_model**2 + 1.5 * chosen_FD) + VOCABULARY * d_model)
 
 
 def tokens_per_second(model: nn.Module, new_tokens: int, rounds: int) -> dict[str, float]:
     """Return tokens per second of `generate` in each mode, timed in turns."""
-    prompt = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
-
-    def generate(mode: str) -> None:
-        set_mode(model, mode)
-        model.generate(  # type: ignore[operator]
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0,
-        )
-
-    contenders = {"dense": lambda: generate("dense"), "sparse": lambda: generate("sparse")}
-    medians = take_turns(contenders, 0.0, turns=rounds).medians
+    calls = {
+        mode: functools.partial(generate, model, prompts(1), new_tokens, mode) for mode in ("dense", "sparse")
+    }
+    medians = take_turns(calls, 0.0, turns=rounds).medians
     return {name: new_tokens / seconds for name, seconds in medians.items()}
 
 
@@ -88,16 +183,20 @@ def copied_bytes_per_second(rounds: int) -> float:
 
 
 def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | None:
-    """Return the figures of one model, or None if the modes disagree."""
+    """Return the figures of one model, or None if the modes disagree, or the decoder and `generate`."""
     model = random_gpt2(d_model, num_layers, VOCABULARY, POSITIONS, EXPERTS, K).eval()
     if not decoding_parity_error(model, torch.arange(1, 9).view(1, 8)) < 1e-5:
+        return None
+    contenders = Contenders(model)
+    if not contenders.parity():
         return None
     rate = tokens_per_second(model, 32 if quick else 128, rounds=3 if quick else 9)
     one = ffn_seconds(model, 1, rounds=60 if quick else 300)
     sixteen = ffn_seconds(model, 16, rounds=30 if quick else 150)
     saved = num_layers * (one["dense"] - one["sparse"]) * rate["dense"]  # share of a dense token's time
-    speedup = rate["sparse"] / rate["dense"]
+    speedup, copied = rate["sparse"] / rate["dense"], copied_bytes_per_second(5)
     weight_bytes = 4 * 2 * d_model * 4 * d_model * K / EXPERTS
+    ours = rates(contenders, quick)
     return {
         "tokens_per_second_dense": rate["dense"],
         "tokens_per_second_sparse": rate["sparse"],
@@ -105,8 +204,18 @@ def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | No
         "decode_ffn_speedup_16_tokens": sixteen["dense"] / sixteen["sparse"],
         "decode_speedup": speedup,
         "decode_share_of_amdahl": speedup * (1 - saved),
-        "bandwidth_share": weight_bytes / one["sparse"] / copied_bytes_per_second(5),
+        "ffn_bandwidth_share": weight_bytes / one["sparse"] / copied,
+        "bandwidth_share": needed_bytes(d_model, num_layers) * ours["tokens_per_second_bf16"] / copied,
+        **ours,
     }
+
+
+HEADLINES = (
+    "decode_ffn_speedup", "decode_speedup", "decode_share_of_amdahl", "tokens_per_second_float32",
+    "tokens_per_second_bf16", "tokens_per_second_int8", "prefill_over_best_dense", "batch8_over_best_dense",
+    "batch32_over_best_dense", "bandwidth_share",
+)  # fmt: skip
+"""Figures of the largest model, under their plain names."""
 
 
 def main() -> int:
@@ -114,14 +223,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="D=768 and D=256, few rounds (under 50 s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="D=256 and GPT-2 small (D=768, 12 layers), few rounds"
+    )
     quick = parser.parse_args().quick
     figures: dict[str, float] = {}
-    for d_model, num_layers in [(256, 8), (768, 4)] if quick else [(256, 8), (512, 8), (768, 8)]:
+    for d_model, num_layers in [(256, 8), (768, 12)] if quick else [(256, 8), (512, 8), (768, 12)]:
         found = measure(d_model, num_layers, quick)
         if found is None:
             print(
-                "sparse mode with all experts on differs from dense mode: nothing is reported",
+                "sparse mode with all experts on differs from dense mode, or our decoding from `generate`: "
+                "nothing is reported",
                 file=sys.stderr,
             )
             return 1
@@ -129,10 +241,7 @@ def main() -> int:
         for key, value in found.items():
             print(f"    {key:40} {value:9.2f}")
         figures |= {f"{key}_d{d_model}": value for key, value in found.items()}
-        # The headline figures are those of the largest model.
-        figures |= {
-            key: found[key] for key in ("decode_ffn_speedup", "decode_speedup", "decode_share_of_amdahl")
-        }
+        figures |= {key: found[key] for key in HEADLINES}  # those of the last model stay
     print(json.dumps({"benchmark": "decode", "threads": torch.get_num_threads(), **figures}))
     return 0
 

@@ -5,6 +5,8 @@ For what a decoder does not do: losses, tasks, families that it does not know.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +33,7 @@ def round_to_8_bits(model: nn.Module) -> None:
         if weight in done:
             continue
         done.add(weight)
-        turned = by_neuron.get(module, int(isinstance(module, Conv1D))) == 1
+        turned = by_neuron.get(cast(nn.Linear, module), int(isinstance(module, Conv1D))) == 1
         rows_ND, scale_N = quantised(weight.t() if turned else weight)
         near_ND = rows_ND * scale_N.unsqueeze(1)
         weight.copy_(near_ND.t() if turned else near_ND)

@@ -1,0 +1,204 @@
+"""Attention of one new token of each of some sequences over what is in the cache, in one call of compiled code.
+
+    s_i = q · k_i / √C,   p = exp(s - max s),   y = Σ p_i · v_i / Σ p_i,   i from the first place that is not padding
+
+A task is a sequence and a head of keys, with all heads of queries that share it. Reading the cache is what takes time;
+torch's own attention takes 2 to 25 times as long for one query, most of all in bfloat16.
+
+exp(x) = 2^n · 2^f with n = round(x / ln 2): the second factor is a polynomial, good to 1e-8.
+
+Shapes: B sequences, P places, H heads, G heads of keys and values, C numbers in a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import cast
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from switchable.compute.cpu.decode.rows import Rows
+from switchable.compute.cpu.llvm import (
+    I32,
+    I64,
+    POINTER,
+    Code,
+    Machine,
+    Values,
+    Writer,
+    compile_module,
+    intrinsic,
+    this_machine,
+)
+from switchable.compute.cpu.tasks import Record, Run, Tasks
+
+TERMS = 8
+"""Of the series of 2^f, for |f| up to 1/2."""
+LEAST_POWER = -126
+"""Of 2 that is a float32 like any other."""
+AHEAD = 4
+"""Values between the one added and the one prefetched."""
+ATTEND = Tasks(
+    numbers=("end", "places", "groups", "shared", "q_step", "head_step"),
+    addresses=("q", "keys", "values", "first", "scores", "y"),
+)
+"""`first` [B] is where a sequence begins, `scores` [B · G, P] is scratch."""
+WORTH_THREADS = 2**18
+"""Bytes of the cache from which several threads are faster than one."""
+
+
+class AttendCall:
+    """Attention over a cache of a layer; for one Python thread at a time.
+
+    Args:
+        cache: keys and values, [2, B, G, P, C], float32 or bfloat16, contiguous; C fills vectors.
+        heads: H.
+        first_B: int64, the first place of each sequence.
+        scratch: float32, at least B · G · (P + 64) numbers.
+    """
+
+    def __init__(self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor):
+        _, sequences, groups, places, size = cache.shape
+        code = _code(cache.dtype, size, cast(Machine, this_machine()))
+        fields = {"places": places, "groups": groups, "shared": heads // groups}
+        fields |= {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}  # type: ignore[dict-item]
+        tasks = sequences * groups
+        self.runs = {
+            threads: Run(ATTEND, code, "attend", (tasks if threads else 1,), fields)
+            for threads in (False, True)
+        }
+        self.tasks, self.bytes = tasks, 2 * tasks * size * cache.itemsize
+        self.memory = (cache, first_B, scratch)
+        self.shape = (sequences, heads * size)
+        self.places = self.runs[True].places
+
+    def __call__(self, q_BHC: Tensor, end: int) -> Tensor:
+        """Return y [B, H · C] for queries in float32, any strides but the last, over places before `end`."""
+        y = torch.empty(self.shape)
+        run = self.runs[end * self.bytes >= WORTH_THREADS]
+        record, places = run.record, self.places
+        record[places["tasks"]] = self.tasks
+        record[places["end"]] = end
+        record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
+        record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
+        run()
+        return y
+
+
+@functools.cache
+def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
+    module, lanes = ir.Module("attend"), machine.vector_bytes // 4
+    w = Writer(module, "attend", [POINTER], wide=False, lanes=lanes)
+    rows = Rows(dtype, size, lanes)
+
+    def task(record: Record, number: ir.Value) -> None:
+        sequence, group = w.div(number, record["groups"]), w.b.srem(number, record["groups"])
+        first = w.integer(w.at(record["first"], sequence, I64), I64)
+        start = w.mul(w.mul(number, record["places"]), size)
+        keys, values = (rows.at(w, record[name], start) for name in ("keys", "values"))
+        scores = w.at(record["scores"], w.mul(number, w.add(record["places"], 64)))
+
+        def head(k: ir.Value) -> None:
+            h = w.add(w.mul(group, record["shared"]), k)
+            place = w.add(w.mul(sequence, record["q_step"]), w.mul(h, record["head_step"]))
+            heads = w.mul(record["groups"], record["shared"])
+            out = w.at(record["y"], w.mul(w.add(w.mul(sequence, heads), h), size))
+            largest = _scores(w, rows, keys, w.at(record["q"], place), scores, first, record["end"], size)
+            total = _powers(w, scores, first, record["end"], largest)
+            _sum(w, rows, values, scores, out, (first, record["end"]), total, size)
+
+        w.each(record["shared"], head)
+
+    ATTEND.write(w, task)
+    return compile_module(module, machine)
+
+
+def _scores(
+    w: Writer,
+    rows: Rows,
+    keys: ir.Value,
+    q: ir.Value,
+    scores: ir.Value,
+    first: ir.Value,
+    end: ir.Value,
+    size: int,
+) -> ir.Value:
+    """Write the scores of places, and return the largest."""
+    highest = w.scratch(1)
+    w.store(ir.Constant(w.number, -math.inf), highest)
+    scale = ir.Constant(w.number, size**-0.5)
+
+    def tile(i: ir.Value, count: int) -> None:
+        addresses = [rows.at(w, keys, w.mul(w.add(i, r), size)) for r in range(2 * count)]
+        for r, (total,) in enumerate(rows.dots(w, addresses[:count], addresses[count:], [q], size)):
+            value = w.b.fmul(total, scale)
+            w.store(value, w.at(scores, w.add(i, r)))
+            before = w.load(highest, w.number)
+            larger = w.b.fcmp_unordered(">", value, before)
+            w.store(w.b.select(larger, value, before), highest)
+
+    w.tiles(end, (4, 2, 1), tile, start=first)
+    return w.load(highest, w.number)
+
+
+def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
+    """Make exp(score - largest) of each score, and return their sum."""
+    repeated = w.shuffle(w.b.insert_element(ir.Constant(w.vector, ir.Undefined), largest, I32(0)), [0] * w.lanes)
+    for lane in range(w.lanes):  # what is behind the last score counts as nothing
+        w.store(ir.Constant(w.number, -math.inf), w.at(scores, w.add(end, lane)))
+
+    def step(i: ir.Value, total: Values) -> Values:
+        place = w.at(scores, i)
+        power = _exponential(w, w.b.fsub(w.load(place), repeated))
+        w.store(power, place)
+        return [w.b.fadd(total[0], power)]
+
+    return w.reduce_add(w.loop(first, end, w.lanes, [w.zero()], step)[1][0])
+
+
+def _exponential(w: Writer, x: ir.Value) -> ir.Value:
+    """exp of a vector of numbers that are not above 0."""
+    module = w.function.module
+    kind, integers = x.type, ir.VectorType(I32, w.lanes)
+
+    def constant(value: float) -> ir.Constant:
+        return ir.Constant(kind, [value] * w.lanes)
+
+    least = constant(LEAST_POWER)
+    power = w.b.fmul(x, constant(1 / math.log(2)))
+    power = w.b.select(w.b.fcmp_ordered("<", power, least), least, power)  # a NaN stays one
+    whole = w.b.call(intrinsic(module, f"llvm.rint.v{w.lanes}f32", kind, [kind]), [power])
+    rest = w.b.fsub(power, whole)
+    value = constant(math.log(2) ** (TERMS - 1) / math.factorial(TERMS - 1))
+    for k in reversed(range(TERMS - 1)):
+        value = w.fma(value, rest, constant(math.log(2) ** k / math.factorial(k)))
+    bits = w.b.add(w.b.fptosi(whole, integers), ir.Constant(integers, [127] * w.lanes))
+    return w.b.fmul(value, w.b.bitcast(w.b.shl(bits, ir.Constant(integers, [23] * w.lanes)), kind))
+
+
+def _sum(
+    w: Writer,
+    rows: Rows,
+    values: ir.Value,
+    scores: ir.Value,
+    out: ir.Value,
+    between: tuple[ir.Value, ir.Value],
+    total: ir.Value,
+    size: int,
+) -> None:
+    """Write the mean of the values, weighted by what has become of the scores."""
+    vectors = size // w.lanes
+
+    def step(i: ir.Value, sums: Values) -> Values:
+        rows.prefetch(w, rows.at(w, values, w.mul(w.add(i, AHEAD), size)), vectors)
+        share = w.load_broadcast(w.at(scores, i))
+        own = rows.vectors(w, rows.at(w, values, w.mul(i, size)), vectors)
+        return [w.fma(share, value, before) for value, before in zip(own, sums, strict=True)]
+
+    _, sums = w.loop(*between, 1, [w.zero()] * vectors, step)
+    one = w.b.fdiv(ir.Constant(w.number, 1.0), total)
+    scale = w.shuffle(w.b.insert_element(ir.Constant(w.vector, ir.Undefined), one, I32(0)), [0] * w.lanes)
+    w.store_vectors([w.b.fmul(value, scale) for value in sums], out)
