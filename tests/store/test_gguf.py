@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -67,3 +68,21 @@ def test_gpt2_does_with_its_own_activation_and_not_with_ours(tmp_path: Path) -> 
     assert relative(*own) < 1e-2
     _, *with_relu2 = logits(exported("gpt2", tmp_path), tmp_path)
     assert relative(*with_relu2) > 0.2
+
+
+def test_the_benchmarks_contender_writes_what_transformers_does_several_sequences_at_once(
+    tmp_path: Path,
+) -> None:
+    from benchmarks._llama_cpp import LlamaCpp
+
+    model = build_model("gpt2", SIZES, "gelu_new", 96, {"eos_token_id": 0}).eval()
+    ids_BS = torch.randint(1, 96, (3, 5), generator=torch.Generator().manual_seed(2))
+    written = model.generate(
+        input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=6, min_new_tokens=6,
+        do_sample=False, pad_token_id=0, suppress_tokens=None,
+    )  # fmt: skip
+    calls = LlamaCpp(model).calls(ids_BS, 6)
+    assert list(calls) == ["llamacpp_float32", "llamacpp_bf16", "llamacpp_q8_0", "llamacpp_q4_0"]
+    assert calls["llamacpp_float32"]() == written[:, 5:].tolist()
+    assert calls["llamacpp_float32"]() == written[:, 5:].tolist()  # its cache starts anew
+    assert all(np.shape(call()) == (3, 6) for call in calls.values())

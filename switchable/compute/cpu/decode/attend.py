@@ -146,7 +146,9 @@ def _scores(
 
 def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
     """Make exp(score - largest) of each score, and return their sum."""
-    repeated = w.shuffle(w.b.insert_element(ir.Constant(w.vector, ir.Undefined), largest, I32(0)), [0] * w.lanes)
+    repeated = w.shuffle(
+        w.b.insert_element(ir.Constant(w.vector, ir.Undefined), largest, I32(0)), [0] * w.lanes
+    )
     for lane in range(w.lanes):  # what is behind the last score counts as nothing
         w.store(ir.Constant(w.number, -math.inf), w.at(scores, w.add(end, lane)))
 
