@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
+from switchable.compute.cpu.decode.attend import SPARE, AttendCall
+from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.tasks import Scratch
 from switchable.infer.decoding.families import BlockParts, Parts
 from switchable.infer.decoding.matrices import Matrices, numbers
 
@@ -64,10 +67,15 @@ class Attention:
         self.by_head = parts.by_head
         self.head_norms = None if block.head_norms is None else tuple(map(Norm, block.head_norms))
         self.cache = torch.empty(0)
+        self.attend: AttendCall | None = None
 
-    def reserve(self, sequences: int, places: int, dtype: torch.dtype) -> None:
-        """Get memory for keys and values."""
+    def reserve(self, first_B: Tensor, places: int, dtype: torch.dtype, scratch: Scratch) -> None:
+        """Get memory for keys and values, of which each sequence's begin somewhere."""
+        sequences = len(first_B)
         self.cache = torch.empty(2, sequences, self.groups, places, self.size, dtype=dtype)
+        if why_no_loops(self.size, torch.float32) is None:
+            scores = scratch("scores", (sequences * self.groups, places + SPARE), torch.float32)
+            self.attend = AttendCall(self.cache, self.heads, first_B, scores)
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor, step: Step) -> Tensor:
         """Return add + attention(x); T = B·S."""
@@ -79,6 +87,8 @@ class Attention:
         end = step.start + q_BHSC.shape[2]
         keys[:, :, step.start : end] = k_BGSC
         values[:, :, step.start : end] = v_BGSC
+        if end - step.start == 1 and self.attend is not None:
+            return self.out(self.attend(q_BHSC[:, :, 0].float(), end), add_TD)
         y_BHSC = scaled_dot_product_attention(
             q_BHSC.to(keys.dtype),
             keys[:, :, :end],

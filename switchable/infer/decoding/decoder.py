@@ -118,8 +118,9 @@ class Decoder:
         padded = pads_B is not None and bool(pads_B.any())
         self.pads, self.seen = pads_B if padded else None, 0
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
+        first_B = torch.zeros(sequences, dtype=torch.int64) if self.pads is None else self.pads.contiguous()
         for block in self.blocks:
-            block.attention.reserve(sequences, wanted, self.matrices.cached)
+            block.attention.reserve(first_B, wanted, self.matrices.cached, self.matrices.scratch)
         return self._step(ids_BS)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from switchable.compute.cpu.tasks import Scratch
 
 WIDTHS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """Of weights, by name."""
-MOST_COMPILED = {torch.float32: 32, torch.bfloat16: 24, torch.int8: 32}
+MOST_COMPILED = 32
 """Tokens up to which our loops are faster than torch; measured on AVX-512 with D 256 to 3,072, one thread."""
 
 Stored = Mapping[str, Tensor]
@@ -59,7 +59,7 @@ class Matrix:
     def __init__(self, weight: Quantised, bias_N: Tensor | None, many: torch.dtype, scratch: Scratch):
         self.weight, self.bias_N, self.many, self.scratch = weight, bias_N, many, scratch
         self.bias_many = None if bias_N is None else bias_N.to(many)
-        self.most = MOST_COMPILED[weight.rows_ND.dtype]
+        self.most = MOST_COMPILED
         if why_no_loops(weight.rows_ND.shape[1], torch.float32) is not None:
             self.most = 0
         self.calls: dict[tuple[int, int, bool], LinearCall] = {}

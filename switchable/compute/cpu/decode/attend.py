@@ -39,13 +39,15 @@ TERMS = 8
 """Of the series of 2^f, for |f| up to 1/2."""
 LEAST_POWER = -126
 """Of 2 that is a float32 like any other."""
+SPARE = 64
+"""Places behind the scores of a head: a whole vector of them is made powers of."""
 AHEAD = 4
 """Values between the one added and the one prefetched."""
 ATTEND = Tasks(
     numbers=("end", "places", "groups", "shared", "q_step", "head_step"),
     addresses=("q", "keys", "values", "first", "scores", "y"),
 )
-"""`first` [B] is where a sequence begins, `scores` [B · G, P] is scratch."""
+"""`first` [B] is where a sequence begins, `scores` [B · G, P + SPARE] is scratch."""
 WORTH_THREADS = 2**18
 """Bytes of the cache from which several threads are faster than one."""
 
@@ -57,7 +59,7 @@ class AttendCall:
         cache: keys and values, [2, B, G, P, C], float32 or bfloat16, contiguous; C fills vectors.
         heads: H.
         first_B: int64, the first place of each sequence.
-        scratch: float32, at least B · G · (P + 64) numbers.
+        scratch: float32, [B · G, P + SPARE].
     """
 
     def __init__(self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor):
@@ -99,7 +101,7 @@ def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
         first = w.integer(w.at(record["first"], sequence, I64), I64)
         start = w.mul(w.mul(number, record["places"]), size)
         keys, values = (rows.at(w, record[name], start) for name in ("keys", "values"))
-        scores = w.at(record["scores"], w.mul(number, w.add(record["places"], 64)))
+        scores = w.at(record["scores"], w.mul(number, w.add(record["places"], SPARE)))
 
         def head(k: ir.Value) -> None:
             h = w.add(w.mul(group, record["shared"]), k)
