@@ -98,11 +98,12 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
         objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
         with multiplying_in(model, precision):
             scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
-            if config.speed:
-                found_speeds = speeds(model, text.ids.tolist(), found_ways, scores)
     if tasks:
         with multiplying_in(model, precision):
             scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
+    if config.speed:
+        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, precision)
+        say(f"speed: {how}", show)
     return Evaluation(scores, precision, found_speeds)
 
 

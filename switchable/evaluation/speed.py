@@ -9,7 +9,9 @@ the number of experts that a mass leaves them is the true one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from switchable.compute.cpu.topk import top_experts
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, multiplying
 from switchable.ffn.convert import layers_of
+from switchable.infer.decoding.decoder import Decoder
+from switchable.infer.generate import decoding
 from switchable.infer.loss import positions_of
+from switchable.infer.precision import multiplying_in
 from switchable.infer.sampling import Sampling
 from switchable.study.canvas import (
     DENSE,
@@ -59,28 +64,57 @@ class Speed:
         return {**asdict(self.way), **rest}
 
 
-def speeds(model: Any, ids: Sequence[int], found_ways: Sequence[Way], scores: Sequence[Score]) -> list[Speed]:
-    """Time a causal model's writing in some ways, whose losses are among the scores; `ids` are of the text."""
+def speeds(
+    model: Any, ids: Sequence[int], found_ways: Sequence[Way], scores: Sequence[Score], precision: str
+) -> tuple[list[Speed], str]:
+    """Time a causal model's writing in some ways, by what `switchable generate` writes with, the same for all of them.
+
+    Args:
+        model: its weights are taken over (see `Decoder`): nothing else can be done with it afterwards.
+        ids: the text's tokens.
+        found_ways: their losses are among the scores.
+        scores: of the text.
+        precision: of the weights.
+
+    Returns:
+        The speeds, and what wrote, in words.
+    """
     positions = positions_of(model) or PROMPT + NEW
     device = next(model.parameters()).device
     prompt_1S = torch.tensor(ids[: max(1, min(PROMPT, positions // 2))], device=device)[None]
     new = min(NEW, positions - prompt_1S.shape[1])
+    text_1S = torch.tensor(ids[: min(COUNTED, positions_of(model) or COUNTED)], device=device)[None]
+    experts = [mean_experts(model, way, text_1S) for way in found_ways]
     sampling = Sampling(max_new_tokens=new, temperature=0)
+    hardest = max(found_ways, key=lambda way: (way.mode == "sparse", way.mass < 1))
+    with multiplying(model, hardest):
+        ready, why_not = decoding(model, precision, hardest.mode, sampling)
 
     def write(way: Way) -> None:
         with multiplying(model, way):
-            sampling.generate(model, prompt_1S, new, min_new_tokens=new, pad_token_id=0)
+            if isinstance(ready, Decoder):
+                _decode(ready, prompt_1S, new)
+            else:
+                sampling.generate(model, prompt_1S, new, min_new_tokens=new, pad_token_id=0)
 
-    def contender(way: Way) -> Any:
-        return lambda: write(way)
-
-    times = take_turns({str(way): contender(way) for way in found_ways}, 0.0, turns=TURNS).medians
+    calls = {str(way): partial(write, way) for way in found_ways}
+    with nullcontext() if why_not is None else multiplying_in(model, precision):
+        seconds = take_turns(calls, 0.0, turns=TURNS).medians
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
-    text_1S = torch.tensor(ids[: min(COUNTED, positions_of(model) or COUNTED)], device=device)[None]
-    return [
-        Speed(way, losses[way], new / times[str(way)], mean_experts(model, way, text_1S))
-        for way in found_ways
-    ]
+    rows = zip(found_ways, experts, strict=True)
+    found = [Speed(way, losses[way], new / seconds[str(way)], mean) for way, mean in rows]
+    by = (
+        "our own decoding"
+        if why_not is None
+        else f"transformers' generate (for our own decoding it {why_not})"
+    )
+    return found, f"one sequence, {prompt_1S.shape[1]} + {new} tokens, {precision}, by {by}"
+
+
+def _decode(decoder: Decoder, prompt_1S: Tensor, new: int) -> None:
+    logits_1V = decoder.begin(prompt_1S, None, prompt_1S.shape[1] + new)
+    for _ in range(new - 1):
+        logits_1V = decoder.next(logits_1V.argmax(-1))
 
 
 @torch.no_grad()

@@ -70,9 +70,7 @@ def test_gpt2_does_with_its_own_activation_and_not_with_ours(tmp_path: Path) -> 
     assert relative(*with_relu2) > 0.2
 
 
-def test_the_benchmarks_contender_writes_what_transformers_does_several_sequences_at_once(
-    tmp_path: Path,
-) -> None:
+def test_the_benchmarks_contender_writes_what_transformers_does_several_sequences_at_once() -> None:
     from benchmarks._llama_cpp import LlamaCpp
 
     model = build_model("gpt2", SIZES, "gelu_new", 96, {"eos_token_id": 0}).eval()
