@@ -66,10 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
 
-    scores, precision, speeds = evaluate(args.folder, config, data, not args.quiet)
+    scores, precision, weights, speeds = evaluate(args.folder, config, data, not args.quiet)
     result = {
         "model": str(args.folder),
         "precision": precision,
+        "weights": weights,
         "scores": [score.to_dict() for score in scores],
     }
     if speeds:

@@ -38,6 +38,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         default="5GB",
         help="largest file of weights (default %(default)s)",
     )
+    verb.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the weights; int8, sparse alone: in 8 bits besides, for generate (default: as they are)",
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
 
 
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     given = args.experts_per_token
     each = given[0] if given is not None and len(given) == 1 else given
     say(f"{args.to} export of {args.folder} to {args.out}: {WHAT[args.to]}")
-    found = export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite)
+    found = export(args.folder, args.to, args.out, each, args.max_shard_size, args.overwrite, args.weights)
     size = f"{found['parameters']:,} parameters, {found['bytes'] / 1e6:,.1f} MB in {found['weight_files']} file(s)"
     then = opened_by_transformers(args.out) if args.to == "dense" else ["switchable", "bench", args.out]
     finish(found, "the lines above", f"saved in {args.out}: {size}", then=then)

@@ -69,13 +69,15 @@ def run(args: argparse.Namespace) -> int:
     from switchable.infer.sampling import Sampling
     from switchable.progress import say
     from switchable.store.load import load_with_tokenizer
+    from switchable.store.quantised import load_int8
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
-    model, tokenizer = load_with_tokenizer(args.folder)
+    quantised = load_int8(args.folder) if args.weights == "int8" else None
+    model, tokenizer, stored = quantised or (*load_with_tokenizer(args.folder), None)
     weights = args.weights or chosen_precision(model, asked)
     precision = "float32" if weights == "float32" else "bfloat16"
     set_mode(model, args.mode, args.experts_per_token, args.mass)
-    ready, why_not = decoding(model, weights, args.mode, sampling)
+    ready, why_not = decoding(model, weights, args.mode, sampling, stored)
     how = f"{shown_mode(model, args.mode)}, in {weights}"
     if why_not is not None:
         what = f"transformers' generate writes, in {precision}"

@@ -31,6 +31,12 @@ class EvalConfig(Precision):
     speed: bool = option(
         False, "how fast the model writes in each way, and a picture of loss against speed (speed.png)"
     )
+    weights: str | None = option(
+        None,
+        "round the weights to this width first; none: as they are",
+        choices=("float32", "bfloat16", "int8"),
+        metavar="NAME",
+    )
     batch_size: int = option(8, "sequences at a time", least=1, metavar="N")
     sequence_length: int | None = option(
         None, "window of text, at most the model's positions; none: the training's", least=2, metavar="TOKENS"

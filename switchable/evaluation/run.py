@@ -21,7 +21,7 @@ from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.loss import objective_of_model, positions_of
-from switchable.infer.precision import chosen_precision, multiplying_in
+from switchable.infer.precision import chosen_precision, multiplying_in, round_weights
 from switchable.progress import progress_bar, say
 from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device
@@ -36,6 +36,8 @@ class Evaluation(NamedTuple):
     scores: list[Score]
     precision: str
     """Of the multiplications."""
+    weights: str
+    """Their width."""
     speeds: list[Speed]
     """How fast it writes in each way, if that was asked for."""
 
@@ -83,7 +85,11 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             "fine-tune it (switchable finetune), or evaluate it on text with --data"
         )
     precision = chosen_precision(model, config.precision, trained_precision(folder))
-    say(f"{folder}: multiplies in {precision} on {device}", show)
+    if config.weights is not None:
+        round_weights(model, config.weights)
+    weights = config.weights or str(next(model.parameters()).dtype).removeprefix("torch.")
+    rounded = "" if config.weights is None else f", weights in {weights}"
+    say(f"{folder}: multiplies in {precision} on {device}{rounded}", show)
     if has_text:
         say(f"reading {sources.resolve(data.data)}", show)
     if layers_of(model):
@@ -102,9 +108,9 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
         with multiplying_in(model, precision):
             scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
     if config.speed:
-        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, precision)
+        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, config.weights or precision)
         say(f"speed: {how}", show)
-    return Evaluation(scores, precision, found_speeds)
+    return Evaluation(scores, precision, weights, found_speeds)
 
 
 def _window(model: Any, wished: int | None, trained: int) -> int:

@@ -65,7 +65,7 @@ class Speed:
 
 
 def speeds(
-    model: Any, ids: Sequence[int], found_ways: Sequence[Way], scores: Sequence[Score], precision: str
+    model: Any, ids: Sequence[int], found_ways: Sequence[Way], scores: Sequence[Score], weights: str
 ) -> tuple[list[Speed], str]:
     """Time a causal model's writing in some ways, by what `switchable generate` writes with, the same for all of them.
 
@@ -74,7 +74,7 @@ def speeds(
         ids: the text's tokens.
         found_ways: their losses are among the scores.
         scores: of the text.
-        precision: of the weights.
+        weights: their width.
 
     Returns:
         The speeds, and what wrote, in words.
@@ -88,7 +88,7 @@ def speeds(
     sampling = Sampling(max_new_tokens=new, temperature=0)
     hardest = max(found_ways, key=lambda way: (way.mode == "sparse", way.mass < 1))
     with multiplying(model, hardest):
-        ready, why_not = decoding(model, precision, hardest.mode, sampling)
+        ready, why_not = decoding(model, weights, hardest.mode, sampling)
 
     def write(way: Way) -> None:
         with multiplying(model, way):
@@ -98,7 +98,11 @@ def speeds(
                 sampling.generate(model, prompt_1S, new, min_new_tokens=new, pad_token_id=0)
 
     calls = {str(way): partial(write, way) for way in found_ways}
-    with nullcontext() if why_not is None else multiplying_in(model, precision):
+    with (
+        nullcontext()
+        if why_not is None
+        else multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
+    ):
         seconds = take_turns(calls, 0.0, turns=TURNS).medians
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
     rows = zip(found_ways, experts, strict=True)
@@ -108,7 +112,7 @@ def speeds(
         if why_not is None
         else f"transformers' generate (for our own decoding it {why_not})"
     )
-    return found, f"one sequence, {prompt_1S.shape[1]} + {new} tokens, {precision}, by {by}"
+    return found, f"one sequence, {prompt_1S.shape[1]} + {new} tokens, weights in {weights}, by {by}"
 
 
 def _decode(decoder: Decoder, prompt_1S: Tensor, new: int) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from switchable.errors import InputError
 from switchable.ffn.convert import layers_of, set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
-from switchable.infer.decoding.matrices import WIDTHS, Stored
-from switchable.infer.decoding.rounded import round_to_8_bits
+from switchable.infer.decoding.matrices import Stored
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
+from switchable.infer.precision import round_weights
 from switchable.infer.sampling import Sampling
 from switchable.infer.text import EndOfTexts, GrowingText
 
@@ -42,10 +43,11 @@ def decoding(
         reason = reason or "has no code for a mass"
     if reason is None:
         return Decoder(model, weights, stored), None
-    if weights == "int8":
-        round_to_8_bits(model)
-    else:
-        model.to(WIDTHS[weights])
+    if stored is not None:
+        raise InputError(
+            f"weights in 8 bits are stored for our own decoding, and the model {reason}; use bfloat16"
+        )
+    round_weights(model, weights)
     return model, reason
 
 

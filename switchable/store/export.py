@@ -8,6 +8,7 @@ sparse   the same, and the routers in a file where other tools do not look: they
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,14 @@ from switchable.files import (
     write_text,
 )
 from switchable.finite import check_finite
+from switchable.infer.decoding.matrices import WIDTHS
 from switchable.store import tensorfile
 from switchable.store.checkpoint import METADATA
 from switchable.store.contents import ROUTERS, routers_of
 from switchable.store.folders import entry, seal
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_plain
+from switchable.store.quantised import check_int8, write_int8
 from switchable.store.readme import class_name, engines, readme
 
 AUTO_CLASSES = {
@@ -56,6 +59,7 @@ def export(
     experts_per_token: int | Sequence[int] | None = None,
     max_shard_size: str = SHARD_SIZE,
     overwrite: bool = False,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Export the model of a run, a checkpoint or a converted model.
 
@@ -66,6 +70,8 @@ def export(
         experts_per_token: K that the sparse folder starts with, one for all layers or one for each; None keeps it.
         max_shard_size: largest file of weights, e.g. `"5GB"`.
         overwrite: replace a model that is there.
+        weights: `"float32"` or `"bfloat16"`: of the weights written; `"int8"`, sparse alone: in 8 bits besides
+            (`quantised.py`); None: as they are.
 
     Returns:
         What was written: `out`, `to`, `parameters`, `weight_files`, `bytes`; of a switchable model the experts too.
@@ -77,15 +83,23 @@ def export(
         raise InputError(f"to={to!r} is not known; use 'dense' or 'sparse'")
     if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
         raise InputError(f"max_shard_size={max_shard_size!r} is not a size; use e.g. 5GB or 500MB")
+    if weights not in (None, *WIDTHS):
+        raise InputError(f"weights={weights!r} is not known; use one of {', '.join(WIDTHS)}")
+    if weights == "int8" and to == "dense":
+        raise InputError("other tools cannot read our 8 bits; use weights=bfloat16, or to=sparse")
     check_output(out, overwrite, sources=(folder,))
     model, tokenizer = load(folder)
+    if weights == "int8":
+        check_int8(model)
+    elif weights is not None:
+        model.to(WIDTHS[weights])
     if to == "sparse":
         check_sparse(model)
     if experts_per_token is not None:
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"
     with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
-        write(model, tokenizer, to, temporary, max_shard_size)
+        write(model, tokenizer, to, temporary, max_shard_size, in_8_bits=weights == "int8")
         write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
     experts = {
         "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
@@ -105,9 +119,16 @@ def export(
 
 
 def write(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, to: str, folder: Path, max_shard_size: str
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    to: str,
+    folder: Path,
+    max_shard_size: str,
+    in_8_bits: bool = False,
 ) -> None:
     """Write a converted model and its tokenizer into a folder that exists.
+
+    With `in_8_bits` a copy of the weights goes beside them.
 
     Raises:
         InputError: a weight is not finite.
@@ -118,6 +139,8 @@ def write(
         routers = routers_of(model)
         tensorfile.create(folder / ROUTERS, routers, METADATA)
         tensorfile.write(folder / ROUTERS, routers, METADATA)
+        if in_8_bits:
+            write_int8(copy.deepcopy(model), folder)
         # Of the tensors alone: texts such as the README are for everyone to change.
         seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
         _name_class(folder, model)

@@ -8,6 +8,7 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ def entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def verify(folder: Path) -> str | None:
-    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words."""
+def verify(folder: Path, skip: str = "") -> str | None:
+    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words.
+
+    Files that match `skip` are not looked at.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
         files = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+            name: (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+            if not fnmatch(name, skip)
         }
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

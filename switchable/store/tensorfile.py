@@ -133,6 +133,7 @@ class TensorFile:
                 f"{path} is missing or damaged ({error}); give the folder of a whole model"
             ) from None
         self.names: set[str] = set(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor in the file."""

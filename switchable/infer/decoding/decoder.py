@@ -83,6 +83,8 @@ class Decoder:
         self.head: Matrix = self.matrices.matrix("head", parts.head)
         self.places = None if parts.positions is None else numbers(parts.positions)
         self.rotary = parts.rotary
+        if parts.rotary is not None and any(each.is_meta for each in parts.rotary.buffers()):
+            self.rotary = type(parts.rotary)(model.config)  # it was built without memory
         self.norm = None if parts.norm is None else Norm(parts.norm)
         self.blocks = [
             Block(

@@ -21,6 +21,7 @@ from switchable.compute.cpu.decode.rows import quantised
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.tasks import Scratch
+from switchable.errors import InputError
 
 WIDTHS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """Of weights, by name."""
@@ -105,7 +106,7 @@ class Matrices:
     def _rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
         rows = [parameter.detach().t() if turned else parameter.detach() for parameter, turned in parts]
         if self.stored is not None:
-            return Quantised(self.stored[name], self.stored[f"{name}.scale"])
+            return self._read(name, (sum(map(len, rows)), rows[0].shape[1]))
         if self.dtype == torch.int8:
             each = [quantised(own) for own in rows]
             for parameter, _ in parts:
@@ -118,6 +119,13 @@ class Matrices:
         ):
             parameter.data = own.t() if turned else own
         return Quantised(whole)
+
+    def _read(self, name: str, shape: tuple[int, int]) -> Quantised:
+        stored = self.stored or {}
+        rows_ND, scale_N = stored.get(name), stored.get(f"{name}.scale")
+        if rows_ND is None or scale_N is None or rows_ND.shape != shape or scale_N.shape != shape[:1]:
+            raise InputError(f"the weights in 8 bits do not fit the model: {name}; export it again")
+        return Quantised(rows_ND, scale_N)
 
     def matrix(self, name: str, *modules: nn.Linear) -> Matrix:
         """Return what some projections are together."""
