@@ -40,8 +40,10 @@ from switchable.study.canvas import (
 )
 from switchable.timing import take_turns
 
-PROMPT, NEW, TURNS = 32, 64, 5
-"""Tokens read, tokens written, and how often in each way."""
+PROMPT, NEW = 32, 64
+"""Tokens read, tokens written."""
+TURNS, SECONDS = 5, 5.0
+"""How often in each way at least, and for how long all of them together."""
 COUNTED = 512
 """Tokens of text on which the experts of a token are counted."""
 COLOURS = (SPARSE, "#0072b2", "#009e73", "#cc79a7")
@@ -103,7 +105,7 @@ def speeds(
         if why_not is None
         else multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
     ):
-        seconds = take_turns(calls, 0.0, turns=TURNS).medians
+        seconds = take_turns(calls, SECONDS, turns=TURNS).medians
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
     rows = zip(found_ways, experts, strict=True)
     found = [Speed(way, losses[way], new / seconds[str(way)], mean) for way, mean in rows]
