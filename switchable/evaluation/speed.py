@@ -160,32 +160,11 @@ def table(found: Sequence[Speed]) -> str:
 
 def draw(found: Sequence[Speed], title: str, path: Path) -> None:
     """Draw loss against tokens per second into a PNG file: dense, and a line over K for each mass."""
-    masses = sorted({each.way.mass for each in found if each.way.mode == "sparse"}, reverse=True)
+    sparse = sorted((each for each in found if each.way.mode == "sparse"), key=_most_experts)
 
-    def panel(picture: Picture, axes: Axes) -> None:
-        for i, mass in enumerate(masses):
-            own = [each for each in found if each.way.mode == "sparse" and each.way.mass == mass]
-            own.sort(key=_most_experts)
-            label = "K experts" if mass == 1 else f"up to K, shares adding up to {mass:g}"
-            xs, ys = [each.tokens_per_second for each in own], [each.loss for each in own]
-            style: Any = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "ms": 4,
-                "lw": 1.2,
-            }
-            axes.plot(xs, ys, label=label, **style)
-            for each in own:
-                k = each.way.experts_per_token
-                place = (each.tokens_per_second, each.loss)
-                offset = (4, 4 if i == 0 else -11)
-                if not isinstance(k, tuple):
-                    axes.annotate(
-                        f"{k}", place, offset, textcoords="offset points", fontsize=8, color=style["color"]
-                    )
-                picture.hover(
-                    axes, *place, f"{each.way}: {each.loss:.4f} nats, {each.tokens_per_second:.0f} tokens/s"
-                )
+    def panel(_picture: Picture, axes: Axes) -> None:
+        for number, mass in enumerate(sorted({each.way.mass for each in sparse}, reverse=True)):
+            _draw_line(axes, [each for each in sparse if each.way.mass == mass], number)
         for each in found:
             if each.way.mode == "dense":
                 axes.plot([each.tokens_per_second], [each.loss], "*", color=DENSE, ms=10, label="dense")
@@ -196,6 +175,20 @@ def draw(found: Sequence[Speed], title: str, path: Path) -> None:
         legend_above(axes)
 
     write_picture(draw_picture([panel]), path)
+
+
+def _draw_line(axes: Axes, own: Sequence[Speed], number: int) -> None:
+    """Draw the ways of one mass, each with its K."""
+    mass, colour = own[0].way.mass, COLOURS[number % len(COLOURS)]
+    label = "K experts" if mass == 1 else f"up to K, shares adding up to {mass:g}"
+    places = [(each.tokens_per_second, each.loss) for each in own]
+    marker = MARKERS[number % len(MARKERS)]
+    axes.plot(*zip(*places, strict=True), label=label, color=colour, marker=marker, ms=4, lw=1.2)
+    offset = (4, -11 if number else 4)
+    for each, place in zip(own, places, strict=True):
+        k = each.way.experts_per_token
+        text = "own" if isinstance(k, tuple) else str(k)
+        axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=colour)
 
 
 def _most_experts(each: Speed) -> float:

@@ -32,6 +32,7 @@ from switchable.settings import SwitchConfig, settled
 
 MODES = ("mode", "experts_per_token", "mass", "router_learns", "multiplies_active")
 """What decides how an FFN is multiplied."""
+PerLayer = int | Sequence[int | None] | None
 NOT_SWITCHABLE = (
     "the model has no switchable FFNs; convert it first: convert(model), or `switchable convert` for a folder"
 )
@@ -182,10 +183,7 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
 
 
 def set_mode(
-    model: nn.Module,
-    mode: str,
-    experts_per_token: int | Sequence[int | None] | None = None,
-    mass: float | None = None,
+    model: nn.Module, mode: str, experts_per_token: PerLayer = None, mass: float | None = None
 ) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
@@ -195,8 +193,7 @@ def set_mode(
         model: a converted model; dense mode alone can be had of any other too.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K, 1 to E, one for all layers or one for each; None keeps each layer's own.
-        mass: above 0 and up to 1; a token computes the fewest of its K experts whose shares (the softmax of the
-            router's scores) add up to it. 1: all K of them. None keeps what was set last.
+        mass: of the K the fewest whose shares (softmax of the router's scores) add up to it, 1: all; None: as before.
 
     Raises:
         InputError: unknown mode, impossible K or mass, the model is not converted, or it has no sparse mode (no layer
@@ -264,18 +261,14 @@ def shown_mode(model: nn.Module, mode: str) -> str:
     why = why_dense(model)
     if not any(ssd.takes_part for ssd in layers):
         return f"no sparse mode, {why}"
-    mass = layers[0].mass
-    until = f", those whose shares add up to {mass:g}" if mass < 1 else ""
-    few = f"K={'up to ' * (mass < 1)}{shown} of {layers[0].num_experts} experts{until}"
-    return f"sparse mode, {few}" + (f"; {why}" if why else "")
+    few, mass = f"{shown} of {layers[0].num_experts} experts", layers[0].mass
+    few = few if mass == 1 else f"up to {few}, those whose shares add up to {mass:g}"
+    return f"sparse mode, K={few}" + (f"; {why}" if why else "")
 
 
 @contextmanager
 def in_mode(
-    model: nn.Module,
-    mode: str,
-    experts_per_token: int | Sequence[int | None] | None = None,
-    mass: float | None = None,
+    model: nn.Module, mode: str, experts_per_token: PerLayer = None, mass: float | None = None
 ) -> Iterator[None]:
     """Within the `with` block the FFNs multiply so (see `set_mode`); afterwards as before: for single calls."""
     with kept_modes(checked("model", model, nn.Module)):
