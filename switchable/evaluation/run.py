@@ -20,8 +20,9 @@ from switchable.evaluation.speed import Speed, speeds
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
+from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import objective_of_model, positions_of
-from switchable.infer.precision import chosen_precision, multiplying_in, round_weights
+from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
 from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device

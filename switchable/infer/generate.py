@@ -16,9 +16,9 @@ from switchable.ffn.convert import layers_of, set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
 from switchable.infer.decoding.matrices import Stored
+from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
-from switchable.infer.precision import round_weights
 from switchable.infer.sampling import Sampling
 from switchable.infer.text import EndOfTexts, GrowingText
 
@@ -58,7 +58,7 @@ class Written(NamedTuple):
     tokens: int
     """Those that are new."""
     seconds: float
-    """Reading the prompt included; of several prompts, all of them."""
+    """Reading the prompt included, compiling not; of several prompts, all of them."""
 
 
 def write(
@@ -107,6 +107,8 @@ def write_each(
         check_prompt(objective, tokenizer, prompt, positions_of(module))
     set_mode(module, mode, experts_per_token)
     torch.manual_seed(sampling.seed)
+    if isinstance(model, Decoder):
+        model.warm(len(prompts))
     begin = time.perf_counter()
     if objective == "causal":
         ends = ends_of(module)

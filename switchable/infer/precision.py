@@ -5,21 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from switchable.infer.decoding.matrices import WIDTHS
-from switchable.infer.decoding.rounded import round_to_8_bits
-
 
 def chosen_precision(model: nn.Module, asked: str | None = None, trained: str | None = None) -> str:
     """Return the name of the precision, as `"float32"`; `trained` is that of the model's run, if there is one."""
     return asked or trained or str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def round_weights(model: nn.Module, width: str) -> None:
-    """Round a model's weights in place to `"float32"`, `"bfloat16"` or `"int8"`, 8 bits being kept in wider numbers."""
-    if width == "int8":
-        round_to_8_bits(model)
-    else:
-        model.to(WIDTHS[width])
 
 
 def multiplying_in(model: nn.Module, precision: str) -> torch.autocast:

@@ -32,6 +32,7 @@ from switchable.files import (
 )
 from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
+from switchable.infer.decoding.rounded import round_weights
 from switchable.store import tensorfile
 from switchable.store.checkpoint import METADATA
 from switchable.store.contents import ROUTERS, routers_of
@@ -92,7 +93,7 @@ def export(
     if weights == "int8":
         check_int8(model)
     elif weights is not None:
-        model.to(WIDTHS[weights])
+        round_weights(model, weights)
     if to == "sparse":
         check_sparse(model)
     if experts_per_token is not None:

@@ -24,6 +24,7 @@ from switchable.infer.decoding.attention import Attention, Norm, Step, angles_of
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
 from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
+from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import positions_of
 
 
@@ -74,7 +75,7 @@ class Decoder:
         if weights == "int8":
             _check_widths(parts, found)
         else:
-            model.to(WIDTHS[weights])
+            round_weights(model, weights)
         self.model, self.matrices = model.eval(), Matrices(weights, stored)
         names = [f"layers.{number}" for number in range(len(parts.blocks))]
         self.parallel, self.positions = parts.parallel, positions_of(model)
@@ -97,6 +98,12 @@ class Decoder:
         ]
         self.pads: Tensor | None = None
         self.seen = 0
+
+    def warm(self, sequences: int) -> None:
+        """Compile what decoding so many sequences needs."""
+        one_B = torch.zeros(sequences, dtype=torch.int64)
+        self.begin(one_B.unsqueeze(1), places=2)
+        self.next(one_B)
 
     @torch.inference_mode()
     def begin(self, ids_BS: Tensor, pads_B: Tensor | None = None, places: int | None = None) -> Tensor:

@@ -1,6 +1,6 @@
-"""A model whose matrices have been rounded to 8 bits, as `Decoder` does, and which is used like any other.
+"""A model whose weights have been rounded to a width, and which is used like any other.
 
-For what a decoder does not do: losses, tasks, families that it does not know.
+What `Decoder` does to 8 bits is done here in wider numbers, for what it does not do: losses, tasks, other families.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ from switchable.compute.cpu.decode.rows import quantised
 from switchable.ffn.convert import layers_of
 from switchable.ffn.families import PROJECTIONS, neuron_dim
 from switchable.ffn.router import Router
+from switchable.infer.decoding.matrices import WIDTHS
+
+
+def round_weights(model: nn.Module, width: str) -> None:
+    """Round a model's weights to a key of `WIDTHS`, in place. Routers keep theirs: a choice must not hang on it."""
+    if width == "int8":
+        round_to_8_bits(model)
+        return
+    kept = [(p, p.data) for layer in layers_of(model) for p in layer.router.parameters()]
+    model.to(WIDTHS[width])
+    for parameter, numbers in kept:
+        parameter.data = numbers
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""8 bits kept in a sparse export: as rounded on loading, without the wider weights, refused where damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchable import SwitchConfig, convert, load, set_mode
+from switchable.cli import main
+from switchable.compute.cpu.llvm import this_machine
+from switchable.data.tokenizers import train_bpe
+from switchable.ffn.builders import build_model
+from switchable.infer.decoding.decoder import Decoder
+from switchable.store import quantised
+from switchable.store.checkpoint import save
+from switchable.store.export import export
+from switchable.store.folders import entry, seal
+from switchable.store.quantised import FILE, load_int8
+from switchable.store.tensorfile import TensorFile
+
+pytestmark = pytest.mark.skipif(
+    this_machine() is None, reason="a processor without multiply-add instructions"
+)
+SIZES = {"d_model": 64, "d_ff": 256, "num_layers": 2, "num_heads": 4, "max_positions": 64}
+
+
+def checkpoint(folder: Path, family: str = "gpt2", activation: str = "relu", **sizes: int) -> Path:
+    """A converted model in a folder, with a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer: Any = train_bpe(["the cat sat on a mat"] * 3, 290)
+    model = build_model(
+        family, SIZES | sizes, activation, len(tokenizer), {"eos_token_id": tokenizer.eos_token_id}
+    )
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
+    save(folder, model, tokenizer=tokenizer)
+    return folder
+
+
+def logits(decoder: Decoder, mode: str) -> Tensor:
+    set_mode(decoder.model, mode)
+    first = decoder.begin(torch.tensor([[3, 1, 4, 1]]), places=8)
+    return torch.stack([first, decoder.next(torch.tensor([5]))])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_an_export_in_8_bits_is_the_model_rounded(family: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "own", family)
+    export(folder, "sparse", tmp_path / "out", weights="int8")
+    found = load_int8(tmp_path / "out")
+    assert found is not None
+    # No memory for the wider matrices.
+    assert sum(p.numel() for p in found.model.parameters() if not p.is_meta) < 20_000
+    want = Decoder(load(folder)[0], "int8")
+    own = Decoder(found.model, "int8", found.stored)
+    for mode in ("dense", "sparse"):
+        assert torch.equal(logits(own, mode), logits(want, mode))
+    model, _ = load(tmp_path / "out")  # the wider ones are there as ever
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), load(folder)[0].parameters(), strict=True)
+    )
+
+
+def test_an_export_in_bfloat16_is_one(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "own")
+    for to in ("dense", "sparse"):
+        export(folder, to, tmp_path / to, weights="bfloat16")
+        model, _ = load(tmp_path / to)
+        assert not [
+            n for n, p in model.named_parameters() if (p.dtype == torch.bfloat16) == (".router." in n)
+        ]
+    assert load_int8(tmp_path / "sparse") is None
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(each) for each in arguments]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+def test_a_damaged_or_foreign_file_is_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    export(checkpoint(tmp_path / "own"), "sparse", out, weights="int8")
+    generate = ("generate", out, "--weights", "int8", "--prompt", "the cat", "--max-new-tokens", "2")
+    assert main([str(each) for each in generate]) == 0
+    assert "in int8: 2 tokens" in capsys.readouterr().err
+    whole = (out / FILE).read_bytes()
+    (out / FILE).write_bytes(whole[:-100])
+    assert f"{FILE} has {len(whole) - 100} bytes instead of {len(whole)}" in refused(capsys, *generate)
+    (out / FILE).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{FILE} does not have its checksum" in refused(capsys, *generate)
+    # Whole, but of a version to come.
+    (out / FILE).write_bytes(whole.replace(b'"switchable_int8":"1"', b'"switchable_int8":"2"'))
+    seal(out, {path.name: entry(path) for path in out.glob("*tensors")})
+    assert "is of format 2, not 1; export the model again" in refused(capsys, *generate)
+    # Whole, but another model's.
+    other = checkpoint(tmp_path / "wider", d_model=128)
+    export(other, "sparse", tmp_path / "other", weights="int8")
+    (out / FILE).write_bytes((tmp_path / "other" / FILE).read_bytes())
+    seal(out, {path.name: entry(path) for path in out.glob("*tensors")})
+    assert "does not fit the model" in refused(capsys, *generate)
+
+
+def test_what_has_no_8_bits_is_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = checkpoint(tmp_path / "own"), tmp_path / "out"
+    to = ("export", own, "--out", out, "--weights", "int8", "--to")
+    assert "other tools cannot read our 8 bits" in refused(capsys, *to, "dense")
+    odd = checkpoint(tmp_path / "odd", d_model=20, d_ff=80)
+    words = refused(capsys, "export", odd, "--out", out, "--weights", "int8", "--to", "sparse")
+    assert "weights=int8 needs a d_model that is a multiple of" in words
+    assert not out.exists()
+
+
+def test_the_file_is_an_ordinary_one(tmp_path: Path) -> None:
+    export(checkpoint(tmp_path / "own"), "sparse", tmp_path / "out", weights="int8")
+    file = TensorFile(tmp_path / "out" / FILE)
+    assert file.metadata == {quantised.KEY: "1"}
+    assert file.tensor("matrix:layers.0.qkv").shape == (192, 64)
+    assert file.tensor("matrix:layers.0.qkv").dtype == torch.int8
+    assert file.tensor("scale:layers.0.ffn.down").shape == (256,)
+    named = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert FILE in named
