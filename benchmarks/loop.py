@@ -69,7 +69,10 @@ def make_job(folder: Path, precision: str, changes: Mapping[str, dict[str, Any]]
         "switch": {"num_experts": 32, "experts_per_token": 6, "monitor_every": 100_000},
     }
     given = {name: values | (changes or {}).get(name, {}) for name, values in given.items()}
-    return set_up(from_dict(given), folder / "cache", quiet=True)
+    job = set_up(from_dict(given), folder / "cache", quiet=True)
+    for layer in layers_of(job.model):
+        layer.ssd.takes_part = True  # no measurement that would let it is due
+    return job
 
 
 def check_parity(job: Job) -> bool:
@@ -214,8 +217,6 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 1
-        for layer in layers_of(job.model):
-            layer.ssd.takes_part = True
         seconds = step_seconds(job, rounds)
         for layer in layers_of(job.model):
             layer.ssd.router_learns = False
