@@ -88,12 +88,21 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     assert not list((trained / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("extra", [["--mode", "dense"], ["--mode", "sparse", "--experts-per-token", "2"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--mode", "dense"],
+        ["--mode", "sparse", "--experts-per-token", "2"],
+        ["--mode", "sparse", "--experts-per-token", "4", "--mass", "0.5"],
+    ],
+)
 def test_generate(trained: Path, extra: list[str]) -> None:
     done = run(trained, "generate", "run", "--prompt", "the cat", "--max-new-tokens", "5", *extra)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert len(done.stdout.strip()) > len("the cat")
+    if "--mass" in extra:
+        assert "K=up to 4 of 8 experts, those whose shares add up to 0.5" in done.stderr
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -238,6 +247,7 @@ def test_generate_refuses_what_it_cannot_do(trained: Path) -> None:
     refused(run(trained, "generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
     refused(run(trained, "generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
     refused(run(trained, "generate", "run", "--temperature", "-1"), "temperature=-1")
+    refused(run(trained, "generate", "run", "--mass", "1.5"), "mass=1.5 is out of range")
 
 
 def help_of(verb: str) -> str:
