@@ -99,7 +99,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
     scores: list[Score] = []
     found_speeds: list[Speed] = []
     if has_text:
-        below = 2**64 if most_tokens is None else scan_corpus(data, progress=False).threshold
+        below = 2**64 if most_tokens is None else scan_corpus(data, show).threshold
         documents = progress_bar("tokenizing", "document", show=show, over=hashed_documents(data))
         text = tokenise((document for document, h, _ in documents if h < below), tokenizer, most_tokens)
         objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)

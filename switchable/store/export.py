@@ -106,7 +106,7 @@ def export(
         "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
         "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
         "why_dense": why_dense(model),
-        "engines": engines(model),
+        "engines": engines(model) if layers_of(model) else None,
     }
     return {
         "out": str(out),
