@@ -1,11 +1,14 @@
 """Tokens per second of our decoding path at each width of weights, beside transformers' `generate`, dense.
 
-    python -m benchmarks.decode [--quick]
+    python -m benchmarks.decode [--quick] [--peers]
 
     one, 8 and 32 sequences, greedy, a prompt of 8 tokens; prefill of 512 tokens; parity first, then all in turns
     best dense = the faster of `generate` with float32 and with bfloat16 weights
     bandwidth_share = bytes of bfloat16 weights that a token needs (6 of 32 experts, half of their `down`) · tokens/s
                       / rate of a plain copy (bytes read and written)
+
+With --peers llama.cpp takes its turns too, with the same weights as float32, bfloat16, Q8_0 and Q4_0; it is left out
+where `llama-cpp-python` and `gguf` are not installed.
 
 Besides, what sparse FFNs gain in `generate` itself, and what Amdahl's law would allow:
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import sys
@@ -82,9 +86,15 @@ class Contenders:
 
     Args:
         model: converted, float32.
+        peers: whether llama.cpp is one of them.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, peers: bool = False):
+        self.llama_cpp: Any = None
+        if peers:
+            from benchmarks._llama_cpp import LlamaCpp  # which not everybody has
+
+            self.llama_cpp = LlamaCpp(model)
         self.dense = {name: copy.deepcopy(model).to(WIDTHS[name]) for name in ("float32", "bfloat16")}
         self.decoders = {name: Decoder(copy.deepcopy(model), name) for name in WIDTHS}
 
@@ -110,6 +120,8 @@ class Contenders:
                 calls[f"{prefix}_{SHORT[name]}"] = functools.partial(
                     decode, decoder, ids_BS, new_tokens, mode
                 )
+        if self.llama_cpp is not None:
+            calls |= self.llama_cpp.calls(ids_BS, new_tokens)
         return take_turns(calls, 0.0, turns=rounds).medians
 
 
@@ -129,6 +141,11 @@ def rates(contenders: Contenders, quick: bool) -> dict[str, float]:
     best = min(seconds["dense_float32"], seconds["dense_bf16"])
     found["prefill_over_best_dense"] = best / min(seconds["ours_bf16"], seconds["ours_float32"])
     found |= {f"tokens_per_second_{short}": found[f"batch1_ours_{short}"] for short in SHORT.values()}
+    if contenders.llama_cpp is not None:
+        for own, theirs in (("bf16", "bf16"), ("int8", "q8_0")):
+            found[f"over_llamacpp_{theirs}"] = (
+                found[f"batch1_ours_{own}"] / found[f"batch1_llamacpp_{theirs}"]
+            )
     return found
 
 
@@ -182,12 +199,12 @@ def copied_bytes_per_second(rounds: int) -> float:
     return 2 * 4 * source.numel() / take_turns({"copy": copied}, 0.0, turns=rounds).median("copy")
 
 
-def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | None:
+def measure(d_model: int, num_layers: int, quick: bool, peers: bool = False) -> dict[str, float] | None:
     """Return the figures of one model, or None if the modes disagree, or the decoder and `generate`."""
     model = random_gpt2(d_model, num_layers, VOCABULARY, POSITIONS, EXPERTS, K).eval()
     if not decoding_parity_error(model, torch.arange(1, 9).view(1, 8)) < 1e-5:
         return None
-    contenders = Contenders(model)
+    contenders = Contenders(model, peers)
     if not contenders.parity():
         return None
     rate = tokens_per_second(model, 32 if quick else 128, rounds=3 if quick else 9)
@@ -213,7 +230,7 @@ def measure(d_model: int, num_layers: int, quick: bool) -> dict[str, float] | No
 HEADLINES = (
     "decode_ffn_speedup", "decode_speedup", "decode_share_of_amdahl", "tokens_per_second_float32",
     "tokens_per_second_bf16", "tokens_per_second_int8", "prefill_over_best_dense", "batch8_over_best_dense",
-    "batch32_over_best_dense", "bandwidth_share",
+    "batch32_over_best_dense", "bandwidth_share", "over_llamacpp_bf16", "over_llamacpp_q8_0",
 )  # fmt: skip
 """Figures of the largest model, under their plain names."""
 
@@ -226,10 +243,17 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="D=256 and GPT-2 small (D=768, 12 layers), few rounds"
     )
-    quick = parser.parse_args().quick
-    figures: dict[str, float] = {}
+    parser.add_argument("--peers", action="store_true", help="llama.cpp too")
+    args = parser.parse_args()
+    quick, peers = args.quick, args.peers
+    if peers and not all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
+        print(
+            "llama.cpp is left out: it takes `pip install llama-cpp-python gguf`, which builds it from source"
+        )
+        peers = False
+    figures: dict[str, float | None] = {}
     for d_model, num_layers in [(256, 8), (768, 12)] if quick else [(256, 8), (512, 8), (768, 12)]:
-        found = measure(d_model, num_layers, quick)
+        found = measure(d_model, num_layers, quick, peers)
         if found is None:
             print(
                 "sparse mode with all experts on differs from dense mode, or our decoding from `generate`: "
@@ -241,7 +265,7 @@ def main() -> int:
         for key, value in found.items():
             print(f"    {key:40} {value:9.2f}")
         figures |= {f"{key}_d{d_model}": value for key, value in found.items()}
-        figures |= {key: found[key] for key in HEADLINES}  # those of the last model stay
+        figures |= {key: found.get(key) for key in HEADLINES}  # those of the last model stay
     print(json.dumps({"benchmark": "decode", "threads": torch.get_num_threads(), **figures}))
     return 0
 

@@ -25,6 +25,7 @@ BUILDABLE = {
     "gpt2": Buildable(),
     "opt": Buildable(),
     "llama": Buildable(gated=True, positions=False),
+    "arcee": Buildable(positions=False),
     "bert": Buildable("masked"),
     "roberta": Buildable("masked"),
     "t5": Buildable("span", positions=False),

@@ -118,6 +118,7 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
         ["--mode", "dense"],
         ["--mode", "sparse", "--experts-per-token", "2"],
         ["--mode", "sparse", "--weights", "int8", "--stop", "no such text"],
+        ["--mode", "sparse", "--experts-per-token", "4", "--mass", "0.5"],
         ["--weights", "bfloat16"],
     ],
 )
@@ -126,6 +127,8 @@ def test_generate(here: Command, extra: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert len(done.stdout.strip()) > len("the cat")
+    if "--mass" in extra:
+        assert "K=up to 4 of 8 experts, those whose shares add up to 0.5" in done.stderr
     width = extra[extra.index("--weights") + 1] if "--weights" in extra else "float32"
     assert f"in {width}: 5 tokens" in done.stderr
 
@@ -283,6 +286,7 @@ def test_generate_refuses_what_it_cannot_do(here: Command) -> None:
     both = ("--weights", "int8", "--precision", "float32")
     refused(here("generate", "run", *both), "--weights int8 and --precision float32 differ")
     refused(here("generate", "run", "--stop", ""), "--stop '' would end every text at once")
+    refused(here("generate", "run", "--mass", "1.5"), "mass=1.5 is out of range")
 
 
 def help_of(verb: str) -> str:

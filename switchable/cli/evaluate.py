@@ -33,10 +33,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="TEXT",
-        help="text files or folders: loss, perplexity, bits per byte",
+        help="text files or folders: loss, perplexity, bits per byte (default, without --tasks: the run's)",
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
-    verb.add_argument("--out", type=Path, metavar="FILE", help="write the scores there too, as JSON")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the scores there too, as JSON, and the picture beside it",
+    )
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -48,29 +53,39 @@ def run(args: argparse.Namespace) -> int:
 
     flags = given_flags(args)
     config, data = build(EvalConfig, flags, "the flags"), build(DataConfig, flags, "the flags")
-    if not config.tasks and not data.data:
-        raise InputError(
-            "nothing to evaluate on; give --tasks, e.g. lambada=PATH, or text with --data, or both"
-        )
+    picture = (
+        args.folder / "speed.png" if args.out is None else args.out.with_name(f"{args.out.stem}-speed.png")
+    )
+    if config.speed and args.folder.is_dir():
+        check_writable(picture)
     if args.out is not None:
         _check_out(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
+    from switchable.evaluation import speed
     from switchable.evaluation.run import evaluate
     from switchable.evaluation.scores import table
 
-    scores, precision, weights = evaluate(args.folder, config, data, not args.quiet)
+    scores, precision, weights, speeds = evaluate(args.folder, config, data, not args.quiet)
     result = {
         "model": str(args.folder),
         "precision": precision,
         "weights": weights,
         "scores": [score.to_dict() for score in scores],
     }
+    if speeds:
+        result["speed"] = [each.to_dict() for each in speeds]
+        result["picture"] = str(picture)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     print(table(scores))
-    finish(result, args.out or "the table above; --out FILE writes them as JSON")
+    said = []
+    if speeds:
+        print(speed.table(speeds))
+        speed.draw(speeds, f"{args.folder.resolve().name}, {precision}", picture)
+        said = [f"picture: {picture}"]
+    finish(result, args.out or "the table above; --out FILE writes them as JSON", *said)
     return 0
 
 

@@ -28,6 +28,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", choices=("dense", "sparse"), default="dense", help="how the FFNs multiply")
     verb.add_argument("--experts-per-token", type=int, metavar="K", help="experts per token in sparse mode")
     verb.add_argument(
+        "--mass",
+        type=float,
+        metavar="SHARE",
+        help="in sparse mode the fewest of the K experts whose shares add up to this, e.g. 0.9; 1 = all K",
+    )
+    verb.add_argument(
         "--max-new-tokens", type=int, default=100, help="tokens to write at most (default %(default)s)"
     )
     verb.add_argument(
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, stored = quantised or (*load_with_tokenizer(args.folder), None)
     weights = args.weights or chosen_precision(model, asked)
     precision = "float32" if weights == "float32" else "bfloat16"
-    set_mode(model, args.mode, args.experts_per_token)
+    set_mode(model, args.mode, args.experts_per_token, args.mass)
     ready, why_not = decoding(model, weights, args.mode, sampling, stored)
     how = f"{shown_mode(model, args.mode)}, in {weights}"
     if why_not is not None:

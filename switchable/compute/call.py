@@ -73,11 +73,13 @@ class ExpertCall(NamedTuple):
     weights: FFNWeights
     """The FFN's, neurons in cluster order."""
     expert_ids_TK: Tensor
-    """The selected experts, distinct within a row, int64 in [0, num_experts)."""
+    """The selected experts, distinct within a row, int64 in [0, num_experts); if `ragged`, num_experts too."""
     num_experts: int
     """E; divides F."""
     activation: str
     """A name in transformers' `ACT2FN`."""
+    ragged: bool = False
+    """Whether tokens may have fewer than K experts: num_experts then stands for none, any number of times."""
 
     @property
     def neurons(self) -> int:

@@ -23,7 +23,8 @@ def masked(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK = call.x_TD, call.weights, call.expert_ids_TK
     hidden_TF = weights.activations(x_TD, call.activation)
     chosen_TK = hidden_TF.new_ones(ids_TK.shape)
-    mask_TE1 = hidden_TF.new_zeros(len(x_TD), call.num_experts).scatter(1, ids_TK, chosen_TK).unsqueeze(2)
+    mask_TE = hidden_TF.new_zeros(len(x_TD), call.num_experts + call.ragged).scatter(1, ids_TK, chosen_TK)
+    mask_TE1 = mask_TE[:, : call.num_experts].unsqueeze(2)
     hidden_TEI = hidden_TF.view(len(x_TD), call.num_experts, call.neurons)
     learns = torch.is_grad_enabled() and hidden_TEI.requires_grad
     hidden_TEI = hidden_TEI * mask_TE1 if learns else hidden_TEI.mul_(mask_TE1)

@@ -20,6 +20,17 @@ class EvalConfig(Precision):
         (), "none: both, if the model can", choices=("dense", "sparse"), flag=False
     )
     experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
+    mass: tuple[float, ...] = option(
+        (),
+        "besides: sparse mode with up to K experts, the fewest whose shares add up to this (with --speed: 0.9)",
+        above=0,
+        below=1,
+        usual="0.9",
+        metavar="SHARE",
+    )
+    speed: bool = option(
+        False, "how fast the model writes in each way, and a picture of loss against speed (speed.png)"
+    )
     weights: str | None = option(
         None,
         "round the weights to this width first; none: as they are",

@@ -11,11 +11,12 @@ from switchable.config import RunConfig
 from switchable.data import sources
 from switchable.data.config import DataConfig
 from switchable.data.objectives import build_objective
-from switchable.data.split import hashed_documents
+from switchable.data.split import hashed_documents, scan_corpus
 from switchable.errors import InputError
 from switchable.evaluation.config import EvalConfig
 from switchable.evaluation.harness import resolve_tasks, task_scores
 from switchable.evaluation.scores import Score
+from switchable.evaluation.speed import Speed, speeds
 from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
@@ -23,8 +24,11 @@ from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
-from switchable.store.load import load_with_tokenizer, run_config, trained_precision
+from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device
+
+MASS = 0.9
+"""That speed is measured with, besides all K experts, where none is given."""
 
 
 class Evaluation(NamedTuple):
@@ -35,17 +39,31 @@ class Evaluation(NamedTuple):
     """Of the multiplications."""
     weights: str
     """Their width."""
+    speeds: list[Speed]
+    """How fast it writes in each way, if that was asked for."""
 
 
 def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> Evaluation:
     """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
 
+    Without tasks and text it is a run's own validation text: as many tokens as its training used.
+
     With `show` say in what precision it multiplies, what the model's own sparse mode is, and how far the work is.
 
     Raises:
-        InputError: an unknown task, missing data, an impossible mode or K, or a model that cannot be evaluated so.
+        InputError: nothing to evaluate on, an unknown task, missing data, an impossible mode or K, or a model that
+            cannot be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
+    trained, most_tokens = run_config(find_model(folder)), None
+    if not data.data and (config.speed or not tasks):
+        if trained is None:
+            raise InputError(
+                "nothing to evaluate on; give text with --data, or tasks, e.g. --tasks lambada=PATH"
+            )
+        data, most_tokens = trained.data, trained.train.eval_tokens
+    trained = trained or RunConfig()
+    has_text = most_tokens is not None or bool(data.data)
     sources.resolve(data.data)  # missing files are named before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -56,8 +74,11 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             f"{folder} holds a {type(model).__name__}, which predicts no text; give a language model. "
             "What finetune measured is in the results.json of its --out"
         )
-    found_ways = ways(model, config.mode, config.experts_per_token)
-    trained = run_config(folder) or RunConfig()
+    can_be_sparse = any(way.mode == "sparse" for way in ways(model, config.mode))
+    masses = config.mass or ((MASS,) if config.speed and can_be_sparse else ())
+    found_ways = ways(model, config.mode, config.experts_per_token, masses)
+    if config.speed and objective_of_model(model) != "causal":
+        raise InputError("speed is that of writing, which this model does not; leave out --speed")
     length = _window(model, config.sequence_length, trained.train.sequence_length)
     if tasks and objective_of_model(model) == "masked":
         raise InputError(
@@ -70,22 +91,27 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
     weights = config.weights or str(next(model.parameters()).dtype).removeprefix("torch.")
     rounded = "" if config.weights is None else f", weights in {weights}"
     say(f"{folder}: multiplies in {precision} on {device}{rounded}", show)
-    if data.data:
+    if has_text:
         say(f"reading {sources.resolve(data.data)}", show)
     if layers_of(model):
         say(f"the model's own: {shown_mode(model, 'sparse')}", show)
     model.to(device)
     scores: list[Score] = []
-    if data.data:
+    found_speeds: list[Speed] = []
+    if has_text:
+        below = 2**64 if most_tokens is None else scan_corpus(data, show).threshold
         documents = progress_bar("tokenizing", "document", show=show, over=hashed_documents(data))
-        text = tokenise((document for document, _, _ in documents), tokenizer)
+        text = tokenise((document for document, h, _ in documents if h < below), tokenizer, most_tokens)
         objective = build_objective(objective_of_model(model), trained.objective, tokenizer, length)
         with multiplying_in(model, precision):
             scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
     if tasks:
         with multiplying_in(model, precision):
             scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
-    return Evaluation(scores, precision, weights)
+    if config.speed:
+        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, config.weights or precision)
+        say(f"speed: {how}", show)
+    return Evaluation(scores, precision, weights, found_speeds)
 
 
 def _window(model: Any, wished: int | None, trained: int) -> int:

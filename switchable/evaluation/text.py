@@ -46,17 +46,22 @@ class TokenisedText:
     """UTF-8 bytes of the documents."""
 
 
-def tokenise(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> TokenisedText:
-    """Return documents as tokens.
+def tokenise(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+) -> TokenisedText:
+    """Return documents as tokens, so many whole ones that there are `most_tokens`.
 
     Raises:
         InputError: there is no text.
     """
     end = np.array([end_of_text(tokenizer).id], np.int64)
-    pieces, text_bytes = [end], 0
+    pieces, text_bytes, tokens = [end], 0, 0
     for text in documents:
         pieces += [encode_batch(tokenizer, [text])[0].astype(np.int64), end]
         text_bytes += len(text.encode())
+        tokens += len(pieces[-2]) + 1
+        if most_tokens is not None and tokens >= most_tokens:
+            break
     if text_bytes == 0:
         raise InputError("there is no text to evaluate on; give other files")
     return TokenisedText(np.concatenate(pieces), text_bytes)

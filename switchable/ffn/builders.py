@@ -11,6 +11,8 @@ from typing import Any
 
 import transformers
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -39,8 +41,8 @@ def build_model(
     """Return a model with random weights (drawn from torch's global generator), to pre-train from scratch.
 
     Args:
-        family: model type, a key of `BUILDERS`: gpt2, opt, llama (causal), bert, roberta (masked), t5 (sequence to
-            sequence; `num_layers` on each side).
+        family: model type, a key of `BUILDERS`: gpt2, opt, llama, arcee (causal), bert, roberta (masked), t5
+            (sequence to sequence; `num_layers` on each side).
         sizes: `d_model`, `d_ff`, `num_layers`, `num_heads`, `max_positions`.
         activation: name in `ACT2FN` of the FFN's activation, for llama of its gate's.
         vocab_size: rows of the embedding.
@@ -125,8 +127,21 @@ def _opt(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
 
 
 def _llama(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
-    return LlamaConfig(
-        architectures=[LlamaForCausalLM.__name__],
+    return LlamaConfig(architectures=[LlamaForCausalLM.__name__], **_llama_settings(sizes, activation, rest))
+
+
+def _arcee(sizes: Sizes, activation: str, rest: Tokens) -> PreTrainedConfig:
+    """Llama without a gate, of which other engines compute ReLU^2."""
+    settings = _llama_settings(sizes, activation, rest)
+    return ArceeConfig(
+        architectures=[ArceeForCausalLM.__name__],
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},  # not Arcee's own, stretched one
+        **settings,
+    )
+
+
+def _llama_settings(sizes: Sizes, activation: str, rest: Tokens) -> dict[str, Any]:
+    return dict(
         max_position_embeddings=sizes["max_positions"],
         hidden_size=sizes["d_model"],
         intermediate_size=sizes["d_ff"],
@@ -199,6 +214,7 @@ BUILDERS: dict[str, Callable[[Sizes, str, Tokens], PreTrainedConfig]] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "llama": _llama,
+    "arcee": _arcee,
     "bert": _bert,
     "roberta": _roberta,
     "t5": _t5,

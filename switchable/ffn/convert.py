@@ -28,8 +28,9 @@ from switchable.finite import check_finite
 from switchable.options import checked
 from switchable.settings import SwitchConfig, settled
 
-MODES = ("mode", "experts_per_token", "router_learns", "multiplies_active")
+MODES = ("mode", "experts_per_token", "mass", "router_learns", "multiplies_active")
 """What decides how an FFN is multiplied."""
+PerLayer = int | Sequence[int | None] | None
 NOT_SWITCHABLE = (
     "the model has no switchable FFNs; convert it first: convert(model), or `switchable convert` for a folder"
 )
@@ -171,7 +172,7 @@ def layers_of(model: nn.Module) -> list[SwitchableFFN]:
 
 
 def set_mode(
-    model: nn.Module, mode: str, experts_per_token: int | Sequence[int | None] | None = None
+    model: nn.Module, mode: str, experts_per_token: PerLayer = None, mass: float | None = None
 ) -> None:
     """Set how the FFNs multiply from now on: `"dense"` (all neurons) or `"sparse"` (K experts per token).
 
@@ -181,12 +182,14 @@ def set_mode(
         model: a converted model; dense mode alone can be had of any other too.
         mode: `"dense"` or `"sparse"`.
         experts_per_token: K, 1 to E, one for all layers or one for each; None keeps each layer's own.
+        mass: of the K the fewest whose shares (softmax of the router's scores) add up to it, 1: all; None: as before.
 
     Raises:
-        InputError: unknown mode, impossible K, the model is not converted, or it has no sparse mode (no layer takes
-            part, or something hangs on a projection that sparse mode would pass by); nothing has been changed then.
+        InputError: unknown mode, impossible K or mass, the model is not converted, or it has no sparse mode (no layer
+            takes part, or something hangs on a projection that sparse mode would pass by); nothing has been changed.
     """
     found = layers_of(checked("model", model, nn.Module))
+    mass = checked("mass", mass, float | None, above=0, most=1, usual="0.9")
     if not found and (mode != "dense" or experts_per_token is not None):
         raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
@@ -206,6 +209,8 @@ def set_mode(
     for layer, k in zip(found, each, strict=True):
         if k is not None:
             layer.ssd.experts_per_token = k
+        if mass is not None:
+            layer.ssd.mass = mass
         layer.ssd.mode = mode if layer.ssd.takes_part else "dense"
 
 
@@ -245,16 +250,18 @@ def shown_mode(model: nn.Module, mode: str) -> str:
     why = why_dense(model)
     if not any(ssd.takes_part for ssd in layers):
         return f"no sparse mode, {why}"
-    return f"sparse mode, K={shown} of {layers[0].num_experts} experts" + (f"; {why}" if why else "")
+    few, mass = f"{shown} of {layers[0].num_experts} experts", layers[0].mass
+    few = few if mass == 1 else f"up to {few}, those whose shares add up to {mass:g}"
+    return f"sparse mode, K={few}" + (f"; {why}" if why else "")
 
 
 @contextmanager
 def in_mode(
-    model: nn.Module, mode: str, experts_per_token: int | Sequence[int | None] | None = None
+    model: nn.Module, mode: str, experts_per_token: PerLayer = None, mass: float | None = None
 ) -> Iterator[None]:
     """Within the `with` block the FFNs multiply so (see `set_mode`); afterwards as before: for single calls."""
     with kept_modes(checked("model", model, nn.Module)):
-        set_mode(model, mode, experts_per_token)
+        set_mode(model, mode, experts_per_token, mass)
         yield
 
 

@@ -25,11 +25,12 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     """Return a sparse layer's output, bias included, from one call of compiled code; None where it does not apply.
 
     Then the layer computes it step by step: with gradients, many tokens, under `torch.compile` or autocast, and where a
-    backend was asked for by name.
+    backend was asked for by name; with a mass, whose experts `topk.py` chooses.
     """
     if (
         training
         or ssd.settings.config.backend != "auto"
+        or ssd.mass < 1
         or x_BSD.numel() > MOST_TOKENS * ssd.d_model
         or not x_BSD.is_cpu
         or torch.is_grad_enabled()

@@ -19,6 +19,7 @@ from torch import Tensor
 from switchable.errors import InputError
 from switchable.ffn.router import Router
 from switchable.ffn.ssd import SSD
+from switchable.options import checked
 
 FORMAT = 1
 """Of the description; a reader of lower ones refuses it."""
@@ -50,6 +51,8 @@ def describe(ssd: SSD) -> dict[str, Any]:
     """Return what an FFN is besides its weights, as plain values."""
     names = ("name", "num_experts", "experts_per_token", "takes_part", "why_dense")
     described = {"format": FORMAT, **{name: getattr(ssd, name) for name in names}}
+    if ssd.mass < 1:
+        described["mass"] = ssd.mass
     described |= {"family": dataclasses.asdict(ssd.settings.family), "neuron_ids": ssd.neuron_ids_F.tolist()}
     return described if ssd.holders[0].has_dense_mode else described | {"gate": "softmax"}
 
@@ -62,6 +65,7 @@ def take_over(ssd: SSD, described: Mapping[str, Any]) -> None:
     """
     try:
         k, takes_part, why = (described[n] for n in ("experts_per_token", "takes_part", "why_dense"))
+        mass = checked("mass", described.get("mass", 1.0), float, above=0, most=1)
         ids_F = torch.tensor(described.get("neuron_ids", range(ssd.d_ff)), dtype=torch.int64, device="cpu")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the description of {ssd.name} is damaged ({error!r})") from None
@@ -69,7 +73,8 @@ def take_over(ssd: SSD, described: Mapping[str, Any]) -> None:
     fits = described.get("num_experts", ssd.num_experts) == ssd.num_experts and isinstance(takes_part, bool)
     if not fits or not torch.equal(ids_F.sort().values, torch.arange(ssd.d_ff, device="cpu")):
         raise InputError(f"the description of {ssd.name} is that of another FFN, or damaged")
-    ssd.experts_per_token, ssd.takes_part, ssd.why_dense, ssd.neuron_ids_F = k, takes_part, str(why), ids_F
+    ssd.experts_per_token, ssd.mass, ssd.takes_part = k, mass, takes_part
+    ssd.why_dense, ssd.neuron_ids_F = str(why), ids_F
 
 
 def encoded(described: Mapping[str, Any]) -> Tensor:

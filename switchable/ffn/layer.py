@@ -139,7 +139,7 @@ class SwitchableFFN(nn.Module):
         of x is that of the function computed, and with all experts on that of the dense layer.
         """
         with torch.no_grad():
-            ids_TK = top_experts(self.router(x_TD.detach()), self.ssd.experts_per_token)
+            ids_TK = top_experts(self.router(x_TD.detach()), self.ssd.experts_per_token, self.ssd.mass)
         return self._experts(x_TD, ids_TK)
 
     def _experts(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
@@ -148,7 +148,9 @@ class SwitchableFFN(nn.Module):
         if dtype != x_TD.dtype and not torch.is_autocast_enabled(x_TD.device.type):
             cast = {name: each.to(x_TD.dtype) for name, each in vars(weights).items() if each is not None}
             weights = replace(weights, **cast)
-        call = ExpertCall(x_TD, weights, ids_TK, ssd.num_experts, ssd.settings.activation)
+        call = ExpertCall(
+            x_TD, weights, ids_TK, ssd.num_experts, ssd.settings.activation, ragged=ssd.mass < 1
+        )
         if self.training and ssd.hidden_dropout:
             y_TD = reference(call, ssd.hidden_dropout)  # the only one that drops out between the projections
             return y_TD if ssd.own_forwards else y_TD.to(dtype)
@@ -162,5 +164,7 @@ class SwitchableFFN(nn.Module):
         return router_loss(self.router(x_BSD.reshape(-1, ssd.d_model)), mass_TE)
 
     def extra_repr(self) -> str:
-        """Say mode, K and E, as in `mode=sparse, experts=6/32`."""
-        return f"mode={self.ssd.mode}, experts={self.ssd.experts_per_token}/{self.ssd.num_experts}"
+        """Say mode, K and E, and the mass, as in `mode=sparse, experts=6/32, mass=0.9`."""
+        ssd = self.ssd
+        mass = f", mass={ssd.mass}" if ssd.mass < 1 else ""
+        return f"mode={ssd.mode}, experts={ssd.experts_per_token}/{ssd.num_experts}{mass}"

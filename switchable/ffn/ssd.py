@@ -96,6 +96,9 @@ class SSD:
         self.why_dense = ""
         """What keeps the layer out of sparse mode, if it does not take part and this is known."""
         self.set_experts_per_token(settings.config.experts_per_token)
+        self.mass = 1.0
+        """Below 1, a token computes the fewest of its K experts whose shares, as the router estimates them, add up to
+        this part of its activation mass (`compute/cpu/topk.py`)."""
         self.router_learns = not settings.config.never_sparse
         """Whether the router is trained in steps with gradients."""
         self.multiplies_active = False

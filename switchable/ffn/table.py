@@ -55,6 +55,7 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
     "gpt_neox": _NEOX,
     "phi": _FC,
     "nemotron": _NEMOTRON,
+    "arcee": replace(_NEMOTRON, ffn="ArceeMLP"),
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, ffn="MistralMLP"),
     "qwen2": replace(_LLAMA, ffn="Qwen2MLP"),

@@ -2,7 +2,8 @@
 
 dense    config.json, *.safetensors, tokenizer: nothing of ours is in it, any tool opens it
 sparse   the same, and the routers in a file where other tools do not look: they open the dense model,
-         `switchable.load` the switchable one (see `experts.py`)
+         `switchable.load` the switchable one (see `experts.py`), and so does transformers where it is told
+         trust_remote_code=True (see `integrations/auto_model.py`)
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
 from switchable.ffn.convert import check_sparse, is_router_parameter, layers_of, set_mode, why_dense
-from switchable.files import check_apart, check_writable, full_disk_told, whole_folder, write_text
+from switchable.files import (
+    check_apart,
+    check_writable,
+    full_disk_told,
+    read_json,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.infer.decoding.rounded import round_weights
@@ -30,7 +40,17 @@ from switchable.store.folders import entry, seal
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_plain
 from switchable.store.quantised import check_int8, write_int8
-from switchable.store.readme import readme
+from switchable.store.readme import class_name, engines, readme
+
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForMaskedLM": transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    "AutoModelForSeq2SeqLM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+"""Classes that look at a config's `auto_map`, with those that they open."""
+CODE = "modeling_switchable"
+"""Module of a sparse folder that transformers reads where it may."""
 
 
 def export(
@@ -86,6 +106,7 @@ def export(
         "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
         "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
         "why_dense": why_dense(model),
+        "engines": engines(model) if layers_of(model) else None,
     }
     return {
         "out": str(out),
@@ -123,8 +144,21 @@ def write(
             write_int8(copy.deepcopy(model), folder)
         # Of the tensors alone: texts such as the README are for everyone to change.
         seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
+        _name_class(folder, model)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+
+
+def _name_class(folder: Path, model: nn.Module) -> None:
+    """Tell transformers' Auto classes of the class that opens a folder in sparse mode."""
+    name, config = class_name(model), read_json(folder / "config.json")
+    found = {auto: kinds.get(type(model.config), None) for auto, kinds in AUTO_CLASSES.items()}
+    autos = [auto for auto, kind in found.items() if getattr(kind, "__name__", None) == name]
+    write_json(folder / "config.json", config | {"auto_map": dict.fromkeys(autos, f"{CODE}.{name}")})
+    lines = (
+        f"from switchable.integrations.auto_model import sparse_class\n\n{name} = sparse_class({name!r})\n"
+    )
+    write_text(folder / f"{CODE}.py", lines)
 
 
 def check_output(

@@ -123,6 +123,7 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         ) from None
     if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
         del config.quantization_config
+    vars(config).pop("auto_map", None)  # a sparse export's: what is written of the model may be a dense one
     return config
 
 

@@ -19,14 +19,24 @@ TEXTS = {
     "dense": (PLAIN, "A plain checkpoint: nothing in it needs switchable."),
     "sparse": (
         SPARSE,
-        "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable.",
+        "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable. Told "
+        "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`; `transformers "
+        "serve --trust-remote-code`), `pipeline` and the Auto classes open it in sparse mode, by the two lines of "
+        "modeling_switchable.py.",
     ),
 }
 """What a folder holds -> the lines, and what else to know."""
 ACTIVATION = (
     "Its FFNs compute {name}, as config.json says. A program that assumes another activation for this type of "
-    "model, as mlx-lm does for Llama, gives other answers."
+    "model, as mlx-lm does for Llama, gives other answers. {llama_cpp}"
 )
+LLAMA_CPP = {
+    "arcee": "relu2", "nemotron": "relu2", "llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "silu",
+    "smollm3": "silu", "granite": "silu", "olmo2": "silu", "gemma": "gelu_pytorch_tanh",
+    "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh", "gpt2": "gelu_new", "gpt_neox": "gelu",
+    "phi": "gelu_new",
+}  # fmt: skip
+"""Type of model -> the activation that llama.cpp has built into it, whatever the config says."""
 
 
 def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
@@ -37,9 +47,26 @@ def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
     if not has_tokenizer:
         code = [line.replace("AutoTokenizer, ", "") for line in code if not line.startswith("tokenizer")]
     said = "\n".join(code)
-    computes = [ACTIVATION.format(name=layer.ssd.settings.activation) for layer in layers_of(model)[:1]]
-    more = "\n\n".join([more, *computes])
+    name_of = [layer.ssd.settings.activation for layer in layers_of(model)[:1]]
+    computes = [ACTIVATION.format(name=activation, llama_cpp=engines(model)) for activation in name_of]
+    more = "\n\n".join([more.replace("{name}", name), *computes])
     return f"# {name}\n\nFrom the folder in which this one lies:\n\n```python\n{said}\n```\n\n{more}\n"
+
+
+def engines(model: nn.Module) -> str:
+    """Say whether llama.cpp computes a switchable model's own activation, and which type of model would have it."""
+    kind, own = str(model.config.model_type), layers_of(model)[0].ssd.settings.activation  # type: ignore[union-attr]
+    built_in = LLAMA_CPP.get(kind)
+    if built_in == own:
+        return f"llama.cpp computes {own} in models of type {kind}, as this one does."
+    if built_in is None:
+        return (
+            f"Of llama.cpp's activation in models of type {kind} nothing is known here: compare losses first."
+        )
+    return (
+        f"llama.cpp has {built_in} built into models of type {kind} and would write other text, silently; relu2 "
+        "without a gate it computes in models of type arcee (switchable pretrain --family arcee)."
+    )
 
 
 def class_name(model: nn.Module) -> str:

@@ -42,6 +42,7 @@ class RunDir:
         self.tokenizer = path / "tokenizer"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self.speed = path / "speed.png"
         self._launcher = path / "launcher"
         self.report = path / "report.html"
         self._lock = FileLock(path / "run.lock", timeout=0)
@@ -90,7 +91,7 @@ class RunDir:
     def contents(self) -> tuple[Path, ...]:
         """Return what a run leaves here, besides its configuration."""
         folders = (self.tensorboard, self.checkpoints, self.snapshots, self.final, self.tokenizer)
-        return (*folders, self.metrics, self.summary, self.curves, self.report, self.probe)
+        return (*folders, self.metrics, self.summary, self.curves, self.speed, self.report, self.probe)
 
     def refuse_to_replace(self, overwrite: bool, sources: Iterable[Path | str]) -> None:
         """Refuse to start a run over another one, over something else, or over what it reads.

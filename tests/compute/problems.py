@@ -30,6 +30,7 @@ class Case:
     routing: str = "random"  # random, one (all tokens on the first K), late (none on the first two)
     stored: str = "neurons"  # neurons (both [F, D] in memory), linear (down is not), conv (up is not)
     strided: bool = False  # the input
+    ragged: bool = False  # tokens have 1 to K experts
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Problem:
 
     @property
     def call(self) -> ExpertCall:
-        return ExpertCall(self.x, self.weights, self.ids, self.case.experts, self.case.activation)
+        case = self.case
+        return ExpertCall(self.x, self.weights, self.ids, case.experts, case.activation, case.ragged)
 
     def run(self, backend: str) -> Tensor:
         return expert_ffn(self.call, backend)
@@ -73,6 +75,10 @@ def problem(case: Case, *, exact: bool = False) -> Problem:
     if case.routing == "late":
         scores_TE[:, :2] -= 1
     ids_TK = scores_TE.topk(case.chosen).indices
+    if case.ragged:
+        left_out_TK = torch.rand(ids_TK.shape, generator=generator) < 0.5
+        left_out_TK[:, 0] = False
+        ids_TK = ids_TK.masked_fill(left_out_TK, case.experts)
     x = leaf(case.tokens, 2 * case.width if case.strided else case.width)
     found = Problem(case, x[:, ::2] if case.strided else x, ids_TK)
     up, down = (

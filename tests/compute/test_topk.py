@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -58,3 +60,36 @@ def test_without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "this_machine", lambda: None)
     scores_TE = torch.randn(100, 8)
     assert torch.equal(top_experts(scores_TE, 2).sort().values, scores_TE.topk(2).indices.sort().values)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_the_fewest_experts_whose_shares_add_up_to_the_mass(tokens: int) -> None:
+    # Shares of 0.5, 0.3, 0.1, 0.06 and 0.04, and whatever is added to all the scores.
+    scores_TE = torch.tensor([0.1, 0.5, 0.06, 0.3, 0.04]).log().expand(tokens, 5) + 7.0
+    kept = {0.3: [1], 0.55: [1, 3], 0.85: [0, 1, 3], 0.95: [0, 1, 2, 3], 0.99: [0, 1, 2, 3, 4]}
+    for mass, ids in kept.items():
+        for most in range(1, 6):
+            few = [e for e in (1, 3, 0, 2, 4) if e in ids][:most]
+            row = sorted(few) + [5] * (most - len(few))
+            found_TK = top_experts(scores_TE, most, mass).sort().values
+            assert found_TK.tolist() == [row] * tokens, (mass, most)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen", "mass"),
+    [(300, 128, 18, 0.9), (64, 6, 6, 0.5), (257, 24, 23, 0.99), (100, 7, 3, 0.2), (70, 1024, 5, 0.9)],
+)
+def test_compiled_code_and_torch_keep_the_same_experts(
+    tokens: int, experts: int, chosen: int, mass: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    scores_TE = 3 * torch.randn(tokens, experts)
+    ours = top_experts(scores_TE, chosen, mass).sort().values
+    monkeypatch.setattr(selection, "this_machine", lambda: None)
+    assert torch.equal(ours, top_experts(scores_TE, chosen, mass).sort().values)
+
+
+@pytest.mark.parametrize("tokens", [2, 64])
+def test_a_share_that_is_no_number_leaves_nothing_out(tokens: int) -> None:
+    scores_TE = torch.tensor([math.nan, 1.0, 0.0, -1.0]).expand(tokens, 4)
+    assert top_experts(scores_TE, 3, 0.1).sort().values.tolist() == [[0, 1, 2]] * tokens

@@ -99,7 +99,6 @@ def test_the_command(
         (["--tasks", "sst2={data}/nothing"], ["no dev.tsv of sst2", "nothing/SST-2/dev.tsv"]),
         (["--tasks", "lambada={data}/nothing"], ["no LAMBADA data"]),
         (["--data", "{data}/nothing.txt"], ["nothing.txt"]),
-        ([], ["nothing to evaluate on"]),
         (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
         (["--data", "{data}", "--batch-size", "0"], ["batch_size=0"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from switchable import InputError, set_mode
+from switchable.cli import main
 from switchable.data.config import DataConfig
 from switchable.data.objectives import CausalLM
 from switchable.evaluation.config import EvalConfig
@@ -20,6 +22,7 @@ from switchable.evaluation.run import evaluate
 from switchable.evaluation.text import TokenisedText, overlapping_windows, text_scores
 from switchable.evaluation.ways import Way, ways
 from switchable.ffn.convert import layers_of
+from switchable.store.export import export
 
 Runs = Callable[[str], tuple[Path, dict[str, Any]]]
 
@@ -74,6 +77,56 @@ def test_ways(switchable_gpt2: nn.Module) -> None:
     assert ways(switchable_gpt2) == [Way("dense")]
     with pytest.raises(InputError, match="no sparse mode: 2 of 2 FFNs stay dense"):
         ways(switchable_gpt2, ["sparse"])
+
+
+def test_ways_with_a_mass(switchable_gpt2: nn.Module) -> None:
+    found = ways(switchable_gpt2, ["sparse"], [2], [0.9])
+    assert found == [Way("sparse", 2), Way("sparse", 3), Way("sparse", 2, 0.9), Way("sparse", 3, 0.9)]
+    assert str(found[2]) == "sparse K<=2 mass=0.9"
+    set_mode(switchable_gpt2, "dense", mass=0.9)  # the model's own, which is not listed twice
+    assert ways(switchable_gpt2, ["sparse"]) == [Way("sparse", 3, 0.9)]
+    assert ways(switchable_gpt2, ["sparse"], [], [0.9]) == [Way("sparse", 3), Way("sparse", 3, 0.9)]
+
+
+def test_without_text_it_is_the_runs_own_validation_text(trained: Runs, tmp_path: Path) -> None:
+    folder, figures = trained("gpt2")
+    found = evaluate(folder, EvalConfig(mode=("dense",), threads=1), DataConfig())
+    loss = next(s for s in found.scores if s.metric.startswith("loss"))
+    # Windows overlap here by one token, those of training do not: nearly the same predictions.
+    assert loss.value == pytest.approx(figures["val_loss_dense"], abs=0.02)
+    export(folder, "sparse", tmp_path / "exported")
+    with pytest.raises(InputError, match="nothing to evaluate on; give text with --data"):
+        evaluate(tmp_path / "exported", EvalConfig(), DataConfig())
+
+
+def test_loss_against_speed(trained: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = trained("gpt2")
+    picture = folder / "speed.png"
+    assert main(["eval", str(folder), "--experts-per-token", "1", "8", "--speed", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert (result["picture"], picture.read_bytes()[:4]) == (str(picture), b"\x89PNG")
+    rows = {(r["mode"], r["experts_per_token"], r["mass"]): r for r in result["speed"]}
+    ks = [1, 8, 3]
+    assert list(rows) == [("dense", None, 1.0), *(("sparse", k, m) for m in (1.0, 0.9) for k in ks)]
+    assert all(r["tokens_per_second"] > 0 for r in rows.values())
+    assert [rows["sparse", k, 1.0]["experts"] for k in ks] == ks
+    assert rows["dense", None, 1.0]["experts"] is None
+    assert 1 < rows["sparse", 8, 0.9]["experts"] < 8
+    # No expert left out is the dense model; up to one expert is one expert.
+    losses = {way: row["loss"] for way, row in rows.items()}
+    assert losses["sparse", 8, 1.0] == pytest.approx(losses["dense", None, 1.0], rel=1e-4)
+    assert losses["sparse", 1, 0.9] == losses["sparse", 1, 1.0]
+    assert losses["sparse", 8, 0.9] != losses["sparse", 8, 1.0]
+    assert [line.split()[:1] for line in lines if line.startswith(("dense ", "sparse "))] == [
+        ["dense"],
+        *[["sparse"]] * 6,
+    ]
+    out = tmp_path / "scores.json"
+    assert main(["eval", str(folder), "--speed", "--mode", "dense", "--threads", "1", "--out", str(out)]) == 0
+    assert (tmp_path / "scores-speed.png").is_file()
+    assert main(["eval", str(trained("bert")[0]), "--speed"]) == 2
+    assert "speed is that of writing, which this model does not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])

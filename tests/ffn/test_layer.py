@@ -11,8 +11,8 @@ from families.models import make
 from support import HomeMade
 from torch import Tensor, nn
 
-from switchable import Family, InputError, SwitchConfig, convert, set_mode
-from switchable.ffn.convert import is_router_parameter, layers_of
+from switchable import Family, InputError, SwitchConfig, convert, in_mode, set_mode
+from switchable.ffn.convert import is_router_parameter, layers_of, shown_mode
 from switchable.ffn.layer import SPARSE_TOKEN_FRACTION
 
 Make = Callable[..., nn.Module]
@@ -136,6 +136,39 @@ def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Ma
     assert saved_bytes("sparse") < saved_bytes("dense")
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 32])
+def test_fewer_experts_where_a_token_needs_fewer(make_gpt2: Make, tokens_at_once: int) -> None:
+    model = make_gpt2(layers=1).eval()
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=5))
+    layer = layers_of(model)[0]
+    x_TD = torch.randn(tokens_at_once, 16)
+    shares_TE = layer.router(x_TD).softmax(-1)
+    expected = []
+    for x_D, shares_E in zip(
+        x_TD, shares_TE, strict=True
+    ):  # each token alone, with as many experts as it needs
+        order = shares_E.argsort(descending=True)
+        needed = 1 + int((shares_E[order].cumsum(0) < 0.4).sum())
+        with in_mode(model, "sparse", min(needed, 5), mass=1.0), torch.no_grad():
+            expected.append(layer(x_D.view(1, 1, -1))[0, 0])
+    with in_mode(model, "sparse", mass=0.4):
+        assert "mass=0.4" in repr(layer)
+        assert (
+            shown_mode(model, "sparse")
+            == "sparse mode, K=up to 5 of 8 experts, those whose shares add up to 0.4"
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x_TD[None])[0], torch.stack(expected))
+            torch.testing.assert_close(
+                torch.compile(layer, backend="eager")(x_TD[None])[0], torch.stack(expected)
+            )
+        assert layer(x_TD[None].requires_grad_()).requires_grad  # it can be trained so as well
+        saved = model.state_dict()
+    assert layer.ssd.mass == 1.0
+    model.load_state_dict(saved)
+    assert layer.ssd.mass == 0.4  # like K it is saved with the router
+
+
 def test_errors_say_what_to_do(make_gpt2: Make) -> None:
     with pytest.raises(
         InputError, match=r"num_experts=10 does not divide d_ff=64 of .*h\.0\.mlp; use one of .*8.*16"
@@ -152,6 +185,9 @@ def test_errors_say_what_to_do(make_gpt2: Make) -> None:
     for wrong in (9, 0, 2.5, True, [3, 9]):
         with pytest.raises(InputError, match=r"experts_per_token=\S+ is not possible with the 8 experts"):
             set_mode(model, "sparse", experts_per_token=wrong)
+    for mass in (0, 1.5, "most", True):
+        with pytest.raises(InputError, match=r"^mass="):
+            set_mode(model, "sparse", mass=mass)
     assert all((layer.ssd.mode, layer.ssd.experts_per_token) == ("dense", 3) for layer in layers_of(model))
 
 

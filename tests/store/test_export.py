@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, LlamaCon
 
 from switchable import InputError, SwitchConfig, convert, in_mode, set_mode
 from switchable.data.tokenizers import load_tokenizer, save_tokenizer, train_bpe
+from switchable.ffn.builders import build_model
 from switchable.ffn.convert import layers_of
 from switchable.store.checkpoint import save
 from switchable.store.export import export
@@ -114,16 +115,101 @@ def test_a_sparse_export_opens_under_any_head(tmp_path: Path) -> None:
 
 
 def test_a_sparse_export_is_the_dense_model_where_we_are_not_installed(tmp_path: Path) -> None:
-    """In what reads the files without transformers too: nothing of ours is in `config.json` or among the weights."""
+    """In what reads the files without transformers too: nothing of ours is among the weights.
+
+    `config.json` names a class of ours, which transformers looks at where it is told to.
+    """
     model, batch = saved("llama", tmp_path / "checkpoint")
     for to in ("dense", "sparse"):
         export(tmp_path / "checkpoint", to, tmp_path / to)
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "sparse" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    weights, configs = (
+        [(tmp_path / to / name).read_bytes() for to in ("sparse", "dense")]
+        for name in ("model.safetensors", "config.json")
+    )
+    assert weights[0] == weights[1]
+    ours, plain = map(json.loads, configs)
+    assert ours.pop("auto_map") == {"AutoModelForCausalLM": "modeling_switchable.LlamaForCausalLM"}
+    assert ours == plain
     save_file(batch, tmp_path / "sparse-inputs.safetensors")
     done = run(PLAIN, tmp_path / "sparse")
     assert done.returncode == 0, done.stderr
     assert relative(load_file(tmp_path / "sparse-output.safetensors")["y"], output(model, batch)) < 1e-5
+
+
+TRUSTED = """
+import sys
+import lm_eval.models.huggingface
+import torch, transformers
+from safetensors.torch import load_file, save_file
+from switchable.ffn.convert import layers_of
+transformers.utils.logging.set_verbosity_error()
+folder, batch = sys.argv[1], load_file(sys.argv[1] + "-inputs.safetensors")
+plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+assert not layers_of(plain)
+told = {"trust_remote_code": True, "device": "cpu"}
+models = {
+    "auto": transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
+    "pipeline": transformers.pipeline("text-generation", folder, **told).model,
+    "lm_eval": lm_eval.models.huggingface.HFLM(folder, **told).model,
+}
+assert {type(model) for model in models.values()} == {type(plain)}
+with torch.no_grad():
+    found = {name: model(**batch).logits for name, model in models.items()}
+    found["written"] = models["auto"].generate(batch["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0)
+save_file(found, folder + "-output.safetensors")
+half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **{"trust_remote_code": True})
+assert half.dtype == torch.bfloat16 and layers_of(half)[0].ssd.mode == "sparse"
+half.save_pretrained(folder + "-again")
+transformers.AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+"""
+
+
+def test_transformers_opens_a_sparse_export_in_sparse_mode_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `trust_remote_code`, the word that the folder's README says; in what others make of transformers too."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, batch = make("gpt2"), inputs("gpt2")
+    convert(model, CONFIG)
+    made = train_bpe(["the cat sat on a mat " * 9], 257)
+    model.resize_token_embeddings(len(made))
+    save(tmp_path / "own", model, tokenizer=made)
+    export(tmp_path / "own", "sparse", tmp_path / "sparse")
+    text = (tmp_path / "sparse" / "README.md").read_text()
+    for words in ("trust_remote_code=True", "pretrained=sparse,", "transformers serve --trust-remote-code"):
+        assert words in text
+    save_file(batch, tmp_path / "sparse-inputs.safetensors")
+    done = run(TRUSTED, tmp_path / "sparse")
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "sparse-output.safetensors")
+    set_mode(model.eval(), "sparse")
+    for name in ("auto", "pipeline", "lm_eval"):
+        assert relative(found[name], output(model, batch)) < 1e-6, name
+    written = model.generate(batch["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(found["written"], written)
+    export(tmp_path / "sparse", "dense", tmp_path / "dense")
+    assert "auto_map" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "activation", "words"),
+    [
+        ("arcee", "relu2", "llama.cpp computes relu2 in models of type arcee, as this one does."),
+        ("gpt2", "relu2", "llama.cpp has gelu_new built into models of type gpt2 and would write other text"),
+        ("llama", "relu", "pretrain --family arcee"),
+        ("opt", "relu", "nothing is known here"),
+    ],
+)
+def test_an_export_says_whether_llama_cpp_honours_its_activation(
+    family: str, activation: str, words: str, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "max_positions": 8}
+    model = build_model(family, sizes, activation, 50, {"eos_token_id": 0})
+    convert(model, CONFIG)
+    save(tmp_path / "own", model)
+    for to in ("dense", "sparse"):
+        assert words in export(tmp_path / "own", to, tmp_path / to)["engines"]
+        assert words in (tmp_path / to / "README.md").read_text()
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bert-classifier", "t5", "bart", "vit"])

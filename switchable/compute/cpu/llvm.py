@@ -189,7 +189,7 @@ class Writer:
 
     def reduce_add(self, vector: ir.Value) -> ir.Value:
         """The sum of a vector's numbers, halves added first."""
-        lanes = self.lanes
+        lanes = vector.type.count
         while lanes > 1:
             lanes //= 2
             low, high = (self.shuffle(vector, range(first, first + lanes)) for first in (0, lanes))

@@ -54,10 +54,10 @@ class SortedPairs:
     def sort(cls, expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
         """Sort once for both passes; numpy's stable sort of small integers is a radix sort."""
         flat = expert_ids_TK.reshape(-1)
-        counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
+        counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()[:num_experts]
         lanes = _lanes(len(flat) // num_experts)
         keys = flat.to(torch.int16 if num_experts < 2**15 else torch.int32)
-        order = np.argsort(keys.numpy(), kind="stable")
+        order = np.argsort(keys.numpy(), kind="stable")[: sum(counts)]  # behind them: pairs with no expert
         padding = [-count % lanes for count in counts]
         if any(padding):
             ends = np.repeat(np.cumsum(counts), padding)

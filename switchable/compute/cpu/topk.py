@@ -5,7 +5,14 @@ So the K-th highest score of a token is found bit by bit from the top: keep a bi
 reach it. That is a comparison of all scores at once and a count, at most 32 times, and fewer as soon as exactly K
 reach it. `torch.topk` takes 1 µs for a token of 128 scores, this a sixth of that.
 
-Shapes: T tokens, E experts, K experts per token.
+Of the K a token may need fewer. An expert's share is the router's estimate of its part in the token's activation mass,
+p = softmax(scores): what the router learns (`ffn/router.py`). With a `mass` below 1 a token keeps expert e if
+
+    Σ p over the experts that score higher than e  <  mass
+
+so the fewest whose shares add up to the mass, one at least. The id E stands in the other places: no expert.
+
+Shapes: T tokens, E experts, K experts per token at most.
 """
 
 from __future__ import annotations
@@ -22,10 +29,12 @@ from switchable.compute.cpu.llvm import (
     I32,
     I64,
     POINTER,
+    Index,
     Machine,
     Values,
     Writer,
     i64,
+    intrinsic,
     this_machine,
 )
 from switchable.compute.cpu.tasks import Record, Tasks
@@ -38,8 +47,11 @@ TASK_TOKENS = 256
 TASKS = Tasks(numbers=("tokens",), addresses=("scores", "ids"))
 
 
-def top_experts(scores_TE: Tensor, experts_per_token: int) -> Tensor:
-    """Return ids_TK of the highest scores, in any order; of equal scores, any. NaN counts as highest."""
+def top_experts(scores_TE: Tensor, experts_per_token: int, mass: float = 1.0) -> Tensor:
+    """Return ids_TK of the highest scores, in any order; of equal scores, any. NaN counts as highest.
+
+    With a `mass` below 1 a token has the fewest of them whose shares add up to it, and the id E in the other places.
+    """
     tokens, experts = scores_TE.shape
     if (
         torch.compiler.is_compiling()  # first: what is traced must not look for a compiler of our own
@@ -47,17 +59,31 @@ def top_experts(scores_TE: Tensor, experts_per_token: int) -> Tensor:
         or scores_TE.device.type != "cpu"
         or scores_TE.dtype != torch.float32
         or tokens < FEWEST_TOKENS
-        or not experts_per_token < experts <= MOST_EXPERTS
+        or not (experts_per_token < experts or mass < 1)
+        or experts > MOST_EXPERTS
     ):
-        return scores_TE.topk(experts_per_token, dim=-1, sorted=False).indices
+        return _in_torch(scores_TE, experts_per_token, mass)
     ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64)
-    code, tasks, scores = _code(experts, experts_per_token), -(-tokens // TASK_TOKENS), scores_TE.detach()
+    code, tasks, scores = (
+        _code(experts, experts_per_token, mass),
+        -(-tokens // TASK_TOKENS),
+        scores_TE.detach(),
+    )
     TASKS.run(code, "select", tasks, scores=scores.contiguous(), ids=ids_TK, tokens=tokens)
     return ids_TK
 
 
+def _in_torch(scores_TE: Tensor, experts_per_token: int, mass: float) -> Tensor:
+    highest = scores_TE.topk(experts_per_token, dim=-1, sorted=mass < 1)
+    if mass == 1:
+        return highest.indices
+    shares_TK = (highest.values - scores_TE.logsumexp(dim=-1, keepdim=True)).exp()
+    before_TK = shares_TK.cumsum(dim=-1) - shares_TK
+    return highest.indices.masked_fill(before_TK >= mass, scores_TE.shape[-1])
+
+
 @functools.cache
-def _code(experts: int, chosen: int) -> Code:
+def _code(experts: int, chosen: int, mass: float) -> Code:
     module, machine = ir.Module("selection"), cast(Machine, this_machine())
     w = Writer(module, "select", [POINTER], wide=False, lanes=machine.vector_bytes // 4)
 
@@ -67,7 +93,7 @@ def _code(experts: int, chosen: int) -> Code:
 
         def row(t: ir.Value) -> None:
             scores = w.at(record["scores"], w.mul(t, experts))
-            write_selection(w, scores, w.at(record["ids"], w.mul(t, chosen), I64), experts, chosen)
+            write_selection(w, scores, w.at(record["ids"], w.mul(t, chosen), I64), experts, chosen, mass)
 
         w.range(start, stop, 1, row)
 
@@ -75,8 +101,10 @@ def _code(experts: int, chosen: int) -> Code:
     return Code(module, machine)
 
 
-def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int) -> None:
-    """Write the ids of the highest scores of one token."""
+def write_selection(
+    w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int, mass: float = 1.0
+) -> None:
+    """Write the ids of the highest scores of one token, E in place of those beyond the mass."""
     b, lanes = w.b, min(experts & -experts, w.lanes)
     integers = ir.VectorType(I32, lanes)
     vectors = [_ordered(w, w.load(w.at(scores, first), integers)) for first in range(0, experts, lanes)]
@@ -111,6 +139,8 @@ def write_selection(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, ch
     b.cbranch(done, after, head)
     b.position_at_end(after)
     _write(w, scores, ids, new_threshold, new_enough, experts, chosen)
+    if mass < 1:
+        _drop(w, scores, ids, experts, chosen, mass)
 
 
 def _write(
@@ -137,6 +167,41 @@ def _write(
     surplus = w.sub(b.sext(enough, I64), chosen)
     w.loop(0, experts, 1, [i64(0), surplus], expert)
     w.each(chosen, lambda k: b.store(b.load(w.at(found, k, I64), typ=I64), w.at(ids, k, I64)))
+
+
+def _drop(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int, mass: float) -> None:
+    """Write E in place of the experts that all those above them make up the mass without."""
+    b, lanes, parts = w.b, min(experts & -experts, w.lanes), w.scratch(experts)
+    vector, number = w.vector_of(lanes), w.number
+    exp = intrinsic(w.function.module, "expf", number, [number])
+
+    def score(e: Index) -> ir.Value:
+        return w.load(w.at(scores, e), number)
+
+    def higher(e: ir.Value, highest: Values) -> Values:
+        return [b.select(b.fcmp_ordered(">", score(e), highest[0]), score(e), highest[0])]
+
+    def share(e: ir.Value, total: Values) -> Values:
+        part = b.call(exp, [b.fsub(score(e), highest)])
+        w.store(part, w.at(parts, e))
+        return [b.fadd(total[0], part)]
+
+    _, (highest,) = w.loop(1, experts, 1, [score(0)], higher)
+    _, (total,) = w.loop(0, experts, 1, [w.zero(number)], share)
+    limit = b.fmul(total, ir.Constant(number, mass))
+
+    def decide(k: ir.Value) -> None:
+        place = w.at(ids, k, I64)
+        own = score(b.load(place, typ=I64))
+        repeated = w.shuffle(b.insert_element(ir.Constant(vector, ir.Undefined), own, I32(0)), [0] * lanes)
+        above = w.zero(vector)
+        for first in range(0, experts, lanes):
+            better = b.fcmp_ordered(">", w.load(w.at(scores, first), vector), repeated)
+            above = b.fadd(above, b.select(better, w.load(w.at(parts, first), vector), w.zero(vector)))
+        beyond = b.fcmp_ordered(">=", w.reduce_add(above), limit)
+        b.store(b.select(beyond, i64(experts), b.load(place, typ=I64)), place)
+
+    w.each(chosen, decide)
 
 
 def _ordered(w: Writer, bits: ir.Value) -> ir.Value:

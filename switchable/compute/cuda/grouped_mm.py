@@ -35,6 +35,8 @@ def _supports(call: ExpertCall) -> str | None:
     d_model, neurons = call.x_TD.shape[1], call.neurons
     if d_model % multiple or neurons % multiple:
         return f"needs multiples of {multiple}, and d_model is {d_model}, neurons per expert {neurons}"
+    if call.ragged and call.learns:
+        return "computes no gradients where tokens have different numbers of experts"
     return None if call.expert_ids_TK.numel() else "needs at least one token"
 
 
@@ -65,7 +67,8 @@ def _run(call: ExpertCall) -> Tensor:
     order_R, position_R, ends_E = sort_by_expert(ids_TK, E)
     # A product with 0s and 1s gives each row its bias: the gradient of indexing would add row by row.
     experts_E = torch.arange(E, device=ids_TK.device)
-    member_RE = (ids_TK.reshape(-1, 1)[order_R] == experts_E).to(dtype)
+    expert_R = ids_TK.reshape(-1)[order_R]
+    member_RE = (expert_R.unsqueeze(1) == experts_E).to(dtype)
 
     def project(rows: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
         out = grouped_mm(rows, weight_FD.to(dtype).view(E, neurons, -1).transpose(1, 2), offs=ends_E)
@@ -79,6 +82,8 @@ def _run(call: ExpertCall) -> Tensor:
     else:
         hidden_RI = act(project(x_RD, weights.gate_FD, weights.gate_bias_F)) * hidden_RI
     z_RD = grouped_mm(hidden_RI, weights.down_FD.to(dtype).view(E, neurons, -1), offs=ends_E)
+    if call.ragged:  # rows of no expert come last: nothing has been written there
+        z_RD = z_RD.masked_fill((expert_R == E).unsqueeze(1), 0)
     return _take(z_RD, position_R, order_R, 1).view(-1, K, z_RD.shape[1]).sum(1).to(x_TD.dtype)
 
 

@@ -51,7 +51,7 @@ def run(call: ExpertCall) -> Tensor:
         InputError: an expert's number is not in 0..E-1.
     """
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
-    check_ids(ids_TK, experts)
+    check_ids(ids_TK, experts + call.ragged)
     dtype = compute_dtype(call)
     up, gate = (weights.up_FD, weights.up_bias_F), (weights.gate_FD, weights.gate_bias_F)
     gated = weights.gate_FD is not None

@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
     order_P: Tensor
     """Place in the flattened [T, K] of what stands in each place."""
     starts: Tensor
-    """First place of each expert in each chunk, and the end: C·E + 1 numbers."""
+    """First place of each expert in each chunk, then of its pairs without one: C · (E + 1) numbers."""
     chunks: int
     per_chunk: int
     """Tokens."""
@@ -64,14 +64,14 @@ class Library:
         self.code = Code(module, packing.machine)
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
-        """Sort expert ids, int64 and all in [0, num_experts)."""
+        """Sort expert ids, int64 and all in [0, num_experts]; the last one is no expert."""
         tokens, chosen = ids_TK.shape
         per_thread = -(-tokens // torch.get_num_threads())
         per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
         chunks = -(-tokens // per_chunk)
         tokens_P, order_P, starts = (
             torch.zeros(size, dtype=torch.int32)
-            for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * num_experts + 1)
+            for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * (num_experts + 1))
         )
         numbers = {"experts": num_experts, "chosen": chosen, "per_chunk": per_chunk, "token_count": tokens}
         written = {

@@ -1,8 +1,9 @@
 """Sorting the (token, expert) pairs of a batch in compiled code, and walking through them.
 
 Tokens are taken in chunks, and within a chunk pairs stand in the order of their experts, an expert's in the order of
-the tokens: the places `starts[c, e]` to `starts[c, e + 1]` are those of expert e in chunk c. A counting sort: count
-the pairs of each expert, add the counts up to first places, put each pair in the next place of its expert.
+the tokens: the places `starts[c, e]` to `starts[c, e + 1]` are those of expert e in chunk c. Pairs of no expert, number
+E, stand behind them, where nobody looks. A counting sort: count the pairs of each expert, add the counts up to first
+places, put each pair in the next place of its expert.
 
 Not to be confused with `SortedPairs` of `pairs.py`, which is for products by a matrix library: there an expert's pairs
 stand together over all tokens, and are padded to equal lanes.
@@ -24,7 +25,7 @@ SORT = Tasks(
     addresses=("ids", "tokens", "order", "starts", "cursors"),
 )
 """Reads `ids` [T, K], int64; writes, int32, `tokens` [P], `order` [P] (which pair t·K + k stands in each place) and
-`starts` [C·E + 1]; `cursors` [C·E] is scratch. A task is a chunk of `per_chunk` tokens."""
+`starts` [C, E + 1]; `cursors` [C, E + 1] is scratch. A task is a chunk of `per_chunk` tokens."""
 
 
 def write_sort(module: ir.Module) -> None:
@@ -34,10 +35,10 @@ def write_sort(module: ir.Module) -> None:
 
 
 def _sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
-    b, chosen, experts = w.b, record["chosen"], record["experts"]
+    b, chosen, columns = w.b, record["chosen"], w.add(record["experts"], 1)
     begin = w.mul(chunk, record["per_chunk"])
     end = w.minimum(w.add(begin, record["per_chunk"]), record["token_count"])
-    own = w.mul(chunk, experts)
+    own = w.mul(chunk, columns)
     # `cursors` holds each expert's count, then the place of its next pair.
     starts, cursors = w.at(record["starts"], own, I32), w.at(record["cursors"], own, I32)
 
@@ -64,17 +65,14 @@ def _sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
         w.put32(t, w.at(record["tokens"], place, I32))
         w.put32(number, w.at(record["order"], place, I32))
 
-    w.each(experts, lambda e: b.store(I32(0), w.at(cursors, e, I32)))
+    w.each(columns, lambda e: b.store(I32(0), w.at(cursors, e, I32)))
     each_pair(lambda _token, _pair, cursor: w.increment(cursor))
-    first, last = (b.trunc(w.mul(bound, chosen), I32) for bound in (begin, end))
-    w.loop(0, experts, 1, [first], begin_expert)
+    w.loop(0, columns, 1, [b.trunc(w.mul(begin, chosen), I32)], begin_expert)
     each_pair(put)
-    # The next chunk writes the same number there; after the last chunk it is the end.
-    b.store(last, w.at(starts, experts, I32))
 
 
 def segment(w: Writer, record: Record, chunk: ir.Value, expert: ir.Value) -> tuple[ir.Value, ir.Value]:
     """An expert's first place in a chunk, and how many it has; the record has `starts` and `experts`."""
-    place = w.add(w.mul(chunk, record["experts"]), expert)
+    place = w.add(w.mul(chunk, w.add(record["experts"], 1)), expert)
     first, after = (w.integer(w.at(record["starts"], at, I32)) for at in (place, w.add(place, 1)))
     return first, w.sub(after, first)

@@ -41,6 +41,8 @@ def _supports(call: ExpertCall) -> str | None:
         return "has no kernels for gated FFNs"
     if call.activation not in RELU_TYPES:
         return f"has kernels for {' and '.join(RELU_TYPES)}, not for {call.activation}"
+    if call.ragged:
+        return "has no kernels for tokens with different numbers of experts"
     if not call.expert_ids_TK.numel():
         return "needs at least one token"
     return why_not_dtype(call, DTYPES)
