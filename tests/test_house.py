@@ -39,7 +39,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 25_060
+MOST_LINES = 28_060
 """What the package has now; lower it when code goes."""
 
 

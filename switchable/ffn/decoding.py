@@ -25,12 +25,11 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     """Return a sparse layer's output, bias included, from one call of compiled code; None where it does not apply.
 
     Then the layer computes it step by step: with gradients, many tokens, under `torch.compile` or autocast, and where a
-    backend was asked for by name; with a mass, whose experts `topk.py` chooses.
+    backend was asked for by name.
     """
     if (
         training
         or ssd.settings.config.backend != "auto"
-        or ssd.mass < 1
         or x_BSD.numel() > MOST_TOKENS * ssd.d_model
         or not x_BSD.is_cpu
         or torch.is_grad_enabled()
@@ -59,6 +58,7 @@ class PreparedLayer:
         "call",
         "experts_per_token",
         "hooks",
+        "mass",
         "modules",
         "namespaces",
         "numbers",
@@ -68,7 +68,7 @@ class PreparedLayer:
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
         check_plain(ssd)
-        self.numbers, self.experts_per_token = x_BSD.numel(), ssd.experts_per_token
+        self.numbers, self.experts_per_token, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
         self.threads = torch.get_num_threads()
         layer, home = ssd.holders[0], ssd.holders[-1]
         *projections, _activation = ssd.called
@@ -98,6 +98,7 @@ class PreparedLayer:
                 ssd.num_experts,
                 ssd.experts_per_token,
                 activation=ssd.settings.activation,
+                mass=ssd.mass,
                 start_D=ssd.down_projection.bias,
             )
 
@@ -106,6 +107,7 @@ class PreparedLayer:
         if (
             x_BSD.numel() != self.numbers
             or ssd.experts_per_token != self.experts_per_token
+            or ssd.mass != self.mass
             or torch.get_num_threads() != self.threads
         ):
             return False

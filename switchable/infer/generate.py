@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of, set_mode
+from switchable.ffn.convert import set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
 from switchable.infer.decoding.matrices import Stored
@@ -39,8 +39,6 @@ def decoding(
         InputError: this machine cannot multiply weights of this width.
     """
     reason = why_not(model, mode) or why_not_written(model, sampling)
-    if mode == "sparse" and any(layer.ssd.mass < 1 for layer in layers_of(model)):
-        reason = reason or "has no code for a mass"
     if reason is None:
         return Decoder(model, weights, stored), None
     if stored is not None:

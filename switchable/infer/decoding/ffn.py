@@ -117,7 +117,7 @@ class ByNeuron:
         self.router: tuple[Tensor, Tensor] | None = None
         if parts.ssd is not None:
             self.router = (numbers(parts.ssd.router.weight), numbers(parts.ssd.router.bias))
-        self.calls: dict[tuple[int, int, int], DecodeCall] = {}
+        self.calls: dict[tuple[int, int, float, int], DecodeCall] = {}
 
     @staticmethod
     def _turned(module: nn.Linear, name: str) -> bool:
@@ -129,12 +129,18 @@ class ByNeuron:
         sparse = self.ssd is not None and self.ssd.mode == "sparse"
         return self.ssd.experts_per_token if sparse else self.experts  # type: ignore[union-attr]
 
+    @property
+    def mass(self) -> float:
+        """What the shares of a token's experts must add up to; 1 in dense mode."""
+        sparse = self.ssd is not None and self.ssd.mode == "sparse"
+        return self.ssd.mass if sparse else 1.0  # type: ignore[union-attr]
+
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
         """Return add + FFN(x)."""
         tokens, chosen = len(x_TD), self.chosen
-        if tokens > (MOST_SPARSE if chosen < self.experts else MOST_DENSE):
+        if tokens > (MOST_SPARSE if chosen < self.experts or self.mass < 1 else MOST_DENSE):
             return self._many(x_TD, add_TD)
-        key = (tokens, chosen, torch.get_num_threads())
+        key = (tokens, chosen, self.mass, torch.get_num_threads())
         call = self.calls.get(key)
         if call is None:
             call = self.calls[key] = self._prepared(tokens, chosen)
@@ -142,7 +148,7 @@ class ByNeuron:
 
     def _prepared(self, tokens: int, chosen: int) -> DecodeCall:
         choice: Any = self.router
-        if chosen == self.experts:
+        if chosen == self.experts and self.mass == 1:
             choice = torch.arange(self.experts).repeat(tokens, 1)
         call = prepare_call(
             tokens,
@@ -154,6 +160,7 @@ class ByNeuron:
             start_D=self.bias_D,
             scales={f"{n}_scale": each.scale_N for n, each in self.rows.items() if each.scale_N is not None},
             adds=True,
+            mass=self.mass,
         )
         assert call is not None  # `has_code` said so, and the tensors are laid out for it
         return call
@@ -166,10 +173,11 @@ class ByNeuron:
         wide = {name: each.wide(dtype, scratch, name) for name, each in self.rows.items()}
         biases = {name: None if bias is None else bias.to(dtype) for name, bias in self.biases.items()}
         weights, x_wide = self._weights(wide, biases), x_TD.to(dtype)
-        if self.chosen < self.experts:
+        if self.chosen < self.experts or self.mass < 1:
             assert self.router is not None
-            ids_TK = top_experts(linear(x_TD, *self.router), self.chosen)
-            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation))
+            ids_TK = top_experts(linear(x_TD, *self.router), self.chosen, self.mass)
+            ragged = self.mass < 1
+            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation, ragged))
         else:
             y_TD = linear(weights.activations(x_wide, self.activation), weights.down_FD.t())
         y_TD = y_TD if self.bias_D is None else y_TD + self.bias_D

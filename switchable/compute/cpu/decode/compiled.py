@@ -102,6 +102,7 @@ def prepare_call(
     start_D: Tensor | None = None,
     scales: Mapping[str, Tensor] = MappingProxyType({}),
     adds: bool = False,
+    mass: float = 1.0,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
 
@@ -115,6 +116,7 @@ def prepare_call(
         start_D: what is added to every row: the bias of the output projection.
         scales: of int8 weights, "up_scale", "down_scale", "gate_scale".
         adds: whether a call gets something to add to each row.
+        mass: below 1, the router's tokens take the fewest experts whose shares add up to it (`topk.py`).
     """
     d_ff, d_model = weights.up_FD.shape
     router = choice if isinstance(choice, tuple) else ()
@@ -137,14 +139,15 @@ def prepare_call(
         routed=bool(router),
         alone=threads == 1 or bytes_read < WORTH_THREADS,
         adds=adds,
+        mass=mass,
         dtype=weights.up_FD.dtype,
     )
     # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
     scores, pairs = tokens * num_experts, tokens * experts_per_token
-    scratch = torch.empty(2 * (num_experts + pairs) + scores + tokens * d_ff)
+    scratch = torch.empty(2 * (num_experts + 1 + pairs) + scores + tokens * d_ff)
     given_TK = scratch if router else cast(Tensor, choice).contiguous()
     token_sets = scratch.data_ptr()
-    ids = token_sets + 8 * num_experts
+    ids = token_sets + 8 * (num_experts + 1)
     floats = ids + 8 * pairs
     fields: dict[str, Tensor | int | None] = {
         "tokens": tokens,

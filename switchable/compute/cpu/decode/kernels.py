@@ -39,7 +39,7 @@ DECODE = Tasks(
     ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `token_sets` [E] (the tokens that chose each expert, a bit each) and `hidden` [T, F] are scratch; so
+"""`scores` [T, E], `token_sets` [E + 1] (who chose each expert, a bit each; E: none), `hidden` [T, F] are scratch; so
 is `ids` [T, K] where the router chooses. `start` [D] and `add` [T, D] are what y begins with. A scale [F] belongs to
 weights of 8 bits."""
 
@@ -54,6 +54,7 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     neurons: int
     experts: int
     chosen: int
+    mass: float
     squared: bool
     gated: bool
     gate_bias: bool
@@ -160,7 +161,7 @@ class DecodeKernels:
             x = w.at(record["x"], w.mul(t, self.sizes.d_model))
             w.b.call(self.scores, [record["router"], scores, record["router_bias"], x, scores])
             ids = w.at(record["ids"], w.mul(t, chosen), I64)
-            write_selection(w, scores, ids, experts, chosen)
+            write_selection(w, scores, ids, experts, chosen, self.sizes.mass)
 
         w.each(record["tokens"], token)
 
