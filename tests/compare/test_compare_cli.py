@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,10 @@ def test_a_run_that_fails_is_named_with_its_reason(
     more = ("--methods", "dense-then-moe", "--out", str(base / "failing"), "--learning-rate", "1000")
     assert main(arguments(base, corpus, *more)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("switchable compare: 2 of 2 runs failed (dense-s0: training diverged: ")
+    # Weights or the loss are not finite first, as the processor rounds.
+    assert re.match(
+        r"switchable compare: 2 of 2 runs failed \(dense-s0: (training diverged: |the loss became )", said
+    )
     assert "dense-then-moe-s0: it goes on from dense-s0, which failed" in said
 
 

@@ -45,6 +45,6 @@ def test_table() -> None:
         "text  perplexity  1,000     1.235e+05",
     ]
     assert scores[1].to_dict() == {
-        "task": "sst2", "metric": "accuracy", "mode": "sparse", "experts_per_token": 6, "value": 0.8,
-        "stderr": 0.0134, "examples": 872,
+        "task": "sst2", "metric": "accuracy", "mode": "sparse", "experts_per_token": 6, "mass": 1.0,
+        "value": 0.8, "stderr": 0.0134, "examples": 872,
     }  # fmt: skip

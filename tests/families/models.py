@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, type, dict[str, Any], int]] = {
     "phi": ("PhiForCausalLM", hf.PhiConfig, {
         **BASE, **HIDDEN, "max_position_embeddings": 32, "hidden_act": "relu"}, 2),
     "nemotron": ("NemotronForCausalLM", hf.NemotronConfig, {**LLAMA, "mlp_bias": True}, 2),
+    "arcee": ("ArceeForCausalLM", hf.ArceeConfig, {**LLAMA, "mlp_bias": True}, 2),
     "llama": ("LlamaForCausalLM", hf.LlamaConfig, {**LLAMA, "hidden_act": "relu", "mlp_bias": True}, 2),
     "llama-silu-tied": ("LlamaForCausalLM", hf.LlamaConfig, {**LLAMA, "tie_word_embeddings": True}, 2),
     "mistral": ("MistralForCausalLM", hf.MistralConfig, {**LLAMA, "hidden_act": "relu"}, 2),

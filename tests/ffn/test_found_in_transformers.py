@@ -44,7 +44,6 @@ BERT = {**NEW, "hidden_act": "relu"}
 
 CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     # name: model class, config class, settings, FFNs
-    "arcee": ("ArceeForCausalLM", "ArceeConfig", NEW, 2),
     "nanochat": ("NanoChatForCausalLM", "NanoChatConfig", NEW, 2),
     "jais2": ("Jais2ForCausalLM", "Jais2Config", NEW, 2),
     "persimmon": ("PersimmonForCausalLM", "PersimmonConfig", NEW, 2),
