@@ -33,10 +33,10 @@ _EARLY: dict[str, Any] = {
     "monitor_growth": 1.0,
     "stability_threshold": 0.15,
     "max_activation_ratio": 0.3,
-    "min_mass_caught": 0.6,
+    "min_mass_caught": 0.8,
     "router_token_fraction": 0.5,
     "active_below": 0.2,
-    "activation_l1": 0.0,
+    "activation_l1": 1e-4,
 }
 _LATE = _EARLY | {
     "num_experts": 128,
@@ -49,7 +49,6 @@ _LATE = _EARLY | {
     "stability_threshold": 0.0,  # a structure stands once its layer has joined
     "router_token_fraction": 0.125,
     "active_below": 0.3,
-    "activation_l1": 1e-4,
 }
 _DENSE = _LATE | {
     "min_dense_fraction": 1.0,
