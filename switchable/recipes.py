@@ -36,7 +36,7 @@ _EARLY: dict[str, Any] = {
     "min_mass_caught": 0.8,
     "router_token_fraction": 0.5,
     "active_below": 0.2,
-    "activation_l1": 1e-4,
+    "activation_l1": 0.0,  # what a loop of one's own minimises is not changed unasked
 }
 _LATE = _EARLY | {
     "num_experts": 128,
@@ -49,6 +49,7 @@ _LATE = _EARLY | {
     "stability_threshold": 0.0,  # a structure stands once its layer has joined
     "router_token_fraction": 0.125,
     "active_below": 0.3,
+    "activation_l1": 1e-4,
 }
 _DENSE = _LATE | {
     "min_dense_fraction": 1.0,
