@@ -105,6 +105,7 @@ def test_weights_in_8_bits_are_held_once_and_wider_ones_never(tmp_path: Path, ke
     if kept:
         export(place, "sparse", tmp_path / "out", weights="int8")
         place = tmp_path / "out"
+    gc.collect()
     before = alive()
     found = load_int8(place)
     assert found is not None
@@ -119,6 +120,7 @@ def test_weights_in_8_bits_are_held_once_and_wider_ones_never(tmp_path: Path, ke
 
     decoder = Decoder(found.model, "int8", watched)
     assert taken[0] == matrices
+    gc.collect()
     assert matrices < alive() - before <= matrices + rest
     assert rest < matrices / 3
     assert logits(decoder, "sparse").isfinite().all()
@@ -126,9 +128,11 @@ def test_weights_in_8_bits_are_held_once_and_wider_ones_never(tmp_path: Path, ke
 
 def test_a_decoder_in_float32_holds_a_model_once(tmp_path: Path) -> None:
     place = checkpoint(tmp_path / "own", d_model=D, d_ff=F)
+    gc.collect()
     before = alive()
     decoder = Decoder(load(place)[0])
     own = sum(each.nbytes for each in decoder.model.parameters())
+    gc.collect()
     _, rest = bytes_in_8_bits(0)
     assert own <= alive() - before <= own + rest
 
