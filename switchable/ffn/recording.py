@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Call:
-    """One call of a module."""
+    """One call of a module that is given real numbers, and returns some."""
 
     name: str
     module: nn.Module
-    x: Tensor | None
+    x: Tensor
     """Its first argument, as it was before the call."""
-    y: Tensor | None
+    y: Tensor
     alone: bool
     """Whether it was given nothing else, and by position."""
 
@@ -31,9 +31,7 @@ def recorded(
 ) -> Iterator[list[Call]]:
     """Within the `with` block note every call of some modules; copies, so that nobody writes over them.
 
-    Args:
-        modules: by their names.
-        instead: what some modules are made to return, one entry for each of their last dimension.
+    `instead` is what some modules are made to return, one entry for each of their last dimension.
     """
     calls: list[Call] = []
     handles = []
@@ -49,7 +47,9 @@ def recorded(
             x, alone = begun.pop()
             if instead is not None and name in instead:
                 y = instead[name].to(y.device, y.dtype).expand(y.shape).clone()
-            calls.append(Call(name, module, x, _copy(y), alone))
+            own = _copy(y)
+            if x is not None and own is not None:
+                calls.append(Call(name, module, x, own, alone))
             return y
 
         handles.extend(
@@ -69,9 +69,9 @@ def _copy(thing: object) -> Tensor | None:
     return thing.clone() if isinstance(thing, Tensor) and thing.is_floating_point() else None
 
 
-def close(a: Tensor | None, b: Tensor | None) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
-    return a is not None and b is not None and distance(a, b) <= tolerance(b)
+    return distance(a, b) <= tolerance(b)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
