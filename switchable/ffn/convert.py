@@ -14,7 +14,7 @@ from torch import nn
 
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
-from switchable.ffn.agreement import check_same_answers, check_same_function, families_of
+from switchable.ffn.agreement import check_same_function, families_of, put_in_place
 from switchable.ffn.facts import facts_of, settings_of
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
@@ -22,6 +22,7 @@ from switchable.ffn.layout import of_several_names, store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
+from switchable.ffn.recording import kept
 from switchable.ffn.ssd import FFNSettings
 from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
@@ -115,13 +116,8 @@ def convert(
         (name, ffn, _switchable(ffn, settings_of(ffn, each, name, config), layer_type))
         for name, ffn, each in found
     ]
-    place = [partial(_place, model, name, ffn, layer) for name, ffn, layer in built]
     layers = [layer for _, _, layer in built]
-    if trial is None:
-        for each_place in place:
-            each_place()
-    else:
-        check_same_answers(trial, layers, place)
+    put_in_place(trial, layers, [partial(_place, model, *each) for each in built])
     scale, first, shared = LossScale(), layers[0].ssd, of_several_names(model)
     if neuron_major is None:
         neuron_major = first.reads_FD.is_cpu and not config.never_sparse
@@ -272,16 +268,8 @@ def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
     Kept are what `MODES` names of each FFN, and whether each module trains.
     """
     layers = layers_of(model)
-    kept = [{name: getattr(layer.ssd, name) for name in MODES} for layer in layers]
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    with kept((layer.ssd for layer in layers), *MODES), kept(model.modules(), "training"):
         yield layers
-    finally:
-        for layer, values in zip(layers, kept, strict=True):
-            for name, value in values.items():
-                setattr(layer.ssd, name, value)
-        for module, trains in training:
-            module.training = trains
 
 
 def is_router_parameter(name: str) -> bool:

@@ -16,12 +16,7 @@ from switchable.settings import SwitchConfig
 
 
 def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
-    """Return the activation's name in `ACT2FN`, D and F of an FFN.
-
-    Args:
-        ffn: the module that holds the projections.
-        family: what they are called.
-        name: its name in the model, for messages.
+    """Return the activation's name in `ACT2FN`, D and F of an FFN whose projections are in `ffn`.
 
     Raises:
         InputError: the activation has no name in `ACT2FN`.
@@ -40,13 +35,7 @@ def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
 
 
 def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
-    """Return the settings of a switchable FFN in the place of another.
-
-    Args:
-        ffn: the module that holds the projections.
-        family: what they are called.
-        name: its name in the model, for messages.
-        config: with a value for every setting.
+    """Return the settings of a switchable FFN in the place of another; `config` has a value for every setting.
 
     Raises:
         InputError: E does not divide F, or the activation has no name in `ACT2FN`.

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from switchable.errors import InputError
 from switchable.ffn.families import d_in
 from switchable.ffn.placement import Entrance, Exit, Factor, Held
-from switchable.ffn.recording import close
+from switchable.ffn.recording import close, kept
 from switchable.ffn.ssd import SSD
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
@@ -79,19 +79,15 @@ def _multiplies(module: nn.Linear) -> bool:
 
     values = {name: random(*parameter.shape) for name, parameter in module.named_parameters()}
     weight = values["weight"].T if isinstance(module, Conv1D) else values["weight"]
-    was_training = module.training
-    try:
+    with kept(module.modules(), "training"), torch.enable_grad():
         for training in (False, True):
             module.train(training)
             x = random(2, 3, weight.shape[1]).requires_grad_()
-            with torch.enable_grad():
-                theirs = torch.func.functional_call(module, values, (x,))
-                ours = nnf.linear(x, weight, values.get("bias"))
-                slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (theirs, ours)]
+            theirs = torch.func.functional_call(module, values, (x,))
+            ours = nnf.linear(x, weight, values.get("bias"))
+            slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (theirs, ours)]
             if not close(theirs, ours) or not close(*slopes):
                 return False
-    finally:
-        module.train(was_training)
     return True
 
 

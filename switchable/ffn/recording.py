@@ -1,4 +1,7 @@
-"""What the modules of a model are given and give back in one pass, in the order in which they are done."""
+"""What the modules of a model are given and give back in one pass, in the order in which they are done.
+
+And that what is changed for such a pass is put back: `kept`.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,18 @@ def recorded(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def kept(things: Iterable[object], *names: str) -> Iterator[None]:
+    """After the `with` block these attributes of some things are as they were before."""
+    before = [(thing, {name: getattr(thing, name) for name in names}) for thing in things]
+    try:
+        yield
+    finally:
+        for thing, values in before:
+            for name, value in values.items():
+                setattr(thing, name, value)
 
 
 def _copy(thing: object) -> Tensor | None:
