@@ -80,14 +80,9 @@ have, the sooner reading them is faster than finding some."""
 
 
 def expert_ffn(call: ExpertCall, backend: str = "auto") -> Tensor:
-    """Apply to each token its own K experts and add them up.
+    """Apply to each token its own K experts and add them up, by the backend of a name, or the one that `choose` says.
 
-    Args:
-        call: what to compute.
-        backend: a name in `BACKENDS`, or `"auto"`.
-
-    Returns:
-        y_TD, without the bias of the output projection.
+    Returns y_TD, without the bias of the output projection.
 
     Raises:
         InputError: an unknown backend, or one that cannot do this call.

@@ -47,12 +47,7 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
 
 
 class PreparedLayer:
-    """A call of a layer with everything looked up but its input.
-
-    Args:
-        ssd: of a layer in sparse mode.
-        x_BSD: the first input.
-    """
+    """A call of a layer in sparse mode with everything looked up but its input, made for a first one."""
 
     __slots__ = (
         "call",

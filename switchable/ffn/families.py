@@ -210,12 +210,7 @@ def candidates(model: nn.Module) -> str:
 
 
 def neuron_dim(projection: nn.Linear, output: bool) -> int:
-    """Return which dimension of a projection's weight belongs to neurons.
-
-    Args:
-        projection: an input (`output=False`) or output projection of an FFN.
-        output: whether it is the output projection.
-    """
+    """Return which dimension of an FFN's input or output projection's weight belongs to neurons."""
     stored_in_by_out = isinstance(projection, Conv1D)
     return 0 if stored_in_by_out == output else 1
 

@@ -72,13 +72,10 @@ class DecodeCache(threading.local):
 
 
 class SSD:
-    """Settings, state and weights of one switchable FFN.
+    """Settings, state and weights of one switchable FFN, the `layer` that has this as its `ssd`.
 
-    Args:
-        layer: the module that has this as its `ssd`.
-        ffn: the module that holds the projections: the FFN's own, whose children `layer` has taken over, or the
-            model's layer (`family.in_layer`), where they stay.
-        settings: what does not change any more.
+    `ffn` holds the projections: the FFN's own module, whose children `layer` has taken over, or the model's layer
+    (`family.in_layer`), where they stay.
     """
 
     def __init__(self, layer: nn.Module, ffn: nn.Module, settings: FFNSettings) -> None:

@@ -45,12 +45,9 @@ Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 class Trial:
-    """A model and a batch that it takes.
+    """A model and a batch that it takes: `given`, by name, in order or the only one, or one made here.
 
-    Args:
-        model: any module.
-        given: its inputs, by name, in order or the only one; None makes some.
-        watched: modules by their names, whose calls in evaluation are kept as `seen`.
+    Calls of the modules `watched`, in evaluation, are kept as `seen`.
 
     Raises:
         InputError: the model is on the meta device, or fails with the batch.

@@ -60,11 +60,9 @@ def save(
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Write a checkpoint; an older one of the same name is replaced. Every rank must call it, with its own contents.
+    """Write a checkpoint; an older one of the same name is replaced.
 
-    Args:
-        folder: where it shall stand; on a file system that all ranks share.
-        contents: what to write.
+    Every rank must call it, with its own contents and a folder on a file system that all ranks share.
 
     Raises:
         InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.

@@ -48,13 +48,9 @@ def contents_of(
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Contents:
-    """Copy what a checkpoint of `model` holds.
+    """Copy what a checkpoint of a converted model holds.
 
-    Args:
-        model: a converted transformers model.
-        training: tensors and plain values that a resumed run needs (`training_state`); None: the model alone.
-        tokenizer: the model's tokenizer, to make the folder complete by itself.
-        notes: plain values to keep beside it, by file name.
+    `training` is what a resumed run needs (`training_state`), `notes` are plain values to keep beside it by file name.
     """
     weights = {n: copy_piece(t) for n, t in untied_state(model).items() if not is_router_parameter(n)}
     tensors = {"model.safetensors": weights, ROUTERS: routers_of(model)}
@@ -105,11 +101,7 @@ def training_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gather what a resumed run needs besides the model, as tensors and as plain values.
 
-    Args:
-        model: the model trained.
-        optimizer: its optimizer; states are stored under their parameter's name.
-        controller_state: `Controller.state_dict()`.
-        counters: plain values of the loop.
+    The optimizer's states are stored under their parameter's name; `counters` are plain values of the loop.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}

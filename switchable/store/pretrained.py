@@ -34,11 +34,8 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """Load a plain Hugging Face checkpoint on the CPU, in its own dtype, in evaluation mode.
 
-    Args:
-        folder: with `config.json` and `*.safetensors`.
-        config: use this configuration instead of the folder's.
-        kind: class of transformers to load; None: the one that the config names.
-        new: pattern of the weights that may be missing, because the class adds them: a new head's.
+    `config` takes the place of the folder's, `kind` that of the class of transformers which the config names; `new` is
+    the pattern of weights that may be missing, because the class adds them: a new head's.
 
     Raises:
         InputError: no such folder, no weights, or weights that do not fit the config or are not finite.
@@ -130,10 +127,7 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 def save_plain(folder: Path, model: PreTrainedModel, max_shard_size: str = SHARD_SIZE) -> None:
     """Write the dense model that a converted model is in Hugging Face form, without the routers.
 
-    Args:
-        folder: where; must exist.
-        model: a converted transformers model.
-        max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
+    A model larger than `max_shard_size`, as `"5GB"`, becomes several files and an index.
     """
     state = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.

@@ -64,11 +64,7 @@ def save_probe(path: Path, batches: Sequence[Batch]) -> None:
 
 
 def load_probe(path: Path, tokens: int | None = None) -> Probe:
-    """Read the probe of a run.
-
-    Args:
-        path: its `probe.safetensors`.
-        tokens: use whole sequences of at most so many tokens; None: all.
+    """Read the probe of a run: whole sequences of at most `tokens` tokens (None: all).
 
     Raises:
         InputError: no such file, a damaged one, or too few tokens.
@@ -117,14 +113,9 @@ def probe_from_text(
 ) -> Probe:
     """Make a probe of text.
 
-    A sequence-to-sequence model reads the first half of each window and is given the second half to predict.
-
-    Args:
-        sources: files, folders or datasets, as for training; none: the Python installation's own source files.
-        tokenizer: the model's.
-        model: the model, whose kind and longest sequence count.
-        tokens: tokens wanted (T).
-        sequence_length: tokens per sequence (S), cut to what the model can take.
+    A sequence-to-sequence model reads the first half of each window and is given the second half to predict. `sources`
+    are as for training (none: the Python installation's own source files), `tokens` are wanted in all, and
+    `sequence_length` of them in a sequence, which is cut to what the model can take.
 
     Raises:
         InputError: the text holds too few tokens, or the tokenizer is not the model's.

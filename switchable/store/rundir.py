@@ -24,11 +24,7 @@ class FolderInUse(InputError):
 
 
 class RunDir:
-    """Paths of a run's folder, and its lock.
-
-    Args:
-        path: the folder; made by `acquire`.
-    """
+    """Paths of a run's folder, which `acquire` makes, and its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

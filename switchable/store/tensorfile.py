@@ -118,9 +118,6 @@ def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) 
 class TensorFile:
     """A safetensors file, mapped into memory and read row by row.
 
-    Args:
-        path: the file.
-
     Raises:
         InputError: there is none, or it is damaged.
     """

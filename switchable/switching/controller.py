@@ -146,11 +146,8 @@ class Controller:
     def step(self, *optimizers: Any) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
 
-        Args:
-            optimizers: all that have just stepped, wrapped or not; their state moves with the neurons.
-
-        Returns:
-            The measurement, if one was taken.
+        `optimizers` are all that have just stepped, wrapped or not; their state moves with the neurons. Returns the
+        measurement, if one was taken.
 
         Raises:
             InputError: what is to be trained is in none of them, or one holds state that cannot move with the

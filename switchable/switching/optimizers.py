@@ -103,12 +103,9 @@ def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> N
 
 
 def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tensor, int]]:
-    """Yield what an optimizer keeps of a parameter's neurons, each tensor with the dimension of the neurons.
+    """Yield what an optimizer keeps of a parameter with neurons along `dim`, each tensor with their dimension.
 
-    Args:
-        parameter: a parameter with a neuron axis.
-        dim: that axis.
-        optimizer: one that `check_state` has passed.
+    `check_state` must have passed the optimizer.
     """
     for group in optimizer.param_groups:
         params = group["params"]

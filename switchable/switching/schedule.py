@@ -43,12 +43,7 @@ NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every,
 
 
 class Schedule:
-    """The schedule of one run.
-
-    Args:
-        config: with a value for every setting.
-        total_steps: optimizer steps of the whole run.
-    """
+    """The schedule of one run of so many optimizer steps; `config` has a value for every setting."""
 
     name = "ssd"
     """Kept with a run's state: another schedule cannot go on from it."""

@@ -32,17 +32,11 @@ def regroup(
 ) -> list[Tensor | None]:
     """Give each layer a new structure by permuting its neurons in place.
 
-    New experts take the number (and the router row) of the old expert they overlap most.
+    New experts take the number (and the router row) of the old expert they overlap most. What moves along are the
+    states of `optimizers` (`optimizers_in`), `copies` (`copied_tensors`), and each layer's `twins` in other models.
+    A layer's structure is labels_F, the expert of each neuron in its present place; None leaves it alone.
 
-    Args:
-        layers: switchable FFNs.
-        structures: labels_F per layer, the expert of each neuron in its present place; None leaves a layer alone.
-        optimizers: those that train the layers, as `optimizers_in` gives them; their state moves along.
-        copies: tensors that move along, as `copied_tensors` gives them.
-        twins: for each layer, those of other models that move along, as `twins` gives them.
-
-    Returns:
-        The permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
+    Returns the permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
 
     Raises:
         InputError: the optimizer holds state, or a projection something, that cannot be permuted; nothing has been
@@ -73,12 +67,7 @@ def regroup(
 
 
 def group_anew(layers: Sequence[SwitchableFFN], structures: Sequence[Tensor]) -> None:
-    """Put the neurons of a model that is not being trained in the order of structures, and start its routers.
-
-    Args:
-        layers: switchable FFNs.
-        structures: labels_F per layer.
-    """
+    """Put the neurons of a model that is not being trained in the order of structures, and start its routers."""
     regroup(layers, [labels_F.cpu() for labels_F in structures])
     for layer in layers:
         layer.router.initialise(layer.ssd.reads_FD)
