@@ -54,7 +54,7 @@ def calibrate(
         for piece in pieces:
             inputs = [_LayerInputs() for _ in layers]
             for batch in piece:
-                show(model, [batch], inputs)
+                show(model, [batch], [each.add for each in inputs])
                 advance(1)
             seen = [each.rows() for each in inputs]
             for epoch in range(EPOCHS):

@@ -45,7 +45,7 @@ def layer_rows(model: nn.Module, probe: Iterable[Batch]) -> list[LayerRow]:
     """Measure every FFN at its own K on model inputs without labels."""
     layers = layers_of(model)
     every = [LayerSums(layer) for layer in layers]
-    show(model, probe, every)
+    show(model, probe, [sums.add for sums in every])
     return [
         LayerRow(
             ssd.name, sums.chosen, sums.activation_ratio, sums.mass_caught, sums.mass_best_k, ssd.takes_part

@@ -247,6 +247,12 @@ class SSD:
             hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
 
+    @property
+    def two_tokens_TD(self) -> Tensor:
+        """Two inputs, always the same, on which it shows whether the FFN computes what it did."""
+        weight = self.up_projection.weight
+        return torch.linspace(-1, 1, 2 * self.d_model).sin().view(2, -1).to(weight.device, weight.dtype)
+
     def drop_hidden(self, hidden: Tensor, training: bool) -> Tensor:
         """Return activations after the dropout between the projections, if there is one."""
         dropout = self.hidden_dropout

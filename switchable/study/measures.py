@@ -101,7 +101,8 @@ def measure_model(
     layers = layers_of(model)
     meters = [_Meter(layer, probe.tokens, pattern_tokens) for layer in layers]
     device = next(model.parameters()).device
-    show(model, ({key: value.to(device) for key, value in batch.items()} for batch in probe.batches), meters)
+    batches = ({key: value.to(device) for key, value in batch.items()} for batch in probe.batches)
+    show(model, batches, [meter.add for meter in meters])
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
 
 

@@ -169,22 +169,14 @@ class Controller:
         self._apply_mode()
         if due:
             describe_anew(self.model, self.copies)
-        if (
-            self.steps_done == self.schedule.total_steps
-            and not self.schedule.config.never_sparse
-            and is_main()
-        ):
-            self._tell_if_dense()
+        over = self.steps_done == self.schedule.total_steps and not self.schedule.config.never_sparse
+        if over and is_main() and not any(self.state.takes_part):
+            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
         return measurement
 
     def why_dense(self) -> str | None:
         """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
         return why_dense(self.model)
-
-    def _tell_if_dense(self) -> None:
-        """Log why a run that was to become sparse has ended dense."""
-        if not any(self.state.takes_part):
-            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
 
     def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
@@ -199,15 +191,10 @@ class Controller:
         ]
         regrouped = tuple(perm is not None for perm in perms)
         self.regroupings += sum(regrouped)
-        self.state = decision.state
+        self.state = now = decision.state
+        sparse = now.takes_part, now.experts_per_token
         return Measurement(
-            self.steps_done,
-            tuple(measures),
-            regrouped,
-            decision.state.takes_part,
-            decision.state.experts_per_token,
-            tuple(perms),
-            decision.changes,
+            self.steps_done, tuple(measures), regrouped, *sparse, tuple(perms), decision.changes
         )
 
     def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
@@ -225,25 +212,14 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, why, k, few_active, ratio, penalty in zip(
-            self.layers,
-            self.twins,
-            state.takes_part,
-            state.why_dense,
-            state.experts_per_token,
-            state.multiplies_active,
-            state.activation_ratio,
-            state.activation_l1,
-            strict=True,
-        ):
-            ssd = layer.ssd
-            ssd.takes_part, ssd.why_dense = part, why
-            ssd.multiplies_active, ssd.activation_ratio, ssd.activation_l1 = few_active, ratio, penalty
-            ssd.set_experts_per_token(k)
+        for i, (layer, others) in enumerate(zip(self.layers, self.twins, strict=True)):
+            layer.ssd.multiplies_active = state.multiplies_active[i]
+            layer.ssd.activation_ratio = state.activation_ratio[i]
+            layer.ssd.activation_l1 = state.activation_l1[i]
             # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
-            for twin in others:
-                twin.ssd.takes_part, twin.ssd.why_dense = part, why
-                twin.ssd.set_experts_per_token(k)
+            for each in (layer, *others):
+                each.ssd.takes_part, each.ssd.why_dense = state.takes_part[i], state.why_dense[i]
+                each.ssd.set_experts_per_token(state.experts_per_token[i])
         set_mode(self.model, self.mode)
 
     def state_dict(self) -> dict[str, Any]:

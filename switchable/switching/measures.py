@@ -13,9 +13,8 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,8 @@ Inputs = Batch | Tensor
 """The same, or the first one alone: `input_ids`, nanoGPT's `idx`, `pixel_values`."""
 
 
-class Observer(Protocol):
-    """Sees the input of one layer, a batch of the probe at a time."""
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input `x`, [B, S, D] or [T, D]."""
+Observer = Callable[[SwitchableFFN, Tensor], object]
+"""Is shown a layer and its input, [B, S, D] or [T, D], a batch of the probe at a time."""
 
 
 class LayerSums:
@@ -51,7 +47,7 @@ class LayerSums:
         self._best_E = torch.zeros_like(self._router_E)
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
+        """Take in the layer's input, as an `Observer`."""
         x_TD = x.reshape(-1, layer.ssd.d_model)
         hidden_TF = layer.ssd.activations(x_TD)
         self.add_activity(layer, x_TD, hidden_TF, hidden_TF != 0)
@@ -124,7 +120,7 @@ def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
     """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
     hooks = [
         layer.register_forward_pre_hook(
-            lambda layer, args, named, seen=observer: seen.add(layer, *args, *named.values()),
+            lambda layer, args, named, see=observer: see(layer, *args, *named.values()),
             with_kwargs=True,
         )
         for observer, layer in zip(observers, layers_of(model), strict=True)

@@ -74,7 +74,7 @@ class Watch:
         self._routes: list[Tensor] = []
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
+        """Take in the layer's input, as an `Observer`."""
         x_TD = x.reshape(-1, layer.ssd.d_model)
         hidden_TF = layer.ssd.activations(x_TD)
         self._active.append(hidden_TF != 0)
@@ -94,7 +94,7 @@ class Watch:
 def watch(model: nn.Module, probe: Iterable[Inputs]) -> list[Watch]:
     """Run the probe through the model in dense, evaluation mode; return what each switchable FFN did."""
     watches = [Watch(layer) for layer in layers_of(model)]
-    show(model, probe, watches)
+    show(model, probe, [each.add for each in watches])
     return watches
 
 

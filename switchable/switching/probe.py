@@ -30,17 +30,6 @@ def as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
     return batches
 
 
-class _Count:
-    """How many tokens come to a layer."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
-        self.tokens += x.numel() // layer.ssd.d_model
-
-
 def tokens_of(
     model: nn.Module, batches: Sequence[Inputs], precision: Callable[[], AbstractContextManager[Any]]
 ) -> int:
@@ -50,10 +39,14 @@ def tokens_of(
         InputError: the model fails with it, or it does not come to all FFNs.
     """
     layers = layers_of(model)
-    counts = [_Count() for _ in layers]
+    tokens = dict.fromkeys(layers, 0)
+
+    def count(layer: SwitchableFFN, x: Tensor) -> None:
+        tokens[layer] += x.numel() // layer.ssd.d_model
+
     try:
         with watched(), precision():
-            show(model, batches, counts)
+            show(model, batches, [count] * len(layers))
     except RankLost:
         raise
     except FAILURES as error:
@@ -62,7 +55,7 @@ def tokens_of(
             f"{type(model).__name__} fails with the probe ({why}); give what the loop gives the model, by the names of "
             "its inputs and on its device"
         ) from error
-    idle = [layer.ssd.name for layer, count in zip(layers, counts, strict=True) if not count.tokens]
+    idle = [layer.ssd.name for layer in layers if not tokens[layer]]
     if idle:
         raise InputError(f"the probe does not come to {idle[0]}; give one that goes through the whole model")
-    return counts[0].tokens
+    return tokens[layers[0]]

@@ -107,12 +107,5 @@ def _permute(
 @torch.no_grad()
 def _fingerprint(layer: SwitchableFFN) -> Tensor:
     """Return the dense output for two fixed tokens: regrouping must not change it."""
-    parameter = layer.ssd.up_projection.weight
-    x_TD = (
-        torch.linspace(-1, 1, 2 * layer.ssd.d_model)
-        .sin()
-        .view(2, layer.ssd.d_model)
-        .to(parameter.device, parameter.dtype)
-    )
     with gathered(*layer.ssd.holders):
-        return layer.ssd.write(layer.ssd.activations(x_TD)).float()
+        return layer.ssd.write(layer.ssd.activations(layer.ssd.two_tokens_TD)).float()
