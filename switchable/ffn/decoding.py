@@ -50,20 +50,12 @@ class PreparedLayer:
     """A call of a layer in sparse mode with everything looked up but its input, made for a first one."""
 
     __slots__ = (
-        "call",
-        "experts_per_token",
-        "hooks",
-        "mass",
-        "modules",
-        "namespaces",
-        "numbers",
-        "parameters",
-        "threads",
-    )
+        "call", "experts", "hooks", "mass", "modules", "namespaces", "numbers", "parameters", "threads"
+    )  # fmt: skip
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
         check_plain(ssd)
-        self.numbers, self.experts_per_token, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
+        self.numbers, self.experts, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
         self.threads = torch.get_num_threads()
         layer, home = ssd.holders[0], ssd.holders[-1]
         *projections, _activation = ssd.called
@@ -71,16 +63,10 @@ class PreparedLayer:
         self.modules += _path(layer, "router")
         called = [ssd.router, *(module for _, module in ssd.called)]
         self.namespaces = [vars(module) for module in called]
-        self.hooks = [
-            hooks
-            for module in called
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-            if not hooks
-        ]
+        hooks = [each for module in called for each in (module._forward_pre_hooks, module._forward_hooks)]
+        self.hooks = [each for each in hooks if not each]
         owners = [module._parameters for module in (*(module for _, module in projections), ssd.router)]
-        self.parameters = [
-            (owner, name, owner[name], *_whereabouts(owner[name])) for owner in owners for name in owner
-        ]
+        self.parameters = [(own, name, own[name], *_whereabouts(own[name])) for own in owners for name in own]
         # A parametrised or wrapped projection keeps its weight elsewhere: what it computes is not known here.
         plain = all("weight" in owner and "bias" in owner for owner in owners)
         plain = plain and not ssd.router._forward_pre_hooks and not ssd.router._forward_hooks
@@ -101,7 +87,7 @@ class PreparedLayer:
         """Return whether all is as it was: x's size, K, threads, hooks, and which modules hold which numbers where."""
         if (
             x_BSD.numel() != self.numbers
-            or ssd.experts_per_token != self.experts_per_token
+            or ssd.experts_per_token != self.experts
             or ssd.mass != self.mass
             or torch.get_num_threads() != self.threads
         ):

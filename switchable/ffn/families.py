@@ -137,11 +137,8 @@ def is_one(name: str, module: nn.Module, family: Family) -> bool:
     """Whether a module is meant by a family's `ffn`; of two paths one may lead from farther up, as under a head."""
     if type(module).__name__ in family.classes or name in family.classes:
         return True
-    return "." in name and any(
-        f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}")
-        for path in family.classes
-        if "." in path
-    )
+    paths = [path for path in family.classes if "." in path and "." in name]
+    return any(f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}") for path in paths)
 
 
 def _check_parts(name: str, module: nn.Module, family: Family) -> None:
@@ -244,8 +241,6 @@ def activation_name(module: nn.Module) -> str | None:
     x = torch.linspace(-12, 12, 97, device="cpu")
     for name, kind in ACT2CLS.items():
         same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
-        if same_class and torch.allclose(
-            ACT2FN[name](x), module(x)
-        ):  # settings count too, as a slope or a bound
+        if same_class and torch.allclose(ACT2FN[name](x), module(x)):  # settings count: a slope, a bound
             return str(name)
     return None

@@ -230,22 +230,16 @@ def _gathered(model: nn.Module, found: Mapping[str, tuple[str, Family]]) -> list
         alike = {name for name, module in model.named_modules() if type(module) in classes}
         own = not any(kind.__module__.startswith("torch.") for kind in classes)
         names = sorted(kind.__name__ for kind in classes) if own and alike == set(paths) else paths
-        families.append(
-            replace(
-                family, ffn=names[0] if len(names) == 1 else tuple(names), activation_setting=_setting(model)
-            )
-        )
+        ffn = names[0] if len(names) == 1 else tuple(names)
+        families.append(replace(family, ffn=ffn, activation_setting=_setting(model)))
     return families
 
 
 def _setting(model: nn.Module) -> str:
     """Return the attribute of a model's config that names the activation, as far as can be told."""
     config = getattr(getattr(model, "config", None), "__dict__", {})
-    named = [
-        name
-        for name, value in config.items()
-        if isinstance(value, str) and value.removeprefix("gated-") in ACT2FN
-    ]
-    return next(
-        (name for name in named if "act" in name or "feed_forward" in name), Family.activation_setting
-    )
+    texts = {name: value for name, value in config.items() if isinstance(value, str)}
+    for name, value in texts.items():
+        if value.removeprefix("gated-") in ACT2FN and ("act" in name or "feed_forward" in name):
+            return str(name)
+    return Family.activation_setting

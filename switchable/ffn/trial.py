@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,8 @@ class Trial:
                 return
             except InputError as error:
                 problems.append(error)
-        raise (
-            problems[-1]
-            if problems
-            else InputError(f"the inputs of {type(model).__name__} are not known; {GIVE}")
-        )
+        unknown = InputError(f"the inputs of {type(model).__name__} are not known; {GIVE}")
+        raise problems[-1] if problems else unknown
 
     def run(self, training: bool) -> list[Tensor]:
         """Return every tensor of real numbers that the model returns; the same random numbers each time.
@@ -121,10 +118,7 @@ class Trial:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Within the `with` block the model is shaken; afterwards everything is as before."""
-        with ExitStack() as stack:
-            stack.enter_context(_random_state(self.model))
-            stack.enter_context(module_state(self.model))
-            stack.enter_context(_shaken(self._shaken))
+        with _random_state(self.model), module_state(self.model), _shaken(self._shaken):
             yield
 
 
@@ -157,9 +151,8 @@ def _shaken(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def module_state(model: nn.Module) -> Iterator[None]:
     """Afterwards every module's buffers, and whether it trains and drops out, are as before."""
     modules, versions = list(model.modules()), [p._version for p in model.parameters()]
-    buffers = [
-        (m, n, b, None if b is None else b.detach().clone()) for m in modules for n, b in m._buffers.items()
-    ]
+    owned = [(m, n, b) for m in modules for n, b in m._buffers.items()]
+    buffers = [(m, n, b, None if b is None else b.detach().clone()) for m, n, b in owned]
     plain = [(m, {n: v for n, v in vars(m).items() if isinstance(v, bool | int | float)}) for m in modules]
     for module in modules:
         for name in [n for n, v in vars(module).items() if "layerdrop" in n and isinstance(v, float)]:

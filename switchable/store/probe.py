@@ -8,6 +8,7 @@ probe is made of text: windows of equal length, without padding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +90,11 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
 def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
     """Return whole sequences of at most `tokens` tokens together (all if None), at least one."""
     kept: list[Batch] = []
-    left = tokens
+    left = sys.maxsize if tokens is None else tokens
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        if left is None:
-            kept.append(batch)
-            continue
-        take = min(rows, left // length) if kept else min(rows, max(1, left // length))
-        if take > 0:
+        take = min(rows, max(left // length, 0 if kept else 1))
+        if take:
             kept.append({key: value[:take] for key, value in batch.items()})
             left -= take * length
         if take < rows:
@@ -139,16 +137,13 @@ def probe_from_text(
     before = added_tokens(tokenizer)[0] if objective_of_model(model) == "causal" else []
     leading = torch.tensor(before, dtype=torch.long).expand(rows, -1)
     text = ids[: rows * (sequence_length - len(before))].view(rows, -1)
-    windows = torch.hstack([leading, text])
-    batches = [
-        _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
-        for piece in torch.split(windows, ROWS)
-    ]
-    return _checked(Probe(batches, where), tokens)
+    two_sides = bool(getattr(config, "is_encoder_decoder", False))
+    windows = torch.split(torch.hstack([leading, text]), ROWS)
+    return _checked(Probe([_inputs(piece, two_sides) for piece in windows], where), tokens)
 
 
-def _inputs(ids_BS: Tensor, encoder_decoder: bool) -> Batch:
-    if not encoder_decoder:
+def _inputs(ids_BS: Tensor, two_sides: bool) -> Batch:
+    if not two_sides:
         return {"input_ids": ids_BS}
     half = ids_BS.shape[1] // 2
     return {"input_ids": ids_BS[:, :half].contiguous(), "decoder_input_ids": ids_BS[:, half:].contiguous()}
