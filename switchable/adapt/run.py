@@ -194,10 +194,7 @@ def _relufy(
         )
         raise InputError(f"{what}; build the model with ReLU, train it on and convert that, without --relufy")
     swapped = validation_loss(model, text.validation, not quiet)
-    with (
-        in_float32(model),
-        progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar,
-    ):
+    with in_float32(model), progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar:
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation, not quiet)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"

@@ -31,8 +31,6 @@ from switchable.store.folders import entry, seal
 from switchable.store.pretrained import name_as_before, quiet_transformers
 from switchable.store.readme import readme
 
-METADATA = {"format": "pt"}
-"""What transformers wants to see in the header of a safetensors file."""
 DIVERGED = "nothing was written. Its training has diverged: lower the learning rate"
 REMEDY = (
     "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
@@ -102,7 +100,7 @@ def _begin(temporary: Path, contents: Contents) -> None:
     for name, value in contents.documents.items():
         (write_text if name.endswith(".md") else write_json)(temporary / name, value)
     for name, pieces in contents.tensors.items():
-        tensorfile.create(temporary / name, pieces, METADATA)
+        tensorfile.create(temporary / name, pieces)
 
 
 def _write_rows(temporary: Path, contents: Contents) -> None:
@@ -111,7 +109,7 @@ def _write_rows(temporary: Path, contents: Contents) -> None:
             f"rank {ranks.rank()} does not see {temporary.parent}; --out must be on a file system that all ranks share"
         )
     for name, pieces in contents.tensors.items():
-        tensorfile.write(temporary / name, pieces, METADATA)
+        tensorfile.write(temporary / name, pieces)
 
 
 def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from switchable.ffn.convert import is_router_parameter
@@ -94,10 +95,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def training_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    controller_state: Mapping[str, Any],
-    counters: Mapping[str, Any],
+    model: nn.Module, optimizer: Optimizer, controller_state: Mapping[str, Any], counters: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gather what a resumed run needs besides the model, as tensors and as plain values.
 

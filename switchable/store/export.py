@@ -34,7 +34,6 @@ from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.infer.decoding.rounded import round_weights
 from switchable.store import tensorfile
-from switchable.store.checkpoint import METADATA
 from switchable.store.contents import ROUTERS, routers_of
 from switchable.store.folders import entry, seal
 from switchable.store.load import load
@@ -102,21 +101,23 @@ def export(
     with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
         write(model, tokenizer, to, temporary, max_shard_size, in_8_bits=weights == "int8")
         write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
-    experts = {
-        "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
-        "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
-        "why_dense": why_dense(model),
-        "engines": engines(model) if layers_of(model) else None,
-    }
-    return {
+    written = [p for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)]
+    facts: dict[str, Any] = {
         "out": str(out),
         "to": to,
-        "parameters": sum(
-            p.numel() for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)
-        ),
+        "parameters": sum(p.numel() for p in written),
         "weight_files": len(list(out.glob("*.safetensors"))),
         "bytes": sum(path.stat().st_size for path in out.glob("*tensors")),
-    } | (experts if layers_of(model) else {})
+    }
+    ssds = [layer.ssd for layer in layers_of(model)]
+    if ssds:
+        facts |= {
+            "num_experts": ssds[0].num_experts,
+            "why_dense": why_dense(model),
+            "engines": engines(model),
+        }
+        facts["experts_per_token"] = [ssd.experts_per_token for ssd in ssds]
+    return facts
 
 
 def write(
@@ -138,8 +139,8 @@ def write(
     save_plain(folder, model, max_shard_size)
     if to == "sparse":
         routers = routers_of(model)
-        tensorfile.create(folder / ROUTERS, routers, METADATA)
-        tensorfile.write(folder / ROUTERS, routers, METADATA)
+        tensorfile.create(folder / ROUTERS, routers)
+        tensorfile.write(folder / ROUTERS, routers)
         if in_8_bits:
             write_int8(copy.deepcopy(model), folder)
         # Of the tensors alone: texts such as the README are for everyone to change.
@@ -162,11 +163,7 @@ def _name_class(folder: Path, model: nn.Module) -> None:
 
 
 def check_output(
-    out: Path,
-    overwrite: bool,
-    sources: Sequence[Path | str],
-    what: str = "model",
-    told_by: str = "config.json",
+    out: Path, overwrite: bool, sources: Sequence[Path | str], what: str = "model", by: str = "config.json"
 ) -> None:
     """Refuse an output folder that holds something else than what is to be replaced, or that cannot be written.
 
@@ -179,7 +176,7 @@ def check_output(
     check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / told_by).is_file():
+    if not (out / by).is_file():
         raise InputError(f"{out} exists and does not hold a {what}; choose another folder with --out")
     if not overwrite:
         raise InputError(

@@ -90,14 +90,11 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
 
 def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:
     """Refuse weights that are missing, of another shape, or belong to layers that the config does not have."""
+    in_layers = [key for key in found["unexpected_keys"] if re.search(r"\.\d+\.", key)]
     wrong = {
         "missing": sorted(key for key in found["missing_keys"] if not (new and re.search(new, key))),
         "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
-        "of layers that the config does not have": sorted(
-            key
-            for key in found["unexpected_keys"]
-            if re.search(r"\.\d+\.", key) and not is_router_parameter(key)
-        ),
+        "of layers that the config does not have": sorted(k for k in in_layers if not is_router_parameter(k)),
     }
     problems = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in wrong.items() if names]
     if problems:

@@ -103,23 +103,19 @@ def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
 
 
 def probe_from_text(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    model: nn.Module,
-    tokens: int,
-    sequence_length: int,
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module, tokens: int, length: int
 ) -> Probe:
     """Make a probe of text.
 
     A sequence-to-sequence model reads the first half of each window and is given the second half to predict. `sources`
-    are as for training (none: the Python installation's own source files), `tokens` are wanted in all, and
-    `sequence_length` of them in a sequence, which is cut to what the model can take.
+    are as for training (none: the Python installation's own source files), `tokens` are wanted in all, and `length` of
+    them in a sequence, which is cut to what the model can take.
 
     Raises:
         InputError: the text holds too few tokens, or the tokenizer is not the model's.
     """
     config = model.config
-    sequence_length = min(sequence_length, positions_of(model) or sequence_length)
+    length = min(length, positions_of(model) or length)
     ids = _token_ids(documents(sources), tokenizer, tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:
@@ -127,16 +123,16 @@ def probe_from_text(
             f"the tokenizer has a token {int(ids.max())}, but the model only {vocab_size}; "
             "give the model's own tokenizer with --tokenizer"
         )
-    rows = min(tokens, ids.numel()) // sequence_length
+    rows = min(tokens, ids.numel()) // length
     where = ", ".join(sources) or "the Python installation's own source files"
-    if rows * sequence_length < MIN_TOKENS:
+    if rows * length < MIN_TOKENS:
         raise InputError(
-            f"{where} holds {ids.numel()} tokens, {rows} sequences of {sequence_length}; measuring needs at least "
+            f"{where} holds {ids.numel()} tokens, {rows} sequences of {length}; measuring needs at least "
             f"{MIN_TOKENS} tokens: give more text with --text, or a shorter --sequence-length"
         )
     before = added_tokens(tokenizer)[0] if objective_of_model(model) == "causal" else []
     leading = torch.tensor(before, dtype=torch.long).expand(rows, -1)
-    text = ids[: rows * (sequence_length - len(before))].view(rows, -1)
+    text = ids[: rows * (length - len(before))].view(rows, -1)
     two_sides = bool(getattr(config, "is_encoder_decoder", False))
     windows = torch.split(torch.hstack([leading, text]), ROWS)
     return _checked(Probe([_inputs(piece, two_sides) for piece in windows], where), tokens)

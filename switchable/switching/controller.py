@@ -28,10 +28,9 @@ from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.costs import costs_of_layers, from_plain, plain
-from switchable.switching.measures import Inputs
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
-from switchable.switching.probe import as_batches, tokens_of
+from switchable.switching.probe import ProbeInputs, as_batches, tokens_of
 from switchable.switching.schedule import Schedule
 from switchable.switching.state import Change, ScheduleState
 from switchable.switching.switch import regroup
@@ -87,7 +86,7 @@ class Controller:
     def __init__(
         self,
         model: nn.Module,
-        probe: Inputs | Sequence[Inputs],
+        probe: ProbeInputs,
         total_steps: int,
         config: SwitchConfig | None = None,
         seed: int = 0,
@@ -185,10 +184,8 @@ class Controller:
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = self._regroup(wanted, optimizers)
-        self.last = [
-            f if perm is None else replace(f, labels_F=f.labels_F[perm])
-            for f, perm in zip(found, perms, strict=True)
-        ]
+        pairs = zip(found, perms, strict=True)
+        self.last = [f if perm is None else replace(f, labels_F=f.labels_F[perm]) for f, perm in pairs]
         regrouped = tuple(perm is not None for perm in perms)
         self.regroupings += sum(regrouped)
         self.state = now = decision.state

@@ -15,8 +15,11 @@ from switchable.ffn.trial import FAILURES
 from switchable.ranks import RankLost, watched
 from switchable.switching.measures import Inputs, show
 
+ProbeInputs = Inputs | Sequence[Inputs]
+"""Fixed model inputs: a batch (a tensor, the model's first input, or a mapping, its inputs by name) or several."""
 
-def as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
+
+def as_batches(probe: ProbeInputs) -> list[Any]:
     """Return the batches of a probe.
 
     Raises:

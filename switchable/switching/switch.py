@@ -22,12 +22,15 @@ from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
 from switchable.switching.optimizers import check_state, state_of
 
+Copy = Mapping[int, Tensor]
+"""Tensors that hold a model's parameters too, by the parameters' ids (`copied_tensors`)."""
+
 
 def regroup(
     layers: Sequence[SwitchableFFN],
     structures: Sequence[Tensor | None],
     optimizers: Sequence[Any] = (),
-    copies: Sequence[Mapping[int, Tensor]] = (),
+    copies: Sequence[Copy] = (),
     twins: Sequence[Sequence[SwitchableFFN]] | None = None,
 ) -> list[Tensor | None]:
     """Give each layer a new structure by permuting its neurons in place.
@@ -42,10 +45,8 @@ def regroup(
         InputError: the optimizer holds state, or a projection something, that cannot be permuted; nothing has been
             changed then.
     """
-    perms = [
-        None if labels is None else _permutation(layer, labels)
-        for layer, labels in zip(layers, structures, strict=True)
-    ]
+    pairs = zip(layers, structures, strict=True)
+    perms = [None if labels is None else _permutation(layer, labels) for layer, labels in pairs]
     for layer, perm in zip(layers, perms, strict=True):
         if perm is not None:
             check_movable(layer.ssd)
@@ -68,7 +69,7 @@ def regroup(
 
 def group_anew(layers: Sequence[SwitchableFFN], structures: Sequence[Tensor]) -> None:
     """Put the neurons of a model that is not being trained in the order of structures, and start its routers."""
-    regroup(layers, [labels_F.cpu() for labels_F in structures])
+    regroup(layers, structures)
     for layer in layers:
         layer.router.initialise(layer.ssd.reads_FD)
 
@@ -87,10 +88,7 @@ def current_structure(layer: SwitchableFFN) -> Tensor:
 
 @torch.no_grad()
 def _permute(
-    layer: SwitchableFFN,
-    perm_F: Tensor,
-    optimizers: Sequence[Any] = (),
-    copies: Sequence[Mapping[int, Tensor]] = (),
+    layer: SwitchableFFN, perm_F: Tensor, optimizers: Sequence[Any] = (), copies: Sequence[Copy] = ()
 ) -> None:
     for parameter, dim in neuron_parameters(layer):
         moving = [(parameter.detach(), dim), *((copy[id(parameter)], dim) for copy in copies)]

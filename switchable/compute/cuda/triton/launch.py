@@ -23,16 +23,10 @@ from switchable.compute.cuda.triton import kernels, tuning
 
 
 def forward(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    bias_F: Tensor | None,
-    expert_ids_TK: Tensor,
-    num_experts: int,
-    squared: bool,
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, ids_TK: Tensor, E: int, squared: bool
 ) -> tuple[Tensor, Tensor, Rows]:
     """Return y_TD, the hidden rows after the activation h_RI, and the sorted rows."""
-    rows = sort_by_expert(expert_ids_TK, num_experts)
+    rows = sort_by_expert(ids_TK, E)
     launches = _Launches(x_TD, up_FD, rows)
     h_RI = launches.multiply("up", x_TD, up_FD, bias_F=bias_F, squared=squared)
     return launches.multiply_back(h_RI, down_FD), h_RI, rows
