@@ -31,8 +31,8 @@ from switchable.errors import InputError
 from switchable.ffn.agreement import families_of
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.facts import facts_of
 from switchable.ffn.families import find_ffns
+from switchable.ffn.ssd import facts_of
 from switchable.ffn.table import row_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss

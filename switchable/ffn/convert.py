@@ -15,7 +15,6 @@ from torch import nn
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
 from switchable.ffn.agreement import check_same_function, families_of, put_in_place
-from switchable.ffn.facts import facts_of, settings_of
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import of_several_names, store_by_neuron
@@ -23,7 +22,7 @@ from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
 from switchable.ffn.recording import kept
-from switchable.ffn.ssd import FFNSettings
+from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
 from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
 from switchable.options import checked

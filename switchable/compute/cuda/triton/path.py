@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
+from switchable.compute.call import RELU_TYPES, Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cuda.sort import Rows
-from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 """Whether Triton's interpreter runs the kernels, on the CPU. Triton reads the variable when it is imported."""
