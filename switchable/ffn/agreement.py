@@ -47,16 +47,12 @@ def families_of(
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
-    return families, None if trusted else _tried(model, example_inputs), {}
-
-
-def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:
     try:
-        return Trial(model, example_inputs)
+        return families, None if trusted else Trial(model, example_inputs), {}
     except InputError:
         if example_inputs is not None:
             raise
-        return None
+        return families, None, {}
 
 
 @torch.no_grad()

@@ -90,6 +90,11 @@ class Family:
         """The class names, as a tuple."""
         return (self.ffn,) if isinstance(self.ffn, str) else self.ffn
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The paths of the projections, in the order in which they are called."""
+        return tuple(dict.fromkeys(path for path in (self.gate, self.up, self.down) if path is not None))
+
     def expected(self, model: nn.Module) -> int | None:
         """Return how many FFNs the model's config names, or None if it does not say."""
         config = getattr(model, "config", None)
@@ -145,12 +150,12 @@ def _check_parts(name: str, module: nn.Module, family: Family) -> None:
     """Raise InputError if a part of an FFN is missing or not of the type it must have."""
     children = dict(module.named_modules())
     kinds: list[tuple[str | None, tuple[type, ...]]] = [
-        *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in _projections(family)),
+        *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in family.projections),
         (family.activation, (nn.Module,)),
         (family.dropout, (nn.Dropout,)),
         (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
     ]
-    for projection in _projections(family):
+    for projection in family.projections:
         _check_plain_weight(f"{name}.{projection}", children.get(projection))
     for part, allowed in kinds:
         refuse_adapter(f"{name}.{part}", children.get(part or ""))
@@ -186,10 +191,6 @@ def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
     floats = isinstance(weight, Tensor) and weight.is_floating_point() and type(weight) in PLAIN_TENSORS
     if (isinstance(weight, Tensor) and not floats) or "quantized" in type(projection).__module__:
         raise InputError(f"{name} is quantised; load the model unquantised")
-
-
-def _projections(family: Family) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part for part in (family.gate, family.up, family.down) if part is not None))
 
 
 def candidates(model: nn.Module) -> str:

@@ -208,8 +208,8 @@ class SSD:
     def called(self) -> list[tuple[str, nn.Module]]:
         """What dense mode calls, each by its path: projections and activation."""
         family = self.settings.family
-        paths = dict.fromkeys(path for path in (family.gate, family.up, family.down) if path is not None)
-        return [*((path, self.part(path)) for path in paths), (family.activation or "", self.activation)]
+        projections = ((path, self.part(path)) for path in family.projections)
+        return [*projections, (family.activation or "", self.activation)]
 
     @property
     def hidden_dropout(self) -> float:

@@ -111,12 +111,9 @@ def export(
     }
     ssds = [layer.ssd for layer in layers_of(model)]
     if ssds:
-        facts |= {
-            "num_experts": ssds[0].num_experts,
-            "why_dense": why_dense(model),
-            "engines": engines(model),
-        }
+        facts["num_experts"] = ssds[0].num_experts
         facts["experts_per_token"] = [ssd.experts_per_token for ssd in ssds]
+        facts |= {"why_dense": why_dense(model), "engines": engines(model)}
     return facts
 
 

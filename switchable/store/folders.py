@@ -7,7 +7,7 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,8 @@ def verify(folder: Path, skip: str = "") -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256(path) != checksum:
             return f"{name} does not have its checksum"
-    return _not_finite([name for name in files if name.endswith("tensors")], folder)
-
-
-def _not_finite(names: Iterable[str], folder: Path) -> str | None:
-    """Look at one tensor at a time: the files may be larger than the memory."""
-    for file in (TensorFile(folder / name) for name in names):
-        for name in sorted(file.names):
+    for file in (TensorFile(folder / name) for name in files if name.endswith("tensors")):
+        for name in sorted(file.names):  # one at a time: the files may be larger than the memory
             found = not_finite({name: file.tensor(name)})
             if found is not None:
                 return found
