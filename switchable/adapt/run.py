@@ -189,9 +189,8 @@ def _relufy(
     family = families_of(model)[0][0]
     activation, *_ = facts_of(find_ffns(model, family)[0][1], family, "the FFN")
     if not activation.startswith("relu"):
-        what = (
-            f"{family.activation_setting} of the config does not set the activation, which stays {activation}"
-        )
+        setting = family.activation_setting
+        what = f"{setting} of the config does not set the activation, which stays {activation}"
         raise InputError(f"{what}; build the model with ReLU, train it on and convert that, without --relufy")
     swapped = validation_loss(model, text.validation, not quiet)
     with in_float32(model), progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar:

@@ -89,9 +89,8 @@ class ExpertCall(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether anything asks for a gradient."""
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (self.x_TD, *self.weights.tensors)
-        )
+        tensors = (self.x_TD, *self.weights.tensors)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -62,19 +62,18 @@ def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
     Raises:
         InputError: they differ, or the module wants more than one input.
     """
-    x_BSD = layer.ssd.two_tokens_TD.unsqueeze(0)
+    ssd = layer.ssd
+    x_BSD = ssd.two_tokens_TD.unsqueeze(0)
     if x_BSD.is_meta:
         return
     with kept([*ffn.modules(), *layer.modules()], "training"):
         try:
             before, after = ffn.eval()(x_BSD), layer.eval()(x_BSD)
         except TypeError as error:
-            raise InputError(
-                f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
-            ) from None
+            raise InputError(f"{ssd.name}: {error}; an FFN takes hidden states and nothing else") from None
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise InputError(
-            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
+            f"{ssd.name} ({type(ffn).__name__}) computes something else than {ssd.settings.family}; "
             "has it a part that is not described (a gate, a norm, a factor)?"
         )
 

@@ -24,8 +24,7 @@ from transformers import (
 
 from switchable.errors import InputError, nearest
 
-Sizes = Mapping[str, int]
-Tokens = Mapping[str, int]
+Ints = Mapping[str, int]
 
 
 class Builder(NamedTuple):
@@ -90,9 +89,7 @@ BUILDERS = {
 """By model type of transformers."""
 
 
-def build_model(
-    family: str, sizes: Sizes, activation: str, vocab_size: int, tokens: Tokens
-) -> PreTrainedModel:
+def build_model(family: str, sizes: Ints, activation: str, vocab_size: int, tokens: Ints) -> PreTrainedModel:
     """Return a model with random weights (drawn from torch's global generator), to pre-train from scratch.
 
     Args:
@@ -127,7 +124,7 @@ def build_model(
     return model_of(kind.config_class(architectures=[kind.__name__], vocab_size=vocab_size, **settings))
 
 
-def _causal(rest: Tokens) -> dict[str, Any]:
+def _causal(rest: Ints) -> dict[str, Any]:
     """Return the vocabulary and special tokens of a causal model.
 
     It has no padding token where that is a token of the text too: transformers leaves its embedding zero for ever.

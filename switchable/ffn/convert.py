@@ -96,10 +96,9 @@ def convert(
             something else with them, it is converted already, or E does not divide F. The model is unchanged then.
     """
     config = checked("config", config, SwitchConfig | None) or SwitchConfig()
-    if layers_of(checked("model", model, nn.Module)):
-        raise InputError(
-            f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
-        )
+    before = layers_of(checked("model", model, nn.Module))
+    if before:
+        raise InputError(f"the model is converted already ({len(before)} switchable FFNs); convert it once")
     taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
     if taken:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
@@ -189,9 +188,8 @@ def set_mode(
         raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
-    each = (
-        [experts_per_token] * len(found) if not isinstance(experts_per_token, Sequence) else experts_per_token
-    )
+    k = experts_per_token
+    each = k if isinstance(k, Sequence) else [k] * len(found)
     if len(each) != len(found):
         raise InputError(
             f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"

@@ -42,9 +42,8 @@ class SavedRouter(Router):
         try:
             take_over(self.ssd, decoded(state))
         except InputError as error:
-            logging.getLogger(__name__).warning(
-                "%s keeps its own K and part in sparse mode: %s", self.ssd.name, error
-            )
+            log = logging.getLogger(__name__)
+            log.warning("%s keeps its own K and part in sparse mode: %s", self.ssd.name, error)
 
 
 def describe(ssd: SSD) -> dict[str, Any]:

@@ -69,9 +69,7 @@ class Family:
     def __post_init__(self) -> None:
         check(self)
         if (self.activation is None) != (self.activation_fn is not None):
-            raise InputError(
-                "say either activation (a module) or activation=None and activation_fn (its name)"
-            )
+            raise InputError("say activation (a module), or activation=None and activation_fn (its name)")
         if self.activation_fn is not None and self.activation_fn not in ACT2FN:
             raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(ACT2CLS)}")
         if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
@@ -197,11 +195,10 @@ def candidates(model: nn.Module) -> str:
     """Say which classes of the model hold two or more projections: the FFN is among them."""
     seen: dict[str, str] = {}
     for module in model.modules():
-        parts = [
-            f"{n} {tuple(c.weight.shape)}" for n, c in module.named_children() if isinstance(c, PROJECTIONS)
-        ]
-        if len(parts) >= 2:
-            seen.setdefault(type(module).__name__, ", ".join(parts))
+        own = {n: child for n, child in module.named_children() if isinstance(child, PROJECTIONS)}
+        if len(own) >= 2:
+            shapes = ", ".join(f"{n} {tuple(child.weight.shape)}" for n, child in own.items())
+            seen.setdefault(type(module).__name__, shapes)
     if not seen:
         return "No module of it holds two projections (nn.Linear or Conv1D)"
     return "Its modules with two or more projections: " + "; ".join(f"{k} ({v})" for k, v in seen.items())

@@ -179,10 +179,8 @@ def _activation_module(search: _Search, home: str) -> str | None:
     seen, match = search.seen, search.match
     count = len(_of(seen, match.down.name))
     gate = match.gate.y if match.fused is None else halves(match.gate.y, match.fused, -1)[0]
-    inside = (
-        c for c in seen if (not home or c.name.startswith(f"{home}.")) and not list(c.module.children())
-    )
-    for call in inside:
+    own = (c for c in seen if (not home or c.name.startswith(f"{home}.")) and not list(c.module.children()))
+    for call in own:
         reads_gate = activation_name(call.module) == match.activation and close(call.x, gate)
         if reads_gate and len(_of(seen, call.name)) == count:
             return call.name

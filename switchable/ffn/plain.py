@@ -36,16 +36,13 @@ def check_plain(ssd: SSD) -> None:
         InputError: names it, and what to do.
     """
     for path, module in ssd.called:
+        where = f"{ssd.name}.{path}"
         if module is not ssd.activation and (
             type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
         ):
-            raise InputError(
-                f"{ssd.name}.{path} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}"
-            )
+            raise InputError(f"{where} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}")
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
-            raise InputError(
-                f"{ssd.name}.{path} has hooks (or a mask), which sparse mode passes by; {REMEDY}"
-            )
+            raise InputError(f"{where} has hooks (or a mask), which sparse mode passes by; {REMEDY}")
 
 
 def own_forwards(ssd: SSD) -> frozenset[Any]:

@@ -55,9 +55,8 @@ def recorded(
                 calls.append(Call(name, module, x, own, alone))
             return y
 
-        handles.extend(
-            [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-        )
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
 
     for name, module in modules:
         watch(name, module)

@@ -92,9 +92,8 @@ class Trial:
         except FAILURES as error:
             when = "in training" if training else "in evaluation"
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"{type(self.model).__name__} cannot be tried out {when} ({why}); {GIVE}"
-            ) from None
+            kind = type(self.model).__name__
+            raise InputError(f"{kind} cannot be tried out {when} ({why}); {GIVE}") from None
 
     def answers(self) -> list[Tensor]:
         """Return what the model computes in evaluation, then outputs and gradients of training."""

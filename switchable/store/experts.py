@@ -62,9 +62,7 @@ def _restore(model: nn.Module, described: Mapping[str, Mapping[str, Any]], store
             "this model is the baseline `moe` of a comparison: its experts' outputs are scaled, so it has no dense "
             "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
         )
-    parts = [
-        each["family"] for each in described.values() if each.get("family")
-    ]  # version 0.1 did not write them
+    parts = [each["family"] for each in described.values() if each.get("family")]  # 0.1 wrote none
     families = list(dict.fromkeys(map(Family.from_values, parts)))
     config = SwitchConfig(num_experts=first["num_experts"], experts_per_token=1)
     convert(model, config, families or None, trusted=bool(families))

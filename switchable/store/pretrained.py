@@ -71,16 +71,12 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error}); give the folder of a whole checkpoint") from None
     if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} holds an adapter; merge it into its model and save that with save_pretrained"
-        )
+        raise InputError(f"{folder} holds an adapter; merge it into its model and save_pretrained that")
     pickled = [name for name in named if not name.endswith(".safetensors")]
     if not list(folder.glob("*.safetensors")):
         pickled += [path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind)]
         if not pickled:
-            raise InputError(
-                f"{folder} holds no weights (*.safetensors); give the folder of a whole checkpoint"
-            )
+            raise InputError(f"{folder} holds no weights (*.safetensors); give a whole checkpoint's folder")
     if pickled:
         raise InputError(
             f"the weights of {folder} are pickled ({', '.join(sorted(set(pickled)))}), which we never open: they can "
@@ -112,9 +108,8 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}"
-        ) from None
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder / 'config.json'} cannot be used: {why}") from None
     if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
         del config.quantization_config
     vars(config).pop("auto_map", None)  # a sparse export's: what is written of the model may be a dense one

@@ -76,10 +76,9 @@ def load_int8(folder: Path) -> QuantisedModel | None:
     if damage is not None:
         raise InputError(f"{place} is damaged ({damage}); export it again")
     file = tensorfile.TensorFile(place / FILE)
-    if file.metadata.get(KEY) != str(FORMAT):
-        raise InputError(
-            f"{place / FILE} is of format {file.metadata.get(KEY)}, not {FORMAT}; export the model again"
-        )
+    written = file.metadata.get(KEY)
+    if written != str(FORMAT):
+        raise InputError(f"{place / FILE} is of format {written}, not {FORMAT}; export the model again")
     tokenizer = load_tokenizer_of(place)
     if tokenizer is None:
         raise InputError(f"{place} holds no tokenizer; export a model that has one")

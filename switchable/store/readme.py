@@ -60,9 +60,7 @@ def engines(model: nn.Module) -> str:
     if built_in == own:
         return f"llama.cpp computes {own} in models of type {kind}, as this one does."
     if built_in is None:
-        return (
-            f"Of llama.cpp's activation in models of type {kind} nothing is known here: compare losses first."
-        )
+        return f"Of llama.cpp's activation in models of type {kind} nothing is known here: compare losses."
     return (
         f"llama.cpp has {built_in} built into models of type {kind} and would write other text, silently; relu2 "
         "without a gate it computes in models of type arcee (switchable pretrain --family arcee)."

@@ -13,8 +13,8 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.costs import costs_of_layers, from_plain, plain
+from switchable.switching.measures import Precision
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
 from switchable.switching.probe import ProbeInputs, as_batches, tokens_of
@@ -92,7 +93,7 @@ class Controller:
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
         copies: Sequence[object] = (),
-        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        precision: Precision = nullcontext,
     ) -> None:
         self.layers = layers_of(checked("model", model, nn.Module))
         if not self.layers:
@@ -186,13 +187,11 @@ class Controller:
         perms = self._regroup(wanted, optimizers)
         pairs = zip(found, perms, strict=True)
         self.last = [f if perm is None else replace(f, labels_F=f.labels_F[perm]) for f, perm in pairs]
-        regrouped = tuple(perm is not None for perm in perms)
-        self.regroupings += sum(regrouped)
+        moved = tuple(perm is not None for perm in perms)
+        self.regroupings += sum(moved)
         self.state = now = decision.state
         sparse = now.takes_part, now.experts_per_token
-        return Measurement(
-            self.steps_done, tuple(measures), regrouped, *sparse, tuple(perms), decision.changes
-        )
+        return Measurement(self.steps_done, tuple(measures), moved, *sparse, tuple(perms), decision.changes)
 
     def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
         """Give layers new structures; return how the neurons of each moved."""

@@ -14,7 +14,8 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ Inputs = Batch | Tensor
 
 Observer = Callable[[SwitchableFFN, Tensor], object]
 """Is shown a layer and its input, [B, S, D] or [T, D], a batch of the probe at a time."""
+Precision = Callable[[], AbstractContextManager[Any]]
+"""The context in which a probe is multiplied, as a loop's autocast."""
 
 
 class LayerSums:

@@ -10,10 +10,9 @@ The training forward holds no measuring code; the layers are watched through hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers, groups_layer
-from switchable.switching.measures import Inputs, LayerSums, show
+from switchable.switching.measures import Inputs, LayerSums, Precision, show
 from switchable.switching.patterns import jaccard, pack, routes_changed
 
 
@@ -104,7 +103,7 @@ def measure(
     last: Sequence[Found | None],
     random_state: int,
     fresh: bool = True,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: Precision = nullcontext,
 ) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
 

@@ -130,9 +130,7 @@ def _entries(optimizer: Any, owner: Tensor) -> Mapping[Any, Any]:
     return entries if isinstance(entries, Mapping) else {"": entries}
 
 
-def _is_understood(
-    optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor], of_neurons: bool
-) -> bool:
+def _is_understood(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor], neurons: bool) -> bool:
     value = _entries(optimizer, owner)[key]
     if isinstance(value, PLAIN) or (isinstance(value, Tensor) and value.numel() == 1):
         return True
@@ -142,7 +140,7 @@ def _is_understood(
     if _is_stacked(optimizer, key, owner, params):
         return True
     # Of another parameter: nobody minds, unless it is so large that it may hold those of neurons.
-    return _fits(value, owner) if of_neurons else value.numel() <= owner.numel()
+    return _fits(value, owner) if neurons else value.numel() <= owner.numel()
 
 
 def _is_stacked(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.trial import FAILURES
 from switchable.ranks import RankLost, watched
-from switchable.switching.measures import Inputs, show
+from switchable.switching.measures import Inputs, Precision, show
 
 ProbeInputs = Inputs | Sequence[Inputs]
 """Fixed model inputs: a batch (a tensor, the model's first input, or a mapping, its inputs by name) or several."""
@@ -33,9 +32,7 @@ def as_batches(probe: ProbeInputs) -> list[Any]:
     return batches
 
 
-def tokens_of(
-    model: nn.Module, batches: Sequence[Inputs], precision: Callable[[], AbstractContextManager[Any]]
-) -> int:
+def tokens_of(model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> int:
     """Return how many tokens the probe brings to the model's first FFN.
 
     Raises:

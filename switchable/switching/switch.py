@@ -61,9 +61,7 @@ def regroup(
         after = _fingerprint(layer)
         scale = before.abs().max().clamp_min(1e-6)
         if not torch.isnan(before).any() and (after - before).abs().max() > 1e-2 * scale:
-            raise RuntimeError(
-                f"regrouping changed the function of {layer.ssd.name}; this is a bug in switchable"
-            )
+            raise RuntimeError(f"regrouping changed the function of {layer.ssd.name}: a bug in switchable")
     return perms
 
 
