@@ -161,7 +161,7 @@ class _Meter:
         self.kept["ratios"].append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
         self.kept["patterns"].append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self.sums.add_activity(layer, x_TD, hidden_TF, active_TF)
+        self.sums.add_tokens(layer, x_TD, hidden_TF, active_TF)
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""

@@ -38,7 +38,7 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 
 class LayerSums:
-    """What one layer does with its own K, summed over tokens."""
+    """What one layer does with its own K, summed over tokens; the module's text says what each measure is."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
         ssd = layer.ssd
@@ -53,11 +53,9 @@ class LayerSums:
         """Take in the layer's input, as an `Observer`."""
         x_TD = x.reshape(-1, layer.ssd.d_model)
         hidden_TF = layer.ssd.activations(x_TD)
-        self.add_activity(layer, x_TD, hidden_TF, hidden_TF != 0)
+        self.add_tokens(layer, x_TD, hidden_TF, hidden_TF != 0)
 
-    def add_activity(
-        self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor
-    ) -> Tensor:
+    def add_tokens(self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor) -> Tensor:
         """Take in tokens, their activations and which of these count as active; return the experts chosen, route_TK."""
         ssd = layer.ssd
         mass_TE = expert_mass(hidden_TF, ssd.weights.down_FD, ssd.num_experts)
@@ -73,18 +71,15 @@ class LayerSums:
 
     @property
     def activation_ratio(self) -> float:
-        """Share of (token, neuron) pairs that are active."""
         assert self.tokens, "the probe never reached the layer"
         return float(self.fired_F.sum()) / self.pairs
 
     @property
     def dead(self) -> float:
-        """Share of neurons that fired on no token."""
         return float((self.fired_F == 0).double().mean())
 
     @property
     def always_on(self) -> float:
-        """Share of neurons that fired on every token."""
         return float((self.fired_F == self.tokens).double().mean())
 
     @property
@@ -99,12 +94,10 @@ class LayerSums:
 
     @property
     def mass_caught(self) -> float:
-        """Share of the activation mass in the router's K experts."""
         return self.mass_router[self.chosen - 1]
 
     @property
     def mass_best_k(self) -> float:
-        """Share of the activation mass in the best K experts of each token."""
         return self.mass_best[self.chosen - 1]
 
     def _shares(self, mass_E: Tensor) -> list[float]:
@@ -114,7 +107,6 @@ class LayerSums:
 
     @property
     def load_imbalance(self) -> float:
-        """Load of the busiest expert over the mean load."""
         return float(self.load_E.max() / self.load_E.double().mean())
 
 

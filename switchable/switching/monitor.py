@@ -64,20 +64,20 @@ class Found:
     """The experts chosen for each token."""
 
 
-class Watch:
+class Watch(LayerSums):
     """What one layer does on the probe: the sums, and what of each token is compared with the next measurement."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
-        self.sums = LayerSums(layer)
+        super().__init__(layer)
         self._active: list[Tensor] = []
         self._routes: list[Tensor] = []
 
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer`."""
-        x_TD = x.reshape(-1, layer.ssd.d_model)
-        hidden_TF = layer.ssd.activations(x_TD)
-        self._active.append(hidden_TF != 0)
-        self._routes.append(self.sums.add_activity(layer, x_TD, hidden_TF, self._active[-1]).cpu())
+    def add_tokens(self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor) -> Tensor:
+        """Take in tokens, and keep which neurons were active on each, and which experts were chosen."""
+        route_TK = super().add_tokens(layer, x_TD, hidden_TF, active_TF)
+        self._active.append(active_TF)
+        self._routes.append(route_TK.cpu())
+        return route_TK
 
     @property
     def active_TF(self) -> Tensor:
@@ -139,16 +139,15 @@ def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
 
 
 def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:
-    sums = seen.sums
     return LayerMeasures(
-        activation_ratio=sums.activation_ratio,
-        mass_caught=sums.mass_caught,
-        mass_by_k=tuple(sums.mass_router),
-        mass_best=sums.mass_best_k,
-        load_imbalance=sums.load_imbalance,
-        experts_per_token=sums.chosen,
-        dead=sums.dead,
-        always_on=sums.always_on,
+        activation_ratio=seen.activation_ratio,
+        mass_caught=seen.mass_caught,
+        mass_by_k=tuple(seen.mass_router),
+        mass_best=seen.mass_best_k,
+        load_imbalance=seen.load_imbalance,
+        experts_per_token=seen.chosen,
+        dead=seen.dead,
+        always_on=seen.always_on,
         pattern_similarity=None if last is None else jaccard(last.pattern_TW, found.pattern_TW),
         routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK),
     )
