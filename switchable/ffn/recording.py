@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ def recorded(
     `instead` is what some modules are made to return, one entry for each of their last dimension.
     """
     calls: list[Call] = []
-    handles = []
+    hooks = ExitStack()
 
     def watch(name: str, module: nn.Module) -> None:
         begun: list[tuple[Tensor | None, bool]] = []
@@ -55,16 +55,13 @@ def recorded(
                 calls.append(Call(name, module, x, own, alone))
             return y
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(module.register_forward_hook(after))
 
-    for name, module in modules:
-        watch(name, module)
-    try:
+    with hooks:
+        for name, module in modules:
+            watch(name, module)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

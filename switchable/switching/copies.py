@@ -42,16 +42,15 @@ def copied_tensors(model: nn.Module, copies: Sequence[object]) -> list[dict[int,
     """
     named = dict(model.named_parameters())
     of_neurons = {id(p) for layer in layers_of(model) for p, _ in neuron_parameters(layer)}
+    neurons = {name: p for name, p in named.items() if id(p) in of_neurons}
     found = []
-    for copy in copies:
-        if isinstance(copy, nn.Module):
-            continue
+    for copy in (each for each in copies if not isinstance(each, nn.Module)):
         tensors = _by_name(named, copy)
-        for name, parameter in named.items():
+        for name, parameter in neurons.items():
             theirs, ours = tuple(tensors[name].shape), tuple(parameter.shape)
-            if id(parameter) in of_neurons and theirs != ours:
+            if theirs != ours:
                 raise InputError(f"a copy of the model has {name} of shape {theirs}, the model of {ours}")
-        found.append({id(p): tensors[name] for name, p in named.items() if id(p) in of_neurons})
+        found.append({id(p): tensors[name] for name, p in neurons.items()})
     return found
 
 

@@ -13,8 +13,9 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,29 +111,21 @@ class LayerSums:
         return float(self.load_E.max() / self.load_E.double().mean())
 
 
-@contextmanager
-def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
-    """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, named, see=observer: see(layer, *args, *named.values()),
-            with_kwargs=True,
-        )
-        for observer, layer in zip(observers, layers_of(model), strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def show(model: nn.Module, probe: Iterable[Inputs], observers: Sequence[Observer]) -> None:
     """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
     # Observers are not worth compiling, and what a compiled block makes of them is beyond torch.compile.
-    with in_mode(model, "dense"), observed(model, observers), torch.compiler.set_stance("force_eager"):
+    with in_mode(model, "dense"), torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        for observer, layer in zip(observers, layers_of(model), strict=True):
+            see = partial(_see, observer)
+            hooks.enter_context(layer.register_forward_pre_hook(see, with_kwargs=True))
         model.eval()
         for batch in probe:
             model(batch) if isinstance(batch, Tensor) else model(**batch)
     reshard(model)
+
+
+def _see(
+    observer: Observer, layer: SwitchableFFN, args: tuple[Tensor, ...], named: Mapping[str, Tensor]
+) -> None:
+    observer(layer, *args, *named.values())
