@@ -217,11 +217,7 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig, quiet: bool) -> N
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
-    """Leave those layers out of sparse mode that are not sparse.
-
-    Raises:
-        InputError: none is sparse; says what sparse mode would cost.
-    """
+    """Leave layers that are not sparse out of sparse mode; raise InputError, with the cost of it, if none is sparse."""
     layers = layers_of(model)
     rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
     for layer, row in zip(layers, rows, strict=True):

@@ -32,10 +32,7 @@ def families_of(
 ) -> tuple[list[Family], Trial | None, dict[str, str]]:
     """Return what a model's FFNs are, the trial in which that can be checked, and what was found to be left alone.
 
-    The trial is None where nothing need or can be checked.
-
-    Raises:
-        InputError: they are neither described nor known nor found; the message says why.
+    The trial is None where nothing need or can be checked. Raises InputError if no FFNs are described, known or found.
     """
     row = row_of(model) if given is None else None
     if given is None and row is None:
@@ -57,11 +54,7 @@ def families_of(
 
 @torch.no_grad()
 def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
-    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
-
-    Raises:
-        InputError: they differ, or the module wants more than one input.
-    """
+    """Raise InputError unless an FFN does on two tokens what the module that it replaces did: a part left out shows."""
     ssd = layer.ssd
     x_BSD = ssd.two_tokens_TD.unsqueeze(0)
     if x_BSD.is_meta:
@@ -81,12 +74,9 @@ def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
 def put_in_place(
     trial: Trial | None, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
 ) -> None:
-    """Put switchable FFNs in place, unless by a trial of the model without them it computes something else then.
+    """Put FFNs in place, each by one of `place`, which returns what undoes it.
 
-    Each of `place` puts one in its place, and returns what undoes it.
-
-    Raises:
-        InputError: it does, or it fails; they have been taken out again.
+    Raises InputError, with all undone, if a trial of the model without them shows that it computes something else then.
     """
     before = None if trial is None else trial.answers()
     undo = [each() for each in place]

@@ -136,11 +136,7 @@ def _causal(rest: Ints) -> dict[str, Any]:
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of transformers that a config names in `architectures`.
-
-    Raises:
-        InputError: it names none that there is.
-    """
+    """Return the class of transformers that a config names in `architectures`; raise InputError if there is none."""
     name = (getattr(config, "architectures", None) or [None])[0]
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):

@@ -131,11 +131,7 @@ def convert(
 def _in_order(
     model: nn.Module, found: Sequence[tuple[str, nn.Module, Family]]
 ) -> list[tuple[str, nn.Module, Family]]:
-    """Return FFNs of several families in the model's order.
-
-    Raises:
-        InputError: two families mean one module.
-    """
+    """Return FFNs of several families in the model's order; raise InputError if two families mean one module."""
     by_name = {name: (name, ffn, family) for name, ffn, family in found}
     if len(by_name) != len(found):
         raise InputError("two of the families given mean the same FFN; give each FFN one")
@@ -208,11 +204,7 @@ def set_mode(
 
 
 def check_sparse(model: nn.Module) -> None:
-    """Refuse a model without a sparse mode, or with one that with all experts would not be the dense mode.
-
-    Raises:
-        InputError: says why no FFN takes part in it, or what hangs on a projection that it would pass by.
-    """
+    """Raise InputError for a model without a sparse mode, or where that with all experts is not the dense mode."""
     taking_part = [layer.ssd for layer in layers_of(model) if layer.ssd.takes_part]
     if not taking_part:
         raise InputError(f"the model has no sparse mode: {why_dense(model)}; use dense mode")

@@ -68,11 +68,7 @@ def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -
 
 
 def refuse_others(model: nn.Module) -> None:
-    """Refuse mixtures of experts and quantised weights.
-
-    Raises:
-        InputError: names the module.
-    """
+    """Raise InputError for mixtures of experts and quantised weights."""
     for name, module in model.named_modules():
         own = any(True for _ in module.parameters())
         if own and ("experts" in name.split(".") or "Experts" in type(module).__name__):

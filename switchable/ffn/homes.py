@@ -36,9 +36,7 @@ def family_at(
     """Return the path of the module that holds an FFN's projections, and the family (its `ffn` is still to be named).
 
     `seen` are calls in evaluation, `trained` calls in training, in which each dropout has a probability of its own.
-
-    Raises:
-        InputError: a dropout cannot be found, or is used elsewhere too.
+    Raises InputError if a dropout cannot be found, or is used elsewhere too.
     """
     paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
     search = _Search(model, match, seen, trained, _probability(match, trained))

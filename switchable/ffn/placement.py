@@ -84,11 +84,7 @@ class Entrance(Held):
 
 
 def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
-    """Refuse what was put around a projection afterwards: the layer and the FFN would call it for different things.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for what was put around a projection since: layer and FFN would call it for different things."""
     for path, module in projections:
         if not isinstance(module, Held):
             raise InputError(

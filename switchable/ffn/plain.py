@@ -30,11 +30,7 @@ REMEDY = (
 
 
 def check_plain(ssd: SSD) -> None:
-    """Refuse an FFN with something on its projections or activation that sparse mode would pass by.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for an FFN with something on its projections or activation that sparse mode would pass by."""
     for path, module in ssd.called:
         where = f"{ssd.name}.{path}"
         if module is not ssd.activation and (
@@ -46,11 +42,7 @@ def check_plain(ssd: SSD) -> None:
 
 
 def own_forwards(ssd: SSD) -> frozenset[Any]:
-    """Return the forwards of the projections' classes that do what `nn.Linear`'s does, as casting weights does.
-
-    Raises:
-        InputError: a class computes something else.
-    """
+    """Return forwards of classes that do what `nn.Linear`'s does, as casting weights; InputError if one does more."""
     found = set()
     for path, module in ssd.called:
         own = type(module).forward
@@ -89,11 +81,7 @@ def _multiplies(module: nn.Linear) -> bool:
 
 
 def check_movable(ssd: SSD) -> None:
-    """Refuse to move the neurons of an FFN whose projections are more than a weight and a bias.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for an FFN whose neurons cannot move: a projection is more than a weight and a bias."""
     check_plain(ssd)
     for path, module in ssd.called:
         if parametrize.is_parametrized(module):
@@ -104,11 +92,7 @@ def check_movable(ssd: SSD) -> None:
 
 
 def check_readable(ssd: SSD) -> None:
-    """Refuse what hides which way round a projection's weight lies: dense mode calls it, measures read the weight.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError where it is hidden which way a weight lies: dense mode calls it, measures read the weight."""
     for path, module in ssd.called[:-1]:  # the last is the activation
         width = ssd.d_ff if path == ssd.settings.family.down else ssd.d_model
         hides = not isinstance(module, Conv1D) and any(isinstance(part, Conv1D) for part in module.modules())

@@ -49,11 +49,7 @@ class FFNSettings:
 
 
 def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
-    """Return the activation's name in `ACT2FN`, D and F of an FFN whose projections are in `ffn`.
-
-    Raises:
-        InputError: the activation has no name in `ACT2FN`.
-    """
+    """Return the activation's name in `ACT2FN`, D and F of the FFN in a module; raise InputError if it has no name."""
     activation = family.activation_fn
     if family.activation is not None:
         act = ffn.get_submodule(family.activation)
@@ -70,8 +66,7 @@ def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
 def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
     """Return the settings of a switchable FFN in the place of another; `config` has a value for every setting.
 
-    Raises:
-        InputError: E does not divide F, or the activation has no name in `ACT2FN`.
+    Raises InputError if E does not divide F, or the activation has no name in `ACT2FN`.
     """
     activation, d_model, d_ff = facts_of(ffn, family, name)
     if d_ff % config.num_experts:
@@ -151,11 +146,7 @@ class SSD:
         """What decoding has prepared."""
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
-        """Set K.
-
-        Raises:
-            InputError: K is not a whole number in 1..E.
-        """
+        """Set K; raise InputError unless it is a whole number in 1..E."""
         self.check_experts_per_token(experts_per_token)
         self.experts_per_token = experts_per_token
 

@@ -79,11 +79,7 @@ class Trial:
         raise problems[-1] if problems else unknown
 
     def run(self, training: bool) -> list[Tensor]:
-        """Return every tensor of real numbers that the model returns; the same random numbers each time.
-
-        Raises:
-            InputError: the model fails.
-        """
+        """Return all tensors of real numbers that the model returns, random numbers fixed; InputError if it fails."""
         self.model.train(training)
         torch.manual_seed(0)
         args, named = self._arguments

@@ -58,12 +58,10 @@ def save(
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Write a checkpoint; an older one of the same name is replaced.
+    """Write a checkpoint; an older one of the same name is replaced. What was there stands until then.
 
-    Every rank must call it, with its own contents and a folder on a file system that all ranks share.
-
-    Raises:
-        InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
+    Every rank must call it, with its own contents and a folder on a file system that all ranks share. Raises InputError
+    if no space is left on the device, or a rank does not see the folder.
     """
     temporary = temporary_name(folder)
 

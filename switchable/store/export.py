@@ -125,12 +125,9 @@ def write(
     max_shard_size: str,
     in_8_bits: bool = False,
 ) -> None:
-    """Write a converted model and its tokenizer into a folder that exists.
+    """Write a converted model and its tokenizer into a folder that exists; `in_8_bits` a copy of the weights too.
 
-    With `in_8_bits` a copy of the weights goes beside them.
-
-    Raises:
-        InputError: a weight is not finite.
+    Raises InputError if a weight is not finite.
     """
     check_finite(model, "the model", "nothing was written")
     save_plain(folder, model, max_shard_size)
@@ -162,12 +159,9 @@ def _name_class(folder: Path, model: nn.Module) -> None:
 def check_output(
     out: Path, overwrite: bool, sources: Sequence[Path | str], what: str = "model", by: str = "config.json"
 ) -> None:
-    """Refuse an output folder that holds something else than what is to be replaced, or that cannot be written.
+    """Raise InputError for an output folder that is not what is to be replaced, or that cannot be written.
 
     What it holds is told by a file in it.
-
-    Raises:
-        InputError: says what to do.
     """
     check_apart(out, sources)
     check_writable(out)

@@ -52,12 +52,9 @@ def restore_training(
 
 
 def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
-    """Load weights of a checkpoint into a converted model of the same shape.
+    """Load weights of a checkpoint into a converted model of the same shape; raise InputError, unchanged, if not so.
 
     Without `routers` the model keeps its own, of whatever shape.
-
-    Raises:
-        InputError: names or shapes do not fit; the model is unchanged then.
     """
     described = descriptions(folder) if routers else {}
     state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}

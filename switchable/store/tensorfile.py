@@ -98,11 +98,7 @@ def create(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] 
 
 
 def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] = METADATA) -> None:
-    """Write this rank's rows into a created file and flush them to disk.
-
-    Raises:
-        OSError: e.g. the disk is full.
-    """
+    """Write this rank's rows into a created file and flush them to disk; raise OSError if, say, that is full."""
     _, begins = _layout(pieces, metadata)
     with path.open("r+b") as file:
         for name, piece in pieces.items():
@@ -116,11 +112,7 @@ def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] =
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory and read row by row.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+    """A safetensors file, mapped into memory and read row by row; InputError if there is none or it is damaged."""
 
     def __init__(self, path: Path) -> None:
         try:

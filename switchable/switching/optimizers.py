@@ -29,11 +29,7 @@ USE = "use an optimizer of plain tensors, e.g. AdamW, SGD with momentum, Lion, M
 
 
 def optimizers_in(given: object) -> list[Any]:
-    """Return every optimizer in what a loop steps: optimizers, lists of them, and what wraps them.
-
-    Raises:
-        InputError: there is none in it.
-    """
+    """Return every optimizer in what a loop steps (optimizers, lists, what wraps them); InputError if there is none."""
     found: dict[int, Any] = {}
     _look_for_optimizers(given, found, DEPTH)
     if not found:
@@ -58,11 +54,7 @@ def _look_for_optimizers(thing: Any, found: dict[int, Any], depth: int) -> None:
 
 
 def check_trained(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> None:
-    """Refuse a loop that leaves out what it should train.
-
-    Raises:
-        InputError: a router is frozen, or what is to be trained is in no optimizer.
-    """
+    """Raise InputError for a loop that leaves out what it should train: it is frozen, or in none of the optimizers."""
     trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     for layer in layers:
         router = layer.router.weight
@@ -80,11 +72,7 @@ def check_trained(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) ->
 
 
 def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers whose state cannot move with the neurons.
-
-    Raises:
-        InputError: names the optimizer and the state.
-    """
+    """Raise InputError for an optimizer whose state cannot move with the neurons; it names both."""
     neurons = {id(p): p for layer in layers for p, _ in neuron_parameters(layer)}
     least = min(p.numel() for p in neurons.values() if p.ndim == 2)
     for optimizer in optimizers:

@@ -19,11 +19,7 @@ ProbeInputs = Inputs | Sequence[Inputs]
 
 
 def as_batches(probe: ProbeInputs) -> list[Any]:
-    """Return the batches of a probe.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Return the batches of a probe; raise InputError if it is none."""
     one = isinstance(probe, (Tensor, Mapping))
     batches: list[Any] = [probe] if one else list(probe) if isinstance(probe, Sequence) else []
     good = (isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch) for batch in batches)
@@ -33,11 +29,7 @@ def as_batches(probe: ProbeInputs) -> list[Any]:
 
 
 def tokens_of(model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> int:
-    """Return how many tokens the probe brings to the model's first FFN.
-
-    Raises:
-        InputError: the model fails with it, or it does not come to all FFNs.
-    """
+    """Return how many tokens come to the first FFN; raise InputError if the model fails, or none come to an FFN."""
     layers = layers_of(model)
     tokens = dict.fromkeys(layers, 0)
 
