@@ -77,13 +77,10 @@ def own_tensors(folder: Path, name: str) -> Path:
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name; a tensor with several names is there once, under the first."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
 
 
 def _config(model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ Shapes: F neurons, D width, E experts, I = F/E neurons per expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +102,7 @@ def _in_threads(one: Callable[[int], Tensor], layers: Sequence[int], show: bool)
     each = (threads // workers or 1,)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
-            futures = [pool.submit(one, layer) for layer in layers]
-            done = as_completed(futures)
-            for _ in progress_bar("clustering", "layer", len(futures), show, done):
-                pass
-            return [future.result() for future in futures]
+            return list(progress_bar("clustering", "layer", len(layers), show, pool.map(one, layers)))
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the default for threads to come
 

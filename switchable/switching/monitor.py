@@ -120,7 +120,10 @@ def measure(
     layers = layers_of(model)
     with precision():
         watches = watch(model, probe)
-    rows = [_features_here(i, layer) for i, layer in enumerate(layers)]
+    rows: list[Tensor | None] = []
+    for i, layer in enumerate(layers):
+        with gathered(*layer.ssd.holders):  # one layer at a time; the rank that groups it needs its rows
+            rows.append(weight_features(layer.ssd.reads_FD.detach()) if groups_layer(i) else None)
     warm = [None if before is None else before.labels_F for before in last]
     experts = layers[0].ssd.num_experts
     labels = cluster_layers(rows, experts, warm=warm, random_state=random_state, fresh=fresh)
@@ -130,12 +133,6 @@ def measure(
     ]
     measures = [_measures(*each) for each in zip(watches, last, found, strict=True)]
     return from_main(measures), found
-
-
-def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
-    """Return what a layer's neurons are grouped by, on the rank that groups it; one layer is gathered at a time."""
-    with gathered(*layer.ssd.holders):
-        return weight_features(layer.ssd.reads_FD.detach()) if groups_layer(index) else None
 
 
 def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:

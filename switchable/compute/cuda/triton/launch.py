@@ -99,23 +99,11 @@ class _Launches:
             blocks = (self.R + min(self.E, self.R) * (block["BLOCK_M"] - 1)) // block["BLOCK_M"]
             return (blocks * triton.cdiv(N, block["BLOCK_N"]),)
 
+        weight = (weight_FD, self.I * stride_f, stride_k, stride_n)
+        bias_F = None if bias_F is None else bias_F.contiguous()
+        sizes = {"N": N, "DEPTH": depth, "E": self.E, "BLOCK_E": max(16, triton.next_power_of_2(self.E))}
         kernels.expert_kernel[grid](
-            a,
-            a.stride(0),
-            weight_FD,
-            self.I * stride_f,
-            stride_k,
-            stride_n,
-            None if bias_F is None else bias_F.contiguous(),
-            h_RI,
-            out_RN,
-            **self.common,
-            STEP=step,
-            SQUARED=squared,
-            N=N,
-            DEPTH=depth,
-            E=self.E,
-            BLOCK_E=max(16, triton.next_power_of_2(self.E)),
+            a, a.stride(0), *weight, bias_F, h_RI, out_RN, **self.common, STEP=step, SQUARED=squared, **sizes
         )
         return out_RN
 
