@@ -184,8 +184,8 @@ def set_mode(
         raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
-    k = experts_per_token
-    each = k if isinstance(k, Sequence) else [k] * len(found)
+    given = experts_per_token
+    each = given if isinstance(given, Sequence) else [given] * len(found)
     if len(each) != len(found):
         raise InputError(
             f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"
