@@ -117,7 +117,7 @@ def build_model(family: str, sizes: Ints, activation: str, vocab_size: int, toke
         )
     values: dict[str, Any] = {**sizes, **tokens, "activation": activation}
     values["d_kv"] = sizes["d_model"] // sizes["num_heads"]
-    if pads:  # RoBERTa's positions begin behind the padding token's number
+    if "pad_token_id" in tokens:  # RoBERTa's positions begin behind that number
         values["positions_behind_padding"] = sizes["max_positions"] + tokens["pad_token_id"] + 1
     settings = {**fixed, **{name: values[ours] for name, ours in names.items()}}
     settings |= tokens if pads else _causal(tokens)

@@ -147,11 +147,14 @@ def is_one(name: str, module: nn.Module, family: Family) -> bool:
 def _check_parts(name: str, module: nn.Module, family: Family) -> None:
     """Raise InputError if a part of an FFN is missing or not of the type it must have."""
     children = dict(module.named_modules())
+    is_number = family.in_layer and isinstance(
+        getattr(module, family.hidden_dropout or "", None), float | int
+    )
     kinds: list[tuple[str | None, tuple[type, ...]]] = [
         *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in family.projections),
         (family.activation, (nn.Module,)),
         (family.dropout, (nn.Dropout,)),
-        (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
+        (None if is_number else family.hidden_dropout, (nn.Dropout,)),
     ]
     for projection in family.projections:
         _check_plain_weight(f"{name}.{projection}", children.get(projection))
@@ -172,10 +175,6 @@ def refuse_adapter(name: str, module: nn.Module | None) -> None:
             f"{name} ({type(module).__name__}) is an adapter; merge it into the weight (peft: merge_and_unload()) "
             "before convert"
         )
-
-
-def _is_number(module: nn.Module, family: Family) -> bool:
-    return family.in_layer and isinstance(getattr(module, family.hidden_dropout or "", None), float | int)
 
 
 def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
