@@ -23,10 +23,7 @@ from switchable.compute.call import Backend, ExpertCall
 
 
 def reference(call: ExpertCall, hidden_dropout: float = 0.0) -> Tensor:
-    """Return y_TD, computing only the selected experts of each token.
-
-    `hidden_dropout` is the probability of a dropout between the projections, for models trained with one.
-    """
+    """Return y_TD, computing only each token's experts, with a dropout of that probability between the projections."""
     x_TD = call.x_TD
     y_TD = torch.zeros_like(x_TD)
     for e in range(call.num_experts):

@@ -252,10 +252,7 @@ def in_mode(
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
-    """Within the `with` block modes may be changed at will; afterwards everything is as it was.
-
-    Kept are what `MODES` names of each FFN, and whether each module trains.
-    """
+    """Within the `with` block modes (`MODES`, and which modules train) may change; afterwards they are as before."""
     layers = layers_of(model)
     with kept((layer.ssd for layer in layers), *MODES), kept(model.modules(), "training"):
         yield layers

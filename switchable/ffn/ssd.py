@@ -64,10 +64,7 @@ def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
 
 
 def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
-    """Return the settings of a switchable FFN in the place of another; `config` has a value for every setting.
-
-    Raises InputError if E does not divide F, or the activation has no name in `ACT2FN`.
-    """
+    """Return an FFN's settings, from a config with every value; InputError as `facts_of`, or if E does not divide F."""
     activation, d_model, d_ff = facts_of(ffn, family, name)
     if d_ff % config.num_experts:
         allowed = ", ".join(str(d) for d in divisors_near(d_ff, config.num_experts))

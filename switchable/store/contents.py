@@ -94,10 +94,7 @@ def _config(model: nn.Module) -> Any:
 def training_state(
     model: nn.Module, optimizer: Optimizer, controller_state: Mapping[str, Any], counters: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gather what a resumed run needs besides the model, as tensors and as plain values.
-
-    The optimizer's states are stored under their parameter's name; `counters` are plain values of the loop.
-    """
+    """Gather what a resumed run needs besides the model, as tensors (by parameters' names) and as plain values."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -30,10 +30,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, skip: str = "") -> str | None:
-    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words.
-
-    Files that match `skip` are not looked at.
-    """
+    """Return None if a checkpoint, but for files that match `skip`, is whole and finite, else what is wrong with it."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {

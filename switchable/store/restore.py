@@ -20,10 +20,7 @@ from switchable.store.tensorfile import TensorFile
 def restore_training(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a verified checkpoint into a converted model and its optimizer.
-
-    Returns the controller's state and the loop's counters.
-    """
+    """Load a verified checkpoint into model and optimizer; return the controller's state and the loop's counters."""
     restore_model(folder, model)
     file = TensorFile(own_tensors(folder, "training"))
     values = read_json(folder / "training.json")

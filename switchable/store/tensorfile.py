@@ -60,10 +60,7 @@ class Piece:
 
 
 def copy_piece(tensor: Tensor) -> Piece:
-    """Copy what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 everything.
-
-    The copy is on the CPU and no longer depends on the tensor.
-    """
+    """Copy to the CPU what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 all."""
     rows, first = rows_here(tensor.detach())
     data = None
     if is_main() or isinstance(tensor, DTensor):
