@@ -37,9 +37,9 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     ):
         return None
     cache = ssd.decode_cache
-    prepared: PreparedLayer | None = cache.prepared
+    prepared: PreparedLayer | None = cache.held
     if prepared is None or not prepared.fits(ssd, x_BSD):
-        prepared = cache.prepared = PreparedLayer(ssd, x_BSD)
+        prepared = cache.held = PreparedLayer(ssd, x_BSD)
     if prepared.call is None or x_BSD.dtype is not torch.float32:
         return None
     return prepared.call(x_BSD.contiguous())

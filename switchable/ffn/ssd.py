@@ -12,7 +12,6 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 from __future__ import annotations
 
 import operator
-import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.families import Family, activation_name, halves, neurons_first
 from switchable.ffn.loss_scale import LossScale
-from switchable.ffn.placement import project
+from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
 
@@ -88,15 +87,6 @@ class ActiveCount:
         return share
 
 
-class DecodeCache(threading.local):
-    """What `decoding.py` last prepared for a layer. Every Python thread has its own; copies of a layer start anew."""
-
-    prepared: Any = None
-
-    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
-        return DecodeCache, ()
-
-
 class SSD:
     """Settings, state and weights of one switchable FFN, the `layer` that has this as its `ssd`.
 
@@ -139,8 +129,8 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
-        self.decode_cache = DecodeCache()
-        """What decoding has prepared."""
+        self.decode_cache = PerThread()
+        """What `decoding.py` last prepared."""
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
         """Set K; raise InputError unless it is a whole number in 1..E."""
