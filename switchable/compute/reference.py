@@ -23,7 +23,7 @@ from switchable.compute.call import Backend, ExpertCall
 
 
 def reference(call: ExpertCall, hidden_dropout: float = 0.0) -> Tensor:
-    """Return y_TD, computing only each token's experts, with a dropout of that probability between the projections."""
+    """Return y_TD, computing each token's experts alone; `hidden_dropout` is a probability, between the projections."""
     x_TD = call.x_TD
     y_TD = torch.zeros_like(x_TD)
     for e in range(call.num_experts):
