@@ -16,7 +16,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
@@ -30,7 +29,6 @@ from switchable.files import (
     write_json,
     write_text,
 )
-from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.infer.decoding.rounded import round_weights
 from switchable.store import tensorfile
@@ -99,7 +97,11 @@ def export(
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"
     with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
-        write(model, tokenizer, to, temporary, max_shard_size, in_8_bits=weights == "int8")
+        save_plain(temporary, model, max_shard_size)
+        if to == "sparse":
+            _add_experts(temporary, model, in_8_bits=weights == "int8")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
         write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
     written = [p for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)]
     facts: dict[str, Any] = {
@@ -117,31 +119,16 @@ def export(
     return facts
 
 
-def write(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    to: str,
-    folder: Path,
-    max_shard_size: str,
-    in_8_bits: bool = False,
-) -> None:
-    """Write a converted model and its tokenizer into a folder that exists; `in_8_bits` a copy of the weights too.
-
-    Raises InputError if a weight is not finite.
-    """
-    check_finite(model, "the model", "nothing was written")
-    save_plain(folder, model, max_shard_size)
-    if to == "sparse":
-        routers = routers_of(model)
-        tensorfile.create(folder / ROUTERS, routers)
-        tensorfile.write(folder / ROUTERS, routers)
-        if in_8_bits:
-            write_int8(copy.deepcopy(model), folder)
-        # Of the tensors alone: texts such as the README are for everyone to change.
-        seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
-        _name_class(folder, model)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+def _add_experts(folder: Path, model: nn.Module, in_8_bits: bool) -> None:
+    """Make the folder of a plain model a sparse one."""
+    routers = routers_of(model)
+    tensorfile.create(folder / ROUTERS, routers)
+    tensorfile.write(folder / ROUTERS, routers)
+    if in_8_bits:
+        write_int8(copy.deepcopy(model), folder)
+    # Of the tensors alone: texts such as the README are for everyone to change.
+    seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
+    _name_class(folder, model)
 
 
 def _name_class(folder: Path, model: nn.Module) -> None:

@@ -119,8 +119,10 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 def save_plain(folder: Path, model: PreTrainedModel, max_shard_size: str = SHARD_SIZE) -> None:
     """Write the dense model that a converted model is in Hugging Face form, without the routers.
 
-    A model larger than `max_shard_size`, as `"5GB"`, becomes several files and an index.
+    A model larger than `max_shard_size`, as `"5GB"`, becomes several files and an index. Raises InputError, nothing
+    being written, if a weight is not finite.
     """
+    check_finite(model, "the model", "nothing was written")
     state = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.
     vars(model).pop("_weight_conversions", None)
