@@ -26,7 +26,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in, refuse_adapter
 from switchable.ffn.homes import family_at
 from switchable.ffn.matching import ACTIVATIONS, NEAR, Match, consistent
-from switchable.ffn.recording import Call, close, distance, recorded, tolerance
+from switchable.ffn.recording import Call, Modules, close, distance, recorded, tolerance
 from switchable.ffn.trial import Trial
 
 WIDE = 12.0
@@ -155,9 +155,7 @@ def _why_not(seen: Sequence[Call], name: str | None = None) -> str:
 
 
 @torch.enable_grad()
-def _confirmed(
-    trial: Trial, modules: Sequence[tuple[str, nn.Module]], matches: Mapping[str, Match]
-) -> dict[str, Match]:
+def _confirmed(trial: Trial, modules: Modules, matches: Mapping[str, Match]) -> dict[str, Match]:
     """Return the matches with their activation's name, from what it makes of prescribed numbers."""
     generator = torch.Generator().manual_seed(0)
     instead: dict[str, Tensor] = {}

@@ -28,10 +28,12 @@ class Call:
     """Whether it was given nothing else, and by position."""
 
 
+Modules = Iterable[tuple[str, nn.Module]]
+"""By their names."""
+
+
 @contextmanager
-def recorded(
-    modules: Iterable[tuple[str, nn.Module]], instead: Mapping[str, Tensor] | None = None
-) -> Iterator[list[Call]]:
+def recorded(modules: Modules, instead: Mapping[str, Tensor] | None = None) -> Iterator[list[Call]]:
     """Within the `with` block note every call of some modules; copies, so that nobody writes over them.
 
     `instead` is what some modules are made to return, one entry for each of their last dimension.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.families import PROJECTIONS, d_in
-from switchable.ffn.recording import recorded
+from switchable.ffn.recording import Modules, recorded
 
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
@@ -45,9 +45,7 @@ class Trial:
         InputError: the model is on the meta device, or fails with the batch.
     """
 
-    def __init__(
-        self, model: nn.Module, given: Inputs | None = None, watched: Sequence[tuple[str, nn.Module]] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, given: Inputs | None = None, watched: Modules = ()) -> None:
         self.model = model
         parameters = list(model.parameters())
         if not parameters or any(p.is_meta for p in parameters):
