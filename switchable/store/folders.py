@@ -7,7 +7,7 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, skip: str = "") -> str | None:
-    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words.
-
-    Files that match `skip` are not looked at.
-    """
+    """Return None if a checkpoint, but for files that match `skip`, is whole and finite, else what is wrong with it."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {
@@ -56,7 +53,13 @@ def verify(folder: Path, skip: str = "") -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256(path) != checksum:
             return f"{name} does not have its checksum"
-    return _not_finite(folder / name for name in files if name.endswith("tensors"))
+    for path in (folder / name for name in files if name.endswith("tensors")):
+        for name in sorted(TensorFile(path).names):
+            # One at a time, in a file opened anew: the files may be larger than the memory.
+            found = not_finite({name: TensorFile(path).mapped(name)})
+            if found is not None:
+                return found
+    return None
 
 
 def check_whole(folder: Path, skip: str = "") -> None:
@@ -64,13 +67,3 @@ def check_whole(folder: Path, skip: str = "") -> None:
     damage = verify(folder, skip)
     if damage is not None:
         raise InputError(f"{folder} is damaged ({damage}); give another checkpoint, or write it again")
-
-
-def _not_finite(paths: Iterable[Path]) -> str | None:
-    """Look at one tensor at a time, each in a file opened anew: the files may be larger than the memory."""
-    for path in paths:
-        for name in sorted(TensorFile(path).names):
-            found = not_finite({name: TensorFile(path).mapped(name)})
-            if found is not None:
-                return found
-    return None

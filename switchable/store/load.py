@@ -56,11 +56,7 @@ def load(
 
 
 def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return what `load` does, for jobs that cannot do without the tokenizer.
-
-    Raises:
-        InputError: there is none, or as `load`.
-    """
+    """Return what `load` does, for jobs that cannot do without the tokenizer; raise InputError if there is none."""
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise InputError(f"{folder} holds no tokenizer; give the folder of the run instead")
@@ -82,11 +78,7 @@ def trained_precision(folder: Path) -> str | None:
 
 
 def find_model(folder: Path) -> Path:
-    """Return the folder of weights that `folder` stands for.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the folder of weights that `folder` stands for; raise InputError if there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give the folder of a run, e.g. runs/demo")
     rundir = RunDir(folder)

@@ -263,8 +263,8 @@ GATE_CHANGES: dict[str, Callable[[SwitchableFFN], object]] = {
 def test_a_change_between_two_calls_is_noticed(kind: str, change: Callable[[SwitchableFFN], object]) -> None:
     layer = layers_of(model_of_one_layer(kind))[0]
     assert_right(layer, torch.randn(1, 3, 64))
-    assert layer.ssd.decode_cache.prepared is not None
-    assert layer.ssd.decode_cache.prepared.call is not None
+    assert layer.ssd.decode_cache.held is not None
+    assert layer.ssd.decode_cache.held.call is not None
     with torch.no_grad():
         change(layer)
     assert_right(layer, torch.randn(1, 3, 64, dtype=layer.ssd.up_projection.weight.dtype))
@@ -274,8 +274,8 @@ def test_a_projection_exchanged_within_its_own_module_is_noticed() -> None:
     """Where BERT's layer holds the projections, each two modules deep."""
     layer = layers_of(model_of_one_layer("bert"))[0]
     assert_right(layer, torch.randn(1, 3, 64))
-    assert layer.ssd.decode_cache.prepared is not None
-    assert layer.ssd.decode_cache.prepared.call is not None
+    assert layer.ssd.decode_cache.held is not None
+    assert layer.ssd.decode_cache.held.call is not None
     path, _, name = layer.ssd.settings.family.up.rpartition(".")
     new = copy.deepcopy(layer.ssd.up_projection)
     torch.nn.init.normal_(new.weight)
