@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "switchable"
@@ -114,6 +116,10 @@ def test_files_around_the_package_are_short_too(folder: str) -> None:
     assert counts
     long = {name: count for name, count in counts.items() if count > LONGEST_FILE}
     assert not long, f"files over {LONGEST_FILE} lines: {long}"
+
+
+def test_tests_have_one_thread_each_without_being_told() -> None:
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
 
 
 def test_nothing_happens_at_import() -> None:
