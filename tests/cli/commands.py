@@ -40,7 +40,7 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     process = start(tmp_path, *arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
