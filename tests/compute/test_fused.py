@@ -77,12 +77,12 @@ def test_experts_of_several_vectors(machine: Machine, dtype: torch.dtype) -> Non
     assert_equals_reference(replace(PLAIN, neurons=neurons, tokens=200, dtype=dtype), "fused")
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_columns_copied_in_two_pieces(
-    machine: Machine, dtype: torch.dtype, gated: bool, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = replace(PLAIN, neurons=28, width=128, tokens=40, dtype=dtype, gated=gated)
+    """Gated: the loops that copy are the same, and only here do they add to what another call has written."""
+    case = replace(PLAIN, neurons=28, width=128, tokens=40, dtype=dtype, gated=True)
     sizes = Packing(case.width, case.neurons, multiplied(case.width, case.neurons, dtype, machine), machine)
     block = case.neurons // sizes.terms * sizes.scatter_columns * machine.vector_bytes
     monkeypatch.setattr(packing, "FIRST_LEVEL_CACHE", block - 1)
