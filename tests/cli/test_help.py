@@ -22,7 +22,8 @@ def help_of(verb: str) -> str:
 def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
     sections = to_dict(load(None, {"precision": "float32"}))
     config = {name: value for values in sections.values() for name, value in values.items()}
-    flags = re.findall(r"(?m)^  --([a-z0-9-]+)(.*)$", help_of("pretrain"))
+    help_text = help_of("pretrain")
+    flags = re.findall(r"(?m)^  --([a-z0-9-]+)(.*)$", help_text)
     assert len(flags) <= 50
     seen = set()
     for flag, text in flags:
@@ -38,7 +39,7 @@ def test_help_states_the_defaults_of_a_run_started_without_flags() -> None:
             assert config[name] in (None, [], ()), name
         else:
             assert said[1] == str(config[name]), name
-    (others,) = re.findall(r"(?m)^  --set .*YAML file: (.*)$", help_of("pretrain"))
+    (others,) = re.findall(r"(?m)^  --set .*YAML file: (.*)$", help_text)
     assert seen | set(others.split(", ")) == set(config)
 
 
