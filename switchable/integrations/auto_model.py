@@ -3,7 +3,8 @@
 `config.json` names for the Auto class a class in a file beside it, `auto_map`, which is transformers' way for models
 with code of their own. That file gets the class from here. Without the word transformers opens the plain dense model.
 
-Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, `transformers serve`, ... -> here.
+Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, ... -> here. (`transformers serve`
+takes the class of that name from transformers itself, and so the dense model.)
 """
 
 from __future__ import annotations

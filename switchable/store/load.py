@@ -14,7 +14,7 @@ from switchable.errors import InputError
 from switchable.options import checked
 from switchable.store.contents import own_tensors
 from switchable.store.experts import restore_experts
-from switchable.store.folders import MANIFEST, verify
+from switchable.store.folders import MANIFEST, check_whole
 from switchable.store.pretrained import NEW_HEAD, load_config, load_pretrained
 from switchable.store.rundir import RunDir
 
@@ -42,9 +42,7 @@ def load(
     chosen = find_model(Path(checked("folder", folder, Path | str)))
     tokenizer = load_tokenizer_of(chosen)
     if own_tensors(chosen, "switchable").is_file() or (chosen / MANIFEST).is_file():
-        damage = verify(chosen)
-        if damage is not None:
-            raise InputError(f"{chosen} is damaged ({damage}); give another checkpoint, or write it again")
+        check_whole(chosen)
     new = "" if kind is None else NEW_HEAD
     model = load_pretrained(chosen, load_config(chosen, **changes), kind, new)
     if not restore_experts(chosen, model):

@@ -127,8 +127,11 @@ class TensorFile:
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor, in memory of its own."""
-        found: Tensor = self._file.get_tensor(name).clone()
-        return found
+        return self.mapped(name).clone()
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a whole tensor, for reading: its memory is the file's, which stays open as long as one is held."""
+        return cast(Tensor, self._file.get_tensor(name))
 
     @torch.no_grad()
     def read_into(self, name: str, target: Tensor) -> None:

@@ -130,7 +130,11 @@ def test_transformers_opens_a_sparse_export_in_sparse_mode_where_it_is_told_to(
     save(tmp_path / "own", model, tokenizer=made)
     export(tmp_path / "own", "sparse", tmp_path / "sparse")
     text = (tmp_path / "sparse" / "README.md").read_text()
-    for words in ("trust_remote_code=True", "pretrained=sparse,", "transformers serve --trust-remote-code"):
+    for words in (
+        "trust_remote_code=True",
+        "pretrained=sparse,",
+        "`transformers serve` opens the dense model",
+    ):
         assert words in text
     save_file(batch, tmp_path / "sparse-inputs.safetensors")
     done = offline("-c", TRUSTED, tmp_path / "sparse")

@@ -46,6 +46,28 @@ def test_transformers_alone_opens_the_dense_model(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+SERVED = """
+import sys
+from switchable.ffn.convert import layers_of
+from transformers.cli.serving.model_manager import ModelManager
+for trusted in (False, True):
+    model, _ = ModelManager(device="cpu", trust_remote_code=trusted).load_model_and_processor(sys.argv[1] + "@main")
+    assert type(model).__name__ == "GPT2LMHeadModel" and not layers_of(model)
+"""
+
+
+def test_transformers_serve_opens_the_dense_model_whatever_it_is_told(tmp_path: Path) -> None:
+    """As the README of an export says. Once this fails, serve reads `auto_map`, and it can say something better."""
+    if importlib.util.find_spec("fastapi") is None:
+        pytest.skip("needs transformers' server: pip install 'transformers[serving]'")
+    model, tokenizer = trained("gpt2"), train_bpe(["the cat sat on a mat " * 9], 257)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    save(tmp_path / "own", model, tokenizer=tokenizer)
+    export(tmp_path / "own", "sparse", tmp_path / "out")
+    done = offline("-c", SERVED, tmp_path / "out", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.returncode == 0, done.stderr
+
+
 TASK = """\
 task: tiny
 dataset_path: json
