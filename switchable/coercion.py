@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Build a config dataclass from those of the values that are its fields, coerced to the fields' types.
-
-    Raises:
-        InputError: a value of the wrong type, or one that the class refuses.
-    """
+    """Build a dataclass from the values that are its fields, coerced to their types; InputError for what is refused."""
     hints = typing.get_type_hints(cls)
     return cls(
         **{key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items() if key in hints}
@@ -26,8 +22,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """Turn a YAML or flag value into the field's type (`1e-3`, which YAML reads as text, into a float, and so on).
 
-    Raises:
-        InputError: the value does not fit.
+    Raises InputError if it does not fit.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -24,11 +24,7 @@ TEMPORARY = ".tmp-"
 
 
 def check_name(path: Path) -> None:
-    """Refuse a path that is not UTF-8: the libraries that write tokenizers and weights cannot take it.
-
-    Raises:
-        InputError: says so.
-    """
+    """Raise InputError for a path that is not UTF-8: what writes tokenizers and weights cannot take it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -149,11 +145,7 @@ def sha256(path: Path) -> str:
 
 
 def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
-    """Refuse an output that is, contains or lies in something that is read; links are followed.
-
-    Raises:
-        InputError: names both.
-    """
+    """Raise InputError for an output that is, contains or lies in something that is read; links are followed."""
     written = out.resolve()
     for source in map(Path, sources):
         read = source.expanduser().resolve()
@@ -165,11 +157,7 @@ def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path at which nothing can be made, before any work; folders on the way to it may be missing.
-
-    Raises:
-        InputError: says why.
-    """
+    """Raise InputError for a path at which nothing can be made; folders on the way to it may be missing."""
     try:
         place = next(above for above in path.absolute().parents if above.exists())
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:

@@ -73,11 +73,7 @@ def refuse_gone(name: str, where: str) -> None:
 
 
 def upgraded(stored: Sections, where: str) -> dict[str, dict[str, Any]]:
-    """Return the sections of a stored `config.yaml` as this version writes them.
-
-    Raises:
-        InputError: the run asks for something that is gone.
-    """
+    """Return a stored `config.yaml`'s sections as this version writes them; InputError if one asks for what is gone."""
     sections = {name: dict(values) for name, values in stored.items()}
     switch, train = sections.setdefault("switch", {}), sections.setdefault("train", {})
     if "probe_tokens" in switch:

@@ -55,16 +55,11 @@ def option(
 
 
 def check(config: Any, unset: object = None) -> None:
-    """Refuse values of a configuration that are of the wrong type, not among the choices or out of range.
+    """Refuse values of the wrong type, not among the choices or out of range; a fraction given as a whole number is
+    fine.
 
-    A whole number given for a fraction becomes a float.
-
-    Args:
-        config: a dataclass whose fields `option` declared.
-        unset: a value that is allowed everywhere: it marks what was not given.
-
-    Raises:
-        InputError: names the field, what was given and what is allowed.
+    `config` is a dataclass whose fields `option` declared; `unset` marks what was not given and is allowed everywhere.
+    InputError names the field, what was given and what is allowed.
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -74,16 +69,9 @@ def check(config: Any, unset: object = None) -> None:
 
 
 def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
-    """Return a value given for `name`, as a float where that is its type.
+    """Return a value given for `name`, as a float where `hint`, the type that it must have, says so.
 
-    Args:
-        name: what the user calls it.
-        value: what was given.
-        hint: the type that it must have, as in an annotation.
-        allowed: choices and range, as `option` takes them.
-
-    Raises:
-        InputError: it is of another type, not among the choices or out of range.
+    `allowed` are choices and range, as `option` takes them. InputError says what was given and what is allowed.
     """
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     hints = [h for h in (typing.get_args(hint) if union else (hint,)) if h is not type(None)]

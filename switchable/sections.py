@@ -168,11 +168,7 @@ class TrainConfig:
 
 
 def check_memory(model: ModelConfig, vocab_size: int, sequence_length: int) -> None:
-    """Refuse a model whose weights alone are more than this machine's memory.
-
-    Raises:
-        InputError: says how much it is, and how much there is.
-    """
+    """Raise InputError for a model whose weights alone are more than this machine's memory."""
     kind, neurons = BUILDABLE[model.family], d_ff(model)
     block = model.d_model * (4 * model.d_model + (3 if kind.gated else 2) * neurons)
     rows = vocab_size + (model.max_positions or sequence_length if kind.positions else 0)

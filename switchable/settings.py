@@ -191,16 +191,9 @@ def is_set(value: object) -> bool:
 
 
 def settled(config: SwitchConfig, d_ff: int, activation: str, precision: str = "float32") -> SwitchConfig:
-    """Return a configuration in which every setting has its value.
+    """Return a configuration in which every setting has its value, for a model with FFNs of `d_ff` neurons.
 
-    Args:
-        config: the settings given.
-        d_ff: neurons per FFN of the model.
-        activation: its name in transformers' `ACT2FN`.
-        precision: of the multiplications.
-
-    Raises:
-        InputError: settings that do not fit together.
+    `activation` is a name in transformers' `ACT2FN`. Raises InputError for settings that do not fit together.
     """
     table = dict(RECIPES[config.recipe])
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}

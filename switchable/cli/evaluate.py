@@ -90,11 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a file that cannot be written, or that is something else than older scores.
-
-    Raises:
-        InputError: says which.
-    """
+    """Raise InputError for a file that cannot be written, or that is something else than older scores."""
     check_writable(out)
     if not out.exists():
         return

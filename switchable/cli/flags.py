@@ -68,14 +68,7 @@ def add_config_flags(
 def add_dataclass_flags(
     group: Any, cls: type, skip: Container[str] = (), advanced: bool | None = None
 ) -> None:
-    """Add a flag for each field of a config dataclass that has one.
-
-    Args:
-        group: of arguments.
-        cls: the dataclass.
-        skip: names of fields to leave out.
-        advanced: only the advanced ones, or only the others; None: all.
-    """
+    """Add a flag for each field that has one: all, or only those that are (or are not) `advanced`; but for `skip`."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name in skip or not f.metadata["flag"] or advanced not in (None, f.metadata["advanced"]):
@@ -95,8 +88,7 @@ def add_dataclass_flags(
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return the config fields that were given, as flags or by `--set`, by name.
 
-    Raises:
-        InputError: `--set` without a value, or with a name that is not known.
+    Raises InputError for `--set` without a value, or with a name that is not known.
     """
     found = {
         name.removeprefix(RESERVED): value for name, value in vars(args).items() if name.startswith(RESERVED)

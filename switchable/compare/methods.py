@@ -114,8 +114,7 @@ UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sam
 def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     """Return the user's configuration as a method changes it, for one seed of initial weights and data order.
 
-    Raises:
-        InputError: the changes do not fit the user's settings.
+    Raises InputError where the changes do not fit the user's settings.
     """
     chosen = named(method)
     steps = max(1, round(steps_factor(method) * config.train.steps))
@@ -135,11 +134,7 @@ def _resolved(changes: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
 
 
 def named(name: str) -> Method:
-    """Return a method by its name, with `@FACTOR` or without.
-
-    Raises:
-        InputError: it is not known (the nearest known one is named), or the factor is not possible.
-    """
+    """Return a method by its name, with `@FACTOR` or without; InputError if that is not known or not possible."""
     base, at, factor = name.partition("@")
     if base not in METHODS:
         raise InputError(
@@ -157,11 +152,7 @@ def named(name: str) -> Method:
 
 
 def steps_factor(name: str) -> float:
-    """Return the factor in a method's name; 1 without one.
-
-    Raises:
-        InputError: it is not a number above 0 and at most `MOST_TIMES`.
-    """
+    """Return the factor in a method's name, 1 without one; InputError if it is not above 0, up to `MOST_TIMES`."""
     _, at, factor = name.partition("@")
     if not at:
         return 1.0
@@ -179,11 +170,7 @@ def in_order(names: Collection[str]) -> list[str]:
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods named, without repetitions.
-
-    Raises:
-        InputError: none, or an unknown one.
-    """
+    """Return the methods named, without repetitions; InputError for none, or an unknown one."""
     if not names:
         raise InputError(f"no method given; use one or more of {', '.join(METHODS)}")
     for name in names:

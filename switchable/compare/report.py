@@ -67,8 +67,7 @@ HEADLINE = (
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     """Write the table of finished runs in all three forms; return what `compare.json` holds.
 
-    Raises:
-        InputError: a summary is damaged.
+    Raises InputError if a summary is damaged.
     """
     summaries = {(run.method, run.seed): run.summary() for run in runs}
     curves = {(run.method, run.seed): curve(read_records(run.path / "metrics.jsonl")) for run in runs}

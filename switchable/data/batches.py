@@ -162,8 +162,7 @@ def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
 def token_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
     """Return the token ids of a file that `tokens.prepare` made, mapped into memory, or the array itself.
 
-    Raises:
-        InputError: not a token file.
+    Raises InputError for anything else than such a file.
     """
     if isinstance(tokens, np.ndarray):
         return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast

@@ -49,8 +49,7 @@ class Example:
 def examples(task: str, folder: Path, split: str) -> list[Example]:
     """Return the examples of a task's split (`"train"` or `"dev"`), in the order of the file.
 
-    Raises:
-        InputError: unknown task, no such file, or a line that does not have the task's form.
+    Raises InputError for an unknown task, a missing file, or a line that does not have the task's form.
     """
     if task not in TASKS:
         raise InputError(f"task {task!r} is not known; use one of {', '.join(TASKS)}{nearest(task, TASKS)}")

@@ -201,12 +201,7 @@ def _suffix(path: Path) -> str:
 
 
 def look_at(path: Path) -> SourceFile:
-    """Return what a file is.
-
-    Raises:
-        NotText: none of the forms.
-        InputError: it cannot be read, or not unpacked.
-    """
+    """Return what a file is; NotText if it is none of the forms, InputError if it cannot be read or unpacked."""
     packing = packing_of(path)
     with opened(path, packing) as file:
         head = file.read(HEAD_BYTES)

@@ -44,11 +44,7 @@ def hashed_documents(config: DataConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def scan_corpus(config: DataConfig, progress: bool) -> Scan:
-    """Read the corpus once.
-
-    Raises:
-        InputError: there are no two different documents.
-    """
+    """Read the corpus once; InputError if there are no two different documents."""
     found = Scan()
     lowest, highest, sampled = 1 << 64, -1, 0
     limit = None if config.max_text_mb is None else config.max_text_mb * 1e6

@@ -254,11 +254,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:
-    """Refuse a tokenizer with more tokens than a model's embedding has rows.
-
-    Raises:
-        InputError: says both numbers.
-    """
+    """Raise InputError for a tokenizer with more tokens than a model's embedding has rows."""
     if vocabulary_size(tokenizer) > rows:
         raise InputError(
             f"the tokenizer of {where} has {vocabulary_size(tokenizer):,} tokens, but the model's vocabulary only "

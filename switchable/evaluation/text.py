@@ -49,11 +49,7 @@ class TokenisedText:
 def tokenise(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
 ) -> TokenisedText:
-    """Return documents as tokens, so many whole ones that there are `most_tokens`.
-
-    Raises:
-        InputError: there is no text.
-    """
+    """Return documents as tokens, so many whole ones that there are `most_tokens`; InputError if there is no text."""
     end = np.array([end_of_text(tokenizer).id], np.int64)
     pieces, text_bytes, tokens = [end], 0, 0
     for text in documents:

@@ -53,12 +53,9 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself.
+    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself, in seconds.
 
-    It measures nothing and is a matter of seconds.
-
-    Raises:
-        InputError: the folder is not a run.
+    Raises InputError if the folder is not a run's.
     """
     study = records_of_run(folder)
     study.notes.append(

@@ -79,11 +79,7 @@ def _versions() -> dict[str, str]:
 
 
 def records_of_run(folder: Path) -> Study:
-    """Return what a run has recorded itself, without measuring anything.
-
-    Raises:
-        InputError: the folder is not a run.
-    """
+    """Return what a run has recorded itself, without measuring anything; InputError if the folder is not a run's."""
     run = RunDir(folder)
     if not run.config.is_file():
         raise InputError(

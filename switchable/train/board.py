@@ -35,12 +35,7 @@ CHARTS = {
 
 
 class Board:
-    """Writes curves.
-
-    Args:
-        folder: of the event file; made if it is missing.
-        step: the last step whose points there stay.
-    """
+    """Writes curves into a folder (made if it is missing), in which the points up to a step stay."""
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +58,7 @@ class Board:
         self._writer = RecordWriter(self._file)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve.
-
-        Raises:
-            OSError: e.g. the disk is full.
-        """
+        """Add a point to each curve; OSError if the disk is full."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
         self._writer.write(event.SerializeToString())

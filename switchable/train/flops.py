@@ -85,12 +85,7 @@ class StepFlops:
 
 
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
-    """Count a step of a converted model on a batch; its gradients are cleared afterwards.
-
-    Args:
-        model: a converted model; its modes are kept.
-        batch: model inputs with `input_ids` [B, S] and labels.
-    """
+    """Count a step of a converted model on a batch (`input_ids` [B, S], labels); modes are kept, gradients cleared."""
     counter = FlopCounterMode(display=False)
     with (
         kept_modes(model) as layers,

@@ -39,16 +39,7 @@ from switchable.train.words import sparse_begins
 
 
 class Trainer:
-    """Trains a job to its last step.
-
-    Args:
-        job: what to train.
-        rundir: where to save, already locked.
-        log: where numbers go.
-        flops: cost of a step.
-        counters: where the run stands.
-        stop: says when the user wants the run to stop.
-    """
+    """Trains a job to its last step, in a locked run folder, from where the counters stand."""
 
     def __init__(
         self,

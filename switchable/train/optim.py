@@ -45,12 +45,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer with the groups `matrices`, `vectors` and `routers`, for Muon `embeddings` too.
-
-    Args:
-        model: the converted model.
-        config: optimizer name, learning rates, weight decay, betas.
-    """
+    """Return a converted model's optimizer: groups `matrices`, `vectors` and `routers`, for Muon `embeddings` too."""
     of_tokens = {id(p) for p in _embeddings_and_head(model)} if config.optimizer == "muon" else set()
     found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "routers": [], "embeddings": []}
     for name, parameter in model.named_parameters():

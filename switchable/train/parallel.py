@@ -50,11 +50,7 @@ def launched() -> bool:
 def process_group(rank_timeout: float) -> Iterator[None]:
     """Within the `with` block the ranks that torchrun started can talk to one another.
 
-    Args:
-        rank_timeout: seconds that a rank waits for the others before it gives up.
-
-    Raises:
-        InputError: not all ranks came in time.
+    A rank waits `rank_timeout` seconds for the others before it gives up; InputError if they do not come at the start.
     """
     if not launched():
         yield
@@ -96,11 +92,7 @@ def run_facts(config: RunConfig) -> dict[str, Any]:
 
 
 def check_division(config: TrainConfig, world_size: int) -> None:
-    """Refuse a batch that cannot be shared out.
-
-    Raises:
-        InputError: says by what it must be divisible; or Muon is asked for, which needs whole matrices, of shares.
-    """
+    """Raise InputError for a batch that cannot be shared out, and for Muon, which needs whole matrices, with shares."""
     if world_size > 1 and config.parallel == "fsdp" and config.optimizer == "muon":
         raise InputError("optimizer=muon needs whole matrices, parallel=fsdp holds rows; use ddp, or adamw")
     parts = config.gradient_accumulation_steps
@@ -113,12 +105,7 @@ def check_division(config: TrainConfig, world_size: int) -> None:
 
 
 def distribute(model: nn.Module, config: TrainConfig) -> None:
-    """Apply activation checkpointing, compilation and sharding to a model, in place.
-
-    Args:
-        model: a converted model on its device; build its optimizer afterwards.
-        config: which of them.
-    """
+    """Checkpoint activations, compile and shard a model in place, as configured; its optimizer is built afterwards."""
     blocks = blocks_of(model)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -153,13 +140,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 class Replica:
-    """The model as the training step calls it.
-
-    Args:
-        model: the model, prepared.
-        config: parallelism, micro-batches, precision.
-        device: where it is.
-    """
+    """The prepared model as the training step calls it: with its parallelism, micro-batches and precision."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model, self._config, self._device = model, config, device
@@ -177,11 +158,7 @@ class Replica:
             )
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of this rank's part of a batch, averaged over ranks; return its mean loss.
-
-        Args:
-            batch: model inputs with labels, [B / world_size, S].
-        """
+        """Add the gradients of this rank's part of a batch [B / ranks, S], averaged over ranks; return its loss."""
         rows = len(batch["labels"]) // self._config.gradient_accumulation_steps
         pieces = split(batch, rows)
         total = torch.zeros((), device=self._device, dtype=torch.float64)

@@ -194,14 +194,9 @@ def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMe
 def estimates(
     found: Plan, config: RunConfig, world_size: int, device: Device, utilization: float
 ) -> dict[str, float | None]:
-    """Return seconds per step and what follows from them.
+    """Return seconds per step on `world_size` such devices, and what follows from them.
 
-    Args:
-        found: the plan.
-        config: its run.
-        world_size: number of ranks.
-        device: what each computes on.
-        utilization: share of the peak that products reach in practice, 0 to 1.
+    `utilization` is the share of the peak that products reach in practice, 0 to 1.
     """
     rate = world_size * device.flops[config.train.precision] * utilization
     link = device.link or math.inf if world_size == 1 else device.link
@@ -218,11 +213,7 @@ def estimates(
 
 
 def device_named(name: str) -> Device:
-    """Return a row of DEVICES.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """Return a row of DEVICES; InputError if there is none of that name."""
     if name not in DEVICES:
         raise InputError(
             f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {', '.join(DEVICES)}"
@@ -233,10 +224,7 @@ def device_named(name: str) -> Device:
 def device_here(train: TrainConfig, world_size: int) -> Device:
     """Return what a rank has if the run is made on this machine: a GPU of its own, or its share of the processor.
 
-    How fast the processor multiplies is measured, in the run's precision, for a second.
-
-    Raises:
-        InputError: there is a GPU that is not in DEVICES.
+    How fast the processor multiplies is measured, in the run's precision, for a second. InputError for an unknown GPU.
     """
     if pick_device(train.device).type == "cuda":
         name = torch.cuda.get_device_name()

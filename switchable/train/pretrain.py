@@ -143,8 +143,7 @@ def resume(
 def _locked(rundir: RunDir) -> Iterator[RunDir]:
     """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block.
 
-    Raises:
-        InputError: the folder is in use, or the disk is full.
+    InputError: the folder is in use, or the disk is full.
     """
 
     def lock() -> None:
@@ -192,8 +191,7 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
 def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     """Return the step to resume from, its checkpoint verified.
 
-    Raises:
-        InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
+    InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
     """
     steps = rundir.steps()
     if not steps:

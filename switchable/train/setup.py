@@ -198,11 +198,7 @@ def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device asked for, or the best there is.
-
-    Raises:
-        InputError: torch does not know it or it is not there.
-    """
+    """Return the device asked for, or the best there is; InputError if torch does not know it or it is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):

@@ -46,11 +46,7 @@ class CausalLM:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> CausalLM:
-        """Return the objective for a tokenizer.
-
-        Raises:
-            InputError: there is no room for text in a sequence.
-        """
+        """Return the objective for a tokenizer; InputError if a sequence has no room for text."""
         leading, _ = added_tokens(tokenizer)
         if sequence_length < len(leading) + 2:
             raise InputError(f"sequence_length={sequence_length} leaves nothing to predict; use 16 or more")

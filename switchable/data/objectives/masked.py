@@ -55,11 +55,7 @@ class MaskedLM:
     def build(
         cls, config: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int
     ) -> MaskedLM:
-        """Return the objective for a tokenizer.
-
-        Raises:
-            InputError: it has no mask token, or there is no room for text in a sequence.
-        """
+        """Return the objective for a tokenizer; InputError: no mask token, or no room for text in a sequence."""
         if tokenizer.mask_token_id is None:
             raise InputError(
                 "the tokenizer has no mask token, which objective=masked needs; give one that has (BERT's, say, or "
@@ -102,9 +98,7 @@ class MaskedLM:
     def choose(self, ids_BS: Ints, order_BS: Floats) -> Bools:
         """Return which tokens are predicted: [B, S].
 
-        Args:
-            ids_BS: token ids.
-            order_BS: random numbers; a word is as early in the random order as its first token's number is small.
+        A word is as early in the random order as its first token's number in `order_BS` is small.
         """
         rows, length = ids_BS.shape
         maskable_BS = ~self.special_V[ids_BS]

@@ -78,8 +78,7 @@ class SpanCorruption:
     ) -> SpanCorruption:
         """Return the objective for a tokenizer.
 
-        Raises:
-            InputError: it has too few sentinels or no end of sequence, or the sequence is too short.
+        InputError: it has too few sentinels or no end of sequence, or the sequence is too short.
         """
         window = window_for(sequence_length, config.mask_fraction, config.mean_span_length)
         if window == 0:
