@@ -1,4 +1,4 @@
-"""From what YAML and flags give to a dataclass: numbers, text, lists, choices; what does not fit is refused."""
+"""From what YAML and flags give to a config dataclass, whose own checks refuse what does not fit."""
 
 from __future__ import annotations
 
@@ -6,55 +6,38 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from switchable.errors import InputError, shown
+from switchable.errors import InputError
 
 T = TypeVar("T")
 
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Build a dataclass from the values that are its fields, coerced to their types; InputError for what is refused."""
+    """Build a dataclass from the values that are its fields, coerced; InputError says where one is refused."""
     hints = typing.get_type_hints(cls)
-    return cls(
-        **{key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items() if key in hints}
-    )
+    try:
+        return cls(**{key: coerced(value, hints[key]) for key, value in values.items() if key in hints})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """Turn a YAML or flag value into the field's type (`1e-3`, which YAML reads as text, into a float, and so on).
-
-    Raises InputError if it does not fit.
-    """
+def coerced(value: Any, hint: Any) -> Any:
+    """Turn a YAML or flag value into a field's type (`1e-3`, which YAML reads as text, into a float), if it fits."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or value in ("none", "null"):
             return None
-        return coerce(value, next(a for a in args if a is not type(None)), where)
+        return coerced(value, next(a for a in args if a is not type(None)))
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(coerce(item, args[0], where) for item in items)
+        return tuple(coerced(item, args[0]) for item in items)
     if hint is bool:
-        return _coerce_bool(value, where)
-    if hint is str and not isinstance(value, str):
-        raise InputError(f"{where}={shown(value)} must be text")
-    if isinstance(value, bool):
-        raise InputError(f"{where}={shown(value)} must be {_article(hint)}")
+        return BOOLS.get(str(value).lower(), value)
+    if hint is str or isinstance(value, bool):
+        return value
     try:
         number = hint(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}={shown(value)} must be {_article(hint)}") from None
-    if hint is int and isinstance(value, float) and value != number:
-        raise InputError(f"{where}={shown(value)} must be a whole number")
-    return number
-
-
-def _coerce_bool(value: Any, where: str) -> bool:
-    named = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if isinstance(value, bool):
         return value
-    if str(value).lower() in named:
-        return named[str(value).lower()]
-    raise InputError(f"{where}={shown(value)} must be true or false")
-
-
-def _article(hint: type) -> str:
-    return {"int": "a whole number", "float": "a number", "str": "text"}.get(hint.__name__, hint.__name__)
+    return number if isinstance(value, str) or number == value else value
