@@ -9,6 +9,7 @@ flags are refused alike, with the same words, before any work is done.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import types
@@ -52,6 +53,10 @@ def option(
     facts = {"help": help_text, "choices": tuple(choices), "least": least, "above": above, "most": most}
     facts |= {"below": below, "usual": usual, "metavar": metavar, "advanced": advanced, "flag": flag}
     return dataclasses.field(default=default, metadata=facts)
+
+
+fraction = functools.partial(option, least=0, most=1, metavar="FRACTION")
+"""Declare a field that is a share of something, 0 to 1, as `option` does."""
 
 
 def check(config: Any, unset: object = None) -> None:
@@ -146,7 +151,6 @@ class Precision:
         None,
         "of the multiplications; none: the run's, else the weights' (generate: always the weights')",
         choices=("float32", "bfloat16"),
-        metavar="NAME",
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from switchable.errors import InputError, divisors_near
-from switchable.options import check, option, refuse_more_than_memory
+from switchable.options import check, fraction, option, refuse_more_than_memory
 from switchable.recipes import AUTO
 
 
@@ -38,15 +38,12 @@ class ModelConfig:
     """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
 
     family: str = option(
-        "gpt2",
-        "model type of transformers; it decides what is learned",
-        choices=tuple(BUILDABLE),
-        metavar="NAME",
+        "gpt2", "model type of transformers; it decides what is learned", choices=tuple(BUILDABLE)
     )
     d_model: int = option(256, "width of the residual stream", least=1, most=2**20, metavar="D")
     d_ff: int | None = option(None, "neurons per FFN; none: 4 x d_model", least=1, most=2**24, metavar="F")
-    num_layers: int = option(4, "Transformer blocks", least=1, most=10_000, metavar="N")
-    num_heads: int = option(4, "attention heads per block; divides d_model", least=1, metavar="N")
+    num_layers: int = option(4, "Transformer blocks", least=1, most=10_000)
+    num_heads: int = option(4, "attention heads per block; divides d_model", least=1)
     max_positions: int | None = option(
         None,
         "longest sequence in tokens; none: the training sequence length",
@@ -55,10 +52,7 @@ class ModelConfig:
         flag=False,
     )
     activation: str = option(
-        "relu2",
-        "activation of the FFN: ReLU, or its square, which is sparser",
-        choices=("relu", "relu2"),
-        metavar="NAME",
+        "relu2", "activation of the FFN: ReLU, or its square, which is sparser", choices=("relu", "relu2")
     )
 
     def __post_init__(self) -> None:
@@ -74,8 +68,8 @@ class ModelConfig:
 class TrainConfig:
     """How it is trained. One optimizer step sees batch_size x sequence_length tokens."""
 
-    steps: int = option(500, "optimizer steps in all", least=1, metavar="N")
-    batch_size: int = option(8, "sequences per optimizer step", least=1, metavar="N")
+    steps: int = option(500, "optimizer steps in all", least=1)
+    batch_size: int = option(8, "sequences per optimizer step", least=1)
     sequence_length: int = option(256, "tokens per sequence", least=2, most=2**24, metavar="TOKENS")
     learning_rate: float = option(1e-3, "peak learning rate", above=0, most=1000, metavar="LR")
     weight_decay: float = option(
@@ -85,18 +79,15 @@ class TrainConfig:
         most=1000,
         metavar="RATE",
     )
-    seed: int = option(
-        0, "random seed of initial weights and data order", least=0, most=2**32 - 1, metavar="N"
-    )
+    seed: int = option(0, "random seed of initial weights and data order", least=0, most=2**32 - 1)
     precision: str = option(
         "float32",
         "of the multiplications; weights stay in float32; auto = bfloat16 where this machine multiplies the model's "
         "FFNs faster in it, measured once",
         choices=(AUTO, "float32", "bfloat16"),
-        metavar="NAME",
     )
-    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
+    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)
     eval_every: int = option(
         100, "steps between validations in both modes; 0 = only at the end", least=0, metavar="STEPS"
     )
@@ -108,7 +99,6 @@ class TrainConfig:
         "adamw",
         "of torch.optim; muon: for the matrices of the blocks, adamw for all else",
         choices=("adamw", "muon", "sgd"),
-        metavar="NAME",
         advanced=True,
     )
     router_learning_rate: float = option(
@@ -118,14 +108,12 @@ class TrainConfig:
         1,
         "parts that a process's share of the batch is cut into, one after another; divides it",
         least=1,
-        metavar="N",
         advanced=True,
     )
     parallel: str = option(
         "ddp",
         "several processes (torchrun): ddp = each holds the whole model; fsdp = each holds its share of it",
         choices=("ddp", "fsdp"),
-        metavar="NAME",
         advanced=True,
     )
     activation_checkpointing: bool = option(
@@ -134,15 +122,11 @@ class TrainConfig:
         advanced=True,
     )
     compile: bool = option(False, "torch.compile each block (needs a C++ compiler on the CPU)", advanced=True)
-    warmup_fraction: float = option(
-        0.05, "fraction of all steps with linearly rising learning rate", least=0, most=1, flag=False
+    warmup_fraction: float = fraction(
+        0.05, "fraction of all steps with linearly rising learning rate", flag=False
     )
-    decay_fraction: float = option(
-        0.4,
-        "fraction of all steps, at the end, with linearly falling learning rate",
-        least=0,
-        most=1,
-        flag=False,
+    decay_fraction: float = fraction(
+        0.4, "fraction of all steps, at the end, with linearly falling learning rate", flag=False
     )
     beta1: float = option(0.9, "AdamW's first-moment decay, or SGD's momentum", least=0, below=1, flag=False)
     beta2: float = option(0.95, "AdamW's second-moment decay", least=0, below=1, flag=False)

@@ -13,7 +13,7 @@ import enum
 from dataclasses import dataclass
 
 from switchable.errors import InputError, divisors_near
-from switchable.options import check, option
+from switchable.options import check, fraction, option
 from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
 
 
@@ -46,7 +46,6 @@ class SwitchConfig:
         "neurons only, sparse ones come at the end; dense = never sparse; auto = sparse early in layers where that is "
         "measured to cost clearly less here, else as late",
         choices=tuple(RECIPES),
-        metavar="NAME",
     )
     num_experts: int = option(BY_RECIPE, "experts per FFN; divides d_ff", least=1, metavar="E")
     experts_per_token: int = option(
@@ -67,20 +66,11 @@ class SwitchConfig:
     sparse_steps: int = option(
         BY_RECIPE, "sparse steps in a row, between single dense ones", least=1, metavar="STEPS"
     )
-    min_dense_fraction: float = option(
-        BY_RECIPE,
-        "fraction of all steps, at the start, that are always dense; 1 = never sparse",
-        least=0,
-        most=1,
-        metavar="FRACTION",
+    min_dense_fraction: float = fraction(
+        BY_RECIPE, "fraction of all steps, at the start, that are always dense; 1 = never sparse"
     )
-    final_dense_fraction: float = option(
-        BY_RECIPE,
-        "fraction of all steps, at the end, that are always dense",
-        least=0,
-        most=1,
-        metavar="FRACTION",
-        advanced=True,
+    final_dense_fraction: float = fraction(
+        BY_RECIPE, "fraction of all steps, at the end, that are always dense", advanced=True
     )
     activation_l1: float = option(
         BY_RECIPE,
@@ -91,38 +81,27 @@ class SwitchConfig:
         usual="1e-4",
         metavar="NATS",
     )
-    active_below: float = option(
+    active_below: float = fraction(
         BY_RECIPE,
         "in layers whose activation ratio is below this, dense steps multiply only the neurons that are active: the "
         "same function and gradient, faster (ReLU or ReLU^2, on the CPU); 0 = never",
-        least=0,
-        most=1,
-        metavar="RATIO",
         flag=False,
     )
-    max_activation_ratio: float = option(
+    max_activation_ratio: float = fraction(
         BY_RECIPE,
         "without a mass_target, and early in recipe auto: largest activation ratio at which a layer counts as sparse; "
         "others stay dense",
-        least=0,
-        most=1,
-        metavar="RATIO",
         flag=False,
     )
-    min_mass_caught: float = option(
+    min_mass_caught: float = fraction(
         BY_RECIPE,
         "without a mass_target: least share of the activation mass in the router's experts at which a layer counts as "
         "sparse; others stay dense",
-        least=0,
-        most=1,
-        metavar="SHARE",
         flag=False,
     )
-    stability_threshold: float = option(
+    stability_threshold: float = fraction(
         BY_RECIPE,
         "overlap (Jaccard index) of successive activation patterns from which a layer counts as stable; 0 = always",
-        least=0,
-        most=1,
         metavar="INDEX",
         advanced=True,
     )
@@ -138,19 +117,11 @@ class SwitchConfig:
         metavar="FACTOR",
         flag=False,
     )
-    router_token_fraction: float = option(
-        BY_RECIPE,
-        "fraction of a dense step's tokens that train the router",
-        least=0,
-        most=1,
-        metavar="FRACTION",
-        flag=False,
+    router_token_fraction: float = fraction(
+        BY_RECIPE, "fraction of a dense step's tokens that train the router", flag=False
     )
     backend: str = option(
-        "auto",
-        "what multiplies the experts, by name; auto = chosen for each call",
-        metavar="NAME",
-        advanced=True,
+        "auto", "what multiplies the experts, by name; auto = chosen for each call", advanced=True
     )
 
     def __post_init__(self) -> None:

@@ -16,6 +16,8 @@ from switchable.settings import BY_RECIPE
 
 RESERVED = "config."
 """Prefix of the names under which settings stand among the parsed arguments."""
+METAVARS: dict[Any, str] = {int: "N", str: "NAME", bool: "BOOL"}
+"""How help calls a value of a type, where the field says nothing else."""
 
 
 def add_common(verb: argparse.ArgumentParser) -> None:
@@ -73,14 +75,15 @@ def add_dataclass_flags(
     for f in dataclasses.fields(cls):
         if f.name in skip or not f.metadata["flag"] or advanced not in (None, f.metadata["advanced"]):
             continue
-        many, switch = typing.get_origin(hints[f.name]) is tuple, hints[f.name] is bool
+        hint, switch = hints[f.name], hints[f.name] is bool
+        kind = next((each for each in (hint, *typing.get_args(hint)) if each in METAVARS), None)
         group.add_argument(
             f"--{f.name.replace('_', '-')}",
             dest=f"{RESERVED}{f.name}",
             default=argparse.SUPPRESS,
-            nargs="+" if many else "?" if switch else None,
+            nargs="+" if typing.get_origin(hint) is tuple else "?" if switch else None,
             const=True if switch else None,
-            metavar=f.metadata["metavar"] or ("BOOL" if switch else "VALUE"),
+            metavar=f.metadata["metavar"] or METAVARS.get(kind, "VALUE"),
             help=_help(f),
         )
 
