@@ -43,7 +43,9 @@ from experiments.faults import WORDS, configuration
 from experiments.fuzz_worker import attempt
 from switchable.adapt.config import AdaptConfig
 from switchable.cli import build_parser
+from switchable.cli.bench import BenchConfig
 from switchable.cli.flags import RESERVED
+from switchable.cli.plan import PlanConfig
 from switchable.coercion import build
 from switchable.config import to_dict
 from switchable.data.config import DataConfig, ObjectiveConfig
@@ -59,7 +61,7 @@ from switchable.train.pretrain import pretrain
 
 CLASSES = (
     ModelConfig, DataConfig, ObjectiveConfig, TrainConfig, SwitchConfig, AdaptConfig, EvalConfig, FinetuneConfig,
-    StudyConfig, Sampling,
+    StudyConfig, Sampling, PlanConfig, BenchConfig,
 )  # fmt: skip
 NUMBERS: tuple[Any, ...] = (
     -1, 0, 1, 1e-300, math.nan, math.inf, -math.inf, 1e30, 2**31 - 1, 2**60, 10**400, 2.5, True, "many", [1],

@@ -15,15 +15,7 @@ from dataclasses import replace
 import torch
 
 from switchable.compute.cpu.active.active import skips_idle_neurons
-from switchable.compute.measured import (
-    CLEARLY,
-    FFN,
-    Costs,
-    Line,
-    active_break_even,
-    bfloat16_speedup,
-    costs,
-)
+from switchable.compute.measured import CLEARLY, FFN, Costs, Line, active_break_even, bfloat16_speedup, costs
 from switchable.recipes import AUTO, RECIPES
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
 from switchable.settings import SwitchConfig, is_set

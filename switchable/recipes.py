@@ -51,11 +51,7 @@ _LATE = _EARLY | {
     "active_below": 0.3,
     "activation_l1": 1e-4,
 }
-_DENSE = _LATE | {
-    "min_dense_fraction": 1.0,
-    "router_token_fraction": 0.0,
-    "activation_l1": 0.0,
-}
+_DENSE = _LATE | {"min_dense_fraction": 1.0, "router_token_fraction": 0.0, "activation_l1": 0.0}
 _AUTO = _LATE | {
     "stability_threshold": 0.15,
     "active_below": 1.0,  # below what the clock says

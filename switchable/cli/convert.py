@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import add_cache, add_dataclass_flags, given_flags
+from switchable.cli.flags import add_cache, add_dataclass_flags, given
 
 HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
 
@@ -28,12 +28,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; say what came of it, and the figures as one JSON line."""
     from switchable.adapt.config import AdaptConfig
-    from switchable.coercion import build
     from switchable.data.config import DataConfig
 
-    flags = given_flags(args)
-    config = build(AdaptConfig, flags, "the flags")
-    data = build(DataConfig, flags, "the flags")
+    config, data = given(AdaptConfig, args), given(DataConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.adapt.run import adapt
     from switchable.cli.output import finish

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
+from switchable.cli.flags import RESERVED, add_dataclass_flags, given
 from switchable.errors import InputError
 from switchable.files import check_writable, read_json, write_json
 
@@ -18,14 +18,6 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     from switchable.evaluation.config import EvalConfig
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
-    verb.add_argument(
-        "--mode",
-        dest=f"{RESERVED}mode",
-        nargs="+",
-        choices=("dense", "sparse"),
-        default=argparse.SUPPRESS,
-        help="how the FFNs multiply (default: both, if the model can)",
-    )
     add_dataclass_flags(verb, EvalConfig)
     verb.add_argument(
         "--data",
@@ -47,12 +39,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of scores with standard errors, and the same as one JSON line."""
-    from switchable.coercion import build
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 
-    flags = given_flags(args)
-    config, data = build(EvalConfig, flags, "the flags"), build(DataConfig, flags, "the flags")
+    config, data = given(EvalConfig, args), given(DataConfig, args)
     picture = (
         args.folder / "speed.png" if args.out is None else args.out.with_name(f"{args.out.stem}-speed.png")
     )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from switchable.cli.flags import add_dataclass_flags, given_flags
+from switchable.cli.flags import add_dataclass_flags, given
 
 HELP = "fine-tune a model on sst2, cola or rte, dense or sparse"
 
@@ -27,10 +27,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, and print a table of scores with standard errors, and the same as one JSON line."""
-    from switchable.coercion import build
     from switchable.finetune.config import FinetuneConfig
 
-    config = build(FinetuneConfig, given_flags(args), "the flags")
+    config = given(FinetuneConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish, opened_by_transformers
     from switchable.evaluation.scores import table

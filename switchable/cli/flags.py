@@ -8,12 +8,14 @@ import os
 import typing
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from switchable.coercion import build
 from switchable.errors import InputError, nearest
 from switchable.gone import refuse_gone
 from switchable.settings import BY_RECIPE
 
+T = TypeVar("T")
 RESERVED = "config."
 """Prefix of the names under which settings stand among the parsed arguments."""
 METAVARS: dict[Any, str] = {int: "N", str: "NAME", bool: "BOOL"}
@@ -93,6 +95,8 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises InputError for `--set` without a value, or with a name that is not known.
     """
+    from switchable.config import sections
+
     found = {
         name.removeprefix(RESERVED): value for name, value in vars(args).items() if name.startswith(RESERVED)
     }
@@ -101,7 +105,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not equals:
             raise InputError(f"--set {text!r}: give NAME=VALUE, e.g. --set beta2=0.99")
-        known = _all_settings()
+        known = [f.name for cls in sections().values() for f in dataclasses.fields(cls)]
         if name not in known:
             refuse_gone(name, "--set")
             raise InputError(f"--set {text!r}: there is no setting {name!r}{nearest(name, known)}")
@@ -109,19 +113,19 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _all_settings() -> list[str]:
-    from switchable.config import sections
-
-    return [f.name for cls in sections().values() for f in dataclasses.fields(cls)]
+def given(cls: type[T], args: argparse.Namespace) -> T:
+    """Return a config dataclass made of the flags that were given; InputError as it refuses one."""
+    return build(cls, given_flags(args), "the flags")
 
 
 def _help(f: dataclasses.Field[Any]) -> str:
     text = str(f.metadata["help"]).replace("%", "%%")
     choices = f.metadata["choices"]
     named = f" [{', '.join(choices)}]" if choices else ""
-    if f.name in ("recipe", "precision"):
+    if f.name in ("recipe", "precision") and f.default is not None:
         return f"{text}{named} (default auto)"
     if f.default is BY_RECIPE:
         return f"{text}{named} (default: the recipe's; in float32 auto's is @recipe:{f.name}@)"
-    shown = "" if f.default in (None, ()) else f" (default {f.default})"
+    values = f.default if isinstance(f.default, tuple) else () if f.default is None else (f.default,)
+    shown = f" (default {' '.join(map(str, values))})" if values else ""
     return f"{text}{named}{shown}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
+from switchable.cli.flags import RESERVED, add_dataclass_flags, given
 from switchable.errors import InputError
 from switchable.files import write_json
 
@@ -43,10 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, draw, and print where the report is, and what was found, as one JSON line."""
     if (args.folder is None) == (args.checkpoints is None):
         raise InputError("give either the folder of a run (or model), or a series with --checkpoints")
-    from switchable.coercion import build
     from switchable.study.config import StudyConfig
 
-    config = build(StudyConfig, given_flags(args), "the flags")
+    config = given(StudyConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
     from switchable.files import whole_folder

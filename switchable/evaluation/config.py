@@ -17,7 +17,7 @@ class EvalConfig(Precision):
         metavar="TASK",
     )
     mode: tuple[str, ...] = option(
-        (), "none: both, if the model can", choices=("dense", "sparse"), flag=False
+        (), "how the FFNs multiply; none: both, if the model can", choices=("dense", "sparse")
     )
     experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
     mass: tuple[float, ...] = option(

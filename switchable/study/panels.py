@@ -35,10 +35,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 WAYS = {"sparse": SPARSE, "active": "#7fb8da", "dense": DENSE}
 """How a layer multiplies, from the upper edge of its strip down."""
-SIMILARITY_LABELS = {
-    "pattern": "Jaccard index",
-    "coactivation": "correlation",
-}
+SIMILARITY_LABELS = {"pattern": "Jaccard index", "coactivation": "correlation"}
 
 
 def loss(study: Study, picture: Picture, axes: Axes) -> None:

@@ -42,13 +42,7 @@ class Trainer:
     """Trains a job to its last step, in a locked run folder, from where the counters stand."""
 
     def __init__(
-        self,
-        job: Job,
-        rundir: RunDir,
-        log: RunLog,
-        flops: StepFlops,
-        counters: Counters,
-        stop: StopRequest,
+        self, job: Job, rundir: RunDir, log: RunLog, flops: StepFlops, counters: Counters, stop: StopRequest
     ) -> None:
         self.job, self.rundir, self.log = job, rundir, log
         self.flops, self.counters, self.stop = flops, counters, stop
@@ -215,10 +209,7 @@ class Trainer:
         byte of text follow from the loss only where every token is predicted, that is for causal models.
         """
         job, controller = self.job, self.job.controller
-        modes = {
-            "dense": controller.layers[0].has_dense_mode,
-            "sparse": any(controller.state.takes_part),
-        }
+        modes = {"dense": controller.layers[0].has_dense_mode, "sparse": any(controller.state.takes_part)}
         shows = is_main() and self.log.shows
         with job.replica.autocast():
             losses = {
