@@ -130,9 +130,8 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     for key in values:
         if key not in hints:
             refuse_gone(str(key), where)
-            raise InputError(
-                f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
-            )
+            like = nearest(str(key), hints)
+            raise InputError(f"{where}: unknown key {key!r}{like}; allowed: {', '.join(hints)}")
     return build(cls, values, where)
 
 
@@ -174,9 +173,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist; give the path of a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"config file {path} is not readable YAML: {' '.join(str(error).split())[:300]}"
-        ) from None
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"config file {path} is not readable YAML: {why}") from None
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     given = {} if given is None else given

@@ -163,9 +163,8 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:
             file.write(b"x")
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; choose another place with --out"
-        ) from None
+        why = error.strerror
+        raise InputError(f"{path} cannot be written: {why}; choose another place with --out") from None
 
 
 @contextmanager
@@ -181,7 +180,5 @@ def full_disk_told(what: str, remedy: str) -> Iterator[None]:
 
 def is_no_space(error: BaseException) -> bool:
     """Return whether an error says that the disk is full (libraries written in Rust say it as text)."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return (
-        getattr(error, "errno", None) in codes or "os error 28" in str(error) or "No space left" in str(error)
-    )
+    told = any(words in str(error) for words in ("os error 28", "No space left"))
+    return told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

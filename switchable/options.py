@@ -96,10 +96,9 @@ def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
         )
     within = _Range(*(allowed.get(end) for end in _Range._fields))
     if kind in (int, float) and not within.holds(value, kind):
+        use = f"{KINDS[kind]} {within}".strip()
         more = f", e.g. {allowed['usual']}" if allowed.get("usual") else ""
-        raise InputError(
-            f"{name}={shown(value)} is out of range; use {f'{KINDS[kind]} {within}'.strip()}{more}"
-        )
+        raise InputError(f"{name}={shown(value)} is out of range; use {use}{more}")
     return float(value) if kind is float else value
 
 
@@ -127,9 +126,7 @@ class _Range(NamedTuple):
         least, above, most, below = self
         if least is not None and most is not None:
             return f"from {least:.10g} to {most:.10g}"
-        low = (
-            f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else ""
-        )
+        low = f"of at least {least:g}" if least is not None else "" if above is None else f"above {above:g}"
         high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
         return " and ".join(part for part in (low, high) if part)
 

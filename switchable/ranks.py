@@ -137,9 +137,7 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
     """Within the `with` block the parameters of modules are whole, to be read, whichever unit shards them."""
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     sharded = [(part, n, p) for part in parts for n, p in part._parameters.items() if isinstance(p, DTensor)]
-    whole = {
-        id(parameter): nn.Parameter(cast(DTensor, parameter).full_tensor()) for _, _, parameter in sharded
-    }
+    whole = {id(p): nn.Parameter(cast(DTensor, p).full_tensor()) for _, _, p in sharded}
     for module, name, parameter in sharded:
         module._parameters[name] = whole[id(parameter)]
     try:

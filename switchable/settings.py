@@ -134,9 +134,8 @@ class SwitchConfig:
     def _check_together(self) -> None:
         experts, chosen = self.num_experts, self.experts_per_token
         if is_set(experts) and is_set(chosen) and chosen > experts:
-            raise InputError(
-                f"experts_per_token={chosen} is more than num_experts={experts}; use 1 to {experts}"
-            )
+            most = f"num_experts={experts}"
+            raise InputError(f"experts_per_token={chosen} is more than {most}; use 1 to {experts}")
         if self.never_sparse:
             return
         if self.monitor_every == 0:

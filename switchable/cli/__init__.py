@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         with full_disk_told(f"running {args.verb}", "free some space and start again"):
             return int(VERBS[args.verb].run(args))
     except InputError as error:
-        if (
-            os.environ.get("RANK", "0") == "0"
-        ):  # under torchrun all ranks end with the same error; one says it
+        # Under torchrun all ranks end with the same error: one says it.
+        if os.environ.get("RANK", "0") == "0":
             print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from switchable.evaluation.config import EvalConfig
 
     config, data = given(EvalConfig, args), given(DataConfig, args)
-    picture = (
-        args.folder / "speed.png" if args.out is None else args.out.with_name(f"{args.out.stem}-speed.png")
-    )
+    picture = args.folder / "speed.png"
+    if args.out is not None:
+        picture = args.out.with_name(f"{args.out.stem}-speed.png")
     if config.speed and args.folder.is_dir():
         check_writable(picture)
     if args.out is not None:

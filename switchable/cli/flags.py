@@ -70,7 +70,7 @@ def add_config_flags(
 
 
 def add_dataclass_flags(
-    group: Any, cls: type, skip: Container[str] = (), advanced: bool | None = None
+    group: Any, cls: type, skip: Container[str] = (), *, advanced: bool | None = None
 ) -> None:
     """Add a flag for each field that has one: all, or only those that are (or are not) `advanced`; but for `skip`."""
     hints = typing.get_type_hints(cls)
@@ -97,9 +97,8 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """
     from switchable.config import sections
 
-    found = {
-        name.removeprefix(RESERVED): value for name, value in vars(args).items() if name.startswith(RESERVED)
-    }
+    given = {name: value for name, value in vars(args).items() if name.startswith(RESERVED)}
+    found = {name.removeprefix(RESERVED): value for name, value in given.items()}
     for text in getattr(args, "set", []):
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")

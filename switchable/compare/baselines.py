@@ -110,12 +110,8 @@ class PaperSchedule(Schedule):
     ) -> tuple[bool, ...]:
         if any(state.takes_part):
             return state.takes_part
-        join = (
-            step >= self.dense_until
-            and not missed(self.config, measures)
-            and not moves(self.config, measures)
-        )
-        return (join,) * len(measures)
+        waits = step < self.dense_until or missed(self.config, measures) or moves(self.config, measures)
+        return (not waits,) * len(measures)
 
     def _who_is_regrouped(
         self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]

@@ -64,9 +64,8 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
 
 
 def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[str, Any]:
-    counters = Counters(
-        job.data.train.sha256, **{name: before[name] for name in ("steps", "flops", "ran_with")}
-    )
+    kept = {name: before[name] for name in ("steps", "flops", "ran_with")}
+    counters = Counters(job.data.train.sha256, **kept)
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
     counters.flops_dense = counters.flops
     counters.note_machine(jobs, job.device)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,6 @@ class Method:
     """The method whose finished run this one goes on from."""
 
 
-def _fraction_of_steps(fraction: float) -> Callable[[RunConfig], int]:
-    return lambda config: max(1, round(fraction * config.train.steps))
-
-
 def _models_learning_rate(config: RunConfig) -> float:
     return config.train.learning_rate
 
@@ -86,7 +82,7 @@ METHODS: dict[str, Method] = {
         switch={
             "max_activation_ratio": 1.0,
             "min_mass_caught": 0.0,
-            "sparse_steps": _fraction_of_steps(0.075),
+            "sparse_steps": lambda config: max(1, round(0.075 * config.train.steps)),
         },
         train={"router_learning_rate": _models_learning_rate},
         keeps=(*EXPERTS, *MEASURING, "stability_threshold"),
@@ -145,9 +141,8 @@ def named(name: str) -> Method:
         return method
     steps_factor(name)
     if method.starts_from is not None:
-        raise InputError(
-            f"{name}: {base} goes on from a {method.starts_from} run and has no steps of its own"
-        )
+        before = method.starts_from
+        raise InputError(f"{name}: {base} goes on from a {before} run and has no steps of its own")
     return dataclasses.replace(method, summary=f"{method.summary}; {factor} times the steps")
 
 

@@ -118,9 +118,8 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
         for name, found in methods.items():
             lacking = [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
             if lacking:
-                said.append(
-                    f"{name} has seeds without a dense run ({_list(lacking)}); its ratios leave them out"
-                )
+                alone = f"{name} has seeds without a dense run ({_list(lacking)})"
+                said.append(f"{alone}; its ratios leave them out")
     for name, found in methods.items():
         for seed, why in found.get("why_dense", {}).items():
             said.append(f"{name}, seed {seed}, has no sparse mode: {why}")
@@ -146,7 +145,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
-        cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]
+        early = [" \\*" * bool(found["ended_before_dense"].get(figure)) for found in methods.values()]
+        cells = [_cell(each[figure], form, mark) for each, mark in zip(methods.values(), early, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = ["Mean over seeds ± standard deviation; — where there is no value."]
     early = [name for name, found in methods.items() if any(found["ended_before_dense"].values())]
@@ -170,9 +170,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
     """Return a closing sentence for every method that has a dense run to be compared with."""
     said = []
     for name, found in table["methods"].items():
-        parts = [
-            form.format(found[key]["mean"]) for key, form in SAID.items() if found[key]["mean"] is not None
-        ]
+        means = [(form, found[key]["mean"]) for key, form in SAID.items()]
+        parts = [form.format(mean) for form, mean in means if mean is not None]
         if name != "dense" and parts:
             said.append(f"{name} against dense, seeds {_list(found['seeds'])}: {', '.join(parts)}.")
     return said + [f"{warning}." for warning in table["warnings"]]
@@ -181,9 +180,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
 def headline(table: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Return the comparison's closing figures: ssd's headline ones, then every method's means."""
     names = (*OWN, *PAIRED, GAIN)
-    means = {
-        method: {name: found[name]["mean"] for name in names} for method, found in table["methods"].items()
-    }
+    methods = table["methods"].items()
+    means = {method: {name: found[name]["mean"] for name in names} for method, found in methods}
     first = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
     rest = {"methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
     return first | rest
@@ -198,10 +196,6 @@ def _ended_before_dense(
         "loss_at_dense_time": any(own[-1].seconds < dense[-1].seconds for own, dense in pairs),
         "loss_at_dense_flops": any(own[-1].flops < dense[-1].flops for own, dense in pairs),
     }
-
-
-def _mark(figure: str, found: Mapping[str, Any]) -> str:
-    return " \\*" if found["ended_before_dense"].get(figure) else ""
 
 
 def _cell(value: Mapping[str, Any], form: str, mark: str) -> str:

@@ -30,9 +30,8 @@ IN_USE = 75
 def task(run: Run, cache: Path, jobs: int) -> str:
     """Return what to tell a worker that shall train `run`."""
     paths = {"path": str(run.path), "cache": str(cache)}
-    return json.dumps(
-        {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs} | paths
-    )
+    told = {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs}
+    return json.dumps(told | paths)
 
 
 def train(run: Run, cache: Path, jobs: int) -> None:

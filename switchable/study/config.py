@@ -11,9 +11,7 @@ from switchable.options import Precision, option
 class StudyConfig(Precision):
     """What a user may choose."""
 
-    text: tuple[str, ...] | None = option(
-        None, "text to measure on; empty: Python's own source files", flag=False
-    )
+    text: tuple[str, ...] | None = option(None, "text to measure on; empty: Python's own files", flag=False)
     tokenizer: str | None = option(
         None, "folder of the models' tokenizer, if it is not with them", metavar="DIR"
     )

@@ -80,9 +80,8 @@ class Study:
         """Return the K of each layer from each checkpoint and each of the run's measurements on."""
         found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
         given = [(r["step"], r["experts_per_token"]) for r in self.records("measure")]
-        given += [
-            (s, [r.experts_per_token for r in ls]) for s, ls in zip(self.steps, self.results, strict=True)
-        ]
+        measured = zip(self.steps, self.results, strict=True)
+        given += [(step, [layer.experts_per_token for layer in layers]) for step, layers in measured]
         for step, ks in given:
             for values, k in zip(found, ks, strict=True):
                 values[step] = k
@@ -90,18 +89,13 @@ class Study:
 
     def regroupings(self, layer: int | None = None) -> list[int]:
         """Return the steps at which the neurons of a layer were regrouped; None: of any layer."""
-        return [
-            r["step"]
-            for r in self.records("measure")
-            if (any(r["regrouped"]) if layer is None else r["regrouped"][layer])
-        ]
+        measured = [(r["step"], r["regrouped"]) for r in self.records("measure")]
+        return [step for step, moved in measured if (any(moved) if layer is None else moved[layer])]
 
     @property
     def span(self) -> list[int]:
         """All steps of which there is something, ascending: every axis of steps shows them."""
-        return sorted(
-            {record["step"] for record in self.metrics if record["kind"] != "costs"} | set(self.steps)
-        )
+        return sorted({r["step"] for r in self.metrics if r["kind"] != "costs"} | set(self.steps))
 
     def mean_pairs(self, kind: str) -> npt.NDArray[np.float64]:
         """Return a similarity's mean over the layers in which it is defined."""
@@ -117,9 +111,9 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values."""
-        return {
-            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
-        }
+        plain = dataclasses.asdict(dataclasses.replace(self, metrics=[]))
+        del plain["metrics"]
+        return plain | {"pairs": {kind: [m.tolist() for m in found] for kind, found in self.pairs.items()}}
 
 
 def _sorted(layers: Sequence[Mapping[float, float]]) -> Series:
@@ -147,15 +141,3 @@ def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, fl
 def mean(values: Sequence[float]) -> float:
     """Return the mean; NaN of nothing."""
     return sum(values) / len(values) if values else math.nan
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (LayerShape, LayerStudy)):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

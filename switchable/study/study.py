@@ -96,7 +96,7 @@ def records_of_run(folder: Path) -> Study:
 
 
 def _fill(
-    study: Study, sources: Sequence[Source], config: StudyConfig, run: RunDir | None, progress: bool
+    study: Study, sources: list[Source], config: StudyConfig, run: RunDir | None, progress: bool
 ) -> Study:
     """Measure the checkpoints one after another and compare them."""
     reach = f"steps {sources[0].step:,} to {sources[-1].step:,}" if len(sources) > 1 else str(sources[0].path)
@@ -116,13 +116,10 @@ def _fill(
             probe = _probe(config, run, sources, model)
             pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
             _describe(study, model, probe, pattern_tokens)
-            study.probe["precision"] = chosen_precision(
-                model, config.precision, trained_precision(source.path)
-            )
-            say(
-                f"measured in {study.probe['precision']} on {probe.tokens:,} tokens: {probe.source}", progress
-            )
-        with multiplying_in(model, str(study.probe["precision"])):
+            precision = chosen_precision(model, config.precision, trained_precision(source.path))
+            study.probe["precision"] = precision
+            say(f"measured in {precision} on {probe.tokens:,} tokens: {probe.source}", progress)
+        with multiplying_in(model, precision):
             results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
         study.steps.append(source.step)
         study.results.append(list(results))
