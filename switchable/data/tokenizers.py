@@ -80,11 +80,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     if objective in TEMPLATES:
@@ -110,9 +108,8 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def special_tokens(objective: str) -> list[str]:
     """Return the special tokens of a tokenizer trained here for an objective, in the order of their ids."""
-    return list(dict.fromkeys(SPECIAL_TOKENS[objective].values())) + (
-        SENTINELS if objective == "span" else []
-    )
+    named = dict.fromkeys(SPECIAL_TOKENS[objective].values())
+    return [*named, *(SENTINELS if objective == "span" else [])]
 
 
 def check_vocab_size(vocab_size: int, objective: str = "causal") -> None:
@@ -145,7 +142,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     elif {"vocab.json", "merges.txt"} <= present:
         loader = GPT2Tokenizer
     elif "vocab.txt" in present:
-        loader, options = BertTokenizer, {"do_lower_case": _is_lower_case(path / "vocab.txt")}
+        words = (path / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        lower = all(word == word.lower() for word in words if not word.startswith("["))
+        loader, options = BertTokenizer, {"do_lower_case": lower}
     elif "spiece.model" in present:
         if importlib.util.find_spec("sentencepiece") is None:
             raise InputError(
@@ -205,18 +204,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     write_json(path, config)
 
 
-def _is_lower_case(vocabulary: Path) -> bool:
-    words = vocabulary.read_text(encoding="utf-8", errors="replace").split("\n")
-    return not any(word != word.lower() for word in words if not word.startswith("["))
-
-
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the files that define a folder's tokenizer, sorted; InputError if there is no such folder."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        known = (
-            [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        )
+        known = [entry.name for entry in path.parent.glob("*") if entry.is_dir()]
         raise InputError(
             f"no such tokenizer folder: {str(folder)!r}{nearest(path.name, known)}; give a local folder "
             "(nothing is downloaded), or none to train a byte-level BPE"

@@ -242,9 +242,8 @@ class Trainer:
         self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_loss("loss", counters.window_loss)
-        state = training_state(
-            job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
-        )
+        schedule, counted = job.controller.state_dict(), dataclasses.asdict(counters)
+        state = training_state(job.model, job.optimizer, schedule, counted)
         self._check_weights(state[0])
         checkpoint.write(self.rundir.checkpoint(counters.steps), contents_of(job.model, state))
         if is_main():

@@ -60,13 +60,8 @@ def process_group(rank_timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         store, rank, world_size = meet(rank_timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=rank_timeout),
-        )
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=rank_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the {os.environ['WORLD_SIZE']} processes did not find one another within {rank_timeout:g} s "
@@ -150,11 +145,9 @@ class Replica:
             # A router that does not learn is one whose gradient DDP must not wait for.
             self._expected = [layer for layer in layers_of(model) if layer.ssd.router_learns]
             some_idle = len(self._expected) < len(layers_of(model))
+            here = [device.index] if device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(
-                model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                find_unused_parameters=some_idle,
-                gradient_as_bucket_view=True,
+                model, device_ids=here, find_unused_parameters=some_idle, gradient_as_bucket_view=True
             )
 
     def forward_backward(self, batch: Batch) -> Tensor:
@@ -168,11 +161,9 @@ class Replica:
                     loss = self._wrapped(**piece).loss * weight
                 loss.backward()
             total = total + loss.detach()
-        idle = [
-            p for layer in self._expected if not layer.ssd.router_learns for p in layer.router.parameters()
-        ]
-        if idle:  # a router that learned when DDP was set up: it waits for a gradient
-            torch.autograd.backward([0 * p.sum() for p in idle])
+        idle = [layer.router for layer in self._expected if not layer.ssd.router_learns]
+        if idle:  # these learned when DDP was set up: it waits for a gradient
+            torch.autograd.backward([0 * p.sum() for router in idle for p in router.parameters()])
         return total
 
     def _weights(self, pieces: list[Batch]) -> Tensor:

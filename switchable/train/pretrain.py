@@ -44,18 +44,9 @@ from switchable.train.timing import warm_up
 from switchable.train.words import opening
 
 MAY_CHANGE = (
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep",
-    "gradient_accumulation_steps",
-    "parallel",
-    "activation_checkpointing",
-    "compile",
-    "threads",
-    "device",
-    "sample_prompt",
-)
+    "log_every", "eval_every", "checkpoint_every", "keep", "gradient_accumulation_steps", "parallel",
+    "activation_checkpointing", "compile", "threads", "device", "sample_prompt",
+)  # fmt: skip
 """Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
 CHOSEN_ONCE = (("recipe", AUTO), ("precision", AUTO))
 """Settings that a resumed run has as its start chose them."""
@@ -175,15 +166,12 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
         given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
         values.update({key: value for key, value in given.items() if key in values})
     after = from_dict(merged, "the flags")
-    forbidden = [
-        line
-        for line in changed(before, after)
-        if line.split(":")[0].split(".")[1] not in MAY_CHANGE + MAY_MOVE
-    ]
+    may = MAY_CHANGE + MAY_MOVE
+    forbidden = [line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in may]
     if forbidden:
         raise InputError(
             f"a run cannot be resumed with other settings ({'; '.join(forbidden)}); "
-            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE + MAY_MOVE)}"
+            f"leave them out, or start a new run in another folder. May change: {', '.join(may)}"
         )
     return after
 

@@ -153,16 +153,11 @@ def _build(
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)
-    return SimpleNamespace(
-        device=device,
-        tokenizer=tokenizer,
-        data=data,
-        batches=batches,
-        validation=[piece for batch in validation(rank, world) for piece in split(batch, rows)],
-        probe=[piece for batch in probe for piece in split(batch, rows)],
-        model=model,
-        report=report,
-    )
+    parts = SimpleNamespace(device=device, tokenizer=tokenizer, data=data, batches=batches, model=model)
+    parts.report = report
+    parts.validation = [piece for batch in validation(rank, world) for piece in split(batch, rows)]
+    parts.probe = [piece for batch in probe for piece in split(batch, rows)]
+    return parts
 
 
 def micro_rows(train: TrainConfig) -> int:
@@ -175,11 +170,8 @@ def build_model(
 ) -> PreTrainedModel:
     """Return a transformers model with random weights (drawn from torch's global generator).
 
-    Args:
-        model: family and sizes.
-        sequence_length: its positions, unless `max_positions` is set.
-        vocab_size: rows of the embedding.
-        tokens: special tokens (see `builders.build_model`).
+    `sequence_length` is its positions, unless `max_positions` is set, `vocab_size` the rows of its embedding; of the
+    special tokens see `builders.build_model`.
     """
     sizes = {
         "d_model": model.d_model,
@@ -205,9 +197,8 @@ def pick_device(name: str | None) -> torch.device:
             device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device={name!r} cannot be used: {str(error).splitlines()[0]}; use cpu or cuda"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"device={name!r} cannot be used: {why}; use cpu or cuda") from None
     return device
 
 

@@ -31,12 +31,7 @@ class CausalLM:
     name: ClassVar[str] = "causal"
     unit: ClassVar[str] = "nats per token"
 
-    def __call__(
-        self,
-        ids_BW: Ints,
-        rows_B: Ints,  # noqa: ARG002 - the same call for every objective
-        seed: int,  # noqa: ARG002
-    ) -> dict[str, Ints]:
+    def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:  # noqa: ARG002 - as all objectives
         """Return `input_ids` [B, S] and `labels`, the same but -100 for the begin of text."""
         if not self.leading:
             return {"input_ids": ids_BW, "labels": ids_BW}

@@ -75,25 +75,19 @@ class MaskedLM:
 
     def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:
         """Return `input_ids` [B, S] with tokens hidden, and `labels` [B, S]: these tokens, -100 elsewhere."""
-        ids_BS = self._wrap(ids_BW)
+        ids_BS = ids_BW
+        if self.around is not None:
+            ids_BS = np.pad(ids_BW, ((0, 0), (1, 1)), constant_values=((0, 0), self.around))
         rows, length = ids_BS.shape
-        order_BS, fate_BS, draw_BS = (
-            uniforms(seed, rows_B, 3 * length).reshape(rows, 3, length).swapaxes(0, 1)
-        )
+        drawn_B3S = uniforms(seed, rows_B, 3 * length).reshape(rows, 3, length)
+        order_BS, fate_BS, draw_BS = drawn_B3S.swapaxes(0, 1)
         chosen_BS = self.choose(ids_BS, order_BS)
         ordinary = np.flatnonzero(~self.special_V)
         random_BS = ordinary[(draw_BS * len(ordinary)).astype(np.int64)]
         hidden_BS = np.where(fate_BS < BECOMES_MASK, self.mask_id, random_BS)
         changed_BS = chosen_BS & (fate_BS < BECOMES_MASK + BECOMES_RANDOM)
-        return {
-            "input_ids": np.where(changed_BS, hidden_BS, ids_BS),
-            "labels": np.where(chosen_BS, ids_BS, IGNORED),
-        }
-
-    def _wrap(self, ids_BW: Ints) -> Ints:
-        if self.around is None:
-            return ids_BW
-        return np.pad(ids_BW, ((0, 0), (1, 1)), constant_values=((0, 0), self.around))
+        labels_BS = np.where(chosen_BS, ids_BS, IGNORED)
+        return {"input_ids": np.where(changed_BS, hidden_BS, ids_BS), "labels": labels_BS}
 
     def choose(self, ids_BS: Ints, order_BS: Floats) -> Bools:
         """Return which tokens are predicted: [B, S].
@@ -103,9 +97,9 @@ class MaskedLM:
         rows, length = ids_BS.shape
         maskable_BS = ~self.special_V[ids_BS]
         wanted_B = np.maximum(1, np.rint(self.fraction * maskable_BS.sum(1)).astype(np.int64))
-        starts_BS = (
-            np.ones_like(maskable_BS) if self.words is None else self.words.starts(ids_BS) | ~maskable_BS
-        )
+        starts_BS = np.ones_like(maskable_BS)
+        if self.words is not None:
+            starts_BS = self.words.starts(ids_BS) | ~maskable_BS
         starts_BS[:, 1:] |= ~maskable_BS[:, :-1]
         place = np.arange(length)
         first_BS = np.maximum.accumulate(np.where(starts_BS, place, 0), axis=1)
