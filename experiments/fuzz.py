@@ -46,7 +46,6 @@ from switchable.cli import build_parser
 from switchable.cli.bench import BenchConfig
 from switchable.cli.flags import RESERVED
 from switchable.cli.plan import PlanConfig
-from switchable.coercion import build
 from switchable.config import to_dict
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.errors import InputError
@@ -54,6 +53,7 @@ from switchable.evaluation.config import EvalConfig
 from switchable.finetune.config import FinetuneConfig
 from switchable.finite import not_finite
 from switchable.infer.sampling import Sampling
+from switchable.options import build
 from switchable.sections import ModelConfig, TrainConfig
 from switchable.settings import BY_RECIPE, SwitchConfig
 from switchable.study.config import StudyConfig

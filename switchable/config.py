@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from switchable import options
-from switchable.coercion import build
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.gone import refuse_gone, upgraded
+from switchable.options import build
 from switchable.recipes import AUTO
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
 from switchable.settings import SwitchConfig, is_set, settled

@@ -28,9 +28,8 @@ def check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"the name {str(path)!r} is not UTF-8; rename it, or choose another folder"
-        ) from None
+        name = repr(str(path))
+        raise InputError(f"the name {name} is not UTF-8; rename it, or choose another folder") from None
 
 
 def temporary_name(path: Path) -> Path:

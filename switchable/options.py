@@ -2,8 +2,8 @@
 
     steps: int = option(500, "optimizer steps in all", least=1)
 
-A configuration is a frozen dataclass of such fields that calls `check(self)` in its constructor. So code, YAML and
-flags are refused alike, with the same words, before any work is done.
+A configuration is a frozen dataclass of such fields that calls `check(self)` in its constructor; `build` makes one of
+what YAML or flags give. So code, YAML and flags are refused alike, with the same words, before any work is done.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from switchable.errors import InputError, nearest, shown
 
+T = TypeVar("T")
+
 LARGEST = 2**31 - 1
 """Of a whole number where nothing less is said: every library below takes it."""
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""What YAML and flags may say for them."""
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a tuple"}
 
 
@@ -60,8 +64,7 @@ fraction = functools.partial(option, least=0, most=1, metavar="FRACTION")
 
 
 def check(config: Any, unset: object = None) -> None:
-    """Refuse values of the wrong type, not among the choices or out of range; a fraction given as a whole number is
-    fine.
+    """Refuse values of the wrong type, not among the choices or out of range; a whole number will do for a fraction.
 
     `config` is a dataclass whose fields `option` declared; `unset` marks what was not given and is allowed everywhere.
     InputError names the field, what was given and what is allowed.
@@ -129,6 +132,36 @@ class _Range(NamedTuple):
         low = f"of at least {least:g}" if least is not None else "" if above is None else f"above {above:g}"
         high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
         return " and ".join(part for part in (low, high) if part)
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a dataclass from the values that are its fields, coerced; InputError says where one is refused."""
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{key: coerced(value, hints[key]) for key, value in values.items() if key in hints})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def coerced(value: Any, hint: Any) -> Any:
+    """Turn a YAML or flag value into a field's type (`1e-3`, which YAML reads as text, into a float), if it fits."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        return coerced(value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerced(item, args[0]) for item in items)
+    if hint is bool:
+        return BOOLS.get(str(value).lower(), value)
+    if hint is str or isinstance(value, bool):
+        return value
+    try:
+        number = hint(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+    return number if isinstance(value, str) or number == value else value
 
 
 def refuse_more_than_memory(wanted: float, what: str) -> None:

@@ -52,13 +52,9 @@ def progress_bar(
 ) -> Any:  # fmt: skip
     """Return a tqdm bar: to `update`, to use as a context, or to iterate over where `over` is given.
 
-    Args:
-        what: name of the job.
-        unit: what is counted; bytes (`"B"`) are scaled.
-        total: how much there is; None: unknown, or the length of `over`.
-        show: False shows nothing.
-        over: what to iterate over.
-        look: further settings of tqdm.
+    `what` names the job, `unit` what is counted; bytes (`"B"`) are scaled. `total` is how much there is; None: unknown,
+    or
+    the length of `over`. Nothing is shown without `show`. `look` are further settings of tqdm.
     """
     settings: dict[str, Any] = {"leave": False, "unit_scale": unit == "B", "delay": QUIET_SECONDS} | look
     settings |= {"desc": what, "unit": unit, "total": total, "disable": not show}

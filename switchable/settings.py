@@ -36,8 +36,7 @@ OF_THE_MODEL = ("num_experts", "experts_per_token", "activation_l1", "active_bel
 class SwitchConfig:
     """How FFNs are cut into experts, how tokens choose them, and when steps are sparse.
 
-    Raises:
-        InputError: a value is not known, of the wrong type or out of range, or two do not fit together.
+    InputError: a value is not known, of the wrong type or out of range, or two do not fit together.
     """
 
     recipe: str = option(

@@ -32,19 +32,10 @@ from switchable.files import check_name, full_disk_told
 from switchable.versions import __version__
 
 VERBS = {
-    "pretrain": pretrain,
-    "compare": compare,
-    "convert": convert,
-    "export": export,
-    "generate": generate,
-    "eval": evaluate,
-    "finetune": finetune,
-    "bench": bench,
-    "study": study,
-    "recipes": recipes,
-    "plan": plan,
+    "pretrain": pretrain, "compare": compare, "convert": convert, "export": export, "generate": generate,
+    "eval": evaluate, "finetune": finetune, "bench": bench, "study": study, "recipes": recipes, "plan": plan,
     "prepare": prepare,
-}
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,9 +7,8 @@ import dataclasses
 import os
 import shlex
 import sys
-from pathlib import Path
 
-from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.cli.flags import add_common, add_config_flags, add_out, given_flags
 from switchable.errors import InputError
 from switchable.files import check_apart, check_writable
 from switchable.options import checked
@@ -29,13 +28,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     usual = ["dense", "ssd"]
     verb.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help="default: dense ssd")
     verb.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
-    verb.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/compare"),
-        help="folder of the comparison; what is finished there is not trained again, what was interrupted goes on "
-        "(default %(default)s)",
+    add_out(
+        verb,
+        "folder of the comparison; what is finished there is not trained again, what was interrupted goes on",
+        default="runs/compare",
     )
     verb.add_argument(
         "--jobs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import add_cache, add_dataclass_flags, given
+from switchable.cli.flags import add_cache, add_dataclass_flags, add_out, given
 
 HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
 
@@ -18,7 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", metavar="MODEL", type=Path, help="folder of the checkpoint, with its tokenizer"
     )
-    verb.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    add_out(verb, "folder to write", required=True)
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_cache(verb)
     add_dataclass_flags(verb.add_argument_group("text"), DataConfig, skip=("vocab_size",))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from switchable.cli.flags import add_out
+
 HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switchable)"
 
 WHAT = {
@@ -24,7 +26,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         required=True,
         help="; ".join(f"{to}: {what}" for to, what in WHAT.items()),
     )
-    verb.add_argument("--out", type=Path, required=True, help="folder to write")
+    add_out(verb, "folder to write", required=True)
     verb.add_argument(
         "--experts-per-token",
         type=int,

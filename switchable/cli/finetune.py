@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from switchable.cli.flags import add_dataclass_flags, given
+from switchable.cli.flags import add_dataclass_flags, add_out, given
 
 HELP = "fine-tune a model on sst2, cola or rte, dense or sparse"
 
@@ -17,9 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
     verb.add_argument("--data", required=True, type=Path, metavar="DIR", help="GLUE's folder")
-    verb.add_argument(
-        "--out", type=Path, metavar="DIR", help="save the fine-tuned model and results.json there"
-    )
+    add_out(verb, "save the fine-tuned model and results.json there")
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_dataclass_flags(verb.add_argument_group("fine-tuning"), FinetuneConfig)
     verb.add_argument("--quiet", action="store_true", help="show no progress")

@@ -10,9 +10,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeVar
 
-from switchable.coercion import build
 from switchable.errors import InputError, nearest
 from switchable.gone import refuse_gone
+from switchable.options import build
 from switchable.settings import BY_RECIPE
 
 T = TypeVar("T")
@@ -38,6 +38,15 @@ def add_cache(verb: argparse.ArgumentParser) -> None:
         help="folder for token files (default %(default)s)",
     )
     verb.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_out(
+    verb: argparse.ArgumentParser, text: str, default: str | None = None, required: bool = False
+) -> None:
+    """Add the argument of every verb that writes a folder."""
+    place = None if default is None else Path(default)
+    shown = "" if default is None else f" (default {default})"
+    verb.add_argument("--out", type=Path, metavar="DIR", default=place, required=required, help=text + shown)
 
 
 def default_cache() -> Path:
@@ -70,7 +79,7 @@ def add_config_flags(
 
 
 def add_dataclass_flags(
-    group: Any, cls: type, skip: Container[str] = (), *, advanced: bool | None = None
+    group: Any, cls: type, skip: Container[str] = (), advanced: bool | None = None
 ) -> None:
     """Add a flag for each field that has one: all, or only those that are (or are not) `advanced`; but for `skip`."""
     hints = typing.get_type_hints(cls)

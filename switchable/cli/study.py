@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given
+from switchable.cli.flags import RESERVED, add_dataclass_flags, add_out, given
 from switchable.errors import InputError
 from switchable.files import write_json
 
@@ -21,11 +21,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--checkpoints", nargs="+", metavar="DIR", help="study these models as a series, e.g. out/step*"
     )
-    verb.add_argument(
-        "--out",
-        type=Path,
-        help="folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)",
-    )
+    add_out(verb, "folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)")
     verb.add_argument(
         "--text",
         dest=f"{RESERVED}text",

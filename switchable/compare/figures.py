@@ -22,17 +22,10 @@ from typing import Any
 Figures = dict[str, float | None]
 
 OWN = (
-    "val_loss_dense",
-    "val_loss_sparse",
-    "bits_per_byte_dense",
-    "bits_per_byte_sparse",
-    "flops",
-    "flops_nonembedding",
-    "sparse_fraction",
-    "expert_fraction",
-    "wall_seconds",
-    "cpu_seconds",
-)
+    "val_loss_dense", "val_loss_sparse", "bits_per_byte_dense", "bits_per_byte_sparse", "flops", "flops_nonembedding",
+    "sparse_fraction", "expert_fraction", "wall_seconds", "cpu_seconds",
+)  # fmt: skip
+"""Figures of a run by itself."""
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,8 @@ PAIRED = tuple(name for name in ROWS if name not in (*OWN, GAIN))
 """Figures of a run against the dense run of its seed."""
 
 HEADLINE = (
-    "delta_dense",
-    "delta_sparse",
-    "flops_ratio",
-    "flops_ratio_nonembedding",
-    "wall_ratio",
-    "time_to_dense_loss_ratio",
-)
+    "delta_dense", "delta_sparse", "flops_ratio", "flops_ratio_nonembedding", "wall_ratio", "time_to_dense_loss_ratio",
+)  # fmt: skip
 """Figures of `ssd` that the last line of output starts with."""
 
 

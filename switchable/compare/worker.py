@@ -35,9 +35,8 @@ def task(run: Run, cache: Path, jobs: int) -> str:
 
 
 def train(run: Run, cache: Path, jobs: int) -> None:
-    """Start a run or go on with it by the method's own means, unless it is finished.
-
-    `jobs` runs share the machine at this time, which is noted.
+    """Start a run or go on with it by the method's own means, unless it is finished; it is noted that `jobs` run at a
+    time.
 
     Raises:
         FolderInUse: another process is at it.

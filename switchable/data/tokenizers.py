@@ -62,15 +62,10 @@ class EndOfText(NamedTuple):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `texts`, with the special tokens that an objective wants.
+    """Train a byte-level BPE on `texts`, with the special tokens that an objective wants (`SPECIAL_TOKENS`).
 
-    Args:
-        texts: documents to train on; they are held in memory by the trainer as word counts.
-        vocab_size: tokens in the vocabulary, special ones included; a small corpus may give fewer.
-        objective: `"causal"`: `<|endoftext|>` only, with id 0; `"masked"`: those of RoBERTa; `"span"`: those of T5.
-
-    Raises:
-        InputError: `vocab_size` has no room for all bytes and the special tokens.
+    The trainer holds the texts in memory as word counts. `vocab_size` are tokens, special ones included; a small corpus
+    may give fewer. Raises InputError if there is no room for all bytes and the special tokens.
     """
     check_vocab_size(vocab_size, objective)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -80,9 +80,8 @@ def text_scores(
     scores = []
     for way in found_ways:
         with multiplying(model, way):
-            nats, tokens = _per_window(
-                model, progress_bar(f"text, {way}", "batch", show=progress, over=batches)
-            )
+            bar = progress_bar(f"text, {way}", "batch", show=progress, over=batches)
+            nats, tokens = _per_window(model, bar)
         loss, stderr = float(nats.sum() / tokens.sum()), _ratio_stderr(nats, tokens)
         found = {f"loss ({objective.unit})": (loss, stderr)}
         if causal:

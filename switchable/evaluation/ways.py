@@ -41,10 +41,8 @@ def ways(
 
     `modes` are `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
     `experts_per_token` has values of K for sparse mode; the model's own comes last, to compare them with. With `masses`
-    all these come again as the most experts of a token, once for each.
-
-    Raises:
-        InputError: an impossible K, or sparse mode of a model that has none.
+    all these come again as the most experts of a token, once for each. Raises InputError for an impossible K, or sparse
+    mode of a model that has none.
     """
     layers = [layer.ssd for layer in layers_of(model)]
     if "sparse" in modes or experts_per_token or masses:

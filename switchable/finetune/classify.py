@@ -63,10 +63,10 @@ def finetune(
     """Fine-tune the model of a run or checkpoint on a task in GLUE's folder `data`, and score it on the dev set.
 
     The model and `results.json` are saved to `out`, if given, over a model that is there if `overwrite` allows it.
-    Returns the scores, and the same with the settings as plain values.
-
-    Raises:
-        InputError: missing data or model, an impossible mode or K, a tokenizer that does not fit, or `out` in use.
+    Returns
+    the scores, and the same with the settings as plain values. Raises InputError for missing data or model, an
+    impossible
+    mode or K, a tokenizer that does not fit, or `out` in use.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
@@ -118,8 +118,7 @@ def finetune(
 def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Return the model of a run under a new classification head, switchable, with its routers; and its tokenizer.
 
-    Raises:
-        InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
+    InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
     body, tokenizer = load_with_tokenizer(run)
     before = layers_of(body)

@@ -57,9 +57,8 @@ class Counters:
     def count_ways(self, experts: Sequence[int | None], active: Sequence[float | None]) -> list[str]:
         """Note how each layer multiplied in a step, and return it: `"sparse"`, `"active"` or `"dense"`.
 
-        Args:
-            experts: per token, of each layer that was sparse.
-            active: share of the neurons, of each layer that multiplied only those.
+        `experts`: per token, of each layer that was sparse. `active`: share of the neurons, of each layer that took
+        only those.
         """
         ways = [
             "sparse" if k is not None else "dense" if share is None else "active"

@@ -52,11 +52,9 @@ class Trainer:
         self.validation: dict[str, float | None] | None = None
 
     def train(self) -> None:
-        """Run to the last step.
+        """Run to the last step, or stop on request after saving (TrainingStopped).
 
-        Raises:
-            InputError: the loss, a weight or a moment is no longer finite, or the disk is full.
-            TrainingStopped: stopped on request, after saving.
+        Raises InputError if the loss, a weight or a moment is no longer finite, or the disk is full.
         """
         train = self.job.config.train
         snapshots = snapshot_steps(train.steps, train.snapshots)

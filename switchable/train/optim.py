@@ -11,7 +11,8 @@ all else by AdamW. Its updates are scaled to the size of AdamW's (Liu et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,16 +79,11 @@ def _embeddings_and_head(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters(recurse=False)]
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the share of the peak learning rate at step `step` (counted from 0), in (0, 1]."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
+    """Set every group's learning rate for step `step` (counted from 0); return that of the first group."""
     rising = (step + 1) / max(1.0, config.warmup_fraction * config.steps)
     falling = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
-    return min(1.0, rising, falling)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
-    """Set every group's learning rate for step `step`; return that of the first group."""
-    factor = learning_rate_factor(step, config)
+    factor = min(1.0, rising, falling)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return float(optimizer.param_groups[0]["lr"])
@@ -95,14 +91,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest_norm: float) -> None:
     """Scale the gradients of everything but the routers down to a global norm of at most `largest_norm`."""
+    groups = [group["params"] for group in optimizer.param_groups if group["name"] != "routers"]
     if largest_norm > 0:
-        nn.utils.clip_grad_norm_(_model_parameters(optimizer), largest_norm)
-
-
-def _model_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    for group in optimizer.param_groups:
-        if group["name"] != "routers":
-            yield from group["params"]
+        nn.utils.clip_grad_norm_(itertools.chain(*groups), largest_norm)
 
 
 @contextmanager

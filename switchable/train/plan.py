@@ -97,16 +97,10 @@ class Plan:
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: float) -> Plan:
-    """Work out a run.
+    """Work out a run of `world_size` ranks whose embedding has `vocab_size` rows; InputError for settings that cannot
+    work.
 
-    Args:
-        config: the run.
-        vocab_size: rows of the embedding.
-        world_size: number of ranks.
-        activation_ratio: what the monitor will find in every layer from its first measurement on, 0 to 1.
-
-    Raises:
-        InputError: settings that cannot work.
+    `activation_ratio` (0 to 1) is what the monitor will find in every layer from its first measurement on.
     """
     check(config)
     check_division(config.train, world_size)
@@ -215,9 +209,8 @@ def estimates(
 def device_named(name: str) -> Device:
     """Return a row of DEVICES; InputError if there is none of that name."""
     if name not in DEVICES:
-        raise InputError(
-            f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {', '.join(DEVICES)}"
-        )
+        known = ", ".join(DEVICES)
+        raise InputError(f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {known}")
     return DEVICES[name]
 
 

@@ -63,19 +63,13 @@ def pretrain(
     jobs: int = 1,
     variant: Variant = SSD,
 ) -> dict[str, Any]:
-    """Start a run in the folder `out` and train to its end.
+    """Start a run in the folder `out`, train to its end, and return its summary, as written to `summary.json`.
 
     Args:
-        config: the run.
-        out: its folder.
         cache: folder for token files.
         overwrite: replace a run that is there.
-        quiet: show nothing.
         jobs: runs that share the machine at this time; only noted in the summary.
         variant: what a baseline exchanges.
-
-    Returns:
-        The summary, as written to `summary.json`.
 
     Raises:
         InputError: bad settings or data, folder in use or not empty, loss not finite, disk full.
@@ -100,14 +94,11 @@ def resume(
     jobs: int = 1,
     variant: Variant = SSD,
 ) -> dict[str, Any]:
-    """Go on with the run in the folder `out`, bitwise as if it had never stopped.
+    """Go on with the run in the folder `out`, bitwise as if it had never stopped; the rest is as for `pretrain`.
 
     Args:
-        out: the run's folder.
         flags: settings given again, by field name; those that alter what is computed must be as they were.
-        cache, quiet, jobs: as for `pretrain`.
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
-        variant: the one the run was started with.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.

@@ -90,17 +90,9 @@ class Job:
 def set_up(
     config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD, tokens: str | None = None
 ) -> Job:
-    """Prepare the data and build model, optimizer and controller at step 0.
+    """Prepare the data and build model, optimizer and controller at step 0; InputError for unusable settings or data.
 
-    Args:
-        config: the run.
-        cache: folder for token files, shared between runs.
-        quiet: show no progress.
-        variant: what a baseline exchanges.
-        tokens: checksum of the training tokens, if they are known (see `prepare`).
-
-    Raises:
-        InputError: a setting or the data is unusable.
+    `variant` is what a baseline exchanges, `tokens` the checksum of the training tokens, if they are known (`prepare`).
     """
     check(config)
     if config.train.threads:
