@@ -106,12 +106,10 @@ def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunCon
     """
     _check_sections(given, where)
     known = sections()
-    return RunConfig(
-        **{
-            section: _build(known[section], values, f"{where}, section {section!r}")
-            for section, values in given.items()
-        }
-    )
+    built = {}
+    for section, values in given.items():
+        built[section] = _build(known[section], values, f"{where}, section {section!r}")
+    return RunConfig(**built)
 
 
 def _check_sections(given: dict[str, Any], where: str) -> None:

@@ -29,19 +29,10 @@ KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def option(
-    default: Any,
-    help_text: str,
-    *,
-    choices: Sequence[str] = (),
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    usual: str = "",
-    metavar: str = "",
-    advanced: bool = False,
-    flag: bool = True,
-) -> Any:
+    default: Any, help_text: str, *, choices: Sequence[str] = (), least: float | None = None,
+    above: float | None = None, most: float | None = None, below: float | None = None, usual: str = "",
+    metavar: str = "", advanced: bool = False, flag: bool = True,
+) -> Any:  # fmt: skip
     """Declare a field.
 
     Args:

@@ -58,8 +58,6 @@ def progress_bar(
     """
     settings: dict[str, Any] = {"leave": False, "unit_scale": unit == "B", "delay": QUIET_SECONDS} | look
     settings |= {"desc": what, "unit": unit, "total": total, "disable": not show}
-    return (
-        tqdm(over, dynamic_ncols=True, **settings)
-        if sys.stderr.isatty()
-        else _Lines(over, ncols=0, **settings)
-    )
+    if sys.stderr.isatty():
+        return tqdm(over, dynamic_ncols=True, **settings)
+    return _Lines(over, ncols=0, **settings)

@@ -32,15 +32,9 @@ def watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signs = (
-            "Connection closed by peer",
-            "Connection reset",
-            "Broken pipe",
-            "Timed out",
-            "timed out",
-            "gloo",
-        )
-        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        told = str(error).lower()
+        signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo")
+        lost = isinstance(error, dist.DistError) or any(sign in told for sign in signs)
         if not (running() and lost):
             raise
         raise RankLost(str(error).splitlines()[0]) from error

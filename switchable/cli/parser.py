@@ -37,11 +37,9 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         name = arguments[0].partition("=")[0]
         setting = name.removeprefix("--").replace("-", "_")
-        why = (
-            f" is gone; {GONE[setting].instead}"
-            if setting in GONE
-            else f" is not known{nearest(name, flags)}"
-        )
+        why = f" is not known{nearest(name, flags)}"
+        if setting in GONE:
+            why = f" is gone; {GONE[setting].instead}"
         self.error(f"{arguments[0]!r}{why}")
 
 

@@ -69,12 +69,8 @@ class SparseSchedule(StaticSchedule):
 
     def initial(self, num_layers: int) -> ScheduleState:
         """Return the state at step 0: every layer sparse."""
-        return replace(
-            super().initial(num_layers),
-            takes_part=(True,) * num_layers,
-            began=0,
-            why_dense=("",) * num_layers,
-        )
+        dense = super().initial(num_layers)
+        return replace(dense, takes_part=(True,) * num_layers, began=0, why_dense=("",) * num_layers)
 
     def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002
         """Return False."""

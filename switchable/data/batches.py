@@ -52,14 +52,9 @@ class Batches:
     """
 
     def __init__(
-        self,
-        tokens: TokenSource,
-        objective: Objective,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
+        self, tokens: TokenSource, objective: Objective, batch_size: int, seed: int, rank: int = 0,
         world_size: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokens, self.objective = token_array(tokens), objective
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         _check_batch(batch_size, objective.window, rank, world_size)
@@ -101,13 +96,8 @@ class Batches:
 
 
 def validation_batches(
-    tokens: TokenSource,
-    objective: Objective,
-    batch_size: int,
-    eval_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[dict[str, Tensor]]:
+    tokens: TokenSource, objective: Objective, batch_size: int, eval_tokens: int, rank: int = 0, world_size: int = 1,
+) -> list[dict[str, Tensor]]:  # fmt: skip
     """Return the batches to validate on, always the same: windows side by side from the start of the file.
 
     Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left out, unless

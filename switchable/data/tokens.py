@@ -267,13 +267,8 @@ class _SplitWriter:
 
 
 def _tokenize(
-    config: DataConfig,
-    scan: Scan,
-    tokenizer: Any,
-    end_id: int,
-    sides: tuple[_SplitWriter, _SplitWriter],
-    bar: Any,
-) -> None:
+    config: DataConfig, scan: Scan, tokenizer: Any, end_id: int, sides: tuple[_SplitWriter, _SplitWriter], bar: Any,
+) -> None:  # fmt: skip
     """Write every document, and the end of text after it, to its side; `sides` are (train, val)."""
     train, val = sides
     waiting: list[tuple[str, _SplitWriter]] = []

@@ -24,14 +24,9 @@ from switchable.timing import processor, take_turns
 
 
 def measure(
-    model: nn.Module,
-    tokens: Sequence[int],
-    experts_per_token: int | None,
-    training: bool,
-    seconds: float,
-    precision: str | None = None,
-    show: Callable[[str], object] = lambda _line: None,
-) -> dict[str, Any]:
+    model: nn.Module, tokens: Sequence[int], experts_per_token: int | None, training: bool, seconds: float,
+    precision: str | None = None, show: Callable[[str], object] = lambda _line: None,
+) -> dict[str, Any]:  # fmt: skip
     """Time every layer of a converted model on the CPU that takes part in sparse mode; the model's modes are kept.
 
     `tokens` are numbers of tokens at once, `seconds` are spent on each of them in each layer, and `show` is given each

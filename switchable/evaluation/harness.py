@@ -67,13 +67,9 @@ def _check_known(name: str) -> None:
 
 
 def task_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Any],
-    found_ways: Iterable[Way],
-    batch_size: int,
-    limit: int | None = None,
-) -> list[Score]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Any], found_ways: Iterable[Way],
+    batch_size: int, limit: int | None = None,
+) -> list[Score]:  # fmt: skip
     """Return every metric of every task of `resolve_tasks` in every way, of at most `limit` examples per task.
 
     The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time. Raises

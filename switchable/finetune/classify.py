@@ -53,13 +53,9 @@ METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
 def finetune(
-    run: Path,
-    data: Path,
-    config: FinetuneConfig,
-    out: Path | None = None,
-    overwrite: bool = False,
+    run: Path, data: Path, config: FinetuneConfig, out: Path | None = None, overwrite: bool = False,
     quiet: bool = False,
-) -> tuple[list[Score], dict[str, Any]]:
+) -> tuple[list[Score], dict[str, Any]]:  # fmt: skip
     """Fine-tune the model of a run or checkpoint on a task in GLUE's folder `data`, and score it on the dev set.
 
     The model and `results.json` are saved to `out`, if given, over a model that is there if `overwrite` allows it.
@@ -138,13 +134,9 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
 
 
 def _trainer(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FinetuneConfig,
-    device: torch.device,
-    precision: str,
-    quiet: bool,
-) -> Trainer:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, device: torch.device,
+    precision: str, quiet: bool,
+) -> Trainer:  # fmt: skip
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is written: no checkpoints, no logs
         per_device_train_batch_size=config.batch_size,

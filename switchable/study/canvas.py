@@ -44,13 +44,8 @@ class Picture:
         self.points.append((axes, x, y, text))
 
     def line(
-        self,
-        axes: Axes,
-        xs: Sequence[float],
-        ys: Sequence[float],
-        text: Callable[[Any, Any], str],
-        **style: Any,
-    ) -> None:
+        self, axes: Axes, xs: Sequence[float], ys: Sequence[float], text: Callable[[Any, Any], str], **style: Any,
+    ) -> None:  # fmt: skip
         """Draw a line that tells `text(x, y)` at each of its points."""
         axes.plot(xs, ys, **style)
         for x, y in zip(xs, ys, strict=True):

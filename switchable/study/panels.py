@@ -114,14 +114,9 @@ def _shade(study: Study, axes: Axes) -> None:
 
 
 def layer_lines(
-    study: Study,
-    series: Series,
-    label: str,
-    picture: Picture,
-    axes: Axes,
-    at_k: bool = False,
+    study: Study, series: Series, label: str, picture: Picture, axes: Axes, at_k: bool = False,
     top: float | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """A measure over training, a line per layer; with `at_k` no line joins measurements of different K."""
     chosen = [dict(zip(*each, strict=True)) for each in study.series("experts_per_token")] if at_k else []
     for i, (steps, values) in enumerate(series):

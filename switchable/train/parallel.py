@@ -78,12 +78,10 @@ def process_group(rank_timeout: float) -> Iterator[None]:
 
 def run_facts(config: RunConfig) -> dict[str, Any]:
     """Return what must be the same on every rank, by name: settings and versions of what computes."""
-    facts: dict[str, Any] = {
-        f"{section}.{key}": value
-        for section, values in to_dict(config).items()
-        for key, value in values.items()
-    }
-    return facts | {f"version of {package}": version for package, version in versions().items()}
+    facts: dict[str, Any] = {f"version of {package}": version for package, version in versions().items()}
+    for section, values in to_dict(config).items():
+        facts |= {f"{section}.{key}": value for key, value in values.items()}
+    return facts
 
 
 def check_division(config: TrainConfig, world_size: int) -> None:

@@ -55,14 +55,9 @@ MAY_MOVE = ("data", "tokenizer")
 
 
 def pretrain(
-    config: RunConfig,
-    out: Path,
-    cache: Path,
-    overwrite: bool = False,
-    quiet: bool = False,
-    jobs: int = 1,
+    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False, jobs: int = 1,
     variant: Variant = SSD,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Start a run in the folder `out`, train to its end, and return its summary, as written to `summary.json`.
 
     Args:
@@ -86,14 +81,9 @@ def pretrain(
 
 
 def resume(
-    out: Path,
-    flags: dict[str, Any],
-    cache: Path,
-    resume_from: str | None = None,
-    quiet: bool = False,
-    jobs: int = 1,
+    out: Path, flags: dict[str, Any], cache: Path, resume_from: str | None = None, quiet: bool = False, jobs: int = 1,
     variant: Variant = SSD,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Go on with the run in the folder `out`, bitwise as if it had never stopped; the rest is as for `pretrain`.
 
     Args:
