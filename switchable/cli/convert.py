@@ -15,9 +15,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     from switchable.adapt.config import AdaptConfig
     from switchable.data.config import DataConfig
 
-    verb.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of the checkpoint, with its tokenizer"
-    )
+    what = "folder of the checkpoint, with its tokenizer"
+    verb.add_argument("model", metavar="MODEL", type=Path, help=what)
     add_out(verb, "folder to write", required=True)
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_cache(verb)

@@ -28,12 +28,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="text files or folders: loss, perplexity, bits per byte (default, without --tasks: the run's)",
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
-    verb.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the scores there too, as JSON, and the picture beside it",
-    )
+    place = "write the scores there too, as JSON, and the picture beside it"
+    verb.add_argument("--out", type=Path, metavar="FILE", help=place)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 

@@ -30,13 +30,8 @@ def add_common(verb: argparse.ArgumentParser) -> None:
 
 def add_cache(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of every verb that prepares text."""
-    verb.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        default=default_cache(),
-        help="folder for token files (default %(default)s)",
-    )
+    files = "folder for token files (default %(default)s)"
+    verb.add_argument("--cache", type=Path, metavar="DIR", default=default_cache(), help=files)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -68,14 +63,9 @@ def add_config_flags(
     for cls in wanted.values():
         add_dataclass_flags(rare, cls, skip, advanced=True)
     others = [f.name for cls in wanted.values() for f in dataclasses.fields(cls) if not f.metadata["flag"]]
-    rare.add_argument(
-        "--set",
-        action="extend",  # given twice, both count
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"any other setting of the YAML file: {', '.join(others)}",
-    )
+    which = f"any other setting of the YAML file: {', '.join(others)}"
+    # Given twice, both count.
+    rare.add_argument("--set", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help=which)
 
 
 def add_dataclass_flags(

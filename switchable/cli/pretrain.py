@@ -31,13 +31,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", action="store_true", help="go on with the run in --out")
     verb.add_argument("--resume-from", metavar="STEP", help="checkpoint to go on from, e.g. step-000300")
     verb.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    verb.add_argument(
-        "--rank-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="under torchrun: how long a rank waits for the others before it gives up (default %(default)g)",
-    )
+    waits = "under torchrun: how long a rank waits for the others before it gives up (default %(default)g)"
+    verb.add_argument("--rank-timeout", type=float, default=600.0, metavar="SECONDS", help=waits)
     add_common(verb)
     add_config_flags(verb)
 

@@ -18,9 +18,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
     what = "folder of a run, or of one model in Hugging Face form"
     verb.add_argument("folder", nargs="?", metavar="RUN", type=Path, help=what)
-    verb.add_argument(
-        "--checkpoints", nargs="+", metavar="DIR", help="study these models as a series, e.g. out/step*"
-    )
+    series = "study these models as a series, e.g. out/step*"
+    verb.add_argument("--checkpoints", nargs="+", metavar="DIR", help=series)
     add_out(verb, "folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)")
     verb.add_argument(
         "--text",

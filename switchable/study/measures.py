@@ -105,8 +105,8 @@ def measure_model(
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
 
 
-def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHARE) -> tuple[Tensor, Tensor]:
-    """Find how many neurons of each token give its output up to a relative error of 1 - share.
+def needed_neurons(hidden_TF: Tensor, down_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """Find how many neurons of each token give `OUTPUT_SHARE` of its output: up to a relative error of 1 %.
 
     Neurons are taken in the order of |a_i| · ‖down_i‖, the length of what they add to the output; the error is that of
     the sum of the others, ‖Σ a_i down_i‖ / ‖output‖ (CETT, Zhang et al. 2024, arXiv 2402.03804). The number is found by
@@ -121,7 +121,7 @@ def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHA
     place_TF = torch.empty_like(order_TF).scatter_(
         1, order_TF, torch.arange(order_TF.shape[1], device=order_TF.device).expand_as(order_TF)
     )
-    allowed_T = (1 - share) * (hidden_TF @ down_FD).norm(dim=1)
+    allowed_T = (1 - OUTPUT_SHARE) * (hidden_TF @ down_FD).norm(dim=1)
     high_T = (sorted_TF > 0).sum(dim=1)  # enough: nothing is left out
     low_T = torch.full_like(high_T, -1)  # not enough
     while bool((open_T := high_T - low_T > 1).any()):
