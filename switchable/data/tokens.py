@@ -15,10 +15,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -210,17 +210,17 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     end = tokenizers.end_of_text(tokenizer)
     vocab_size = tokenizers.vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    with (
-        _SplitWriter(folder / "train.bin", dtype) as train,
-        _SplitWriter(folder / "val.bin", dtype) as val,
-        progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar,
-    ):
-        _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
+    files = (folder / f"{side}.bin" for side in ("train", "val"))
+    with ExitStack() as open_files, progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar:
+        train, val = (_SplitWriter(open_files.enter_context(path.open("wb"))) for path in files)
+        _tokenize(config, scan, tokenizer, np.array([end.id], dtype), (train, val), bar)
+    where = ", ".join(map(repr, config.data)) or "the Python installation's own source files (no --data)"
+    cap = "" if config.max_text_mb is None else f", up to {config.max_text_mb:g} MB"
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "settings": dataclasses.asdict(config),
-        "read": _what_is_read(config),
+        "read": f"{where}{cap}: {sources.resolve(config.data)}",
         "splits": {"train": train.summary(), "val": val.summary()},
         "vocab_size": vocab_size,
         "dtype": dtype,
@@ -229,23 +229,15 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     write_json(folder / "meta.json", meta)
 
 
-def _what_is_read(config: DataConfig) -> str:
-    where = ", ".join(map(repr, config.data)) or "the Python installation's own source files (no --data)"
-    cap = "" if config.max_text_mb is None else f", up to {config.max_text_mb:g} MB"
-    return f"{where}{cap}: {sources.resolve(config.data)}"
-
-
 # --- second pass: tokens ---
 
 
 class _SplitWriter:
     """Writes one token file and counts what goes in."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.dtype = dtype
+    def __init__(self, file: IO[bytes]) -> None:
         self.documents = self.text_bytes = self.tokens = 0
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
+        self._file, self._digest = file, hashlib.sha256()
 
     def write(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> None:
         data = ids.tobytes()
@@ -259,15 +251,10 @@ class _SplitWriter:
         counts = {"documents": self.documents, "text_bytes": self.text_bytes, "tokens": self.tokens}
         return counts | {"sha256": self._digest.hexdigest()}
 
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
 
 def _tokenize(
-    config: DataConfig, scan: Scan, tokenizer: Any, end_id: int, sides: tuple[_SplitWriter, _SplitWriter], bar: Any,
+    config: DataConfig, scan: Scan, tokenizer: Any, end_1: npt.NDArray[Any], sides: tuple[_SplitWriter, _SplitWriter],
+    bar: Any,
 ) -> None:  # fmt: skip
     """Write every document, and the end of text after it, to its side; `sides` are (train, val)."""
     train, val = sides
@@ -275,9 +262,9 @@ def _tokenize(
     waiting_bytes = 0
 
     def flush() -> None:
-        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], train.dtype)
+        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], end_1.dtype)
         for ids, (text, side) in zip(encoded, waiting, strict=True):
-            side.write(text, np.append(ids, ids.dtype.type(end_id)))
+            side.write(text, np.append(ids, end_1))
         bar.update(waiting_bytes)
         waiting.clear()
 

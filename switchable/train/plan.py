@@ -21,7 +21,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -114,7 +113,8 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: 
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)
     routers = sum(_size(layer.router) for layer in layers)
-    every, ffn = _size(model), sum(_ffn_parameters(layer) for layer in layers)
+    # What moves with an FFN's neurons: the projections, without the output's bias.
+    every, ffn = _size(model), sum(t.numel() for layer in layers for t in layer.ssd.weights.tensors)
     sharded = world_size > 1 and train.parallel == "fsdp"
     others = (world_size - 1) / world_size
     passes = 2 * train.gradient_accumulation_steps + 1 if sharded else 2
@@ -239,11 +239,6 @@ def device_here(train: TrainConfig, world_size: int) -> Device:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _ffn_parameters(layer: Any) -> int:
-    """Parameters of an FFN that move with its neurons: the projections, without the output's bias."""
-    return sum(tensor.numel() for tensor in layer.ssd.weights.tensors)
 
 
 def _units(model: nn.Module) -> list[int]:
