@@ -19,8 +19,7 @@ from typing import Any
 
 from switchable.errors import InputError
 
-TEMPORARY = ".tmp-"
-"""Prefix of names that are not complete yet."""
+TEMPORARY = ".tmp-"  # prefix of names that are not complete yet
 
 
 def check_name(path: Path) -> None:

@@ -15,12 +15,10 @@ from switchable.errors import InputError
 class Gone(NamedTuple):
     """A setting that is gone."""
 
-    instead: str
-    """What to do instead, as the end of a sentence."""
+    instead: str  # what to do instead, as the end of a sentence
     neutral: tuple[Any, ...] | None = None
     """Stored values that ask for nothing that is gone; None: all of them."""
-    needs: str | None = None
-    """A setting of its section without which (0 or none) no value asks for anything."""
+    needs: str | None = None  # a setting of its section without which (0 or none) no value asks for anything
 
 
 GONE: dict[str, Gone] = {

@@ -21,8 +21,7 @@ from switchable.errors import InputError, nearest, shown
 
 T = TypeVar("T")
 
-LARGEST = 2**31 - 1
-"""Of a whole number where nothing less is said: every library below takes it."""
+LARGEST = 2**31 - 1  # of a whole number where nothing less is said: every library below takes it
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 """What YAML and flags may say for them."""
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a tuple"}

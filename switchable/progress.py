@@ -13,10 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-EVERY = 10.0
-"""Seconds between two lines; a job that is done sooner prints none."""
-QUIET_SECONDS = 2.0
-"""A job that is done sooner shows nothing on a terminal."""
+EVERY = 10.0  # seconds between two lines; a job that is done sooner prints none
+QUIET_SECONDS = 2.0  # a job that is done sooner shows nothing on a terminal
 
 
 def say(text: str, show: bool = True) -> None:

@@ -19,8 +19,7 @@ AUTO = "auto"
 LEAST_NEURONS = {"float32": 8, "bfloat16": 32}
 """Of an expert, by the precision of a run. In float32 no smaller ones were measured; tiles of bfloat16 want so many."""
 
-PENALISED = ("relu2",)
-"""Activations for which a recipe's `activation_l1` was measured; it is 0 for others."""
+PENALISED = ("relu2",)  # activations for which a recipe's `activation_l1` was measured; it is 0 for others
 
 _EARLY: dict[str, Any] = {
     "num_experts": 32,

@@ -13,12 +13,9 @@ from switchable.recipes import AUTO
 class Buildable(NamedTuple):
     """A family of models that can be pre-trained from scratch."""
 
-    objective: str = "causal"
-    """What it learns: `"causal"`, `"masked"` or `"span"`."""
-    gated: bool = False
-    """Whether its FFNs are gated."""
-    positions: bool = True
-    """Whether it has an embedding for each position."""
+    objective: str = "causal"  # what it learns: `"causal"`, `"masked"` or `"span"`
+    gated: bool = False  # whether its FFNs are gated
+    positions: bool = True  # whether it has an embedding for each position
 
 
 BUILDABLE = {

@@ -16,8 +16,7 @@ from switchable.options import build
 from switchable.settings import BY_RECIPE
 
 T = TypeVar("T")
-RESERVED = "config."
-"""Prefix of the names under which settings stand among the parsed arguments."""
+RESERVED = "config."  # prefix of the names under which settings stand among the parsed arguments
 METAVARS: dict[Any, str] = {int: "N", str: "NAME", bool: "BOOL"}
 """How help calls a value of a type, where the field says nothing else."""
 

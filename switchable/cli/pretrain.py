@@ -18,8 +18,7 @@ from switchable.options import checked
 if TYPE_CHECKING:
     from switchable.config import RunConfig
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""How often torchrun (--max-restarts) has started the ranks again."""
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun (--max-restarts) has started the ranks again
 
 HELP = "pre-train a model with SSD; --recipe dense trains all dense"
 

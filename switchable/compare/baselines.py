@@ -35,8 +35,7 @@ from switchable.switching.schedule import Schedule
 from switchable.switching.state import ScheduleState
 from switchable.train.setup import Variant
 
-LOAD_BALANCE = 0.01
-"""Coefficient of the load-balance loss, Fedus et al.'s."""
+LOAD_BALANCE = 0.01  # coefficient of the load-balance loss, Fedus et al.'s
 
 
 class StaticSchedule(Schedule):

@@ -35,10 +35,8 @@ class Validation:
     tokens: float
     flops: float
     seconds: float
-    cpu_seconds: float
-    """Of all threads together."""
-    loss: float
-    """Nats per token in the best mode."""
+    cpu_seconds: float  # of all threads together
+    loss: float  # nats per token in the best mode
 
 
 def curve(records: Sequence[Mapping[str, Any]]) -> list[Validation]:

@@ -39,8 +39,7 @@ from switchable.train.pretrain import count_step, finish
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 
-ROUTER_FRACTION = 0.05
-"""Router training as a fraction of the run's optimizer steps."""
+ROUTER_FRACTION = 0.05  # router training as a fraction of the run's optimizer steps
 
 
 def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:

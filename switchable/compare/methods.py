@@ -47,16 +47,12 @@ ALL_DENSE = {"recipe": "dense", "num_experts": 1, "experts_per_token": 1}
 class Method:
     """One way to train. A value that is a function is called with the user's configuration."""
 
-    summary: str
-    """One line, for tables and `--help`."""
-    switch: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the `switch` section."""
-    train: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the `train` section."""
+    summary: str  # one line, for tables and `--help`
+    switch: Mapping[str, Any] = field(default_factory=dict)  # changes to the `switch` section
+    train: Mapping[str, Any] = field(default_factory=dict)  # changes to the `train` section
     keeps: tuple[str, ...] | None = None
     """Settings of the `switch` section taken over from the user; None = all of them."""
-    starts_from: str | None = None
-    """The method whose finished run this one goes on from."""
+    starts_from: str | None = None  # the method whose finished run this one goes on from
 
 
 def _models_learning_rate(config: RunConfig) -> float:
@@ -100,8 +96,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-MOST_TIMES = 100.0
-"""Largest factor of the steps."""
+MOST_TIMES = 100.0  # largest factor of the steps
 
 UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sample_prompt")
 """Settings of `train` that may differ from one start to the next: they alter neither results nor their spacing."""

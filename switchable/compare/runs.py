@@ -25,8 +25,7 @@ class Run:
 
     method: str
     seed: int
-    path: Path
-    """Its folder."""
+    path: Path  # its folder
     config: RunConfig
 
     @property

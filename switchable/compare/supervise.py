@@ -28,8 +28,7 @@ RETRY_SECONDS = 2.0
 class _Child:
     process: subprocess.Popen[bytes]
     log: Path
-    shown: int
-    """Bytes of the log that were on it before, or have been shown."""
+    shown: int  # bytes of the log that were on it before, or have been shown
 
 
 class Supervisor:

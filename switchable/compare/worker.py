@@ -23,8 +23,7 @@ from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import SSD
 from switchable.train.signals import TrainingStopped
 
-IN_USE = 75
-"""Exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)."""
+IN_USE = 75  # exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)
 
 
 def task(run: Run, cache: Path, jobs: int) -> str:

@@ -19,16 +19,11 @@ class GlueTask:
     """How a task's files look, and how it is scored."""
 
     folder: str
-    header: bool
-    """Whether the first line names the columns."""
-    texts: tuple[int, ...]
-    """Columns that hold the text or the pair of texts."""
-    label: int
-    """Column that holds the label."""
-    labels: tuple[str, ...]
-    """What the label may be; its place here is its number."""
-    metric: str
-    """`"accuracy"` or `"matthews"`: the metric that GLUE reports."""
+    header: bool  # whether the first line names the columns
+    texts: tuple[int, ...]  # columns that hold the text or the pair of texts
+    label: int  # column that holds the label
+    labels: tuple[str, ...]  # what the label may be; its place here is its number
+    metric: str  # `"accuracy"` or `"matthews"`: the metric that GLUE reports
 
 
 TASKS = {

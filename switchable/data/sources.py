@@ -51,10 +51,8 @@ class SourceFile:
     """A file to read."""
 
     path: Path
-    form: str
-    """`"text"`, `"JSON lines"`, `"JSON array"` or `"Parquet"`."""
-    packing: str = ""
-    """Suffix of how it is packed, as `".gz"`; empty: it is not."""
+    form: str  # `"text"`, `"JSON lines"`, `"JSON array"` or `"Parquet"`
+    packing: str = ""  # suffix of how it is packed, as `".gz"`; empty: it is not
 
     @property
     def kind(self) -> str:
@@ -70,8 +68,7 @@ class Sources:
     """What the names of a corpus stand for."""
 
     items: list[Item] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Files that were found but are not read, and why."""
+    skipped: dict[str, str] = field(default_factory=dict)  # files that were found but are not read, and why
 
     def __str__(self) -> str:
         """Return what is read and what is skipped."""

@@ -26,8 +26,7 @@ class Scan:
 
     documents: int = 0
     text_bytes: int = 0
-    threshold: int = 0
-    """Documents whose hash is below are validation documents."""
+    threshold: int = 0  # documents whose hash is below are validation documents
     sample: list[tuple[int, int, str]] = field(default_factory=list)
     """(hash, bytes, text), a heap with the smallest hash on top: the documents with the largest hashes."""
 

@@ -40,12 +40,9 @@ class Split:
 
     path: Path
     documents: int
-    text_bytes: int
-    """UTF-8 bytes of the documents, ends of text not counted."""
-    tokens: int
-    """Tokens in the file, one end of text per document included."""
-    sha256: str
-    """Of the token file."""
+    text_bytes: int  # UTF-8 bytes of the documents, ends of text not counted
+    tokens: int  # tokens in the file, one end of text per document included
+    sha256: str  # of the token file
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,14 @@ class PreparedData:
     """A corpus as tokens on disk; everything here is read from the folder's `meta.json`."""
 
     folder: Path
-    fingerprint: str
-    """Of every setting, and of the source files' names, sizes and times."""
+    fingerprint: str  # of every setting, and of the source files' names, sizes and times
     train: Split
     val: Split
-    vocab_size: int
-    """Rows that an embedding needs; may be less than asked for when the corpus is small."""
-    dtype: str
-    """Of the token files: `uint16` or `uint32`."""
-    tokenizer_path: Path
-    """For `AutoTokenizer.from_pretrained`."""
+    vocab_size: int  # rows that an embedding needs; may be less than asked for when the corpus is small
+    dtype: str  # of the token files: `uint16` or `uint32`
+    tokenizer_path: Path  # for `AutoTokenizer.from_pretrained`
     end_of_text: tokenizers.EndOfText
-    read: str
-    """What was read, and what was skipped."""
+    read: str  # what was read, and what was skipped
 
     def __str__(self) -> str:
         """Return what was read, skipped, and set aside for validation."""

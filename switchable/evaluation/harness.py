@@ -29,8 +29,7 @@ from switchable.evaluation.ways import Way, multiplying
 from switchable.infer.loss import objective_of_model
 
 LOCAL = [f"{name}=PATH" for name in NAMES]
-RESAMPLES = 1000
-"""Bootstrap resamples of lm-eval, for metrics whose standard error has no formula."""
+RESAMPLES = 1000  # bootstrap resamples of lm-eval, for metrics whose standard error has no formula
 
 
 def resolve_tasks(names: Sequence[str]) -> list[Any]:

@@ -27,20 +27,16 @@ from switchable.progress import progress_bar, say
 from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device
 
-MASS = 0.9
-"""That speed is measured with, besides all K experts, where none is given."""
+MASS = 0.9  # that speed is measured with, besides all K experts, where none is given
 
 
 class Evaluation(NamedTuple):
     """What an evaluation found."""
 
     scores: list[Score]
-    precision: str
-    """Of the multiplications."""
-    weights: str
-    """Their width."""
-    speeds: list[Speed]
-    """How fast it writes in each way, if that was asked for."""
+    precision: str  # of the multiplications
+    weights: str  # their width
+    speeds: list[Speed]  # how fast it writes in each way, if that was asked for
 
 
 def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> Evaluation:

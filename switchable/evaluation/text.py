@@ -40,10 +40,8 @@ Batch = dict[str, Tensor]
 class TokenisedText:
     """Documents as tokens."""
 
-    ids: npt.NDArray[np.int64]
-    """An end of text, then each document and its end of text: [tokens + 1]."""
-    text_bytes: int
-    """UTF-8 bytes of the documents."""
+    ids: npt.NDArray[np.int64]  # an end of text, then each document and its end of text: [tokens + 1]
+    text_bytes: int  # UTF-8 bytes of the documents
 
 
 def tokenise(

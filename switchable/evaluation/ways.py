@@ -15,12 +15,10 @@ from switchable.ffn.convert import check_sparse, in_mode, layers_of
 class Way:
     """How the FFNs multiply."""
 
-    mode: str
-    """`"dense"` or `"sparse"`."""
+    mode: str  # `"dense"` or `"sparse"`
     experts_per_token: int | tuple[int | None, ...] | None = None
     """K in sparse mode; for each FFN where they differ, None for one that stays dense."""
-    mass: float = 1.0
-    """Below 1: the fewest of K experts whose shares add up to it."""
+    mass: float = 1.0  # below 1: the fewest of K experts whose shares add up to it
 
     def __str__(self) -> str:
         if self.mode == "dense":

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from switchable.study.measures import LayerStudy
 
-Series = list[tuple[list[float], list[float]]]
-"""Per layer: steps and values."""
+Series = list[tuple[list[float], list[float]]]  # per layer: steps and values
 SIMILARITIES = ("pattern", "coactivation")
 
 
@@ -35,23 +34,17 @@ class Study:
 
     title: str
     layers: list[LayerShape] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    """Optimizer steps of the checkpoints, ascending."""
-    results: list[list[LayerStudy]] = field(default_factory=list)
-    """Per checkpoint, per layer."""
+    steps: list[int] = field(default_factory=list)  # optimizer steps of the checkpoints, ascending
+    results: list[list[LayerStudy]] = field(default_factory=list)  # per checkpoint, per layer
     pairs: dict[str, list[npt.NDArray[np.float64]]] = field(default_factory=dict)
     """Per kind of similarity, per layer: a matrix [checkpoints, checkpoints]."""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """The run's own records (`metrics.jsonl`)."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the run's own records (`metrics.jsonl`)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
-    """Tokens measured on, and where they are from."""
-    notes: list[str] = field(default_factory=list)
-    """What the reader must know: samples, what was left out."""
-    problems: list[str] = field(default_factory=list)
-    """What could not be shown, and why."""
+    probe: dict[str, Any] = field(default_factory=dict)  # tokens measured on, and where they are from
+    notes: list[str] = field(default_factory=list)  # what the reader must know: samples, what was left out
+    problems: list[str] = field(default_factory=list)  # what could not be shown, and why
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Return the run's records of a kind (`train`, `measure`, `change`, `eval`, `costs`)."""

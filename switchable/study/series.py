@@ -48,8 +48,7 @@ class Source:
     """A checkpoint to study."""
 
     path: Path
-    step: int
-    """Optimizer steps done; where the name does not tell, its place in the series."""
+    step: int  # optimizer steps done; where the name does not tell, its place in the series
 
     @property
     def is_ours(self) -> bool:

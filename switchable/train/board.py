@@ -23,8 +23,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 from switchable.files import remove, whole_file
 from switchable.switching.monitor import LayerMeasures
 
-FILES = "events.out.tfevents."
-"""Prefix of the names by which TensorBoard knows its files."""
+FILES = "events.out.tfevents."  # prefix of the names by which TensorBoard knows its files
 
 _MEASURES = [f.name for f in fields(LayerMeasures) if f.name != "mass_by_k"]
 CHARTS = {

@@ -15,29 +15,20 @@ from switchable import ranks
 class Counters:
     """What a run adds up; saved with every checkpoint."""
 
-    data: str = ""
-    """Checksum of the training tokens."""
+    data: str = ""  # checksum of the training tokens
     steps: int = 0
     """Optimizer steps done; the data position too, since a step's batch is a function of its number."""
     sparse_steps: int = 0
-    flops: float = 0.0
-    """FLOPs so far, measurements included."""
-    flops_dense: float = 0.0
-    """FLOPs of dense steps."""
-    flops_sparse: float = 0.0
-    """FLOPs of sparse steps."""
-    seconds_dense: float = 0.0
-    """Wall-clock of dense steps."""
-    seconds_sparse: float = 0.0
-    """Wall-clock of sparse steps."""
-    seconds_measure: float = 0.0
-    """Wall-clock of measuring, clustering and regrouping."""
-    seconds_other: float = 0.0
-    """Wall-clock of validation and saving."""
+    flops: float = 0.0  # FLOPs so far, measurements included
+    flops_dense: float = 0.0  # FLOPs of dense steps
+    flops_sparse: float = 0.0  # FLOPs of sparse steps
+    seconds_dense: float = 0.0  # wall-clock of dense steps
+    seconds_sparse: float = 0.0  # wall-clock of sparse steps
+    seconds_measure: float = 0.0  # wall-clock of measuring, clustering and regrouping
+    seconds_other: float = 0.0  # wall-clock of validation and saving
     cpu_seconds: float = 0.0
     """CPU time of all steps and measurements, all threads together: on a busy machine a fairer clock."""
-    window_loss: float = 0.0
-    """Sum of the losses (nats per token) since the last train line."""
+    window_loss: float = 0.0  # sum of the losses (nats per token) since the last train line
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0

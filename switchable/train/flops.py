@@ -33,18 +33,12 @@ class StepFlops:
     """FLOPs of one optimizer step of `tokens` tokens, forward and backward."""
 
     tokens: int
-    dense: float
-    """The plain dense model, without any router."""
-    head: float
-    """The part of `dense` spent in the output head."""
-    ffn_dense: tuple[float, ...]
-    """Per layer: its dense FFN."""
-    expert: tuple[float, ...]
-    """Per layer: one of its experts, computed for every token."""
-    router: tuple[float, ...]
-    """Per layer: its router in a sparse step."""
-    router_learning: tuple[float, ...]
-    """Per layer: training the router in a dense step."""
+    dense: float  # the plain dense model, without any router
+    head: float  # the part of `dense` spent in the output head
+    ffn_dense: tuple[float, ...]  # per layer: its dense FFN
+    expert: tuple[float, ...]  # per layer: one of its experts, computed for every token
+    router: tuple[float, ...]  # per layer: its router in a sparse step
+    router_learning: tuple[float, ...]  # per layer: training the router in a dense step
     ffn_input: tuple[float, ...]
     """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 

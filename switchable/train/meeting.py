@@ -19,8 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 ANNOUNCED = "switchable/meeting"
-PATIENCE = 0.1
-"""Seconds that a rank waits for its answer before it looks for another name."""
+PATIENCE = 0.1  # seconds that a rank waits for its answer before it looks for another name
 
 
 def meet(seconds: float) -> tuple[Store, int, int]:

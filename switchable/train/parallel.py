@@ -37,8 +37,7 @@ from switchable.versions import versions
 
 Batch = Mapping[str, Tensor]
 
-GRACE = 0.1
-"""Seconds that gloo's threads are given to finish before their group is destroyed."""
+GRACE = 0.1  # seconds that gloo's threads are given to finish before their group is destroyed
 
 
 def launched() -> bool:

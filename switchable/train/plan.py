@@ -39,12 +39,9 @@ from switchable.train.flops import StepFlops, count
 from switchable.train.parallel import blocks_of, check_division
 from switchable.train.setup import build_model, pick_device
 
-PRODUCT = 1024
-"""Rows and columns of the matrices that this machine's processor is measured with."""
-TOKENS = {"eos_token_id": 0, "pad_token_id": 0}
-"""Special tokens of a model that is only looked at."""
-WEIGHT, MOMENTS = 4, 8
-"""Bytes per parameter in float32: the weight (and the gradient); AdamW's two moments."""
+PRODUCT = 1024  # rows and columns of the matrices that this machine's processor is measured with
+TOKENS = {"eos_token_id": 0, "pad_token_id": 0}  # special tokens of a model that is only looked at
+WEIGHT, MOMENTS = 4, 8  # bytes per parameter in float32: the weight (and the gradient); AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,8 @@ class Device:
     """What a rank computes on."""
 
     name: str
-    flops: Mapping[str, float]
-    """Peak of products by their precision, FLOPs per second."""
-    memory: float
-    """Bytes."""
+    flops: Mapping[str, float]  # peak of products by their precision, FLOPs per second
+    memory: float  # bytes
     link: float | None
     """Bytes per second that a rank sends, while it receives as much, to the ranks of its own machine; None: unknown."""
 
@@ -72,27 +67,18 @@ DEVICES = {
 class Plan:
     """The figures of a run; bytes are per rank, FLOPs of the whole step over all ranks, seconds estimates."""
 
-    parameters: int
-    """Of the model, without routers."""
+    parameters: int  # of the model, without routers
     router_parameters: int
-    state_bytes: int
-    """Weights, gradients and moments that a rank holds."""
-    gathered_bytes: int
-    """The most that is gathered at a time beside them: this unit and the next one."""
-    traffic_bytes: float
-    """Sent by a rank in a training step."""
-    checkpoint_bytes: int
-    """On disk, all ranks together."""
-    regroup_bytes: float
-    """Received by a rank to regroup all layers once."""
-    step_flops_dense: float
-    """A dense step, routers left out."""
-    step_flops_sparse: float
-    """A sparse step in which all layers but the first take part."""
+    state_bytes: int  # weights, gradients and moments that a rank holds
+    gathered_bytes: int  # the most that is gathered at a time beside them: this unit and the next one
+    traffic_bytes: float  # sent by a rank in a training step
+    checkpoint_bytes: int  # on disk, all ranks together
+    regroup_bytes: float  # received by a rank to regroup all layers once
+    step_flops_dense: float  # a dense step, routers left out
+    step_flops_sparse: float  # a sparse step in which all layers but the first take part
     sparse_fraction: float
     """Share of sparse steps, if layers after the first are sparse from `min_dense_fraction` on."""
-    flops_ratio: float
-    """FLOPs of the run over those of all-dense training."""
+    flops_ratio: float  # FLOPs of the run over those of all-dense training
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: float) -> Plan:

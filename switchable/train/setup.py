@@ -61,8 +61,7 @@ class Job:
 
     config: RunConfig
     model: nn.Module
-    replica: Replica
-    """The model as the training step calls it; `model` itself elsewhere."""
+    replica: Replica  # the model as the training step calls it; `model` itself elsewhere
     report: ConversionReport
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """Windows of text -> the arrays a model is trained on."""
 
-    name: ClassVar[str]
-    """`"causal"`, `"masked"` or `"span"`."""
-    unit: ClassVar[str]
-    """Of the loss."""
+    name: ClassVar[str]  # `"causal"`, `"masked"` or `"span"`
+    unit: ClassVar[str]  # of the loss
 
     @property
     def window(self) -> int:

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 class CausalLM:
     """Windows as they are, behind the begin of text."""
 
-    window: int
-    """Tokens of text in a sequence."""
-    leading: tuple[int, ...] = ()
-    """Ids of the begin of text."""
+    window: int  # tokens of text in a sequence
+    leading: tuple[int, ...] = ()  # ids of the begin of text
     name: ClassVar[str] = "causal"
     unit: ClassVar[str] = "nats per token"
 

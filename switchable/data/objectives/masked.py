@@ -37,17 +37,12 @@ BECOMES_RANDOM = 0.1
 class MaskedLM:
     """BERT's objective on windows of W tokens."""
 
-    window: int
-    """Tokens of text in a sequence."""
-    fraction: float
-    """Share of the ordinary tokens that is predicted."""
+    window: int  # tokens of text in a sequence
+    fraction: float  # share of the ordinary tokens that is predicted
     mask_id: int
-    special_V: Bools
-    """Which token ids are special: never chosen, never drawn at random."""
-    around: tuple[int, int] | None = None
-    """Ids of [CLS] and [SEP], put around the text; None: nothing is."""
-    words: WordParts | None = None
-    """How tokens make words, to choose whole ones; None: choose single tokens."""
+    special_V: Bools  # which token ids are special: never chosen, never drawn at random
+    around: tuple[int, int] | None = None  # ids of [CLS] and [SEP], put around the text; None: nothing is
+    words: WordParts | None = None  # how tokens make words, to choose whole ones; None: choose single tokens
     name: ClassVar[str] = "masked"
     unit: ClassVar[str] = "nats per masked token"
 
