@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the command line, and those of the verbs by name."""
-    parser = Parser(
-        prog="switchable",
-        description="Switchable sparse-dense pre-training: one set of weights, two ways to multiply.",
-    )
+    what = "Switchable sparse-dense pre-training: one set of weights, two ways to multiply."
+    parser = Parser(prog="switchable", description=what, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"switchable {__version__}")
     places = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    verbs = {name: places.add_parser(name, help=module.HELP) for name, module in VERBS.items()}
+    verbs = {
+        name: places.add_parser(name, help=module.HELP, allow_abbrev=False) for name, module in VERBS.items()
+    }
     for name, module in VERBS.items():
         module.add_arguments(verbs[name])
     return parser, verbs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import typing
 from collections.abc import Container
@@ -115,6 +116,14 @@ def given(cls: type[T], args: argparse.Namespace) -> T:
     return build(cls, given_flags(args), "the flags")
 
 
+@functools.cache
+def _auto() -> dict[str, Any]:
+    """Return what recipe `auto` gives the default model, by setting."""
+    from switchable.config import load
+
+    return dataclasses.asdict(load(None, {"precision": "float32"}).switch)
+
+
 def _help(f: dataclasses.Field[Any]) -> str:
     text = str(f.metadata["help"]).replace("%", "%%")
     choices = f.metadata["choices"]
@@ -122,7 +131,7 @@ def _help(f: dataclasses.Field[Any]) -> str:
     if f.name in ("recipe", "precision") and f.default is not None:
         return f"{text}{named} (default auto)"
     if f.default is BY_RECIPE:
-        return f"{text}{named} (default: the recipe's; in float32 auto's is @recipe:{f.name}@)"
+        return f"{text}{named} (default: the recipe's; in float32 auto's is {_auto()[f.name]})"
     values = f.default if isinstance(f.default, tuple) else () if f.default is None else (f.default,)
     shown = f" (default {' '.join(map(str, values))})" if values else ""
     return f"{text}{named}{shown}"

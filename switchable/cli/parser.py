@@ -1,32 +1,17 @@
-"""The argument parser of all verbs: no abbreviations, the nearest flag named, help filled in when it is printed."""
+"""The argument parser of all verbs: errors in one line, the nearest flag named."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from switchable.errors import nearest
 from switchable.gone import GONE
 
-RECIPES_VALUE = re.compile(r"@recipe:(\w+)@")
-"""Stands in a help text for what recipe `auto` gives a setting: found out when help is printed."""
-
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse` parser that takes flags as they are written."""
-
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **(keywords | {"allow_abbrev": False}))
-
-    def format_help(self) -> str:
-        """Return the help text."""
-        text = super().format_help()
-        if not RECIPES_VALUE.search(text):
-            return text
-        values = _recipe_here()
-        return RECIPES_VALUE.sub(lambda found: str(values[found[1]]), text)
+    """An `argparse` parser of many flags."""
 
     def error(self, message: str) -> NoReturn:
         """End the process with one line: the flags are many, and help lists them."""
@@ -41,12 +26,3 @@ class Parser(argparse.ArgumentParser):
         if setting in GONE:
             why = f" is gone; {GONE[setting].instead}"
         self.error(f"{arguments[0]!r}{why}")
-
-
-def _recipe_here() -> dict[str, Any]:
-    """Return what recipe `auto` gives the default model, by setting."""
-    import dataclasses
-
-    from switchable.config import load
-
-    return dataclasses.asdict(load(None, {"precision": "float32"}).switch)
