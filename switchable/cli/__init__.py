@@ -8,9 +8,12 @@ Wrong input ends in one or two lines on stderr and exit code 2; a run stopped by
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from switchable.cli import (
     bench,
@@ -26,9 +29,9 @@ from switchable.cli import (
     recipes,
     study,
 )
-from switchable.cli.parser import Parser
-from switchable.errors import InputError
+from switchable.errors import InputError, nearest
 from switchable.files import check_name, full_disk_told
+from switchable.gone import GONE
 from switchable.versions import __version__
 
 VERBS = {
@@ -36,6 +39,24 @@ VERBS = {
     "eval": evaluate, "finetune": finetune, "bench": bench, "study": study, "recipes": recipes, "plan": plan,
     "prepare": prepare,
 }  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse` parser of many flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line: the flags are many, and help lists them."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """End the process because of arguments that no flag takes."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        name = arguments[0].partition("=")[0]
+        setting = name.removeprefix("--").replace("-", "_")
+        why = f" is not known{nearest(name, flags)}"
+        if setting in GONE:
+            why = f" is gone; {GONE[setting].instead}"
+        self.error(f"{arguments[0]!r}{why}")
 
 
 def main(argv: list[str] | None = None) -> int:
