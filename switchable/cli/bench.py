@@ -23,7 +23,6 @@ class BenchConfig(Precision):
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument("--training", action="store_true", help="forward and backward instead of forward alone")
     add_dataclass_flags(verb, BenchConfig)

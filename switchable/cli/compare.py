@@ -17,7 +17,6 @@ HELP = "train with several methods on the same data and initial weights; write o
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.compare.methods import METHODS
 
     verb.usage = "%(prog)s CONFIG [--methods METHOD ...] [--seeds SEED ...] [--out DIR] [FLAG ...]"

@@ -11,7 +11,6 @@ HELP = "make an existing Hugging Face checkpoint switchable, its dense function 
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.adapt.config import AdaptConfig
     from switchable.data.config import DataConfig
 

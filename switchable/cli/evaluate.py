@@ -13,7 +13,6 @@ HELP = "evaluate a model on tasks (lm-eval) and text, dense and over a range of 
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 

@@ -16,7 +16,6 @@ WHAT = {
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     model = "folder of a run, a checkpoint or a converted model"
     verb.add_argument("folder", metavar="RUN", type=Path, help=model)
     forms = "; ".join(f"{to}: {what}" for to, what in WHAT.items())

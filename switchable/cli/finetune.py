@@ -12,7 +12,6 @@ HELP = "fine-tune a model on sst2, cola or rte, dense or sparse"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.finetune.config import FinetuneConfig
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")

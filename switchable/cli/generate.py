@@ -15,7 +15,6 @@ HELP = "write text with a trained model, dense or sparse"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--prompt",

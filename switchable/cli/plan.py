@@ -40,7 +40,6 @@ class PlanConfig:
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     add_dataclass_flags(verb, PlanConfig)
     add_common(verb)
     add_config_flags(verb)

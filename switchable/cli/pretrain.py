@@ -24,7 +24,6 @@ HELP = "pre-train a model with SSD; --recipe dense trains all dense"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.usage = "%(prog)s [CONFIG] [--data PATH ...] [--out DIR] [FLAG ...]"
     add_out(verb, "folder of the run", default="runs/pretrain")
     verb.add_argument("--resume", action="store_true", help="go on with the run in --out")

@@ -13,7 +13,6 @@ HELP = "measure activation over a run, a series of checkpoints or one model; pic
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.study.config import StudyConfig
 
     what = "folder of a run, or of one model in Hugging Face form"

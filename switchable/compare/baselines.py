@@ -49,12 +49,10 @@ class StaticSchedule(Schedule):
         return self.total_steps
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
-        """Return the mode of step `step` (counted from 0)."""
         began = state.began is not None and step >= state.began and any(state.takes_part)
         return "sparse" if began and step < self.total_steps else "dense"
 
     def phase_at(self, step: int, state: ScheduleState) -> str:  # noqa: ARG002
-        """Return `"dense"` or `"sparse"`."""
         return "dense" if state.began is None or not any(state.takes_part) else "sparse"
 
     def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:  # noqa: ARG002
@@ -72,7 +70,6 @@ class SparseSchedule(StaticSchedule):
         return replace(dense, takes_part=(True,) * num_layers, began=0, why_dense=("",) * num_layers)
 
     def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002
-        """Return False."""
         return False
 
 

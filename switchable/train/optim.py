@@ -39,7 +39,6 @@ class MuonAdamW(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter once."""
         assert closure is None
         for part in self._parts:
             part.step()

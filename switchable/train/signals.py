@@ -28,7 +28,6 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
         return self.signum is not None
 
     def __enter__(self) -> StopRequest:
