@@ -51,8 +51,7 @@ def progress_bar(
     """Return a tqdm bar: to `update`, to use as a context, or to iterate over where `over` is given.
 
     `what` names the job, `unit` what is counted; bytes (`"B"`) are scaled. `total` is how much there is; None: unknown,
-    or
-    the length of `over`. Nothing is shown without `show`. `look` are further settings of tqdm.
+    or the length of `over`. Nothing is shown without `show`. `look` are further settings of tqdm.
     """
     settings: dict[str, Any] = {"leave": False, "unit_scale": unit == "B", "delay": QUIET_SECONDS} | look
     settings |= {"desc": what, "unit": unit, "total": total, "disable": not show}

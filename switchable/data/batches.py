@@ -101,10 +101,8 @@ def validation_batches(
     """Return the batches to validate on, always the same: windows side by side from the start of the file.
 
     Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left out, unless
-    it
-    is the only one. At most `eval_tokens` tokens are used; the rest is as for `Batches`. Raises InputError if there is
-    not
-    even one window per rank.
+    it is the only one. At most `eval_tokens` tokens are used; the rest is as for `Batches`. Raises InputError if there
+    is not even one window per rank.
     """
     array, length = token_array(tokens), objective.window
     _check_batch(batch_size, length, rank, world_size)
@@ -131,8 +129,7 @@ def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
     tokenizer.
 
     loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only some of it
-    was
-    evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts. Raises ValueError if there are none.
+    was evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts. Raises ValueError if there are none.
     """
     if tokens <= 0 or bytes <= 0:
         raise ValueError(f"bits per byte needs tokens and bytes above 0, not {tokens} and {bytes}")

@@ -29,8 +29,8 @@ FORMS = {
     ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON lines",
 }  # fmt: skip
 OTHER_SUFFIXES = (".csv", ".tsv", ".py")  # of names that are no datasets
-NAME, PART = r"([A-Za-z0-9][\w.-]*/[\w.-]+)", r"(?::([\w.-]+))?"
-DATASET_NAME = re.compile(NAME + PART + PART)  # name, config, split
+OWNER_NAME, MORE = r"([A-Za-z0-9][\w.-]*/[\w.-]+)", r"(?::([\w.-]+))?"
+DATASET_NAME = re.compile(OWNER_NAME + MORE + MORE)  # name, config, split
 NOT_EMBEDDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folder names
 HEAD_BYTES = 8192  # of a file that are looked at
 NAMED = 8  # files that a line names at most

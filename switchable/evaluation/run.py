@@ -43,10 +43,9 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
     """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
 
     Without tasks and text it is a run's own validation text: as many tokens as its training used. With `show` say in
-    what
-    precision it multiplies, what the model's own sparse mode is, and how far the work is. Raises InputError without
-    anything to evaluate on, for an unknown task, missing data, an impossible mode or K, or a model that cannot be
-    evaluated so.
+    what precision it multiplies, what the model's own sparse mode is, and how far the work is. Raises InputError
+    without anything to evaluate on, for an unknown task, missing data, an impossible mode or K, or a model that cannot
+    be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
     trained, most_tokens = run_config(find_model(folder)), None

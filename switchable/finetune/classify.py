@@ -59,10 +59,8 @@ def finetune(
     """Fine-tune the model of a run or checkpoint on a task in GLUE's folder `data`, and score it on the dev set.
 
     The model and `results.json` are saved to `out`, if given, over a model that is there if `overwrite` allows it.
-    Returns
-    the scores, and the same with the settings as plain values. Raises InputError for missing data or model, an
-    impossible
-    mode or K, a tokenizer that does not fit, or `out` in use.
+    Returns the scores, and the same with the settings as plain values. Raises InputError for missing data or model, an
+    impossible mode or K, a tokenizer that does not fit, or `out` in use.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
