@@ -134,11 +134,11 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunConfig:
-    """Read a YAML file (or none) and lay the flags (field name -> value) over it; `auto` is the default where there is
-    one.
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it.
 
-    `choose` says whether to look what precision `auto` is on this machine; else it is float32. Raises InputError if the
-    file is missing or not YAML, for an unknown key, or a value that is refused.
+    Recipe and precision are `auto` if not given. `choose` says whether to look what precision `auto` is on this
+    machine; else it is float32. Raises InputError if the file is missing or not YAML, for an unknown key, or a value
+    that is refused.
     """
     where = "the flags" if path is None else str(path)
     given = {} if path is None else read_yaml(path)

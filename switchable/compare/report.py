@@ -140,8 +140,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
-        early = [" \\*" * bool(found["ended_before_dense"].get(figure)) for found in methods.values()]
-        cells = [_cell(each[figure], form, mark) for each, mark in zip(methods.values(), early, strict=True)]
+        sooner = [bool(found["ended_before_dense"].get(figure)) for found in methods.values()]
+        rows = zip(methods.values(), sooner, strict=True)
+        cells = [_cell(found[figure], form, " \\*" if marked else "") for found, marked in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = ["Mean over seeds ± standard deviation; — where there is no value."]
     early = [name for name, found in methods.items() if any(found["ended_before_dense"].values())]

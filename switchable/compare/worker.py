@@ -34,8 +34,7 @@ def task(run: Run, cache: Path, jobs: int) -> str:
 
 
 def train(run: Run, cache: Path, jobs: int) -> None:
-    """Start a run or go on with it by the method's own means, unless it is finished; it is noted that `jobs` run at a
-    time.
+    """Start a run or go on with it by the method's own means, unless it is finished; `jobs` at a time are noted.
 
     Raises:
         FolderInUse: another process is at it.

@@ -160,7 +160,9 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
                 axes.text(j, i, f"{matrix[i, j]:z.2f}", ha="center", va="center", fontsize=7, color=ink)
 
 
-def _step_ticks(study: Study, axes: Axes, most: int, rotation: int, layer: int | None) -> tuple[Any, Any]:
+def _step_ticks(
+    study: Study, axes: Axes, most: int, rotation: int, layer: int | None
+) -> tuple[list[int], list[str]]:
     """Name the checkpoints on the x axis, `most` at most, and mark regroupings in between; return places and names."""
     steps = study.regroupings(layer)
     between = enumerate(pairwise(study.steps))

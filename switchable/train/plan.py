@@ -82,8 +82,7 @@ class Plan:
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: float) -> Plan:
-    """Work out a run of `world_size` ranks whose embedding has `vocab_size` rows; InputError for settings that cannot
-    work.
+    """Work out a run of `world_size` ranks whose embedding has `vocab_size` rows; InputError if it cannot work.
 
     `activation_ratio` (0 to 1) is what the monitor will find in every layer from its first measurement on.
     """
