@@ -96,8 +96,8 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """
     from switchable.config import sections
 
-    given = {name: value for name, value in vars(args).items() if name.startswith(RESERVED)}
-    found = {name.removeprefix(RESERVED): value for name, value in given.items()}
+    flags = {name: value for name, value in vars(args).items() if name.startswith(RESERVED)}
+    found = {name.removeprefix(RESERVED): value for name, value in flags.items()}
     for text in getattr(args, "set", []):
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
