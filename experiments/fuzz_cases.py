@@ -11,20 +11,22 @@ from typing import Any
 
 from switchable.adapt.config import AdaptConfig
 from switchable.cli import build_parser
+from switchable.cli.bench import BenchConfig
 from switchable.cli.flags import RESERVED
-from switchable.coercion import build
+from switchable.cli.plan import PlanConfig
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.errors import InputError
 from switchable.evaluation.config import EvalConfig
 from switchable.finetune.config import FinetuneConfig
 from switchable.infer.sampling import Sampling
+from switchable.options import build
 from switchable.sections import ModelConfig, TrainConfig
 from switchable.settings import BY_RECIPE, SwitchConfig
 from switchable.study.config import StudyConfig
 
 CLASSES = (
     ModelConfig, DataConfig, ObjectiveConfig, TrainConfig, SwitchConfig, AdaptConfig, EvalConfig, FinetuneConfig,
-    StudyConfig, Sampling,
+    StudyConfig, Sampling, PlanConfig, BenchConfig,
 )  # fmt: skip
 NUMBERS: tuple[Any, ...] = (
     -1, 0, 1, 1e-300, math.nan, math.inf, -math.inf, 1e30, 2**31 - 1, 2**60, 10**400, 2.5, True, "many", [1],

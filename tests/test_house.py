@@ -18,7 +18,7 @@ PACKAGE = ROOT / "switchable"
 FLOORS = (
     ("versions",),
     ("errors",),
-    ("coercion", "options", "files", "timing", "ranks", "progress"),
+    ("options", "files", "timing", "ranks", "progress"),
     ("recipes", "gone", "finite"),
     ("settings",),
     ("data", "structure"),
