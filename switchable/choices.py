@@ -15,15 +15,7 @@ from dataclasses import replace
 import torch
 
 from switchable.compute.cpu.active.active import skips_idle_neurons
-from switchable.compute.measured import (
-    CLEARLY,
-    FFN,
-    Costs,
-    Line,
-    active_break_even,
-    bfloat16_speedup,
-    costs,
-)
+from switchable.compute.measured import CLEARLY, FFN, Costs, Line, active_break_even, bfloat16_speedup, costs
 from switchable.recipes import AUTO, RECIPES
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
 from switchable.settings import SwitchConfig, is_set
@@ -58,9 +50,8 @@ def auto_precision(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
     ffn, device = timed_ffn(model, train), device_of(train)
     if ffn is None or device == "cuda":
         has = device == "cuda" and (ffn is None or torch.cuda.is_bf16_supported(including_emulation=False))
-        return (
-            ("bfloat16", "the GPU has it") if has else ("float32", f"{device} is not known to have bfloat16")
-        )
+        unknown = ("float32", f"{device} is not known to have bfloat16")
+        return ("bfloat16", "the GPU has it") if has else unknown
     speedup = bfloat16_speedup(ffn)
     return "bfloat16" if speedup >= CLEARLY else "float32", (
         f"an FFN of this model, dense, is {speedup:.2f} times as fast in bfloat16 as in float32 here"

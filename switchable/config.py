@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from switchable import options
-from switchable.coercion import build
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.gone import refuse_gone, upgraded
+from switchable.options import build
 from switchable.recipes import AUTO
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
 from switchable.settings import SwitchConfig, is_set, settled
@@ -57,11 +57,7 @@ def settled_for(switch: SwitchConfig, model: ModelConfig, train: TrainConfig) ->
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that do not fit together, before any work is done.
-
-    Raises:
-        InputError: says which, what is allowed, and what to do.
-    """
+    """Raise InputError for settings that do not fit together, before any work is done."""
     model, train, experts = config.model, config.train, config.switch.num_experts
     if d_ff(model) % experts:
         allowed = ", ".join(map(str, divisors_near(d_ff(model), experts)))
@@ -78,11 +74,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Refuse what `check` does, and a model that does not fit into this machine (which `plan` is there to work out).
-
-    Raises:
-        InputError: as `check`.
-    """
+    """Refuse what `check` does, and a model that does not fit into this machine (which `plan` is there to work out)."""
     check(config)
     check_memory(config.model, config.data.vocab_size, config.train.sequence_length)
 
@@ -110,17 +102,14 @@ def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
 def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunConfig:
     """Build a configuration from nested dicts; missing keys keep their defaults, or are the recipe's.
 
-    Raises:
-        InputError: an unknown section or key (the nearest known one is named), or a value that is refused.
+    Raises InputError for an unknown section or key (the nearest known one is named), or a value that is refused.
     """
     _check_sections(given, where)
     known = sections()
-    return RunConfig(
-        **{
-            section: _build(known[section], values, f"{where}, section {section!r}")
-            for section, values in given.items()
-        }
-    )
+    built = {}
+    for section, values in given.items():
+        built[section] = _build(known[section], values, f"{where}, section {section!r}")
+    return RunConfig(**built)
 
 
 def _check_sections(given: dict[str, Any], where: str) -> None:
@@ -139,23 +128,17 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     for key in values:
         if key not in hints:
             refuse_gone(str(key), where)
-            raise InputError(
-                f"{where}: unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}"
-            )
+            like = nearest(str(key), hints)
+            raise InputError(f"{where}: unknown key {key!r}{like}; allowed: {', '.join(hints)}")
     return build(cls, values, where)
 
 
 def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunConfig:
-    """Read a YAML file (or none) and lay the flags (field name -> value) over it; the defaults of recipe and precision
-    are `auto`.
+    """Read a YAML file (or none) and lay the flags (field name -> value) over it.
 
-    Args:
-        path: the file.
-        flags: what overrides it.
-        choose: whether to look what precision `auto` is on this machine; else it is float32.
-
-    Raises:
-        InputError: file missing or not YAML, unknown key, a value that is refused.
+    Recipe and precision are `auto` if not given. `choose` says whether to look what precision `auto` is on this
+    machine; else it is float32. Raises InputError if the file is missing or not YAML, for an unknown key, or a value
+    that is refused.
     """
     where = "the flags" if path is None else str(path)
     given = {} if path is None else read_yaml(path)
@@ -177,28 +160,19 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
 
 
 def read_stored(path: Path) -> RunConfig:
-    """Read the `config.yaml` of a run, also of one made by an older version.
-
-    Raises:
-        InputError: not readable, or the run asks for something that is gone.
-    """
+    """Read a run's `config.yaml`, of older versions too; InputError: not readable, or it asks for what is gone."""
     return from_dict(upgraded(read_yaml(path), str(path)), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of sections; an empty file is an empty configuration.
-
-    Raises:
-        InputError: file missing, not UTF-8 or not YAML, or not a mapping.
-    """
+    """Read a YAML file of sections, none if it is empty; InputError: missing, not UTF-8, not YAML, or not a mapping."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist; give the path of a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"config file {path} is not readable YAML: {' '.join(str(error).split())[:300]}"
-        ) from None
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"config file {path} is not readable YAML: {why}") from None
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     given = {} if given is None else given
@@ -216,10 +190,6 @@ def changed(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def to_flat(path: Path) -> dict[str, Any]:
-    """Read a YAML file into field name -> value, the form flags have.
-
-    Raises:
-        InputError: as `load`.
-    """
+    """Read a YAML file into field name -> value, the form flags have; InputError as `load`."""
     load(path, {}, choose=False)
     return {key: value for values in read_yaml(path).values() for key, value in values.items()}

@@ -19,22 +19,16 @@ from typing import Any
 
 from switchable.errors import InputError
 
-TEMPORARY = ".tmp-"
-"""Prefix of names that are not complete yet."""
+TEMPORARY = ".tmp-"  # prefix of names that are not complete yet
 
 
 def check_name(path: Path) -> None:
-    """Refuse a path that is not UTF-8: the libraries that write tokenizers and weights cannot take it.
-
-    Raises:
-        InputError: says so.
-    """
+    """Raise InputError for a path that is not UTF-8: what writes tokenizers and weights cannot take it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"the name {str(path)!r} is not UTF-8; rename it, or choose another folder"
-        ) from None
+        name = repr(str(path))
+        raise InputError(f"the name {name} is not UTF-8; rename it, or choose another folder") from None
 
 
 def temporary_name(path: Path) -> Path:
@@ -149,11 +143,7 @@ def sha256(path: Path) -> str:
 
 
 def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
-    """Refuse an output that is, contains or lies in something that is read; links are followed.
-
-    Raises:
-        InputError: names both.
-    """
+    """Raise InputError for an output that is, contains or lies in something that is read; links are followed."""
     written = out.resolve()
     for source in map(Path, sources):
         read = source.expanduser().resolve()
@@ -165,19 +155,14 @@ def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path at which nothing can be made, before any work; folders on the way to it may be missing.
-
-    Raises:
-        InputError: says why.
-    """
+    """Raise InputError for a path at which nothing can be made; folders on the way to it may be missing."""
     try:
         place = next(above for above in path.absolute().parents if above.exists())
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:
             file.write(b"x")
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; choose another place with --out"
-        ) from None
+        why = error.strerror
+        raise InputError(f"{path} cannot be written: {why}; choose another place with --out") from None
 
 
 @contextmanager
@@ -193,7 +178,5 @@ def full_disk_told(what: str, remedy: str) -> Iterator[None]:
 
 def is_no_space(error: BaseException) -> bool:
     """Return whether an error says that the disk is full (libraries written in Rust say it as text)."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return (
-        getattr(error, "errno", None) in codes or "os error 28" in str(error) or "No space left" in str(error)
-    )
+    told = any(words in str(error) for words in ("os error 28", "No space left"))
+    return told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

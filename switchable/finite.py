@@ -38,16 +38,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_finite(model: nn.Module, what: str, remedy: str) -> None:
-    """Refuse a model with a weight that is not finite.
-
-    Args:
-        model: any model; of a sharded one, this rank's part is looked at.
-        what: it, in the message.
-        remedy: what to do.
-
-    Raises:
-        InputError: names the tensor.
-    """
+    """Raise InputError, with the remedy, for a model (this rank's part of it) with a weight that is not finite."""
     found = not_finite(dict(model.named_parameters()))
     if found is not None:
         raise InputError(f"{what} is not finite: {found}; {remedy}")

@@ -6,59 +6,49 @@ had the value by which it did nothing, or did what is now the only way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from switchable.errors import InputError
-
-Sections = Mapping[str, Mapping[str, Any]]
 
 
 class Gone(NamedTuple):
     """A setting that is gone."""
 
-    instead: str
-    """What to do instead, as the end of a sentence."""
-    neutral: Callable[[Any, Mapping[str, Any]], bool]
-    """Whether a stored value, beside the other settings of its section, asks for nothing that is gone."""
-
-
-def _only(*values: object) -> Callable[[Any, Mapping[str, Any]], bool]:
-    return lambda value, _: value in values
+    instead: str  # what to do instead, as the end of a sentence
+    neutral: tuple[Any, ...] | None = None
+    """Stored values that ask for nothing that is gone; None: all of them."""
+    needs: str | None = None  # a setting of its section without which (0 or none) no value asks for anything
 
 
 GONE: dict[str, Gone] = {
     "structure": Gone(
-        "neurons are grouped by weights; `switchable convert` groups by co-activation", _only("weights")
+        "neurons are grouped by weights; `switchable convert` groups by co-activation", ("weights",)
     ),
     "router": Gone(
-        "routers learn; the paper's are in `switchable compare --methods ssd-paper`", _only("learned")
+        "routers learn; the paper's are in `switchable compare --methods ssd-paper`", ("learned",)
     ),
-    "router_objective": Gone("routers learn the activation mass", _only("mass")),
-    "router_gate_gradient": Gone("routers learn the activation mass alone", _only(False)),
-    "router_noise": Gone("it did not help", _only(0)),
-    "router_sparse_fraction": Gone("it is always 1/16", _only(0.0625)),
-    "commitment": Gone("it did not help", _only(0)),
+    "router_objective": Gone("routers learn the activation mass", ("mass",)),
+    "router_gate_gradient": Gone("routers learn the activation mass alone", (False,)),
+    "router_noise": Gone("it did not help", (0,)),
+    "router_sparse_fraction": Gone("it is always 1/16", (0.0625,)),
+    "commitment": Gone("it did not help", (0,)),
     "gate": Gone(
-        "experts are not scaled; a mixture of experts is `switchable compare --methods moe`", _only("unit")
+        "experts are not scaled; a mixture of experts is `switchable compare --methods moe`", ("unit",)
     ),
-    "load_balance": Gone("it belongs to `switchable compare --methods moe`", _only(0)),
-    "join": Gone("each layer joins by itself", _only("each")),
-    "regroup": Gone("a structure in use stands", _only("drift")),
-    "regroup_below": Gone("a structure in use stands", _only(0)),
-    "dense_steps": Gone("each return is one dense step", _only(1)),
-    "activation_target": Gone(
-        "it is always 0.12", lambda value, others: value == 0.12 or not others.get("activation_l1")
-    ),
-    "max_expert_fraction": Gone(
-        "it is always 0.65", lambda value, others: value == 0.65 or others.get("mass_target") is None
-    ),
+    "load_balance": Gone("it belongs to `switchable compare --methods moe`", (0,)),
+    "join": Gone("each layer joins by itself", ("each",)),
+    "regroup": Gone("a structure in use stands", ("drift",)),
+    "regroup_below": Gone("a structure in use stands", (0,)),
+    "dense_steps": Gone("each return is one dense step", (1,)),
+    "activation_target": Gone("it is always 0.12", (0.12,), needs="activation_l1"),
+    "max_expert_fraction": Gone("it is always 0.65", (0.65,), needs="mass_target"),
     "schedule": Gone(
         "use recipe dense to train all dense; static and sparse are methods of `switchable compare`",
-        _only("ssd", "dense"),
+        ("ssd", "dense"),
     ),
-    "expert_compute": Gone("use backend", lambda *_: True),
-    "objective": Gone("it follows from the family", lambda *_: True),
+    "expert_compute": Gone("use backend"),
+    "objective": Gone("it follows from the family"),
 }
 """By name. `probe_tokens` has moved to the section `train`."""
 
@@ -72,22 +62,19 @@ def refuse_gone(name: str, where: str) -> None:
         raise InputError(f"{where}: {name} is gone; {GONE[name].instead}")
 
 
-def upgraded(stored: Sections, where: str) -> dict[str, dict[str, Any]]:
-    """Return the sections of a stored `config.yaml` as this version writes them.
-
-    Raises:
-        InputError: the run asks for something that is gone.
-    """
+def upgraded(stored: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    """Return a stored `config.yaml`'s sections as this version writes them; InputError if one asks for what is gone."""
     sections = {name: dict(values) for name, values in stored.items()}
     switch, train = sections.setdefault("switch", {}), sections.setdefault("train", {})
     if "probe_tokens" in switch:
         train["probe_tokens"] = switch.pop("probe_tokens")
     for values in sections.values():
         for name in [name for name in values if name in GONE]:
-            if not GONE[name].neutral(values[name], values):
+            instead, neutral, needs = GONE[name]
+            asks = neutral is not None and values[name] not in neutral
+            if asks and (needs is None or values.get(needs)):
                 raise InputError(
-                    f"{where}: {name}={values[name]!r} is gone ({GONE[name].instead}); open this run with switchable "
-                    "0.1"
+                    f"{where}: {name}={values[name]!r} is gone ({instead}); open this run with switchable 0.1"
                 )
     if switch.get("schedule") == "dense":
         switch |= {"recipe": "dense", "min_dense_fraction": 1.0}

@@ -2,41 +2,36 @@
 
     steps: int = option(500, "optimizer steps in all", least=1)
 
-A configuration is a frozen dataclass of such fields that calls `check(self)` in its constructor. So code, YAML and
-flags are refused alike, with the same words, before any work is done.
+A configuration is a frozen dataclass of such fields that calls `check(self)` in its constructor; `build` makes one of
+what YAML or flags give. So code, YAML and flags are refused alike, with the same words, before any work is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from switchable.errors import InputError, nearest, shown
 
-LARGEST = 2**31 - 1
-"""Of a whole number where nothing less is said: every library below takes it."""
+T = TypeVar("T")
+
+LARGEST = 2**31 - 1  # of a whole number where nothing less is said: every library below takes it
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""What YAML and flags may say for them."""
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a tuple"}
 
 
 def option(
-    default: Any,
-    help_text: str,
-    *,
-    choices: Sequence[str] = (),
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    usual: str = "",
-    metavar: str = "",
-    advanced: bool = False,
-    flag: bool = True,
-) -> Any:
+    default: Any, help_text: str, *, choices: Sequence[str] = (), least: float | None = None,
+    above: float | None = None, most: float | None = None, below: float | None = None, usual: str = "",
+    metavar: str = "", advanced: bool = False, flag: bool = True,
+) -> Any:  # fmt: skip
     """Declare a field.
 
     Args:
@@ -54,17 +49,15 @@ def option(
     return dataclasses.field(default=default, metadata=facts)
 
 
+fraction = functools.partial(option, least=0, most=1, metavar="FRACTION")
+"""Declare a field that is a share of something, 0 to 1, as `option` does."""
+
+
 def check(config: Any, unset: object = None) -> None:
-    """Refuse values of a configuration that are of the wrong type, not among the choices or out of range.
+    """Refuse values of the wrong type, not among the choices or out of range; a whole number will do for a fraction.
 
-    A whole number given for a fraction becomes a float.
-
-    Args:
-        config: a dataclass whose fields `option` declared.
-        unset: a value that is allowed everywhere: it marks what was not given.
-
-    Raises:
-        InputError: names the field, what was given and what is allowed.
+    `config` is a dataclass whose fields `option` declared; `unset` marks what was not given and is allowed everywhere.
+    InputError names the field, what was given and what is allowed.
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -74,16 +67,9 @@ def check(config: Any, unset: object = None) -> None:
 
 
 def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
-    """Return a value given for `name`, as a float where that is its type.
+    """Return a value given for `name`, as a float where `hint`, the type that it must have, says so.
 
-    Args:
-        name: what the user calls it.
-        value: what was given.
-        hint: the type that it must have, as in an annotation.
-        allowed: choices and range, as `option` takes them.
-
-    Raises:
-        InputError: it is of another type, not among the choices or out of range.
+    `allowed` are choices and range, as `option` takes them. InputError says what was given and what is allowed.
     """
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     hints = [h for h in (typing.get_args(hint) if union else (hint,)) if h is not type(None)]
@@ -103,10 +89,9 @@ def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
         )
     within = _Range(*(allowed.get(end) for end in _Range._fields))
     if kind in (int, float) and not within.holds(value, kind):
+        use = f"{KINDS[kind]} {within}".strip()
         more = f", e.g. {allowed['usual']}" if allowed.get("usual") else ""
-        raise InputError(
-            f"{name}={shown(value)} is out of range; use {f'{KINDS[kind]} {within}'.strip()}{more}"
-        )
+        raise InputError(f"{name}={shown(value)} is out of range; use {use}{more}")
     return float(value) if kind is float else value
 
 
@@ -134,11 +119,39 @@ class _Range(NamedTuple):
         least, above, most, below = self
         if least is not None and most is not None:
             return f"from {least:.10g} to {most:.10g}"
-        low = (
-            f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else ""
-        )
+        low = f"of at least {least:g}" if least is not None else "" if above is None else f"above {above:g}"
         high = f"at most {most:.10g}" if most is not None else f"below {below:g}" if below is not None else ""
         return " and ".join(part for part in (low, high) if part)
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a dataclass from the values that are its fields, coerced; InputError says where one is refused."""
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{key: coerced(value, hints[key]) for key, value in values.items() if key in hints})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def coerced(value: Any, hint: Any) -> Any:
+    """Turn a YAML or flag value into a field's type (`1e-3`, which YAML reads as text, into a float), if it fits."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        return coerced(value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerced(item, args[0]) for item in items)
+    if hint is bool:
+        return BOOLS.get(str(value).lower(), value)
+    if hint is str or isinstance(value, bool):
+        return value
+    try:
+        number = hint(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+    return number if isinstance(value, str) or number == value else value
 
 
 def refuse_more_than_memory(wanted: float, what: str) -> None:
@@ -158,7 +171,6 @@ class Precision:
         None,
         "of the multiplications; none: the run's, else the weights' (generate: always the weights')",
         choices=("float32", "bfloat16"),
-        metavar="NAME",
     )
 
     def __post_init__(self) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-EVERY = 10.0
-"""Seconds between two lines; a job that is done sooner prints none."""
-QUIET_SECONDS = 2.0
-"""A job that is done sooner shows nothing on a terminal."""
+EVERY = 10.0  # seconds between two lines; a job that is done sooner prints none
+QUIET_SECONDS = 2.0  # a job that is done sooner shows nothing on a terminal
 
 
 def say(text: str, show: bool = True) -> None:
@@ -52,18 +50,11 @@ def progress_bar(
 ) -> Any:  # fmt: skip
     """Return a tqdm bar: to `update`, to use as a context, or to iterate over where `over` is given.
 
-    Args:
-        what: name of the job.
-        unit: what is counted; bytes (`"B"`) are scaled.
-        total: how much there is; None: unknown, or the length of `over`.
-        show: False shows nothing.
-        over: what to iterate over.
-        look: further settings of tqdm.
+    `what` names the job, `unit` what is counted; bytes (`"B"`) are scaled. `total` is how much there is; None: unknown,
+    or the length of `over`. Nothing is shown without `show`. `look` are further settings of tqdm.
     """
     settings: dict[str, Any] = {"leave": False, "unit_scale": unit == "B", "delay": QUIET_SECONDS} | look
     settings |= {"desc": what, "unit": unit, "total": total, "disable": not show}
-    return (
-        tqdm(over, dynamic_ncols=True, **settings)
-        if sys.stderr.isatty()
-        else _Lines(over, ncols=0, **settings)
-    )
+    if sys.stderr.isatty():
+        return tqdm(over, dynamic_ncols=True, **settings)
+    return _Lines(over, ncols=0, **settings)

@@ -32,15 +32,9 @@ def watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signs = (
-            "Connection closed by peer",
-            "Connection reset",
-            "Broken pipe",
-            "Timed out",
-            "timed out",
-            "gloo",
-        )
-        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        told = str(error).lower()
+        signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo")
+        lost = isinstance(error, dist.DistError) or any(sign in told for sign in signs)
         if not (running() and lost):
             raise
         raise RankLost(str(error).splitlines()[0]) from error
@@ -76,33 +70,19 @@ def from_main(value: T) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone and return its result on every rank.
-
-    Raises:
-        InputError: on every rank, if `work` raised it.
-    """
+    """Do `work` on rank 0 alone and return its result on every rank; an InputError is raised on every rank."""
     return cast(T, gather(lambda: work() if is_main() else None)[0])
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do `work` on every rank and return each rank's own result.
-
-    Raises:
-        InputError: on every rank, if `work` raised it on any of them.
-    """
+    """Do `work` on every rank and return each rank's own result; an InputError of any is raised on every rank."""
     return gather(work)[rank()]
 
 
 def gather(work: Callable[[], T]) -> list[T]:
-    """Do `work` on every rank and return the results of all, by rank, on every rank.
+    """Do `work` on every rank and return the results of all, by rank, on each; an InputError of any is raised on all.
 
     Numbers, text and containers of them are sent; of anything else a rank gets its own, and None of the others.
-
-    Args:
-        work: what to do.
-
-    Raises:
-        InputError: on every rank, if `work` raised it on any of them.
     """
     if not running():
         return [work()]
@@ -132,14 +112,7 @@ def sum_over_ranks(values: list[float]) -> list[float]:
 
 
 def check_agreement(facts: dict[str, Any]) -> None:
-    """Refuse ranks that were started differently.
-
-    Args:
-        facts: what must be the same everywhere, by name: settings, versions.
-
-    Raises:
-        InputError: on every rank; names the rank, the fact and both values.
-    """
+    """Raise InputError on every rank if facts (settings and versions, by name) are not the same everywhere."""
     everyone = gather(lambda: facts)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
@@ -158,9 +131,7 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
     """Within the `with` block the parameters of modules are whole, to be read, whichever unit shards them."""
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     sharded = [(part, n, p) for part in parts for n, p in part._parameters.items() if isinstance(p, DTensor)]
-    whole = {
-        id(parameter): nn.Parameter(cast(DTensor, parameter).full_tensor()) for _, _, parameter in sharded
-    }
+    whole = {id(p): nn.Parameter(cast(DTensor, p).full_tensor()) for _, _, p in sharded}
     for module, name, parameter in sharded:
         module._parameters[name] = whole[id(parameter)]
     try:
@@ -180,8 +151,7 @@ def reshard(model: nn.Module) -> None:
 def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
     """Return the part of a tensor that this rank holds, and which row of dimension 0 is its first.
 
-    Raises:
-        InputError: it is laid out in a way that we do not make: anything but rows over one dimension of ranks.
+    Raises InputError for a layout that we do not make: anything but rows over one dimension of ranks.
     """
     if not isinstance(tensor, DTensor):
         return tensor, 0

@@ -19,8 +19,7 @@ AUTO = "auto"
 LEAST_NEURONS = {"float32": 8, "bfloat16": 32}
 """Of an expert, by the precision of a run. In float32 no smaller ones were measured; tiles of bfloat16 want so many."""
 
-PENALISED = ("relu2",)
-"""Activations for which a recipe's `activation_l1` was measured; it is 0 for others."""
+PENALISED = ("relu2",)  # activations for which a recipe's `activation_l1` was measured; it is 0 for others
 
 _EARLY: dict[str, Any] = {
     "num_experts": 32,
@@ -51,11 +50,7 @@ _LATE = _EARLY | {
     "active_below": 0.3,
     "activation_l1": 1e-4,
 }
-_DENSE = _LATE | {
-    "min_dense_fraction": 1.0,
-    "router_token_fraction": 0.0,
-    "activation_l1": 0.0,
-}
+_DENSE = _LATE | {"min_dense_fraction": 1.0, "router_token_fraction": 0.0, "activation_l1": 0.0}
 _AUTO = _LATE | {
     "stability_threshold": 0.15,
     "active_below": 1.0,  # below what the clock says

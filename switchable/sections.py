@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from switchable.errors import InputError, divisors_near
-from switchable.options import check, option, refuse_more_than_memory
+from switchable.options import check, fraction, option, refuse_more_than_memory
 from switchable.recipes import AUTO
 
 
 class Buildable(NamedTuple):
     """A family of models that can be pre-trained from scratch."""
 
-    objective: str = "causal"
-    """What it learns: `"causal"`, `"masked"` or `"span"`."""
-    gated: bool = False
-    """Whether its FFNs are gated."""
-    positions: bool = True
-    """Whether it has an embedding for each position."""
+    objective: str = "causal"  # what it learns: `"causal"`, `"masked"` or `"span"`
+    gated: bool = False  # whether its FFNs are gated
+    positions: bool = True  # whether it has an embedding for each position
 
 
 BUILDABLE = {
@@ -38,15 +35,12 @@ class ModelConfig:
     """The model to pre-train: a transformers architecture with an FFN whose activation is sparse."""
 
     family: str = option(
-        "gpt2",
-        "model type of transformers; it decides what is learned",
-        choices=tuple(BUILDABLE),
-        metavar="NAME",
+        "gpt2", "model type of transformers; it decides what is learned", choices=tuple(BUILDABLE)
     )
     d_model: int = option(256, "width of the residual stream", least=1, most=2**20, metavar="D")
     d_ff: int | None = option(None, "neurons per FFN; none: 4 x d_model", least=1, most=2**24, metavar="F")
-    num_layers: int = option(4, "Transformer blocks", least=1, most=10_000, metavar="N")
-    num_heads: int = option(4, "attention heads per block; divides d_model", least=1, metavar="N")
+    num_layers: int = option(4, "Transformer blocks", least=1, most=10_000)
+    num_heads: int = option(4, "attention heads per block; divides d_model", least=1)
     max_positions: int | None = option(
         None,
         "longest sequence in tokens; none: the training sequence length",
@@ -55,10 +49,7 @@ class ModelConfig:
         flag=False,
     )
     activation: str = option(
-        "relu2",
-        "activation of the FFN: ReLU, or its square, which is sparser",
-        choices=("relu", "relu2"),
-        metavar="NAME",
+        "relu2", "activation of the FFN: ReLU, or its square, which is sparser", choices=("relu", "relu2")
     )
 
     def __post_init__(self) -> None:
@@ -74,8 +65,8 @@ class ModelConfig:
 class TrainConfig:
     """How it is trained. One optimizer step sees batch_size x sequence_length tokens."""
 
-    steps: int = option(500, "optimizer steps in all", least=1, metavar="N")
-    batch_size: int = option(8, "sequences per optimizer step", least=1, metavar="N")
+    steps: int = option(500, "optimizer steps in all", least=1)
+    batch_size: int = option(8, "sequences per optimizer step", least=1)
     sequence_length: int = option(256, "tokens per sequence", least=2, most=2**24, metavar="TOKENS")
     learning_rate: float = option(1e-3, "peak learning rate", above=0, most=1000, metavar="LR")
     weight_decay: float = option(
@@ -85,18 +76,15 @@ class TrainConfig:
         most=1000,
         metavar="RATE",
     )
-    seed: int = option(
-        0, "random seed of initial weights and data order", least=0, most=2**32 - 1, metavar="N"
-    )
+    seed: int = option(0, "random seed of initial weights and data order", least=0, most=2**32 - 1)
     precision: str = option(
         "float32",
         "of the multiplications; weights stay in float32; auto = bfloat16 where this machine multiplies the model's "
         "FFNs faster in it, measured once",
         choices=(AUTO, "float32", "bfloat16"),
-        metavar="NAME",
     )
-    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
+    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)
     eval_every: int = option(
         100, "steps between validations in both modes; 0 = only at the end", least=0, metavar="STEPS"
     )
@@ -108,7 +96,6 @@ class TrainConfig:
         "adamw",
         "of torch.optim; muon: for the matrices of the blocks, adamw for all else",
         choices=("adamw", "muon", "sgd"),
-        metavar="NAME",
         advanced=True,
     )
     router_learning_rate: float = option(
@@ -118,14 +105,12 @@ class TrainConfig:
         1,
         "parts that a process's share of the batch is cut into, one after another; divides it",
         least=1,
-        metavar="N",
         advanced=True,
     )
     parallel: str = option(
         "ddp",
         "several processes (torchrun): ddp = each holds the whole model; fsdp = each holds its share of it",
         choices=("ddp", "fsdp"),
-        metavar="NAME",
         advanced=True,
     )
     activation_checkpointing: bool = option(
@@ -134,15 +119,11 @@ class TrainConfig:
         advanced=True,
     )
     compile: bool = option(False, "torch.compile each block (needs a C++ compiler on the CPU)", advanced=True)
-    warmup_fraction: float = option(
-        0.05, "fraction of all steps with linearly rising learning rate", least=0, most=1, flag=False
+    warmup_fraction: float = fraction(
+        0.05, "fraction of all steps with linearly rising learning rate", flag=False
     )
-    decay_fraction: float = option(
-        0.4,
-        "fraction of all steps, at the end, with linearly falling learning rate",
-        least=0,
-        most=1,
-        flag=False,
+    decay_fraction: float = fraction(
+        0.4, "fraction of all steps, at the end, with linearly falling learning rate", flag=False
     )
     beta1: float = option(0.9, "AdamW's first-moment decay, or SGD's momentum", least=0, below=1, flag=False)
     beta2: float = option(0.95, "AdamW's second-moment decay", least=0, below=1, flag=False)
@@ -168,11 +149,7 @@ class TrainConfig:
 
 
 def check_memory(model: ModelConfig, vocab_size: int, sequence_length: int) -> None:
-    """Refuse a model whose weights alone are more than this machine's memory.
-
-    Raises:
-        InputError: says how much it is, and how much there is.
-    """
+    """Raise InputError for a model whose weights alone are more than this machine's memory."""
     kind, neurons = BUILDABLE[model.family], d_ff(model)
     block = model.d_model * (4 * model.d_model + (3 if kind.gated else 2) * neurons)
     rows = vocab_size + (model.max_positions or sequence_length if kind.positions else 0)

@@ -13,7 +13,7 @@ import enum
 from dataclasses import dataclass
 
 from switchable.errors import InputError, divisors_near
-from switchable.options import check, option
+from switchable.options import check, fraction, option
 from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
 
 
@@ -36,8 +36,7 @@ OF_THE_MODEL = ("num_experts", "experts_per_token", "activation_l1", "active_bel
 class SwitchConfig:
     """How FFNs are cut into experts, how tokens choose them, and when steps are sparse.
 
-    Raises:
-        InputError: a value is not known, of the wrong type or out of range, or two do not fit together.
+    InputError: a value is not known, of the wrong type or out of range, or two do not fit together.
     """
 
     recipe: str = option(
@@ -46,7 +45,6 @@ class SwitchConfig:
         "neurons only, sparse ones come at the end; dense = never sparse; auto = sparse early in layers where that is "
         "measured to cost clearly less here, else as late",
         choices=tuple(RECIPES),
-        metavar="NAME",
     )
     num_experts: int = option(BY_RECIPE, "experts per FFN; divides d_ff", least=1, metavar="E")
     experts_per_token: int = option(
@@ -67,20 +65,11 @@ class SwitchConfig:
     sparse_steps: int = option(
         BY_RECIPE, "sparse steps in a row, between single dense ones", least=1, metavar="STEPS"
     )
-    min_dense_fraction: float = option(
-        BY_RECIPE,
-        "fraction of all steps, at the start, that are always dense; 1 = never sparse",
-        least=0,
-        most=1,
-        metavar="FRACTION",
+    min_dense_fraction: float = fraction(
+        BY_RECIPE, "fraction of all steps, at the start, that are always dense; 1 = never sparse"
     )
-    final_dense_fraction: float = option(
-        BY_RECIPE,
-        "fraction of all steps, at the end, that are always dense",
-        least=0,
-        most=1,
-        metavar="FRACTION",
-        advanced=True,
+    final_dense_fraction: float = fraction(
+        BY_RECIPE, "fraction of all steps, at the end, that are always dense", advanced=True
     )
     activation_l1: float = option(
         BY_RECIPE,
@@ -91,38 +80,27 @@ class SwitchConfig:
         usual="1e-4",
         metavar="NATS",
     )
-    active_below: float = option(
+    active_below: float = fraction(
         BY_RECIPE,
         "in layers whose activation ratio is below this, dense steps multiply only the neurons that are active: the "
         "same function and gradient, faster (ReLU or ReLU^2, on the CPU); 0 = never",
-        least=0,
-        most=1,
-        metavar="RATIO",
         flag=False,
     )
-    max_activation_ratio: float = option(
+    max_activation_ratio: float = fraction(
         BY_RECIPE,
         "without a mass_target, and early in recipe auto: largest activation ratio at which a layer counts as sparse; "
         "others stay dense",
-        least=0,
-        most=1,
-        metavar="RATIO",
         flag=False,
     )
-    min_mass_caught: float = option(
+    min_mass_caught: float = fraction(
         BY_RECIPE,
         "without a mass_target: least share of the activation mass in the router's experts at which a layer counts as "
         "sparse; others stay dense",
-        least=0,
-        most=1,
-        metavar="SHARE",
         flag=False,
     )
-    stability_threshold: float = option(
+    stability_threshold: float = fraction(
         BY_RECIPE,
         "overlap (Jaccard index) of successive activation patterns from which a layer counts as stable; 0 = always",
-        least=0,
-        most=1,
         metavar="INDEX",
         advanced=True,
     )
@@ -138,19 +116,11 @@ class SwitchConfig:
         metavar="FACTOR",
         flag=False,
     )
-    router_token_fraction: float = option(
-        BY_RECIPE,
-        "fraction of a dense step's tokens that train the router",
-        least=0,
-        most=1,
-        metavar="FRACTION",
-        flag=False,
+    router_token_fraction: float = fraction(
+        BY_RECIPE, "fraction of a dense step's tokens that train the router", flag=False
     )
     backend: str = option(
-        "auto",
-        "what multiplies the experts, by name; auto = chosen for each call",
-        metavar="NAME",
-        advanced=True,
+        "auto", "what multiplies the experts, by name; auto = chosen for each call", advanced=True
     )
 
     def __post_init__(self) -> None:
@@ -163,9 +133,8 @@ class SwitchConfig:
     def _check_together(self) -> None:
         experts, chosen = self.num_experts, self.experts_per_token
         if is_set(experts) and is_set(chosen) and chosen > experts:
-            raise InputError(
-                f"experts_per_token={chosen} is more than num_experts={experts}; use 1 to {experts}"
-            )
+            most = f"num_experts={experts}"
+            raise InputError(f"experts_per_token={chosen} is more than {most}; use 1 to {experts}")
         if self.never_sparse:
             return
         if self.monitor_every == 0:
@@ -191,16 +160,9 @@ def is_set(value: object) -> bool:
 
 
 def settled(config: SwitchConfig, d_ff: int, activation: str, precision: str = "float32") -> SwitchConfig:
-    """Return a configuration in which every setting has its value.
+    """Return a configuration in which every setting has its value, for a model with FFNs of `d_ff` neurons.
 
-    Args:
-        config: the settings given.
-        d_ff: neurons per FFN of the model.
-        activation: its name in transformers' `ACT2FN`.
-        precision: of the multiplications.
-
-    Raises:
-        InputError: settings that do not fit together.
+    `activation` is a name in transformers' `ACT2FN`. Raises InputError for settings that do not fit together.
     """
     table = dict(RECIPES[config.recipe])
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}

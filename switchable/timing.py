@@ -38,13 +38,9 @@ class Times:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], object]],
-    seconds: float,
-    repeat: int = 1,
-    turns: int = 3,
-    wait: Callable[[], object] = lambda: None,
-    clock: Callable[[], float] | None = None,
-) -> Times:
+    contenders: Mapping[str, Callable[[], object]], seconds: float, repeat: int = 1, turns: int = 3,
+    wait: Callable[[], object] = lambda: None, clock: Callable[[], float] | None = None,
+) -> Times:  # fmt: skip
     """Time contenders in turns, after one turn of warming up that does not count.
 
     Args:

@@ -10,8 +10,5 @@ def versions() -> dict[str, str]:
     import torch
     import transformers  # seconds to import, and `switchable --version` needs neither
 
-    return {
-        "switchable": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+    ours = {"switchable": __version__, "torch": str(torch.__version__)}
+    return ours | {"transformers": transformers.__version__}

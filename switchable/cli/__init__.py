@@ -8,9 +8,12 @@ Wrong input ends in one or two lines on stderr and exit code 2; a run stopped by
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from switchable.cli import (
     bench,
@@ -26,25 +29,34 @@ from switchable.cli import (
     recipes,
     study,
 )
-from switchable.cli.parser import Parser
-from switchable.errors import InputError
+from switchable.errors import InputError, nearest
 from switchable.files import check_name, full_disk_told
+from switchable.gone import GONE
 from switchable.versions import __version__
 
 VERBS = {
-    "pretrain": pretrain,
-    "compare": compare,
-    "convert": convert,
-    "export": export,
-    "generate": generate,
-    "eval": evaluate,
-    "finetune": finetune,
-    "bench": bench,
-    "study": study,
-    "recipes": recipes,
-    "plan": plan,
+    "pretrain": pretrain, "compare": compare, "convert": convert, "export": export, "generate": generate,
+    "eval": evaluate, "finetune": finetune, "bench": bench, "study": study, "recipes": recipes, "plan": plan,
     "prepare": prepare,
-}
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse` parser of many flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line: the flags are many, and help lists them."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """End the process because of arguments that no flag takes."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        name = arguments[0].partition("=")[0]
+        setting = name.removeprefix("--").replace("-", "_")
+        why = f" is not known{nearest(name, flags)}"
+        if setting in GONE:
+            why = f" is gone; {GONE[setting].instead}"
+        self.error(f"{arguments[0]!r}{why}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,9 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         with full_disk_told(f"running {args.verb}", "free some space and start again"):
             return int(VERBS[args.verb].run(args))
     except InputError as error:
-        if (
-            os.environ.get("RANK", "0") == "0"
-        ):  # under torchrun all ranks end with the same error; one says it
+        # Under torchrun all ranks end with the same error: one says it.
+        if os.environ.get("RANK", "0") == "0":
             print(f"switchable {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -76,13 +87,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the command line, and those of the verbs by name."""
-    parser = Parser(
-        prog="switchable",
-        description="Switchable sparse-dense pre-training: one set of weights, two ways to multiply.",
-    )
+    what = "Switchable sparse-dense pre-training: one set of weights, two ways to multiply."
+    parser = Parser(prog="switchable", description=what, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"switchable {__version__}")
     places = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    verbs = {name: places.add_parser(name, help=module.HELP) for name, module in VERBS.items()}
+    verbs = {
+        name: places.add_parser(name, help=module.HELP, allow_abbrev=False) for name, module in VERBS.items()
+    }
     for name, module in VERBS.items():
         module.add_arguments(verbs[name])
     return parser, verbs

@@ -7,9 +7,8 @@ import dataclasses
 import os
 import shlex
 import sys
-from pathlib import Path
 
-from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.cli.flags import add_common, add_config_flags, add_out, given_flags
 from switchable.errors import InputError
 from switchable.files import check_apart, check_writable
 from switchable.options import checked
@@ -18,7 +17,6 @@ HELP = "train with several methods on the same data and initial weights; write o
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.compare.methods import METHODS
 
     verb.usage = "%(prog)s CONFIG [--methods METHOD ...] [--seeds SEED ...] [--out DIR] [FLAG ...]"
@@ -29,21 +27,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     usual = ["dense", "ssd"]
     verb.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help="default: dense ssd")
     verb.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
-    verb.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/compare"),
-        help="folder of the comparison; what is finished there is not trained again, what was interrupted goes on "
-        "(default %(default)s)",
+    place = (
+        "folder of the comparison; what is finished there is not trained again, what was interrupted goes on"
     )
-    verb.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs at a time, each with cores / N threads unless threads are given (default %(default)s)",
-    )
+    add_out(verb, place, default="runs/compare")
+    jobs = "runs at a time, each with cores / N threads unless threads are given (default %(default)s)"
+    verb.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     add_common(verb)
     add_config_flags(verb, skip=("seed",))
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import add_cache, add_dataclass_flags, given_flags
+from switchable.cli.flags import add_cache, add_dataclass_flags, add_out, given
 
 HELP = "make an existing Hugging Face checkpoint switchable, its dense function unchanged"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.adapt.config import AdaptConfig
     from switchable.data.config import DataConfig
 
-    verb.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of the checkpoint, with its tokenizer"
-    )
-    verb.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    what = "folder of the checkpoint, with its tokenizer"
+    verb.add_argument("model", metavar="MODEL", type=Path, help=what)
+    add_out(verb, "folder to write", required=True)
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_cache(verb)
     add_dataclass_flags(verb.add_argument_group("text"), DataConfig, skip=("vocab_size",))
@@ -28,12 +26,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; say what came of it, and the figures as one JSON line."""
     from switchable.adapt.config import AdaptConfig
-    from switchable.coercion import build
     from switchable.data.config import DataConfig
 
-    flags = given_flags(args)
-    config = build(AdaptConfig, flags, "the flags")
-    data = build(DataConfig, flags, "the flags")
+    config, data = given(AdaptConfig, args), given(DataConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.adapt.run import adapt
     from switchable.cli.output import finish

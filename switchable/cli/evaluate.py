@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
+from switchable.cli.flags import RESERVED, add_dataclass_flags, given
 from switchable.errors import InputError
 from switchable.files import check_writable, read_json, write_json
 
@@ -13,19 +13,10 @@ HELP = "evaluate a model on tasks (lm-eval) and text, dense and over a range of 
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
-    verb.add_argument(
-        "--mode",
-        dest=f"{RESERVED}mode",
-        nargs="+",
-        choices=("dense", "sparse"),
-        default=argparse.SUPPRESS,
-        help="how the FFNs multiply (default: both, if the model can)",
-    )
     add_dataclass_flags(verb, EvalConfig)
     verb.add_argument(
         "--data",
@@ -36,26 +27,20 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="text files or folders: loss, perplexity, bits per byte (default, without --tasks: the run's)",
     )
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
-    verb.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the scores there too, as JSON, and the picture beside it",
-    )
+    place = "write the scores there too, as JSON, and the picture beside it"
+    verb.add_argument("--out", type=Path, metavar="FILE", help=place)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of scores with standard errors, and the same as one JSON line."""
-    from switchable.coercion import build
     from switchable.data.config import DataConfig
     from switchable.evaluation.config import EvalConfig
 
-    flags = given_flags(args)
-    config, data = build(EvalConfig, flags, "the flags"), build(DataConfig, flags, "the flags")
-    picture = (
-        args.folder / "speed.png" if args.out is None else args.out.with_name(f"{args.out.stem}-speed.png")
-    )
+    config, data = given(EvalConfig, args), given(DataConfig, args)
+    picture = args.folder / "speed.png"
+    if args.out is not None:
+        picture = args.out.with_name(f"{args.out.stem}-speed.png")
     if config.speed and args.folder.is_dir():
         check_writable(picture)
     if args.out is not None:
@@ -90,11 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a file that cannot be written, or that is something else than older scores.
-
-    Raises:
-        InputError: says which.
-    """
+    """Raise InputError for a file that cannot be written, or that is something else than older scores."""
     check_writable(out)
     if not out.exists():
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from switchable.cli.flags import add_out
+
 HELP = "write a model for other tools: dense (plain checkpoint) or sparse (switchable)"
 
 WHAT = {
@@ -14,35 +16,17 @@ WHAT = {
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
-    verb.add_argument(
-        "folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or a converted model"
-    )
-    verb.add_argument(
-        "--to",
-        choices=("dense", "sparse"),
-        required=True,
-        help="; ".join(f"{to}: {what}" for to, what in WHAT.items()),
-    )
-    verb.add_argument("--out", type=Path, required=True, help="folder to write")
-    verb.add_argument(
-        "--experts-per-token",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="experts per token the sparse folder starts with: one number, or one for each FFN (default: the model's)",
-    )
-    verb.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        default="5GB",
-        help="largest file of weights (default %(default)s)",
-    )
-    verb.add_argument(
-        "--weights",
-        choices=("float32", "bfloat16", "int8"),
-        help="of the weights; int8, sparse alone: in 8 bits besides, for generate (default: as they are)",
-    )
+    model = "folder of a run, a checkpoint or a converted model"
+    verb.add_argument("folder", metavar="RUN", type=Path, help=model)
+    forms = "; ".join(f"{to}: {what}" for to, what in WHAT.items())
+    verb.add_argument("--to", choices=tuple(WHAT), required=True, help=forms)
+    add_out(verb, "folder to write", required=True)
+    k = "experts per token the sparse folder starts with: one number, or one for each FFN (default: the model's)"
+    verb.add_argument("--experts-per-token", type=int, nargs="+", metavar="K", help=k)
+    largest = "largest file of weights (default %(default)s)"
+    verb.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help=largest)
+    width = "of the weights; int8, sparse alone: in 8 bits besides, for generate (default: as they are)"
+    verb.add_argument("--weights", choices=("float32", "bfloat16", "int8"), help=width)
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
 
 

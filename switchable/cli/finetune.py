@@ -6,20 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from switchable.cli.flags import add_dataclass_flags, given_flags
+from switchable.cli.flags import add_dataclass_flags, add_out, given
 
 HELP = "fine-tune a model on sst2, cola or rte, dense or sparse"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.finetune.config import FinetuneConfig
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run or of a checkpoint")
     verb.add_argument("--data", required=True, type=Path, metavar="DIR", help="GLUE's folder")
-    verb.add_argument(
-        "--out", type=Path, metavar="DIR", help="save the fine-tuned model and results.json there"
-    )
+    add_out(verb, "save the fine-tuned model and results.json there")
     verb.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_dataclass_flags(verb.add_argument_group("fine-tuning"), FinetuneConfig)
     verb.add_argument("--quiet", action="store_true", help="show no progress")
@@ -27,10 +24,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, and print a table of scores with standard errors, and the same as one JSON line."""
-    from switchable.coercion import build
     from switchable.finetune.config import FinetuneConfig
 
-    config = build(FinetuneConfig, given_flags(args), "the flags")
+    config = given(FinetuneConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish, opened_by_transformers
     from switchable.evaluation.scores import table

@@ -7,8 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from switchable.cli.flags import add_dataclass_flags, given_flags
-from switchable.coercion import build
+from switchable.cli.flags import add_dataclass_flags, given
 from switchable.errors import InputError
 from switchable.options import Precision
 
@@ -16,7 +15,6 @@ HELP = "write text with a trained model, dense or sparse"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     verb.add_argument(
         "--prompt",
@@ -56,7 +54,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print each prompt and its continuation, one prompt's as it comes; on stderr, how it was written and how fast."""
-    asked = build(Precision, given_flags(args), "the flags").precision
+    asked = given(Precision, args).precision
     if asked is not None and args.weights not in (None, asked):
         raise InputError(
             f"--weights {args.weights} and --precision {asked} differ; give --weights alone, sums are float32 anyway"

@@ -3,63 +3,65 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from switchable.cli.flags import add_common, add_config_flags, given_flags
-from switchable.options import checked
+from switchable.cli.flags import add_common, add_config_flags, add_dataclass_flags, given, given_flags
+from switchable.options import check, fraction, option
 
 HELP = "what a run needs: memory, traffic, checkpoints, the cost of a switch, the expected gain"
 
 
-def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
-    verb.add_argument("--world-size", type=int, default=1, help="processes (default %(default)s)")
-    verb.add_argument("--gpu", help="a100, h100 or h200 (default: this machine, whose processor is measured)")
-    verb.add_argument(
-        "--link",
-        type=float,
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a run will be made on."""
+
+    world_size: int = option(1, "processes", least=1, most=10**6)
+    gpu: str | None = option(None, "a100, h100 or h200; none: this machine, whose processor is measured")
+    link: float | None = option(
+        None,
+        "what a rank sends to the others; none: the GPU's own link, right for ranks of one machine",
+        least=1e-6,
+        most=10**6,
         metavar="GB_PER_SECOND",
-        help="what a rank sends to the others; default: the GPU's own link, right for ranks of one machine",
     )
-    verb.add_argument(
-        "--activation-ratio",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="share of a layer's neurons that will fire on a token; `measure` lines of a short run have it "
-        "(default %(default)s)",
+    activation_ratio: float = fraction(
+        0.1, "share of a layer's neurons that will fire on a token; `measure` lines of a short run have it"
     )
-    verb.add_argument(
-        "--utilization",
-        type=float,
-        default=0.4,
-        help="share of the peak (of large products' speed) that a run reaches; measure it with a short one "
-        "(default %(default)s)",
+    utilization: float = option(
+        0.4,
+        "share of the peak (of large products' speed) that a run reaches; measure it with a short one",
+        least=1e-6,
+        most=1,
+        metavar="FRACTION",
     )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    add_dataclass_flags(verb, PlanConfig)
     add_common(verb)
     add_config_flags(verb)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures as a table and as one JSON line."""
+    asked, flags = given(PlanConfig, args), given_flags(args)
     from switchable.cli.output import finish
     from switchable.config import load
     from switchable.train.plan import device_here, device_named, estimates, plan
 
-    checked("--world-size", args.world_size, int, least=1, most=10**6)
-    checked("--utilization", args.utilization, float, least=1e-6, most=1)
-    checked("--activation-ratio", args.activation_ratio, float, least=0, most=1)
-    checked("--link", args.link, float | None, least=1e-6, most=10**6)
-    flags, gpu = given_flags(args), None if args.gpu is None else device_named(args.gpu)
+    gpu = None if asked.gpu is None else device_named(asked.gpu)
     # What a GPU would run is not what recipe `auto` is on this machine.
     config = load(args.config, flags if gpu is None else flags | {"device": "cuda"})
-    found = plan(config, config.data.vocab_size, args.world_size, args.activation_ratio)
-    device = gpu or device_here(config.train, args.world_size)
-    if args.link is not None:
-        device = replace(device, link=args.link * 1e9)
-    figures = vars(found) | estimates(found, config, args.world_size, device, args.utilization)
+    found = plan(config, config.data.vocab_size, asked.world_size, asked.activation_ratio)
+    device = gpu or device_here(config.train, asked.world_size)
+    if asked.link is not None:
+        device = replace(device, link=asked.link * 1e9)
+    figures = vars(found) | estimates(found, config, asked.world_size, device, asked.utilization)
     if not args.quiet:
-        print(f"{args.world_size} x {device.name}, {config.train.precision}")
+        print(f"{asked.world_size} x {device.name}, {config.train.precision}")
         for name, value in figures.items():
             print(f"{name:28} {_shown(name, value)}")
     finish({"device": device.name, **figures}, None if args.quiet else "the table above")

@@ -10,7 +10,6 @@ HELP = "text -> tokenizer -> token files (pretrain does it by itself)"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     add_common(verb)
     add_config_flags(verb, only=("data", "objective"))
 

@@ -9,42 +9,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchable.cli.flags import add_common, add_config_flags, given_flags
+from switchable.cli.flags import add_common, add_config_flags, add_out, given_flags
 from switchable.cli.output import finish
 from switchable.options import checked
 
 if TYPE_CHECKING:
     from switchable.config import RunConfig
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""How often torchrun (--max-restarts) has started the ranks again."""
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun (--max-restarts) has started the ranks again
 
 HELP = "pre-train a model with SSD; --recipe dense trains all dense"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.usage = "%(prog)s [CONFIG] [--data PATH ...] [--out DIR] [FLAG ...]"
-    verb.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/pretrain"),
-        help="folder of the run (default %(default)s)",
-    )
+    add_out(verb, "folder of the run", default="runs/pretrain")
     verb.add_argument("--resume", action="store_true", help="go on with the run in --out")
     verb.add_argument("--resume-from", metavar="STEP", help="checkpoint to go on from, e.g. step-000300")
     verb.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    verb.add_argument(
-        "--rank-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="under torchrun: how long a rank waits for the others before it gives up (default %(default)g)",
-    )
+    waits = "under torchrun: how long a rank waits for the others before it gives up (default %(default)g)"
+    verb.add_argument("--rank-timeout", type=float, default=600.0, metavar="SECONDS", help=waits)
     add_common(verb)
     add_config_flags(verb)
 

@@ -11,7 +11,6 @@ HELP = "show the recipes: all settings of switching, side by side"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     verb.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given_flags
+from switchable.cli.flags import RESERVED, add_dataclass_flags, add_out, given
 from switchable.errors import InputError
 from switchable.files import write_json
 
@@ -13,19 +13,13 @@ HELP = "measure activation over a run, a series of checkpoints or one model; pic
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments."""
     from switchable.study.config import StudyConfig
 
     what = "folder of a run, or of one model in Hugging Face form"
     verb.add_argument("folder", nargs="?", metavar="RUN", type=Path, help=what)
-    verb.add_argument(
-        "--checkpoints", nargs="+", metavar="DIR", help="study these models as a series, e.g. out/step*"
-    )
-    verb.add_argument(
-        "--out",
-        type=Path,
-        help="folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)",
-    )
+    series = "study these models as a series, e.g. out/step*"
+    verb.add_argument("--checkpoints", nargs="+", metavar="DIR", help=series)
+    add_out(verb, "folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)")
     verb.add_argument(
         "--text",
         dest=f"{RESERVED}text",
@@ -43,10 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, draw, and print where the report is, and what was found, as one JSON line."""
     if (args.folder is None) == (args.checkpoints is None):
         raise InputError("give either the folder of a run (or model), or a series with --checkpoints")
-    from switchable.coercion import build
     from switchable.study.config import StudyConfig
 
-    config = build(StudyConfig, given_flags(args), "the flags")
+    config = given(StudyConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
     from switchable.files import whole_folder

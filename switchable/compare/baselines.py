@@ -35,8 +35,7 @@ from switchable.switching.schedule import Schedule
 from switchable.switching.state import ScheduleState
 from switchable.train.setup import Variant
 
-LOAD_BALANCE = 0.01
-"""Coefficient of the load-balance loss, Fedus et al.'s."""
+LOAD_BALANCE = 0.01  # coefficient of the load-balance loss, Fedus et al.'s
 
 
 class StaticSchedule(Schedule):
@@ -50,12 +49,10 @@ class StaticSchedule(Schedule):
         return self.total_steps
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
-        """Return the mode of step `step` (counted from 0)."""
         began = state.began is not None and step >= state.began and any(state.takes_part)
         return "sparse" if began and step < self.total_steps else "dense"
 
     def phase_at(self, step: int, state: ScheduleState) -> str:  # noqa: ARG002
-        """Return `"dense"` or `"sparse"`."""
         return "dense" if state.began is None or not any(state.takes_part) else "sparse"
 
     def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:  # noqa: ARG002
@@ -69,15 +66,10 @@ class SparseSchedule(StaticSchedule):
 
     def initial(self, num_layers: int) -> ScheduleState:
         """Return the state at step 0: every layer sparse."""
-        return replace(
-            super().initial(num_layers),
-            takes_part=(True,) * num_layers,
-            began=0,
-            why_dense=("",) * num_layers,
-        )
+        dense = super().initial(num_layers)
+        return replace(dense, takes_part=(True,) * num_layers, began=0, why_dense=("",) * num_layers)
 
     def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002
-        """Return False."""
         return False
 
 
@@ -110,12 +102,8 @@ class PaperSchedule(Schedule):
     ) -> tuple[bool, ...]:
         if any(state.takes_part):
             return state.takes_part
-        join = (
-            step >= self.dense_until
-            and not missed(self.config, measures)
-            and not moves(self.config, measures)
-        )
-        return (join,) * len(measures)
+        waits = step < self.dense_until or missed(self.config, measures) or moves(self.config, measures)
+        return (not waits,) * len(measures)
 
     def _who_is_regrouped(
         self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]

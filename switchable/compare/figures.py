@@ -22,17 +22,10 @@ from typing import Any
 Figures = dict[str, float | None]
 
 OWN = (
-    "val_loss_dense",
-    "val_loss_sparse",
-    "bits_per_byte_dense",
-    "bits_per_byte_sparse",
-    "flops",
-    "flops_nonembedding",
-    "sparse_fraction",
-    "expert_fraction",
-    "wall_seconds",
-    "cpu_seconds",
-)
+    "val_loss_dense", "val_loss_sparse", "bits_per_byte_dense", "bits_per_byte_sparse", "flops", "flops_nonembedding",
+    "sparse_fraction", "expert_fraction", "wall_seconds", "cpu_seconds",
+)  # fmt: skip
+"""Figures of a run by itself."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +35,8 @@ class Validation:
     tokens: float
     flops: float
     seconds: float
-    cpu_seconds: float
-    """Of all threads together."""
-    loss: float
-    """Nats per token in the best mode."""
+    cpu_seconds: float  # of all threads together
+    loss: float  # nats per token in the best mode
 
 
 def curve(records: Sequence[Mapping[str, Any]]) -> list[Validation]:

@@ -39,18 +39,14 @@ from switchable.train.pretrain import count_step, finish
 from switchable.train.setup import Job, set_up
 from switchable.train.signals import StopRequest
 
-ROUTER_FRACTION = 0.05
-"""Router training as a fraction of the run's optimizer steps."""
+ROUTER_FRACTION = 0.05  # router training as a fraction of the run's optimizer steps
 
 
 def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
     """Make the run, in place of what its folder holds, from the finished dense run of its seed; return its summary.
 
-    `jobs` runs share the machine at this time, which is noted.
-
-    Raises:
-        FolderInUse: another process is at it.
-        InputError: the dense run is damaged, or its text has changed.
+    `jobs` runs share the machine at this time, which is noted. Raises FolderInUse if another process is at it, and
+    InputError if the dense run is damaged or its text has changed.
     """
     assert run.starts_from is not None
     rundir = RunDir(run.path)
@@ -67,9 +63,8 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
 
 
 def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[str, Any]:
-    counters = Counters(
-        job.data.train.sha256, **{name: before[name] for name in ("steps", "flops", "ran_with")}
-    )
+    kept = {name: before[name] for name in ("steps", "flops", "ran_with")}
+    counters = Counters(job.data.train.sha256, **kept)
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
     counters.flops_dense = counters.flops
     counters.note_machine(jobs, job.device)
@@ -154,11 +149,7 @@ def router_step_flops(model: nn.Module, flops: StepFlops) -> float:
 
 
 def _load_weights(final: Path, model: nn.Module) -> None:
-    """Load the weights of a dense run's exported model; the routers stay as they are.
-
-    Raises:
-        InputError: the export is damaged, or of another model.
-    """
+    """Load a dense run's exported weights, but no routers; InputError if they are damaged, or another model's."""
     damage = folders.verify(final)
     if damage is not None:
         summary = final.parent / "summary.json"

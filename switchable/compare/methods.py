@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,20 +47,12 @@ ALL_DENSE = {"recipe": "dense", "num_experts": 1, "experts_per_token": 1}
 class Method:
     """One way to train. A value that is a function is called with the user's configuration."""
 
-    summary: str
-    """One line, for tables and `--help`."""
-    switch: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the `switch` section."""
-    train: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the `train` section."""
+    summary: str  # one line, for tables and `--help`
+    switch: Mapping[str, Any] = field(default_factory=dict)  # changes to the `switch` section
+    train: Mapping[str, Any] = field(default_factory=dict)  # changes to the `train` section
     keeps: tuple[str, ...] | None = None
     """Settings of the `switch` section taken over from the user; None = all of them."""
-    starts_from: str | None = None
-    """The method whose finished run this one goes on from."""
-
-
-def _fraction_of_steps(fraction: float) -> Callable[[RunConfig], int]:
-    return lambda config: max(1, round(fraction * config.train.steps))
+    starts_from: str | None = None  # the method whose finished run this one goes on from
 
 
 def _models_learning_rate(config: RunConfig) -> float:
@@ -86,7 +78,7 @@ METHODS: dict[str, Method] = {
         switch={
             "max_activation_ratio": 1.0,
             "min_mass_caught": 0.0,
-            "sparse_steps": _fraction_of_steps(0.075),
+            "sparse_steps": lambda config: max(1, round(0.075 * config.train.steps)),
         },
         train={"router_learning_rate": _models_learning_rate},
         keeps=(*EXPERTS, *MEASURING, "stability_threshold"),
@@ -104,8 +96,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-MOST_TIMES = 100.0
-"""Largest factor of the steps."""
+MOST_TIMES = 100.0  # largest factor of the steps
 
 UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sample_prompt")
 """Settings of `train` that may differ from one start to the next: they alter neither results nor their spacing."""
@@ -114,8 +105,7 @@ UNCOMPARED = ("threads", "device", "log_every", "checkpoint_every", "keep", "sam
 def method_config(config: RunConfig, method: str, seed: int) -> RunConfig:
     """Return the user's configuration as a method changes it, for one seed of initial weights and data order.
 
-    Raises:
-        InputError: the changes do not fit the user's settings.
+    Raises InputError where the changes do not fit the user's settings.
     """
     chosen = named(method)
     steps = max(1, round(steps_factor(method) * config.train.steps))
@@ -135,11 +125,7 @@ def _resolved(changes: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
 
 
 def named(name: str) -> Method:
-    """Return a method by its name, with `@FACTOR` or without.
-
-    Raises:
-        InputError: it is not known (the nearest known one is named), or the factor is not possible.
-    """
+    """Return a method by its name, with `@FACTOR` or without; InputError if that is not known or not possible."""
     base, at, factor = name.partition("@")
     if base not in METHODS:
         raise InputError(
@@ -150,18 +136,13 @@ def named(name: str) -> Method:
         return method
     steps_factor(name)
     if method.starts_from is not None:
-        raise InputError(
-            f"{name}: {base} goes on from a {method.starts_from} run and has no steps of its own"
-        )
+        before = method.starts_from
+        raise InputError(f"{name}: {base} goes on from a {before} run and has no steps of its own")
     return dataclasses.replace(method, summary=f"{method.summary}; {factor} times the steps")
 
 
 def steps_factor(name: str) -> float:
-    """Return the factor in a method's name; 1 without one.
-
-    Raises:
-        InputError: it is not a number above 0 and at most `MOST_TIMES`.
-    """
+    """Return the factor in a method's name, 1 without one; InputError if it is not above 0, up to `MOST_TIMES`."""
     _, at, factor = name.partition("@")
     if not at:
         return 1.0
@@ -179,11 +160,7 @@ def in_order(names: Collection[str]) -> list[str]:
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods named, without repetitions.
-
-    Raises:
-        InputError: none, or an unknown one.
-    """
+    """Return the methods named, without repetitions; InputError for none, or an unknown one."""
     if not names:
         raise InputError(f"no method given; use one or more of {', '.join(METHODS)}")
     for name in names:

@@ -54,21 +54,15 @@ PAIRED = tuple(name for name in ROWS if name not in (*OWN, GAIN))
 """Figures of a run against the dense run of its seed."""
 
 HEADLINE = (
-    "delta_dense",
-    "delta_sparse",
-    "flops_ratio",
-    "flops_ratio_nonembedding",
-    "wall_ratio",
-    "time_to_dense_loss_ratio",
-)
+    "delta_dense", "delta_sparse", "flops_ratio", "flops_ratio_nonembedding", "wall_ratio", "time_to_dense_loss_ratio",
+)  # fmt: skip
 """Figures of `ssd` that the last line of output starts with."""
 
 
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     """Write the table of finished runs in all three forms; return what `compare.json` holds.
 
-    Raises:
-        InputError: a summary is damaged.
+    Raises InputError if a summary is damaged.
     """
     summaries = {(run.method, run.seed): run.summary() for run in runs}
     curves = {(run.method, run.seed): curve(read_records(run.path / "metrics.jsonl")) for run in runs}
@@ -119,9 +113,8 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
         for name, found in methods.items():
             lacking = [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
             if lacking:
-                said.append(
-                    f"{name} has seeds without a dense run ({_list(lacking)}); its ratios leave them out"
-                )
+                alone = f"{name} has seeds without a dense run ({_list(lacking)})"
+                said.append(f"{alone}; its ratios leave them out")
     for name, found in methods.items():
         for seed, why in found.get("why_dense", {}).items():
             said.append(f"{name}, seed {seed}, has no sparse mode: {why}")
@@ -147,7 +140,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(_list(found["seeds"]) for found in methods.values()) + " |")
     for figure, (name, form) in ROWS.items():
-        cells = [_cell(found[figure], form, _mark(figure, found)) for found in methods.values()]
+        sooner = [bool(found["ended_before_dense"].get(figure)) for found in methods.values()]
+        rows = zip(methods.values(), sooner, strict=True)
+        cells = [_cell(found[figure], form, " \\*" if marked else "") for found, marked in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = ["Mean over seeds ± standard deviation; — where there is no value."]
     early = [name for name, found in methods.items() if any(found["ended_before_dense"].values())]
@@ -171,9 +166,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
     """Return a closing sentence for every method that has a dense run to be compared with."""
     said = []
     for name, found in table["methods"].items():
-        parts = [
-            form.format(found[key]["mean"]) for key, form in SAID.items() if found[key]["mean"] is not None
-        ]
+        means = [(form, found[key]["mean"]) for key, form in SAID.items()]
+        parts = [form.format(mean) for form, mean in means if mean is not None]
         if name != "dense" and parts:
             said.append(f"{name} against dense, seeds {_list(found['seeds'])}: {', '.join(parts)}.")
     return said + [f"{warning}." for warning in table["warnings"]]
@@ -182,9 +176,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
 def headline(table: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Return the comparison's closing figures: ssd's headline ones, then every method's means."""
     names = (*OWN, *PAIRED, GAIN)
-    means = {
-        method: {name: found[name]["mean"] for name in names} for method, found in table["methods"].items()
-    }
+    methods = table["methods"].items()
+    means = {method: {name: found[name]["mean"] for name in names} for method, found in methods}
     first = {name: means.get("ssd", {}).get(name) for name in HEADLINE}
     rest = {"methods": means, "warnings": table["warnings"], "table": str(out / "compare.json")}
     return first | rest
@@ -199,10 +192,6 @@ def _ended_before_dense(
         "loss_at_dense_time": any(own[-1].seconds < dense[-1].seconds for own, dense in pairs),
         "loss_at_dense_flops": any(own[-1].flops < dense[-1].flops for own, dense in pairs),
     }
-
-
-def _mark(figure: str, found: Mapping[str, Any]) -> str:
-    return " \\*" if found["ended_before_dense"].get(figure) else ""
 
 
 def _cell(value: Mapping[str, Any], form: str, mark: str) -> str:

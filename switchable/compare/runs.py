@@ -25,8 +25,7 @@ class Run:
 
     method: str
     seed: int
-    path: Path
-    """Its folder."""
+    path: Path  # its folder
     config: RunConfig
 
     @property
@@ -45,11 +44,7 @@ class Run:
         return (self.path / "summary.json").exists()
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures of a finished run.
-
-        Raises:
-            InputError: the file is damaged.
-        """
+        """Return the figures of a finished run; InputError if the file is damaged."""
         file = self.path / "summary.json"
         try:
             return cast(dict[str, Any], read_json(file))
@@ -66,8 +61,7 @@ def folder(out: Path, method: str, seed: int) -> Path:
 def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
     """Return the runs of a comparison, seed by seed, each after the one it goes on from.
 
-    Raises:
-        InputError: settings that cannot work, or a folder that holds a run with other settings.
+    Raises InputError for settings that cannot work, or a folder that holds a run with other settings.
     """
     needed = [before for name in methods if (before := named(name).starts_from) is not None]
     every = [(method, seed) for seed in seeds for method in dict.fromkeys([*needed, *methods])]

@@ -28,8 +28,7 @@ RETRY_SECONDS = 2.0
 class _Child:
     process: subprocess.Popen[bytes]
     log: Path
-    shown: int
-    """Bytes of the log that were on it before, or have been shown."""
+    shown: int  # bytes of the log that were on it before, or have been shown
 
 
 class Supervisor:
@@ -122,7 +121,8 @@ class Supervisor:
             elif code == 0 or run.finished():  # some libraries crash while a process ends
                 self._say(f"{run.name}: finished")
             elif code == 2:
-                self._fail(run, _last_line(child.log))
+                last = child.log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+                self._fail(run, last or f"it left nothing in {child.log}")
             else:
                 self._fail(run, f"it ended with code {code}; {child.log} says why")
 
@@ -154,8 +154,3 @@ class Supervisor:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
-
-
-def _last_line(log: Path) -> str:
-    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-    return last or f"it left nothing in {log}"

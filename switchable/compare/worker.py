@@ -23,22 +23,18 @@ from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import SSD
 from switchable.train.signals import TrainingStopped
 
-IN_USE = 75
-"""Exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)."""
+IN_USE = 75  # exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)
 
 
 def task(run: Run, cache: Path, jobs: int) -> str:
     """Return what to tell a worker that shall train `run`."""
     paths = {"path": str(run.path), "cache": str(cache)}
-    return json.dumps(
-        {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs} | paths
-    )
+    told = {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs}
+    return json.dumps(told | paths)
 
 
 def train(run: Run, cache: Path, jobs: int) -> None:
-    """Start a run or go on with it by the method's own means, unless it is finished.
-
-    `jobs` runs share the machine at this time, which is noted.
+    """Start a run or go on with it by the method's own means, unless it is finished; `jobs` at a time are noted.
 
     Raises:
         FolderInUse: another process is at it.

@@ -52,14 +52,9 @@ class Batches:
     """
 
     def __init__(
-        self,
-        tokens: TokenSource,
-        objective: Objective,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
+        self, tokens: TokenSource, objective: Objective, batch_size: int, seed: int, rank: int = 0,
         world_size: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokens, self.objective = token_array(tokens), objective
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         _check_batch(batch_size, objective.window, rank, world_size)
@@ -101,24 +96,13 @@ class Batches:
 
 
 def validation_batches(
-    tokens: TokenSource,
-    objective: Objective,
-    batch_size: int,
-    eval_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[dict[str, Tensor]]:
+    tokens: TokenSource, objective: Objective, batch_size: int, eval_tokens: int, rank: int = 0, world_size: int = 1,
+) -> list[dict[str, Tensor]]:  # fmt: skip
     """Return the batches to validate on, always the same: windows side by side from the start of the file.
 
-    Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left
-    out, unless it is the only one.
-
-    Args:
-        tokens, objective, batch_size, rank, world_size: as of `Batches`.
-        eval_tokens: how many tokens to evaluate at most; the whole file if it holds fewer.
-
-    Raises:
-        InputError: not even one window per rank.
+    Every rank gets the same number of batches of the same shape; a last batch that would be smaller is left out, unless
+    it is the only one. At most `eval_tokens` tokens are used; the rest is as for `Batches`. Raises InputError if there
+    is not even one window per rank.
     """
     array, length = token_array(tokens), objective.window
     _check_batch(batch_size, length, rank, world_size)
@@ -141,18 +125,11 @@ def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
 
 
 def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
-    """Return the loss in bits per byte of text, which does not depend on the tokenizer.
+    """Return a loss (nats per token, ends of text included) in bits per UTF-8 byte, whatever the tokenizer.
 
-    loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only
-    some of it was evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts.
-
-    Args:
-        loss_nats_per_token: mean cross-entropy (nats per token).
-        tokens: tokens of a text, ends of text included.
-        bytes: UTF-8 bytes of the same text.
-
-    Raises:
-        ValueError: no tokens or no bytes.
+    loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only some of it
+    was
+    evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts. Raises ValueError if there are none.
     """
     if tokens <= 0 or bytes <= 0:
         raise ValueError(f"bits per byte needs tokens and bytes above 0, not {tokens} and {bytes}")
@@ -162,8 +139,7 @@ def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
 def token_array(tokens: TokenSource) -> npt.NDArray[np.integer[Any]]:
     """Return the token ids of a file that `tokens.prepare` made, mapped into memory, or the array itself.
 
-    Raises:
-        InputError: not a token file.
+    Raises InputError for anything else than such a file.
     """
     if isinstance(tokens, np.ndarray):
         return tokens.view(np.ndarray)  # slices of np.memmap are slow, of a plain view of it fast

@@ -19,9 +19,7 @@ class DataConfig:
         "source files",
         metavar="PATH",
     )
-    text_field: str = option(
-        "text", "field of a JSON record, or Parquet column, that holds the text", metavar="NAME"
-    )
+    text_field: str = option("text", "field of a JSON record, or Parquet column, that holds the text")
     document_separator: str | None = option(
         None,
         r"text between the documents of a text file, as '\n\n'; none: a file is a document",
@@ -39,11 +37,7 @@ class DataConfig:
         metavar="DIR",
     )
     vocab_size: int = option(
-        4096,
-        "vocabulary of the BPE trained here (tokens, special ones included)",
-        least=1,
-        most=10**6,
-        metavar="N",
+        4096, "vocabulary of the BPE trained here (tokens, special ones included)", least=1, most=10**6
     )
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ Documents of nothing but white space are skipped, and so are records whose text 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from switchable.data.readers import documents_of, text_of
 from switchable.data.sources import HubDataset, Item, SourceFile, resolve
@@ -62,10 +63,8 @@ def _filled(streams: Iterable[Iterator[str]], names: Sequence[str]) -> Iterator[
 def _embedded_documents(files: Iterable[Item]) -> Iterator[str]:
     for file in files:
         assert isinstance(file, SourceFile)
-        try:
+        with suppress(UnicodeDecodeError):  # a few library files show other encodings on purpose
             yield file.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a few library files show other encodings on purpose
 
 
 def _read(item: Item, text_field: str, separator: str | None) -> Iterator[str]:

@@ -45,9 +45,8 @@ def encode_batch(
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
-        yield from tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        yield from encoded["input_ids"]
         return
     backend.no_truncation()
     backend.no_padding()

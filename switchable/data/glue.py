@@ -19,16 +19,11 @@ class GlueTask:
     """How a task's files look, and how it is scored."""
 
     folder: str
-    header: bool
-    """Whether the first line names the columns."""
-    texts: tuple[int, ...]
-    """Columns that hold the text or the pair of texts."""
-    label: int
-    """Column that holds the label."""
-    labels: tuple[str, ...]
-    """What the label may be; its place here is its number."""
-    metric: str
-    """`"accuracy"` or `"matthews"`: the metric that GLUE reports."""
+    header: bool  # whether the first line names the columns
+    texts: tuple[int, ...]  # columns that hold the text or the pair of texts
+    label: int  # column that holds the label
+    labels: tuple[str, ...]  # what the label may be; its place here is its number
+    metric: str  # `"accuracy"` or `"matthews"`: the metric that GLUE reports
 
 
 TASKS = {
@@ -49,8 +44,7 @@ class Example:
 def examples(task: str, folder: Path, split: str) -> list[Example]:
     """Return the examples of a task's split (`"train"` or `"dev"`), in the order of the file.
 
-    Raises:
-        InputError: unknown task, no such file, or a line that does not have the task's form.
+    Raises InputError for an unknown task, a missing file, or a line that does not have the task's form.
     """
     if task not in TASKS:
         raise InputError(f"task {task!r} is not known; use one of {', '.join(TASKS)}{nearest(task, TASKS)}")

@@ -29,13 +29,7 @@ END_OF_ARRAY = re.compile(r"\s*(\[\s*)?\]\s*")
 
 
 def documents_of(file: SourceFile, text_field: str = "text", separator: str | None = None) -> Iterator[str]:
-    """Yield the documents of a file.
-
-    Args:
-        file: what to read.
-        text_field: field of a record that holds its text.
-        separator: what stands between the documents of a text file.
-    """
+    """Yield the documents of a file: records' `text_field`, or text cut at `separator`."""
     if file.form == "text":
         return text_documents(file, separator)
     records = {"JSON lines": _lines, "JSON array": _array, "Parquet": _rows}[file.form]

@@ -29,9 +29,8 @@ FORMS = {
     ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON lines",
 }  # fmt: skip
 OTHER_SUFFIXES = (".csv", ".tsv", ".py")  # of names that are no datasets
-DATASET_NAME = re.compile(
-    r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?"
-)  # name, config, split
+OWNER_NAME, MORE = r"([A-Za-z0-9][\w.-]*/[\w.-]+)", r"(?::([\w.-]+))?"
+DATASET_NAME = re.compile(OWNER_NAME + MORE + MORE)  # name, config, split
 NOT_EMBEDDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folder names
 HEAD_BYTES = 8192  # of a file that are looked at
 NAMED = 8  # files that a line names at most
@@ -52,10 +51,8 @@ class SourceFile:
     """A file to read."""
 
     path: Path
-    form: str
-    """`"text"`, `"JSON lines"`, `"JSON array"` or `"Parquet"`."""
-    packing: str = ""
-    """Suffix of how it is packed, as `".gz"`; empty: it is not."""
+    form: str  # `"text"`, `"JSON lines"`, `"JSON array"` or `"Parquet"`
+    packing: str = ""  # suffix of how it is packed, as `".gz"`; empty: it is not
 
     @property
     def kind(self) -> str:
@@ -71,8 +68,7 @@ class Sources:
     """What the names of a corpus stand for."""
 
     items: list[Item] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Files that were found but are not read, and why."""
+    skipped: dict[str, str] = field(default_factory=dict)  # files that were found but are not read, and why
 
     def __str__(self) -> str:
         """Return what is read and what is skipped."""
@@ -201,12 +197,7 @@ def _suffix(path: Path) -> str:
 
 
 def look_at(path: Path) -> SourceFile:
-    """Return what a file is.
-
-    Raises:
-        NotText: none of the forms.
-        InputError: it cannot be read, or not unpacked.
-    """
+    """Return what a file is; NotText if it is none of the forms, InputError if it cannot be read or unpacked."""
     packing = packing_of(path)
     with opened(path, packing) as file:
         head = file.read(HEAD_BYTES)

@@ -26,8 +26,7 @@ class Scan:
 
     documents: int = 0
     text_bytes: int = 0
-    threshold: int = 0
-    """Documents whose hash is below are validation documents."""
+    threshold: int = 0  # documents whose hash is below are validation documents
     sample: list[tuple[int, int, str]] = field(default_factory=list)
     """(hash, bytes, text), a heap with the smallest hash on top: the documents with the largest hashes."""
 
@@ -44,11 +43,7 @@ def hashed_documents(config: DataConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def scan_corpus(config: DataConfig, progress: bool) -> Scan:
-    """Read the corpus once.
-
-    Raises:
-        InputError: there are no two different documents.
-    """
+    """Read the corpus once; InputError if there are no two different documents."""
     found = Scan()
     lowest, highest, sampled = 1 << 64, -1, 0
     limit = None if config.max_text_mb is None else config.max_text_mb * 1e6

@@ -62,15 +62,10 @@ class EndOfText(NamedTuple):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `texts`, with the special tokens that an objective wants.
+    """Train a byte-level BPE on `texts`, with the special tokens that an objective wants (`SPECIAL_TOKENS`).
 
-    Args:
-        texts: documents to train on; they are held in memory by the trainer as word counts.
-        vocab_size: tokens in the vocabulary, special ones included; a small corpus may give fewer.
-        objective: `"causal"`: `<|endoftext|>` only, with id 0; `"masked"`: those of RoBERTa; `"span"`: those of T5.
-
-    Raises:
-        InputError: `vocab_size` has no room for all bytes and the special tokens.
+    The trainer holds the texts in memory as word counts. `vocab_size` are tokens, special ones included; a small corpus
+    may give fewer. Raises InputError if there is no room for all bytes and the special tokens.
     """
     check_vocab_size(vocab_size, objective)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -80,11 +75,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, objective: str = "causal") 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     if objective in TEMPLATES:
@@ -110,9 +103,8 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def special_tokens(objective: str) -> list[str]:
     """Return the special tokens of a tokenizer trained here for an objective, in the order of their ids."""
-    return list(dict.fromkeys(SPECIAL_TOKENS[objective].values())) + (
-        SENTINELS if objective == "span" else []
-    )
+    named = dict.fromkeys(SPECIAL_TOKENS[objective].values())
+    return [*named, *(SENTINELS if objective == "span" else [])]
 
 
 def check_vocab_size(vocab_size: int, objective: str = "causal") -> None:
@@ -145,7 +137,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     elif {"vocab.json", "merges.txt"} <= present:
         loader = GPT2Tokenizer
     elif "vocab.txt" in present:
-        loader, options = BertTokenizer, {"do_lower_case": _is_lower_case(path / "vocab.txt")}
+        words = (path / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        lower = all(word == word.lower() for word in words if not word.startswith("["))
+        loader, options = BertTokenizer, {"do_lower_case": lower}
     elif "spiece.model" in present:
         if importlib.util.find_spec("sentencepiece") is None:
             raise InputError(
@@ -205,18 +199,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     write_json(path, config)
 
 
-def _is_lower_case(vocabulary: Path) -> bool:
-    words = vocabulary.read_text(encoding="utf-8", errors="replace").split("\n")
-    return not any(word != word.lower() for word in words if not word.startswith("["))
-
-
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the files that define a folder's tokenizer, sorted; InputError if there is no such folder."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        known = (
-            [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        )
+        known = [entry.name for entry in path.parent.glob("*") if entry.is_dir()]
         raise InputError(
             f"no such tokenizer folder: {str(folder)!r}{nearest(path.name, known)}; give a local folder "
             "(nothing is downloaded), or none to train a byte-level BPE"
@@ -254,11 +241,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:
-    """Refuse a tokenizer with more tokens than a model's embedding has rows.
-
-    Raises:
-        InputError: says both numbers.
-    """
+    """Raise InputError for a tokenizer with more tokens than a model's embedding has rows."""
     if vocabulary_size(tokenizer) > rows:
         raise InputError(
             f"the tokenizer of {where} has {vocabulary_size(tokenizer):,} tokens, but the model's vocabulary only "

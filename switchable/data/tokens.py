@@ -15,10 +15,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +40,9 @@ class Split:
 
     path: Path
     documents: int
-    text_bytes: int
-    """UTF-8 bytes of the documents, ends of text not counted."""
-    tokens: int
-    """Tokens in the file, one end of text per document included."""
-    sha256: str
-    """Of the token file."""
+    text_bytes: int  # UTF-8 bytes of the documents, ends of text not counted
+    tokens: int  # tokens in the file, one end of text per document included
+    sha256: str  # of the token file
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,14 @@ class PreparedData:
     """A corpus as tokens on disk; everything here is read from the folder's `meta.json`."""
 
     folder: Path
-    fingerprint: str
-    """Of every setting, and of the source files' names, sizes and times."""
+    fingerprint: str  # of every setting, and of the source files' names, sizes and times
     train: Split
     val: Split
-    vocab_size: int
-    """Rows that an embedding needs; may be less than asked for when the corpus is small."""
-    dtype: str
-    """Of the token files: `uint16` or `uint32`."""
-    tokenizer_path: Path
-    """For `AutoTokenizer.from_pretrained`."""
+    vocab_size: int  # rows that an embedding needs; may be less than asked for when the corpus is small
+    dtype: str  # of the token files: `uint16` or `uint32`
+    tokenizer_path: Path  # for `AutoTokenizer.from_pretrained`
     end_of_text: tokenizers.EndOfText
-    read: str
-    """What was read, and what was skipped."""
+    read: str  # what was read, and what was skipped
 
     def __str__(self) -> str:
         """Return what was read, skipped, and set aside for validation."""
@@ -210,17 +202,17 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     end = tokenizers.end_of_text(tokenizer)
     vocab_size = tokenizers.vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    with (
-        _SplitWriter(folder / "train.bin", dtype) as train,
-        _SplitWriter(folder / "val.bin", dtype) as val,
-        progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar,
-    ):
-        _tokenize(config, scan, tokenizer, end.id, (train, val), bar)
+    files = (folder / f"{side}.bin" for side in ("train", "val"))
+    with ExitStack() as open_files, progress_bar("tokenizing", "B", scan.text_bytes, progress) as bar:
+        train, val = (_SplitWriter(open_files.enter_context(path.open("wb"))) for path in files)
+        _tokenize(config, scan, tokenizer, np.array([end.id], dtype), (train, val), bar)
+    where = ", ".join(map(repr, config.data)) or "the Python installation's own source files (no --data)"
+    cap = "" if config.max_text_mb is None else f", up to {config.max_text_mb:g} MB"
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "settings": dataclasses.asdict(config),
-        "read": _what_is_read(config),
+        "read": f"{where}{cap}: {sources.resolve(config.data)}",
         "splits": {"train": train.summary(), "val": val.summary()},
         "vocab_size": vocab_size,
         "dtype": dtype,
@@ -229,23 +221,15 @@ def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, p
     write_json(folder / "meta.json", meta)
 
 
-def _what_is_read(config: DataConfig) -> str:
-    where = ", ".join(map(repr, config.data)) or "the Python installation's own source files (no --data)"
-    cap = "" if config.max_text_mb is None else f", up to {config.max_text_mb:g} MB"
-    return f"{where}{cap}: {sources.resolve(config.data)}"
-
-
 # --- second pass: tokens ---
 
 
 class _SplitWriter:
     """Writes one token file and counts what goes in."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.dtype = dtype
+    def __init__(self, file: IO[bytes]) -> None:
         self.documents = self.text_bytes = self.tokens = 0
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
+        self._file, self._digest = file, hashlib.sha256()
 
     def write(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> None:
         data = ids.tobytes()
@@ -259,30 +243,20 @@ class _SplitWriter:
         counts = {"documents": self.documents, "text_bytes": self.text_bytes, "tokens": self.tokens}
         return counts | {"sha256": self._digest.hexdigest()}
 
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
 
 def _tokenize(
-    config: DataConfig,
-    scan: Scan,
-    tokenizer: Any,
-    end_id: int,
-    sides: tuple[_SplitWriter, _SplitWriter],
+    config: DataConfig, scan: Scan, tokenizer: Any, end_1: npt.NDArray[Any], sides: tuple[_SplitWriter, _SplitWriter],
     bar: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Write every document, and the end of text after it, to its side; `sides` are (train, val)."""
     train, val = sides
     waiting: list[tuple[str, _SplitWriter]] = []
     waiting_bytes = 0
 
     def flush() -> None:
-        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], train.dtype)
+        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], end_1.dtype)
         for ids, (text, side) in zip(encoded, waiting, strict=True):
-            side.write(text, np.append(ids, ids.dtype.type(end_id)))
+            side.write(text, np.append(ids, end_1))
         bar.update(waiting_bytes)
         waiting.clear()
 

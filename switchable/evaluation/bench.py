@@ -24,30 +24,21 @@ from switchable.timing import processor, take_turns
 
 
 def measure(
-    model: nn.Module,
-    tokens: Sequence[int],
-    experts_per_token: int | None,
-    training: bool,
-    seconds: float,
-    precision: str | None = None,
-    show: Callable[[str], object] = lambda _line: None,
-) -> dict[str, Any]:
+    model: nn.Module, tokens: Sequence[int], experts_per_token: int | None, training: bool, seconds: float,
+    precision: str | None = None, show: Callable[[str], object] = lambda _line: None,
+) -> dict[str, Any]:  # fmt: skip
     """Time every layer of a converted model on the CPU that takes part in sparse mode; the model's modes are kept.
 
     `tokens` are numbers of tokens at once, `seconds` are spent on each of them in each layer, and `show` is given each
     line of the table. K is `experts_per_token`, or each layer's own. Without `training`, which times forward and
-    backward, it is the forward alone, without gradients. `precision` is that of the products; None takes the
-    weights'.
-
-    Raises:
-        InputError: no layer takes part in sparse mode, or K is impossible.
+    backward, it is the forward alone, without gradients. `precision` is that of the products; None takes the weights'.
+    Raises InputError if no layer takes part in sparse mode, or K is impossible.
     """
     check_sparse(model)
     layers = [layer for layer in layers_of(model) if layer.ssd.takes_part]
     widest = max(layer.ssd.d_ff for layer in layers)
-    refuse_more_than_memory(
-        4 * max(tokens) * widest, f"a layer of {widest} neurons with {max(tokens)} tokens"
-    )
+    most = max(tokens)
+    refuse_more_than_memory(4 * most * widest, f"a layer of {widest} neurons with {most} tokens")
     precision = chosen_precision(model, precision)
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     show("{processor}, {threads} threads, torch {torch}".format_map(machine))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchable.options import Precision, check, option
+from switchable.options import Precision, option
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class EvalConfig(Precision):
         metavar="TASK",
     )
     mode: tuple[str, ...] = option(
-        (), "none: both, if the model can", choices=("dense", "sparse"), flag=False
+        (), "how the FFNs multiply; none: both, if the model can", choices=("dense", "sparse")
     )
     experts_per_token: tuple[int, ...] = option((), "values of K in sparse mode", least=1, metavar="K")
     mass: tuple[float, ...] = option(
@@ -35,15 +35,11 @@ class EvalConfig(Precision):
         None,
         "round the weights to this width first; none: as they are",
         choices=("float32", "bfloat16", "int8"),
-        metavar="NAME",
     )
-    batch_size: int = option(8, "sequences at a time", least=1, metavar="N")
+    batch_size: int = option(8, "sequences at a time", least=1)
     sequence_length: int | None = option(
         None, "window of text, at most the model's positions; none: the training's", least=2, metavar="TOKENS"
     )
-    limit: int | None = option(None, "examples per task at most", least=1, metavar="N")
-    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu", metavar="NAME")
-    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024, metavar="N")
-
-    def __post_init__(self) -> None:
-        check(self)
+    limit: int | None = option(None, "examples per task at most", least=1)
+    device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
+    threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)

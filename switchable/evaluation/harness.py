@@ -29,15 +29,13 @@ from switchable.evaluation.ways import Way, multiplying
 from switchable.infer.loss import objective_of_model
 
 LOCAL = [f"{name}=PATH" for name in NAMES]
-RESAMPLES = 1000
-"""Bootstrap resamples of lm-eval, for metrics whose standard error has no formula."""
+RESAMPLES = 1000  # bootstrap resamples of lm-eval, for metrics whose standard error has no formula
 
 
 def resolve_tasks(names: Sequence[str]) -> list[Any]:
     """Return tasks (`NAME=PATH`: one of our task files, `NAME`: lm-eval's) in lm-eval's form, before a model is loaded.
 
-    Raises:
-        InputError: lm-eval is not installed, an unknown task (the nearest names are listed), or missing data.
+    Raises InputError without lm-eval, for an unknown task (the nearest names are listed), or missing data.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks need lm-eval: pip install 'switchable[eval]'")
@@ -68,19 +66,13 @@ def _check_known(name: str) -> None:
 
 
 def task_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Any],
-    found_ways: Iterable[Way],
-    batch_size: int,
-    limit: int | None = None,
-) -> list[Score]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Any], found_ways: Iterable[Way],
+    batch_size: int, limit: int | None = None,
+) -> list[Score]:  # fmt: skip
     """Return every metric of every task of `resolve_tasks` in every way, of at most `limit` examples per task.
 
-    The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time.
-
-    Raises:
-        InputError: the data of one of lm-eval's tasks cannot be had.
+    The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time. Raises
+    InputError if the data of one of lm-eval's tasks cannot be had.
     """
     scores: list[Score] = []
     with quiet_harness():

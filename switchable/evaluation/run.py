@@ -27,40 +27,32 @@ from switchable.progress import progress_bar, say
 from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
 from switchable.train.setup import pick_device
 
-MASS = 0.9
-"""That speed is measured with, besides all K experts, where none is given."""
+MASS = 0.9  # that speed is measured with, besides all K experts, where none is given
 
 
 class Evaluation(NamedTuple):
     """What an evaluation found."""
 
     scores: list[Score]
-    precision: str
-    """Of the multiplications."""
-    weights: str
-    """Their width."""
-    speeds: list[Speed]
-    """How fast it writes in each way, if that was asked for."""
+    precision: str  # of the multiplications
+    weights: str  # their width
+    speeds: list[Speed]  # how fast it writes in each way, if that was asked for
 
 
 def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = False) -> Evaluation:
     """Return the scores of a folder's model, on tasks and on the text of `data`, if there is any.
 
-    Without tasks and text it is a run's own validation text: as many tokens as its training used.
-
-    With `show` say in what precision it multiplies, what the model's own sparse mode is, and how far the work is.
-
-    Raises:
-        InputError: nothing to evaluate on, an unknown task, missing data, an impossible mode or K, or a model that
-            cannot be evaluated so.
+    Without tasks and text it is a run's own validation text: as many tokens as its training used. With `show` say in
+    what precision it multiplies, what the model's own sparse mode is, and how far the work is. Raises InputError
+    without anything to evaluate on, for an unknown task, missing data, an impossible mode or K, or a model that cannot
+    be evaluated so.
     """
     tasks = resolve_tasks(config.tasks) if config.tasks else []
     trained, most_tokens = run_config(find_model(folder)), None
     if not data.data and (config.speed or not tasks):
         if trained is None:
-            raise InputError(
-                "nothing to evaluate on; give text with --data, or tasks, e.g. --tasks lambada=PATH"
-            )
+            give = "give text with --data, or tasks, e.g. --tasks lambada=PATH"
+            raise InputError(f"nothing to evaluate on; {give}")
         data, most_tokens = trained.data, trained.train.eval_tokens
     trained = trained or RunConfig()
     has_text = most_tokens is not None or bool(data.data)
@@ -120,7 +112,6 @@ def _window(model: Any, wished: int | None, trained: int) -> int:
     if positions is None:
         return wished or trained
     if wished is not None and wished > positions:
-        raise InputError(
-            f"sequence_length={wished} is more than the {positions} positions of the model; use fewer"
-        )
+        most = f"the {positions} positions of the model"
+        raise InputError(f"sequence_length={wished} is more than {most}; use fewer")
     return wished or min(trained, positions)

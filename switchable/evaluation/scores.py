@@ -29,8 +29,7 @@ class Score:
     metric: str
     way: Way
     value: float
-    stderr: float | None
-    """Standard error over the examples; None where there is none to give."""
+    stderr: float | None  # standard error over the examples; None where there is none to give
     examples: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,11 +27,7 @@ NAMES = ("lambada", *glue.TASKS)
 
 
 def task_config(name: str, path: Path) -> dict[str, Any]:
-    """Return a task in lm-eval's form, with its data.
-
-    Raises:
-        InputError: unknown task, or its data are not at the path.
-    """
+    """Return a task in lm-eval's form, with its data; InputError: unknown task, or its data are not at the path."""
     if name not in NAMES:
         raise InputError(
             f"task {name!r} has no task file here; those with local data are {', '.join(NAMES)}{nearest(name, NAMES)}"

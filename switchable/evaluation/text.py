@@ -40,20 +40,14 @@ Batch = dict[str, Tensor]
 class TokenisedText:
     """Documents as tokens."""
 
-    ids: npt.NDArray[np.int64]
-    """An end of text, then each document and its end of text: [tokens + 1]."""
-    text_bytes: int
-    """UTF-8 bytes of the documents."""
+    ids: npt.NDArray[np.int64]  # an end of text, then each document and its end of text: [tokens + 1]
+    text_bytes: int  # UTF-8 bytes of the documents
 
 
 def tokenise(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
 ) -> TokenisedText:
-    """Return documents as tokens, so many whole ones that there are `most_tokens`.
-
-    Raises:
-        InputError: there is no text.
-    """
+    """Return documents as tokens, so many whole ones that there are `most_tokens`; InputError if there is no text."""
     end = np.array([end_of_text(tokenizer).id], np.int64)
     pieces, text_bytes, tokens = [end], 0, 0
     for text in documents:
@@ -84,9 +78,8 @@ def text_scores(
     scores = []
     for way in found_ways:
         with multiplying(model, way):
-            nats, tokens = _per_window(
-                model, progress_bar(f"text, {way}", "batch", show=progress, over=batches)
-            )
+            bar = progress_bar(f"text, {way}", "batch", show=progress, over=batches)
+            nats, tokens = _per_window(model, bar)
         loss, stderr = float(nats.sum() / tokens.sum()), _ratio_stderr(nats, tokens)
         found = {f"loss ({objective.unit})": (loss, stderr)}
         if causal:

@@ -15,12 +15,10 @@ from switchable.ffn.convert import check_sparse, in_mode, layers_of
 class Way:
     """How the FFNs multiply."""
 
-    mode: str
-    """`"dense"` or `"sparse"`."""
+    mode: str  # `"dense"` or `"sparse"`
     experts_per_token: int | tuple[int | None, ...] | None = None
     """K in sparse mode; for each FFN where they differ, None for one that stays dense."""
-    mass: float = 1.0
-    """Below 1: the fewest of K experts whose shares add up to it."""
+    mass: float = 1.0  # below 1: the fewest of K experts whose shares add up to it
 
     def __str__(self) -> str:
         if self.mode == "dense":
@@ -41,10 +39,8 @@ def ways(
 
     `modes` are `"dense"`, `"sparse"`; empty: both, or dense alone if no layer takes part in sparse mode.
     `experts_per_token` has values of K for sparse mode; the model's own comes last, to compare them with. With `masses`
-    all these come again as the most experts of a token, once for each.
-
-    Raises:
-        InputError: an impossible K, or sparse mode of a model that has none.
+    all these come again as the most experts of a token, once for each. Raises InputError for an impossible K, or sparse
+    mode of a model that has none.
     """
     layers = [layer.ssd for layer in layers_of(model)]
     if "sparse" in modes or experts_per_token or masses:

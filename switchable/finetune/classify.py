@@ -53,20 +53,14 @@ METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
 def finetune(
-    run: Path,
-    data: Path,
-    config: FinetuneConfig,
-    out: Path | None = None,
-    overwrite: bool = False,
+    run: Path, data: Path, config: FinetuneConfig, out: Path | None = None, overwrite: bool = False,
     quiet: bool = False,
-) -> tuple[list[Score], dict[str, Any]]:
+) -> tuple[list[Score], dict[str, Any]]:  # fmt: skip
     """Fine-tune the model of a run or checkpoint on a task in GLUE's folder `data`, and score it on the dev set.
 
     The model and `results.json` are saved to `out`, if given, over a model that is there if `overwrite` allows it.
-    Returns the scores, and the same with the settings as plain values.
-
-    Raises:
-        InputError: missing data or model, an impossible mode or K, a tokenizer that does not fit, or `out` in use.
+    Returns the scores, and the same with the settings as plain values. Raises InputError for missing data or model, an
+    impossible mode or K, a tokenizer that does not fit, or `out` in use.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'switchable[finetune]'")
@@ -118,8 +112,7 @@ def finetune(
 def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Return the model of a run under a new classification head, switchable, with its routers; and its tokenizer.
 
-    Raises:
-        InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
+    InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
     body, tokenizer = load_with_tokenizer(run)
     before = layers_of(body)
@@ -139,13 +132,9 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
 
 
 def _trainer(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FinetuneConfig,
-    device: torch.device,
-    precision: str,
-    quiet: bool,
-) -> Trainer:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, device: torch.device,
+    precision: str, quiet: bool,
+) -> Trainer:  # fmt: skip
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is written: no checkpoints, no logs
         per_device_train_batch_size=config.batch_size,

@@ -7,7 +7,7 @@ A folder is filled under a temporary name, flushed to disk and renamed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,7 @@ def verify(folder: Path, skip: str = "") -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256(path) != checksum:
             return f"{name} does not have its checksum"
-    for path in (folder / name for name in files if name.endswith("tensors")):
-        for name in sorted(TensorFile(path).names):
-            # One at a time, in a file opened anew: the files may be larger than the memory.
-            found = not_finite({name: TensorFile(path).mapped(name)})
-            if found is not None:
-                return found
-    return None
+    return _not_finite(folder / name for name in files if name.endswith("tensors"))
 
 
 def check_whole(folder: Path, skip: str = "") -> None:
@@ -67,3 +61,13 @@ def check_whole(folder: Path, skip: str = "") -> None:
     damage = verify(folder, skip)
     if damage is not None:
         raise InputError(f"{folder} is damaged ({damage}); give another checkpoint, or write it again")
+
+
+def _not_finite(paths: Iterable[Path]) -> str | None:
+    """Look at one tensor at a time, each in a file opened anew: the files may be larger than the memory."""
+    for path in paths:
+        for name in sorted(TensorFile(path).names):
+            found = not_finite({name: TensorFile(path).mapped(name)})
+            if found is not None:
+                return found
+    return None

@@ -22,7 +22,7 @@ TEXTS = {
         "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable. Told "
         "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`), `pipeline` and "
         "the Auto classes open it in sparse mode, by the two lines of modeling_switchable.py. `transformers serve` "
-        "opens the dense model whatever it is told: it takes the class that config.json names from transformers.",
+        "opens the dense model whatever it is told: it takes the class named in config.json from transformers itself.",
     ),
 }
 """What a folder holds -> the lines, and what else to know."""

@@ -26,8 +26,7 @@ from switchable.files import whole_file
 
 MARKERS = "osD^vPX*<>"
 DENSE, SPARSE, TRAIN = "#00334e", "#d55e00", "#9aa5ad"
-PANEL_INCHES = (4.4, 3.3)
-"""Width and height of a panel: its text is still legible on a phone's width."""
+PANEL_INCHES = (4.4, 3.3)  # width and height of a panel: its text is still legible on a phone's width
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "switchable", "font.size": 10.0, "axes.titlesize": 10.0}
 PNG_DPI = 150
 
@@ -44,13 +43,8 @@ class Picture:
         self.points.append((axes, x, y, text))
 
     def line(
-        self,
-        axes: Axes,
-        xs: Sequence[float],
-        ys: Sequence[float],
-        text: Callable[[Any, Any], str],
-        **style: Any,
-    ) -> None:
+        self, axes: Axes, xs: Sequence[float], ys: Sequence[float], text: Callable[[Any, Any], str], **style: Any,
+    ) -> None:  # fmt: skip
         """Draw a line that tells `text(x, y)` at each of its points."""
         axes.plot(xs, ys, **style)
         for x, y in zip(xs, ys, strict=True):

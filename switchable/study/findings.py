@@ -36,10 +36,6 @@ def headline(study: Study) -> str:
     )
 
 
-def _behind_first(study: Study) -> list[int]:
-    return list(range(1, study.num_layers)) or list(range(study.num_layers))
-
-
 def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]:
     if not layers or not all(series[i][0] for i in layers):
         return []
@@ -49,7 +45,7 @@ def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]
 
 def _sparsity(study: Study) -> str:
     series = study.series("activation_ratio")
-    layers = _behind_first(study)
+    layers = list(range(1, study.num_layers)) or list(range(study.num_layers))
     points = _mean_series(series, layers)
     if not points:
         return ""

@@ -30,10 +30,8 @@ from switchable.switching.patterns import pack
 EXACT_ZEROS = ("relu", "relu2", "relu6")
 """Activations (names in `ACT2FN`) that are exactly zero for an inactive neuron."""
 OUTPUT_SHARE = 0.99
-SAMPLED_TOKENS = 512
-"""Tokens on which `needed_neurons` is found where it does not define what is active."""
-AT_ONCE = 1024
-"""Tokens whose activations are in memory at once."""
+SAMPLED_TOKENS = 512  # tokens on which `needed_neurons` is found where it does not define what is active
+AT_ONCE = 1024  # tokens whose activations are in memory at once
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -41,28 +39,20 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class LayerStudy:
     """The measures of one layer of one checkpoint; shares are 0 to 1."""
 
-    experts_per_token: int
-    """The layer's own K at this checkpoint."""
-    takes_part: bool
-    """Whether the layer is sparse in sparse mode."""
-    activation_ratio: float
-    """Mean over tokens of the share of neurons that are active."""
+    experts_per_token: int  # the layer's own K at this checkpoint
+    takes_part: bool  # whether the layer is sparse in sparse mode
+    activation_ratio: float  # mean over tokens of the share of neurons that are active
     ratio_quantiles: list[float]
     """Quantiles (`QUANTILES`) over tokens of the share of neurons that are active."""
-    dead: float
-    """Share of neurons active on no token."""
-    always_on: float
-    """Share of neurons active on every token."""
-    needed: float
-    """Mean share of neurons that give 99 % of a token's output."""
+    dead: float  # share of neurons active on no token
+    always_on: float  # share of neurons active on every token
+    needed: float  # mean share of neurons that give 99 % of a token's output
     mass_best: list[float]
     """Share of the activation mass in the best 1, 2, ... E experts of each token."""
     mass_router: list[float]
     """The same for the router's first 1, 2, ... E experts."""
-    load: list[float]
-    """Share of all choices (K per token) that fell on each expert."""
-    load_imbalance: float
-    """Load of the busiest expert over the mean load, 1 to E/K."""
+    load: list[float]  # share of all choices (K per token) that fell on each expert
+    load_imbalance: float  # load of the busiest expert over the mean load, 1 to E/K
 
     @property
     def mass_random(self) -> list[float]:
@@ -85,10 +75,8 @@ class LayerStudy:
 class Fingerprint:
     """What of a layer is compared between checkpoints, in the neurons' first order."""
 
-    pattern_TW: Tensor
-    """Which neurons are active on which tokens, packed (`patterns.pack`)."""
-    neurons: int
-    """F."""
+    pattern_TW: Tensor  # which neurons are active on which tokens, packed (`patterns.pack`)
+    neurons: int  # F
 
 
 def measure_model(
@@ -106,8 +94,8 @@ def measure_model(
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
 
 
-def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHARE) -> tuple[Tensor, Tensor]:
-    """Find how many neurons of each token give its output up to a relative error of 1 - share.
+def needed_neurons(hidden_TF: Tensor, down_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """Find how many neurons of each token give `OUTPUT_SHARE` of its output: up to a relative error of 1 %.
 
     Neurons are taken in the order of |a_i| · ‖down_i‖, the length of what they add to the output; the error is that of
     the sum of the others, ‖Σ a_i down_i‖ / ‖output‖ (CETT, Zhang et al. 2024, arXiv 2402.03804). The number is found by
@@ -122,7 +110,7 @@ def needed_neurons(hidden_TF: Tensor, down_FD: Tensor, share: float = OUTPUT_SHA
     place_TF = torch.empty_like(order_TF).scatter_(
         1, order_TF, torch.arange(order_TF.shape[1], device=order_TF.device).expand_as(order_TF)
     )
-    allowed_T = (1 - share) * (hidden_TF @ down_FD).norm(dim=1)
+    allowed_T = (1 - OUTPUT_SHARE) * (hidden_TF @ down_FD).norm(dim=1)
     high_T = (sorted_TF > 0).sum(dim=1)  # enough: nothing is left out
     low_T = torch.full_like(high_T, -1)  # not enough
     while bool((open_T := high_T - low_T > 1).any()):

@@ -35,10 +35,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 WAYS = {"sparse": SPARSE, "active": "#7fb8da", "dense": DENSE}
 """How a layer multiplies, from the upper edge of its strip down."""
-SIMILARITY_LABELS = {
-    "pattern": "Jaccard index",
-    "coactivation": "correlation",
-}
+SIMILARITY_LABELS = {"pattern": "Jaccard index", "coactivation": "correlation"}
 
 
 def loss(study: Study, picture: Picture, axes: Axes) -> None:
@@ -97,9 +94,8 @@ def ways(study: Study, picture: Picture, axes: Axes) -> None:
             low = high
         for (start, end), each in zip(pairwise(steps), made, strict=True):
             told = ", ".join(f"{each.count(way[0])} {way}" for way in WAYS if way[0] in each)
-            picture.hover(
-                axes, (start + end) / 2, layer, f"layer {layer}, steps {start + 1:,} to {end:,}: {told}"
-            )
+            text = f"layer {layer}, steps {start + 1:,} to {end:,}: {told}"
+            picture.hover(axes, (start + end) / 2, layer, text)
     plain_axes(axes)
     axes.set_axisbelow(True)
     mark_regroupings(axes, study.regroupings())
@@ -118,14 +114,9 @@ def _shade(study: Study, axes: Axes) -> None:
 
 
 def layer_lines(
-    study: Study,
-    series: Series,
-    label: str,
-    picture: Picture,
-    axes: Axes,
-    at_k: bool = False,
+    study: Study, series: Series, label: str, picture: Picture, axes: Axes, at_k: bool = False,
     top: float | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """A measure over training, a line per layer; with `at_k` no line joins measurements of different K."""
     chosen = [dict(zip(*each, strict=True)) for each in study.series("experts_per_token")] if at_k else []
     for i, (steps, values) in enumerate(series):
@@ -172,10 +163,7 @@ def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes:
 def _step_ticks(
     study: Study, axes: Axes, most: int, rotation: int, layer: int | None
 ) -> tuple[list[int], list[str]]:
-    """Name the checkpoints on the x axis, `most` of them at most, and mark regroupings between them.
-
-    Returns the places and names.
-    """
+    """Name the checkpoints on the x axis, `most` at most, and mark regroupings in between; return places and names."""
     steps = study.regroupings(layer)
     between = enumerate(pairwise(study.steps))
     mark_regroupings(axes, [n + 0.5 for n, (a, b) in between if any(a < step <= b for step in steps)])
@@ -195,13 +183,8 @@ def mass(study: Study, layer: int, picture: Picture, axes: Axes) -> None:
         what = f"layer {layer}, {name} = {{}} of {shape.num_experts}: {{:.1%}} of the mass"
         picture.line(axes, experts, values, what.format, ms=3, lw=1.2, label=name, **style)
     axes.axvline(k, color="black", lw=1, ls=":")
-    axes.annotate(
-        f"K = {k}" if result.takes_part else f"K = {k} (layer is dense)",
-        (k, 0.02),
-        xytext=(3, 0),
-        textcoords="offset points",
-        fontsize=8,
-    )
+    used = f"K = {k}" if result.takes_part else f"K = {k} (layer is dense)"
+    axes.annotate(used, (k, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8)
     axes.set_xlabel("K (experts per token)")
     axes.set_ylabel("share of the activation mass")
     axes.set_ylim(0, 1.02)

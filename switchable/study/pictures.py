@@ -27,8 +27,7 @@ class PictureOf:
     name: str
     title: str
     caption: str
-    panels: tuple[tuple[int | None, Draw], ...]
-    """Each with the layer it is about; None: all of them."""
+    panels: tuple[tuple[int | None, Draw], ...]  # each with the layer it is about; None: all of them
 
     @property
     def per_layer(self) -> bool:
@@ -81,8 +80,7 @@ def _points(study: Study, name: str) -> int:
     return max((len(steps) for steps, _ in study.series(name)), default=0)
 
 
-AT_K = ("mass_caught", "load_imbalance", "routing_changed")
-"""Measures that depend on K."""
+AT_K = ("mass_caught", "load_imbalance", "routing_changed")  # measures that depend on K
 
 
 def _curve(study: Study, name: str, label: str, top: float | None) -> Draw:

@@ -10,7 +10,7 @@ by the template, or set as text by the script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from switchable.files import write_text
 from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings, headline, spread
-from switchable.study.measures import LayerStudy
 from switchable.study.pictures import PictureOf, draw_curves, pictures_of, shown_layers
-from switchable.study.result import LayerShape, Study, mean
+from switchable.study.result import Study, mean
 from switchable.study.study import records_of_run
 from switchable.train.summary import FIGURES
 
@@ -53,12 +52,9 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself.
+    """Write `report.html` and `curves.png` into a run's folder, from what the run has recorded itself, in seconds.
 
-    It measures nothing and is a matter of seconds.
-
-    Raises:
-        InputError: the folder is not a run.
+    Raises InputError if the folder is not a run's.
     """
     study = records_of_run(folder)
     study.notes.append(
@@ -116,59 +112,59 @@ def _figure_row(key: str, value: Any) -> list[str]:
 
 def _change_table(study: Study) -> dict[str, Any]:
     names = ("step", "layer", "from", "to", "why")
-    columns = {name: lambda change, name=name: _text(change[name]) for name in names}
-    rows = [(change,) for change in study.records("change")]
+    rows = [{name: _text(change[name]) for name in names} for change in study.records("change")]
     caption = (
         "What was measured before each change. Milliseconds are of one layer's ways to multiply, forward and backward, "
         "timed when the run started. A layer that is sparse is so in most steps from then on."
     )
-    return _table("What layers changed, and why", columns, rows, caption) | {"folded": len(rows) > 24}
+    return _table("What layers changed, and why", rows, caption) | {"folded": len(rows) > 24}
 
 
 def _layer_table(study: Study) -> dict[str, Any]:
     at = f" at step {study.steps[-1]:,}" if len(study.steps) > 1 else ""
-    columns: dict[str, Callable[[int, LayerShape, LayerStudy], str]] = {
-        "layer": lambda i, shape, _: f"{i} ({shape.name})",
-        "neurons": lambda _, shape, __: f"{shape.d_ff:,}",
-        "active per token": lambda _, __, r: _share(r.activation_ratio),
-        "needed for 99 %": lambda _, __, r: _share(r.needed),
-        "dead": lambda _, __, r: _share(r.dead),
-        "always on": lambda _, __, r: _share(r.always_on),
-        "K": lambda _, shape, r: (
-            f"{r.experts_per_token} of {shape.num_experts}{'' if r.takes_part else ' (dense)'}"
-        ),
-        "mass in router's K": lambda _, __, r: _share(r.mass_caught),
-        "in best K": lambda _, __, r: _share(r.mass_best_k),
-        "busiest / mean load": lambda _, __, r: f"{r.load_imbalance:.2f}",
-    }
-    layers = zip(range(study.num_layers), study.layers, study.results[-1], strict=True)
+    rows = [
+        {
+            "layer": f"{i} ({shape.name})",
+            "neurons": f"{shape.d_ff:,}",
+            "active per token": _share(r.activation_ratio),
+            "needed for 99 %": _share(r.needed),
+            "dead": _share(r.dead),
+            "always on": _share(r.always_on),
+            "K": f"{r.experts_per_token} of {shape.num_experts}{'' if r.takes_part else ' (dense)'}",
+            "mass in router's K": _share(r.mass_caught),
+            "in best K": _share(r.mass_best_k),
+            "busiest / mean load": f"{r.load_imbalance:.2f}",
+        }
+        for i, (shape, r) in enumerate(zip(study.layers, study.results[-1], strict=True))
+    ]
     caption = (
         "Shares of neurons, and of the activation mass. A layer marked dense takes no part in sparse mode. The "
         "measures are defined in docs/measures.md."
     )
-    return _table(f"The layers{at}", columns, layers, caption)
+    return _table(f"The layers{at}", rows, caption)
 
 
 def _step_table(study: Study) -> dict[str, Any]:
     before = study.mean_pairs("pattern").diagonal(offset=1).tolist() if study.pairs else []
-    columns: dict[str, Callable[[int, list[LayerStudy]], str]] = {
-        "step": lambda n, _: f"{study.steps[n]:,}",
-        "active per token": lambda _, layers: _share(mean([r.activation_ratio for r in layers])),
-        "dead": lambda _, layers: _share(mean([r.dead for r in layers])),
-        "K": lambda _, layers: spread([r.experts_per_token for r in layers]),
-        "mass in router's K": lambda _, layers: _share(mean([r.mass_caught for r in layers])),
-        "busiest / mean load": lambda _, layers: f"{mean([r.load_imbalance for r in layers]):.2f}",
-        "Jaccard with the one before": lambda n, _: f"{before[n - 1]:.3f}" if n and before else "",
-    }
-    return _table("The checkpoints, mean over layers", columns, enumerate(study.results))
+    rows = [
+        {
+            "step": f"{study.steps[n]:,}",
+            "active per token": _share(mean([r.activation_ratio for r in layers])),
+            "dead": _share(mean([r.dead for r in layers])),
+            "K": spread([r.experts_per_token for r in layers]),
+            "mass in router's K": _share(mean([r.mass_caught for r in layers])),
+            "busiest / mean load": f"{mean([r.load_imbalance for r in layers]):.2f}",
+            "Jaccard with the one before": f"{before[n - 1]:.3f}" if n and before else "",
+        }
+        for n, layers in enumerate(study.results)
+    ]
+    return _table("The checkpoints, mean over layers", rows)
 
 
-def _table(
-    title: str, columns: dict[str, Callable[..., str]], rows: Iterable[Any], caption: str = ""
-) -> dict[str, Any]:
-    """Return a table as the page shows it; a column is a function of what a row is about."""
-    cells = [[cell(*row) for cell in columns.values()] for row in rows]
-    return {"title": title, "head": list(columns), "rows": cells, "caption": caption, "folded": False}
+def _table(title: str, rows: list[dict[str, str]], caption: str = "") -> dict[str, Any]:
+    """Return a table as the page shows it, of its rows by column."""
+    cells = [list(row.values()) for row in rows]
+    return {"title": title, "head": list(rows[0]), "rows": cells, "caption": caption, "folded": False}
 
 
 def _share(value: float) -> str:

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from switchable.study.measures import LayerStudy
 
-Series = list[tuple[list[float], list[float]]]
-"""Per layer: steps and values."""
+Series = list[tuple[list[float], list[float]]]  # per layer: steps and values
 SIMILARITIES = ("pattern", "coactivation")
 
 
@@ -35,23 +34,17 @@ class Study:
 
     title: str
     layers: list[LayerShape] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    """Optimizer steps of the checkpoints, ascending."""
-    results: list[list[LayerStudy]] = field(default_factory=list)
-    """Per checkpoint, per layer."""
+    steps: list[int] = field(default_factory=list)  # optimizer steps of the checkpoints, ascending
+    results: list[list[LayerStudy]] = field(default_factory=list)  # per checkpoint, per layer
     pairs: dict[str, list[npt.NDArray[np.float64]]] = field(default_factory=dict)
     """Per kind of similarity, per layer: a matrix [checkpoints, checkpoints]."""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """The run's own records (`metrics.jsonl`)."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the run's own records (`metrics.jsonl`)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
-    """Tokens measured on, and where they are from."""
-    notes: list[str] = field(default_factory=list)
-    """What the reader must know: samples, what was left out."""
-    problems: list[str] = field(default_factory=list)
-    """What could not be shown, and why."""
+    probe: dict[str, Any] = field(default_factory=dict)  # tokens measured on, and where they are from
+    notes: list[str] = field(default_factory=list)  # what the reader must know: samples, what was left out
+    problems: list[str] = field(default_factory=list)  # what could not be shown, and why
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Return the run's records of a kind (`train`, `measure`, `change`, `eval`, `costs`)."""
@@ -80,9 +73,8 @@ class Study:
         """Return the K of each layer from each checkpoint and each of the run's measurements on."""
         found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
         given = [(r["step"], r["experts_per_token"]) for r in self.records("measure")]
-        given += [
-            (s, [r.experts_per_token for r in ls]) for s, ls in zip(self.steps, self.results, strict=True)
-        ]
+        measured = zip(self.steps, self.results, strict=True)
+        given += [(step, [layer.experts_per_token for layer in layers]) for step, layers in measured]
         for step, ks in given:
             for values, k in zip(found, ks, strict=True):
                 values[step] = k
@@ -90,18 +82,13 @@ class Study:
 
     def regroupings(self, layer: int | None = None) -> list[int]:
         """Return the steps at which the neurons of a layer were regrouped; None: of any layer."""
-        return [
-            r["step"]
-            for r in self.records("measure")
-            if (any(r["regrouped"]) if layer is None else r["regrouped"][layer])
-        ]
+        measured = [(r["step"], r["regrouped"]) for r in self.records("measure")]
+        return [step for step, moved in measured if (any(moved) if layer is None else moved[layer])]
 
     @property
     def span(self) -> list[int]:
         """All steps of which there is something, ascending: every axis of steps shows them."""
-        return sorted(
-            {record["step"] for record in self.metrics if record["kind"] != "costs"} | set(self.steps)
-        )
+        return sorted({r["step"] for r in self.metrics if r["kind"] != "costs"} | set(self.steps))
 
     def mean_pairs(self, kind: str) -> npt.NDArray[np.float64]:
         """Return a similarity's mean over the layers in which it is defined."""
@@ -117,9 +104,9 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the run's own records as plain values."""
-        return {
-            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "metrics"
-        }
+        plain = dataclasses.asdict(dataclasses.replace(self, metrics=[]))
+        del plain["metrics"]
+        return plain | {"pairs": {kind: [m.tolist() for m in found] for kind, found in self.pairs.items()}}
 
 
 def _sorted(layers: Sequence[Mapping[float, float]]) -> Series:
@@ -147,15 +134,3 @@ def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, fl
 def mean(values: Sequence[float]) -> float:
     """Return the mean; NaN of nothing."""
     return sum(values) / len(values) if values else math.nan
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (LayerShape, LayerStudy)):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

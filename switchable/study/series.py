@@ -48,8 +48,7 @@ class Source:
     """A checkpoint to study."""
 
     path: Path
-    step: int
-    """Optimizer steps done; where the name does not tell, its place in the series."""
+    step: int  # optimizer steps done; where the name does not tell, its place in the series
 
     @property
     def is_ours(self) -> bool:
@@ -66,8 +65,7 @@ def run_sources(run: RunDir) -> list[Source]:
 def listed_sources(patterns: Sequence[str]) -> list[Source]:
     """Return the checkpoints of a list of folders or patterns such as `runs/x/step*`, in order of their steps.
 
-    Raises:
-        InputError: nothing there, or folders without a model.
+    Raises InputError where there is nothing, and for folders without a model.
     """
     folders: list[Path] = []
     for pattern in patterns:
@@ -106,11 +104,7 @@ class Loader:
         self._shape: list[tuple[str, int, int, int]] | None = None
 
     def load(self, source: Source) -> PreTrainedModel:
-        """Return the model of a checkpoint.
-
-        Raises:
-            Skipped: it cannot be read, or does not have the shape of the first one.
-        """
+        """Return a checkpoint's model; Skipped if it cannot be read, or is not of the first one's shape."""
         try:
             model = self._ours(source) if source.is_ours else self._other(source)
         except InputError as error:
@@ -168,11 +162,7 @@ def order_is_known(source: Source) -> bool:
 
 
 def find_tokenizer(given: str | None, sources: Sequence[Source]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer given, or the one that lies with the checkpoints.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the tokenizer given, or the one that lies with the checkpoints; InputError if there is none."""
     if given is not None:
         return load_tokenizer(given)
     last = sources[-1].path

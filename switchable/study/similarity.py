@@ -28,9 +28,9 @@ MAX_NEURONS = 512
 Matrix = npt.NDArray[np.float64]
 
 
-def tokens_within(checkpoints: int, neurons: int, max_bytes: int = MAX_BYTES) -> int:
+def tokens_within(checkpoints: int, neurons: int) -> int:
     """Return how many tokens' patterns may be kept: `neurons` of all layers together, one bit each per checkpoint."""
-    return max(1, max_bytes * 8 // max(1, checkpoints * neurons))
+    return max(1, MAX_BYTES * 8 // max(1, checkpoints * neurons))
 
 
 def compare_checkpoints(

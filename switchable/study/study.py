@@ -46,8 +46,7 @@ DEFAULT_TOKENS = 2048
 def study_run(folder: Path, config: StudyConfig, progress: bool = False) -> Study:
     """Study a run of ours: its checkpoints and snapshots, and what it wrote itself.
 
-    Raises:
-        InputError: not a run, nothing to show at all, or an unusable probe.
+    Raises InputError if it is no run, there is nothing to show at all, or the probe is unusable.
     """
     run = RunDir(folder)
     study = records_of_run(folder)
@@ -67,8 +66,7 @@ def study_run(folder: Path, config: StudyConfig, progress: bool = False) -> Stud
 def study_checkpoints(patterns: Sequence[str], config: StudyConfig, progress: bool = False) -> Study:
     """Study a list of checkpoint folders (or patterns), in the order of their steps.
 
-    Raises:
-        InputError: no checkpoint, none that can be read, or an unusable probe.
+    Raises InputError without a checkpoint that can be read, or for an unusable probe.
     """
     sources = listed_sources(patterns)
     return _fill(Study(", ".join(patterns), versions=_versions()), sources, config, None, progress)
@@ -79,11 +77,7 @@ def _versions() -> dict[str, str]:
 
 
 def records_of_run(folder: Path) -> Study:
-    """Return what a run has recorded itself, without measuring anything.
-
-    Raises:
-        InputError: the folder is not a run.
-    """
+    """Return what a run has recorded itself, without measuring anything; InputError if the folder is not a run's."""
     run = RunDir(folder)
     if not run.config.is_file():
         raise InputError(
@@ -99,18 +93,16 @@ def records_of_run(folder: Path) -> Study:
     )
 
 
-def _fill(
-    study: Study, sources: Sequence[Source], config: StudyConfig, run: RunDir | None, progress: bool
-) -> Study:
+def _fill(study: Study, sources: list[Source], config: StudyConfig, run: RunDir | None, show: bool) -> Study:
     """Measure the checkpoints one after another and compare them."""
     reach = f"steps {sources[0].step:,} to {sources[-1].step:,}" if len(sources) > 1 else str(sources[0].path)
-    say(f"study of {study.title}: {len(sources)} checkpoints ({reach})", progress)
-    loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device), progress)
+    say(f"study of {study.title}: {len(sources)} checkpoints ({reach})", show)
+    loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device), show)
     probe: Probe | None = None
     fingerprints: list[list[Fingerprint]] = []
     pattern_tokens = 0
     read: list[Source] = []
-    for source in progress_bar("measuring", "checkpoint", show=progress, over=sources):
+    for source in progress_bar("measuring", "checkpoint", show=show, over=sources):
         try:
             model = loader.load(source)
         except Skipped as skipped:
@@ -120,13 +112,10 @@ def _fill(
             probe = _probe(config, run, sources, model)
             pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
             _describe(study, model, probe, pattern_tokens)
-            study.probe["precision"] = chosen_precision(
-                model, config.precision, trained_precision(source.path)
-            )
-            say(
-                f"measured in {study.probe['precision']} on {probe.tokens:,} tokens: {probe.source}", progress
-            )
-        with multiplying_in(model, str(study.probe["precision"])):
+            precision = chosen_precision(model, config.precision, trained_precision(source.path))
+            study.probe["precision"] = precision
+            say(f"measured in {precision} on {probe.tokens:,} tokens: {probe.source}", show)
+        with multiplying_in(model, precision):
             results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
         study.steps.append(source.step)
         study.results.append(list(results))
@@ -142,7 +131,7 @@ def _fill(
                 "cannot be compared neuron by neuron"
             )
         else:
-            study.pairs = compare_checkpoints(fingerprints, progress)
+            study.pairs = compare_checkpoints(fingerprints, show)
     return study
 
 

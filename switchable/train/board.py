@@ -23,8 +23,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 from switchable.files import remove, whole_file
 from switchable.switching.monitor import LayerMeasures
 
-FILES = "events.out.tfevents."
-"""Prefix of the names by which TensorBoard knows its files."""
+FILES = "events.out.tfevents."  # prefix of the names by which TensorBoard knows its files
 
 _MEASURES = [f.name for f in fields(LayerMeasures) if f.name != "mass_by_k"]
 CHARTS = {
@@ -35,12 +34,7 @@ CHARTS = {
 
 
 class Board:
-    """Writes curves.
-
-    Args:
-        folder: of the event file; made if it is missing.
-        step: the last step whose points there stay.
-    """
+    """Writes curves into a folder (made if it is missing), in which the points up to a step stay."""
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +57,7 @@ class Board:
         self._writer = RecordWriter(self._file)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve.
-
-        Raises:
-            OSError: e.g. the disk is full.
-        """
+        """Add a point to each curve; OSError if the disk is full."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
         self._writer.write(event.SerializeToString())
@@ -78,7 +68,6 @@ class Board:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

@@ -15,29 +15,20 @@ from switchable import ranks
 class Counters:
     """What a run adds up; saved with every checkpoint."""
 
-    data: str = ""
-    """Checksum of the training tokens."""
+    data: str = ""  # checksum of the training tokens
     steps: int = 0
     """Optimizer steps done; the data position too, since a step's batch is a function of its number."""
     sparse_steps: int = 0
-    flops: float = 0.0
-    """FLOPs so far, measurements included."""
-    flops_dense: float = 0.0
-    """FLOPs of dense steps."""
-    flops_sparse: float = 0.0
-    """FLOPs of sparse steps."""
-    seconds_dense: float = 0.0
-    """Wall-clock of dense steps."""
-    seconds_sparse: float = 0.0
-    """Wall-clock of sparse steps."""
-    seconds_measure: float = 0.0
-    """Wall-clock of measuring, clustering and regrouping."""
-    seconds_other: float = 0.0
-    """Wall-clock of validation and saving."""
+    flops: float = 0.0  # FLOPs so far, measurements included
+    flops_dense: float = 0.0  # FLOPs of dense steps
+    flops_sparse: float = 0.0  # FLOPs of sparse steps
+    seconds_dense: float = 0.0  # wall-clock of dense steps
+    seconds_sparse: float = 0.0  # wall-clock of sparse steps
+    seconds_measure: float = 0.0  # wall-clock of measuring, clustering and regrouping
+    seconds_other: float = 0.0  # wall-clock of validation and saving
     cpu_seconds: float = 0.0
     """CPU time of all steps and measurements, all threads together: on a busy machine a fairer clock."""
-    window_loss: float = 0.0
-    """Sum of the losses (nats per token) since the last train line."""
+    window_loss: float = 0.0  # sum of the losses (nats per token) since the last train line
     window_steps: int = 0
     window_sparse: int = 0
     window_seconds: float = 0.0
@@ -57,9 +48,8 @@ class Counters:
     def count_ways(self, experts: Sequence[int | None], active: Sequence[float | None]) -> list[str]:
         """Note how each layer multiplied in a step, and return it: `"sparse"`, `"active"` or `"dense"`.
 
-        Args:
-            experts: per token, of each layer that was sparse.
-            active: share of the neurons, of each layer that multiplied only those.
+        `experts`: per token, of each layer that was sparse. `active`: share of the neurons, of each layer that took
+        only those.
         """
         ways = [
             "sparse" if k is not None else "dense" if share is None else "active"

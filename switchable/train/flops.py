@@ -14,9 +14,10 @@ Measuring on the probe costs a forward pass each time and is counted too; cluste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,18 +33,12 @@ class StepFlops:
     """FLOPs of one optimizer step of `tokens` tokens, forward and backward."""
 
     tokens: int
-    dense: float
-    """The plain dense model, without any router."""
-    head: float
-    """The part of `dense` spent in the output head."""
-    ffn_dense: tuple[float, ...]
-    """Per layer: its dense FFN."""
-    expert: tuple[float, ...]
-    """Per layer: one of its experts, computed for every token."""
-    router: tuple[float, ...]
-    """Per layer: its router in a sparse step."""
-    router_learning: tuple[float, ...]
-    """Per layer: training the router in a dense step."""
+    dense: float  # the plain dense model, without any router
+    head: float  # the part of `dense` spent in the output head
+    ffn_dense: tuple[float, ...]  # per layer: its dense FFN
+    expert: tuple[float, ...]  # per layer: one of its experts, computed for every token
+    router: tuple[float, ...]  # per layer: its router in a sparse step
+    router_learning: tuple[float, ...]  # per layer: training the router in a dense step
     ffn_input: tuple[float, ...]
     """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
@@ -55,22 +50,16 @@ class StepFlops:
 
         return StepFlops(**{name: more(value) for name, value in vars(self).items()})
 
-    def step(
-        self, experts_per_token: Sequence[int | None], active: Sequence[float | None] | None = None
-    ) -> float:
-        """Return the FLOPs of a step.
+    def step(self, experts: Sequence[int | None], active: Sequence[float | None] | None = None) -> float:
+        """Return the FLOPs of a step, given each layer's experts per token (None where it is dense).
 
-        Args:
-            experts_per_token: of each layer; None where it is dense.
-            active: of each layer that multiplied only active neurons, the share of the activations that was
-                not zero; None for the others. Left out, there are no such layers.
+        `active` is the share of the activations that was not zero, of each layer that multiplied only active neurons;
+        None for the others. Left out, there are no such layers.
         """
         total = self.dense
-        shares = active or [None] * len(experts_per_token)
-        costs = zip(
-            self.ffn_dense, self.ffn_input, self.expert, self.router, self.router_learning, strict=True
-        )
-        for k, share, cost in zip(experts_per_token, shares, costs, strict=True):
+        shares = active or [None] * len(experts)
+        layers = (self.ffn_dense, self.ffn_input, self.expert, self.router, self.router_learning)
+        for k, share, *cost in zip(experts, shares, *layers, strict=True):
             dense, read, expert, router, learning = cost
             if k is not None:
                 total += k * expert + router - dense
@@ -85,19 +74,9 @@ class StepFlops:
 
 
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
-    """Count a step of a converted model on a batch; its gradients are cleared afterwards.
-
-    Args:
-        model: a converted model; its modes are kept.
-        batch: model inputs with `input_ids` [B, S] and labels.
-    """
-    counter = FlopCounterMode(display=False)
-    with (
-        kept_modes(model) as layers,
-        _rows_seen([*layers, *_head(model)]) as rows,
-        counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+    """Count a step of a converted model on a batch (`input_ids` [B, S], labels); modes are kept, gradients cleared."""
+    counter, plain = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
+    with kept_modes(model) as layers, _rows_seen([*layers, *_head(model)]) as rows, counter, plain:
         for layer in layers:
             layer.ssd.mode, layer.ssd.router_learns = "dense", False
         model.eval()  # activation checkpointing would compute forward passes twice: that is no work of the model
@@ -130,11 +109,11 @@ def ffn_dense(layer: SwitchableFFN) -> float:
 
 def router_sparse(layer: SwitchableFFN) -> float:
     """Return the FLOPs per token of a layer's router in a sparse step, its learning there included."""
-    learning = 0.0
-    if layer.ssd.router_learns:
-        inputs = 2.0 * (projections(layer) - 1) * layer.ssd.d_model * layer.ssd.d_ff
-        learning = SPARSE_TOKEN_FRACTION * (inputs + _router_loss(layer))
-    return layer.router_passes * 2 * layer.ssd.d_model * layer.ssd.num_experts + learning
+    forward = layer.router_passes * 2 * layer.ssd.d_model * layer.ssd.num_experts
+    if not layer.ssd.router_learns:
+        return forward
+    inputs = 2.0 * (projections(layer) - 1) * layer.ssd.d_model * layer.ssd.d_ff
+    return forward + SPARSE_TOKEN_FRACTION * (inputs + _router_loss(layer))
 
 
 def router_learning(layer: SwitchableFFN) -> float:
@@ -161,13 +140,10 @@ def _rows_seen(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
     """Within the `with` block, count the rows (tokens) that each module is given."""
     rows = [0] * len(modules)
 
-    def hook_for(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows[place] += args[0].shape[:-1].numel()
+    def see(place: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows[place] += args[0].shape[:-1].numel()
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(hook_for(place)) for place, module in enumerate(modules)]
+    hooks = [module.register_forward_pre_hook(partial(see, place)) for place, module in enumerate(modules)]
     try:
         yield rows
     finally:

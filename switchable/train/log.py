@@ -37,14 +37,7 @@ def open_log(rundir: RunDir, total_steps: int, start_step: int, quiet: bool) -> 
 
 
 class RunLog:
-    """Writes a run's numbers.
-
-    Args:
-        rundir: the run's folder.
-        total_steps: optimizer steps of the whole run.
-        start_step: steps already done; later lines of an interrupted run are dropped.
-        quiet: show nothing on the terminal.
-    """
+    """Writes a run's numbers, after `start_step` steps; what an interrupted run wrote of later ones is dropped."""
 
     def __init__(self, rundir: RunDir, total_steps: int, start_step: int = 0, quiet: bool = False) -> None:
         if start_step:
@@ -88,16 +81,9 @@ class RunLog:
     def measure(self, measurement: Measurement) -> None:
         """Record a measurement of the monitor."""
         layers = [dataclasses.asdict(m) for m in measurement.layers]
-        self._write(
-            {
-                "kind": "measure",
-                "step": measurement.step,
-                "layers": layers,
-                "regrouped": list(measurement.regrouped),
-                "takes_part": list(measurement.takes_part),
-                "experts_per_token": list(measurement.experts_per_token),
-            }
-        )
+        names = ("regrouped", "takes_part", "experts_per_token")
+        after = {name: list(getattr(measurement, name)) for name in names}
+        self._write({"kind": "measure", "step": measurement.step, "layers": layers, **after})
         for i, (layer, k) in enumerate(zip(layers, measurement.experts_per_token, strict=True)):
             curves = {key: value for key, value in layer.items() if not isinstance(value, tuple)}
             points = {f"{key}/layer {i}": value for key, value in {**curves, "experts_per_token": k}.items()}

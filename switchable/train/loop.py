@@ -39,25 +39,10 @@ from switchable.train.words import sparse_begins
 
 
 class Trainer:
-    """Trains a job to its last step.
-
-    Args:
-        job: what to train.
-        rundir: where to save, already locked.
-        log: where numbers go.
-        flops: cost of a step.
-        counters: where the run stands.
-        stop: says when the user wants the run to stop.
-    """
+    """Trains a job to its last step, in a locked run folder, from where the counters stand."""
 
     def __init__(
-        self,
-        job: Job,
-        rundir: RunDir,
-        log: RunLog,
-        flops: StepFlops,
-        counters: Counters,
-        stop: StopRequest,
+        self, job: Job, rundir: RunDir, log: RunLog, flops: StepFlops, counters: Counters, stop: StopRequest
     ) -> None:
         self.job, self.rundir, self.log = job, rundir, log
         self.flops, self.counters, self.stop = flops, counters, stop
@@ -67,11 +52,9 @@ class Trainer:
         self.validation: dict[str, float | None] | None = None
 
     def train(self) -> None:
-        """Run to the last step.
+        """Run to the last step, or stop on request after saving (TrainingStopped).
 
-        Raises:
-            InputError: the loss, a weight or a moment is no longer finite, or the disk is full.
-            TrainingStopped: stopped on request, after saving.
+        Raises InputError if the loss, a weight or a moment is no longer finite, or the disk is full.
         """
         train = self.job.config.train
         snapshots = snapshot_steps(train.steps, train.snapshots)
@@ -224,10 +207,7 @@ class Trainer:
         byte of text follow from the loss only where every token is predicted, that is for causal models.
         """
         job, controller = self.job, self.job.controller
-        modes = {
-            "dense": controller.layers[0].has_dense_mode,
-            "sparse": any(controller.state.takes_part),
-        }
+        modes = {"dense": controller.layers[0].has_dense_mode, "sparse": any(controller.state.takes_part)}
         shows = is_main() and self.log.shows
         with job.replica.autocast():
             losses = {
@@ -260,9 +240,8 @@ class Trainer:
         self.log.sync()
         counters.window_loss = self._loss_so_far() if counters.window_steps else 0.0
         self._check_loss("loss", counters.window_loss)
-        state = training_state(
-            job.model, job.optimizer, job.controller.state_dict(), dataclasses.asdict(counters)
-        )
+        schedule, counted = job.controller.state_dict(), dataclasses.asdict(counters)
+        state = training_state(job.model, job.optimizer, schedule, counted)
         self._check_weights(state[0])
         checkpoint.write(self.rundir.checkpoint(counters.steps), contents_of(job.model, state))
         if is_main():

@@ -19,29 +19,20 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 ANNOUNCED = "switchable/meeting"
-PATIENCE = 0.1
-"""Seconds that a rank waits for its answer before it looks for another name."""
+PATIENCE = 0.1  # seconds that a rank waits for its answer before it looks for another name
 
 
 def meet(seconds: float) -> tuple[Store, int, int]:
     """Return a store of this attempt's own, this rank, and the number of ranks, from what torchrun set.
 
-    Args:
-        seconds: how long to wait for the others.
-
-    Raises:
-        RuntimeError, ValueError: the ranks did not find one another in time, or the variables make no sense.
+    RuntimeError or ValueError if the ranks did not meet within `seconds`, or the variables make no sense.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     return PrefixStore(agree(store, rank, world_size, seconds), store), rank, world_size
 
 
 def agree(store: Store, rank: int, world_size: int, seconds: float) -> str:
-    """Return a name that every rank of this attempt gets, and no other attempt had.
-
-    Raises:
-        RuntimeError: the others did not come in time.
-    """
+    """Return a name that every rank of this attempt gets, and no other had; RuntimeError if they come too late."""
     word = uuid.uuid4().hex
     if rank == 0:
         return _lead(store, world_size, word, timedelta(seconds=seconds))

@@ -22,8 +22,7 @@ USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, up to 2 GiB at a time; blocks of 1 GiB and more are given back.
 
-    Returns:
-        Whether that is so now: not with another C library than glibc, nor where the environment says something else.
+    Returns False where that is not so: with another C library than glibc, or where the environment says something else.
     """
     if any(name in os.environ for name in USERS_OWN):
         return False

@@ -11,7 +11,8 @@ all else by AdamW. Its updates are scaled to the size of AdamW's (Liu et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,19 +39,13 @@ class MuonAdamW(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter once."""
         assert closure is None
         for part in self._parts:
             part.step()
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer with the groups `matrices`, `vectors` and `routers`, for Muon `embeddings` too.
-
-    Args:
-        model: the converted model.
-        config: optimizer name, learning rates, weight decay, betas.
-    """
+    """Return a converted model's optimizer: groups `matrices`, `vectors` and `routers`, for Muon `embeddings` too."""
     of_tokens = {id(p) for p in _embeddings_and_head(model)} if config.optimizer == "muon" else set()
     found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "routers": [], "embeddings": []}
     for name, parameter in model.named_parameters():
@@ -83,16 +78,11 @@ def _embeddings_and_head(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters(recurse=False)]
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the share of the peak learning rate at step `step` (counted from 0), in (0, 1]."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
+    """Set every group's learning rate for step `step` (counted from 0); return that of the first group."""
     rising = (step + 1) / max(1.0, config.warmup_fraction * config.steps)
     falling = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
-    return min(1.0, rising, falling)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
-    """Set every group's learning rate for step `step`; return that of the first group."""
-    factor = learning_rate_factor(step, config)
+    factor = min(1.0, rising, falling)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return float(optimizer.param_groups[0]["lr"])
@@ -100,14 +90,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest_norm: float) -> None:
     """Scale the gradients of everything but the routers down to a global norm of at most `largest_norm`."""
+    groups = [group["params"] for group in optimizer.param_groups if group["name"] != "routers"]
     if largest_norm > 0:
-        nn.utils.clip_grad_norm_(_model_parameters(optimizer), largest_norm)
-
-
-def _model_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    for group in optimizer.param_groups:
-        if group["name"] != "routers":
-            yield from group["params"]
+        nn.utils.clip_grad_norm_(itertools.chain(*groups), largest_norm)
 
 
 @contextmanager

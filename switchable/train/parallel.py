@@ -37,8 +37,7 @@ from switchable.versions import versions
 
 Batch = Mapping[str, Tensor]
 
-GRACE = 0.1
-"""Seconds that gloo's threads are given to finish before their group is destroyed."""
+GRACE = 0.1  # seconds that gloo's threads are given to finish before their group is destroyed
 
 
 def launched() -> bool:
@@ -50,11 +49,7 @@ def launched() -> bool:
 def process_group(rank_timeout: float) -> Iterator[None]:
     """Within the `with` block the ranks that torchrun started can talk to one another.
 
-    Args:
-        rank_timeout: seconds that a rank waits for the others before it gives up.
-
-    Raises:
-        InputError: not all ranks came in time.
+    A rank waits `rank_timeout` seconds for the others before it gives up; InputError if they do not come at the start.
     """
     if not launched():
         yield
@@ -64,13 +59,8 @@ def process_group(rank_timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         store, rank, world_size = meet(rank_timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=rank_timeout),
-        )
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=rank_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the {os.environ['WORLD_SIZE']} processes did not find one another within {rank_timeout:g} s "
@@ -87,20 +77,14 @@ def process_group(rank_timeout: float) -> Iterator[None]:
 
 def run_facts(config: RunConfig) -> dict[str, Any]:
     """Return what must be the same on every rank, by name: settings and versions of what computes."""
-    facts: dict[str, Any] = {
-        f"{section}.{key}": value
-        for section, values in to_dict(config).items()
-        for key, value in values.items()
-    }
-    return facts | {f"version of {package}": version for package, version in versions().items()}
+    facts: dict[str, Any] = {f"version of {package}": version for package, version in versions().items()}
+    for section, values in to_dict(config).items():
+        facts |= {f"{section}.{key}": value for key, value in values.items()}
+    return facts
 
 
 def check_division(config: TrainConfig, world_size: int) -> None:
-    """Refuse a batch that cannot be shared out.
-
-    Raises:
-        InputError: says by what it must be divisible; or Muon is asked for, which needs whole matrices, of shares.
-    """
+    """Raise InputError for a batch that cannot be shared out, and for Muon, which needs whole matrices, with shares."""
     if world_size > 1 and config.parallel == "fsdp" and config.optimizer == "muon":
         raise InputError("optimizer=muon needs whole matrices, parallel=fsdp holds rows; use ddp, or adamw")
     parts = config.gradient_accumulation_steps
@@ -113,12 +97,7 @@ def check_division(config: TrainConfig, world_size: int) -> None:
 
 
 def distribute(model: nn.Module, config: TrainConfig) -> None:
-    """Apply activation checkpointing, compilation and sharding to a model, in place.
-
-    Args:
-        model: a converted model on its device; build its optimizer afterwards.
-        config: which of them.
-    """
+    """Checkpoint activations, compile and shard a model in place, as configured; its optimizer is built afterwards."""
     blocks = blocks_of(model)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -153,13 +132,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 class Replica:
-    """The model as the training step calls it.
-
-    Args:
-        model: the model, prepared.
-        config: parallelism, micro-batches, precision.
-        device: where it is.
-    """
+    """The prepared model as the training step calls it: with its parallelism, micro-batches and precision."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model, self._config, self._device = model, config, device
@@ -169,19 +142,13 @@ class Replica:
             # A router that does not learn is one whose gradient DDP must not wait for.
             self._expected = [layer for layer in layers_of(model) if layer.ssd.router_learns]
             some_idle = len(self._expected) < len(layers_of(model))
+            here = [device.index] if device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(
-                model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                find_unused_parameters=some_idle,
-                gradient_as_bucket_view=True,
+                model, device_ids=here, find_unused_parameters=some_idle, gradient_as_bucket_view=True
             )
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of this rank's part of a batch, averaged over ranks; return its mean loss.
-
-        Args:
-            batch: model inputs with labels, [B / world_size, S].
-        """
+        """Add the gradients of this rank's part of a batch [B / ranks, S], averaged over ranks; return its loss."""
         rows = len(batch["labels"]) // self._config.gradient_accumulation_steps
         pieces = split(batch, rows)
         total = torch.zeros((), device=self._device, dtype=torch.float64)
@@ -191,11 +158,9 @@ class Replica:
                     loss = self._wrapped(**piece).loss * weight
                 loss.backward()
             total = total + loss.detach()
-        idle = [
-            p for layer in self._expected if not layer.ssd.router_learns for p in layer.router.parameters()
-        ]
-        if idle:  # a router that learned when DDP was set up: it waits for a gradient
-            torch.autograd.backward([0 * p.sum() for p in idle])
+        idle = [layer.router for layer in self._expected if not layer.ssd.router_learns]
+        if idle:  # these learned when DDP was set up: it waits for a gradient
+            torch.autograd.backward([0 * p.sum() for router in idle for p in router.parameters()])
         return total
 
     def _weights(self, pieces: list[Batch]) -> Tensor:

@@ -21,7 +21,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,12 +39,9 @@ from switchable.train.flops import StepFlops, count
 from switchable.train.parallel import blocks_of, check_division
 from switchable.train.setup import build_model, pick_device
 
-PRODUCT = 1024
-"""Rows and columns of the matrices that this machine's processor is measured with."""
-TOKENS = {"eos_token_id": 0, "pad_token_id": 0}
-"""Special tokens of a model that is only looked at."""
-WEIGHT, MOMENTS = 4, 8
-"""Bytes per parameter in float32: the weight (and the gradient); AdamW's two moments."""
+PRODUCT = 1024  # rows and columns of the matrices that this machine's processor is measured with
+TOKENS = {"eos_token_id": 0, "pad_token_id": 0}  # special tokens of a model that is only looked at
+WEIGHT, MOMENTS = 4, 8  # bytes per parameter in float32: the weight (and the gradient); AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,8 @@ class Device:
     """What a rank computes on."""
 
     name: str
-    flops: Mapping[str, float]
-    """Peak of products by their precision, FLOPs per second."""
-    memory: float
-    """Bytes."""
+    flops: Mapping[str, float]  # peak of products by their precision, FLOPs per second
+    memory: float  # bytes
     link: float | None
     """Bytes per second that a rank sends, while it receives as much, to the ranks of its own machine; None: unknown."""
 
@@ -73,40 +67,24 @@ DEVICES = {
 class Plan:
     """The figures of a run; bytes are per rank, FLOPs of the whole step over all ranks, seconds estimates."""
 
-    parameters: int
-    """Of the model, without routers."""
+    parameters: int  # of the model, without routers
     router_parameters: int
-    state_bytes: int
-    """Weights, gradients and moments that a rank holds."""
-    gathered_bytes: int
-    """The most that is gathered at a time beside them: this unit and the next one."""
-    traffic_bytes: float
-    """Sent by a rank in a training step."""
-    checkpoint_bytes: int
-    """On disk, all ranks together."""
-    regroup_bytes: float
-    """Received by a rank to regroup all layers once."""
-    step_flops_dense: float
-    """A dense step, routers left out."""
-    step_flops_sparse: float
-    """A sparse step in which all layers but the first take part."""
+    state_bytes: int  # weights, gradients and moments that a rank holds
+    gathered_bytes: int  # the most that is gathered at a time beside them: this unit and the next one
+    traffic_bytes: float  # sent by a rank in a training step
+    checkpoint_bytes: int  # on disk, all ranks together
+    regroup_bytes: float  # received by a rank to regroup all layers once
+    step_flops_dense: float  # a dense step, routers left out
+    step_flops_sparse: float  # a sparse step in which all layers but the first take part
     sparse_fraction: float
     """Share of sparse steps, if layers after the first are sparse from `min_dense_fraction` on."""
-    flops_ratio: float
-    """FLOPs of the run over those of all-dense training."""
+    flops_ratio: float  # FLOPs of the run over those of all-dense training
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: float) -> Plan:
-    """Work out a run.
+    """Work out a run of `world_size` ranks whose embedding has `vocab_size` rows; InputError if it cannot work.
 
-    Args:
-        config: the run.
-        vocab_size: rows of the embedding.
-        world_size: number of ranks.
-        activation_ratio: what the monitor will find in every layer from its first measurement on, 0 to 1.
-
-    Raises:
-        InputError: settings that cannot work.
+    `activation_ratio` (0 to 1) is what the monitor will find in every layer from its first measurement on.
     """
     check(config)
     check_division(config.train, world_size)
@@ -120,7 +98,8 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: 
     flops = count(model, {"input_ids": ids, "labels": ids}).times(train.batch_size // rows)
     layers = layers_of(model)
     routers = sum(_size(layer.router) for layer in layers)
-    every, ffn = _size(model), sum(_ffn_parameters(layer) for layer in layers)
+    # What moves with an FFN's neurons: the projections, without the output's bias.
+    every, ffn = _size(model), sum(t.numel() for layer in layers for t in layer.ssd.weights.tensors)
     sharded = world_size > 1 and train.parallel == "fsdp"
     others = (world_size - 1) / world_size
     passes = 2 * train.gradient_accumulation_steps + 1 if sharded else 2
@@ -194,14 +173,9 @@ def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMe
 def estimates(
     found: Plan, config: RunConfig, world_size: int, device: Device, utilization: float
 ) -> dict[str, float | None]:
-    """Return seconds per step and what follows from them.
+    """Return seconds per step on `world_size` such devices, and what follows from them.
 
-    Args:
-        found: the plan.
-        config: its run.
-        world_size: number of ranks.
-        device: what each computes on.
-        utilization: share of the peak that products reach in practice, 0 to 1.
+    `utilization` is the share of the peak that products reach in practice, 0 to 1.
     """
     rate = world_size * device.flops[config.train.precision] * utilization
     link = device.link or math.inf if world_size == 1 else device.link
@@ -218,25 +192,17 @@ def estimates(
 
 
 def device_named(name: str) -> Device:
-    """Return a row of DEVICES.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """Return a row of DEVICES; InputError if there is none of that name."""
     if name not in DEVICES:
-        raise InputError(
-            f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {', '.join(DEVICES)}"
-        )
+        known = ", ".join(DEVICES)
+        raise InputError(f"gpu={name!r} is not known{nearest(name, DEVICES)}; use one of {known}")
     return DEVICES[name]
 
 
 def device_here(train: TrainConfig, world_size: int) -> Device:
     """Return what a rank has if the run is made on this machine: a GPU of its own, or its share of the processor.
 
-    How fast the processor multiplies is measured, in the run's precision, for a second.
-
-    Raises:
-        InputError: there is a GPU that is not in DEVICES.
+    How fast the processor multiplies is measured, in the run's precision, for a second. InputError for an unknown GPU.
     """
     if pick_device(train.device).type == "cuda":
         name = torch.cuda.get_device_name()
@@ -258,11 +224,6 @@ def device_here(train: TrainConfig, world_size: int) -> Device:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _ffn_parameters(layer: Any) -> int:
-    """Parameters of an FFN that move with its neurons: the projections, without the output's bias."""
-    return sum(tensor.numel() for tensor in layer.ssd.weights.tensors)
 
 
 def _units(model: nn.Module) -> list[int]:

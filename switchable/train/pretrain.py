@@ -44,18 +44,9 @@ from switchable.train.timing import warm_up
 from switchable.train.words import opening
 
 MAY_CHANGE = (
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep",
-    "gradient_accumulation_steps",
-    "parallel",
-    "activation_checkpointing",
-    "compile",
-    "threads",
-    "device",
-    "sample_prompt",
-)
+    "log_every", "eval_every", "checkpoint_every", "keep", "gradient_accumulation_steps", "parallel",
+    "activation_checkpointing", "compile", "threads", "device", "sample_prompt",
+)  # fmt: skip
 """Settings of `train` that a resumed run may have different: they alter nothing that is computed but its rounding."""
 CHOSEN_ONCE = (("recipe", AUTO), ("precision", AUTO))
 """Settings that a resumed run has as its start chose them."""
@@ -64,27 +55,16 @@ MAY_MOVE = ("data", "tokenizer")
 
 
 def pretrain(
-    config: RunConfig,
-    out: Path,
-    cache: Path,
-    overwrite: bool = False,
-    quiet: bool = False,
-    jobs: int = 1,
+    config: RunConfig, out: Path, cache: Path, overwrite: bool = False, quiet: bool = False, jobs: int = 1,
     variant: Variant = SSD,
-) -> dict[str, Any]:
-    """Start a run in the folder `out` and train to its end.
+) -> dict[str, Any]:  # fmt: skip
+    """Start a run in the folder `out`, train to its end, and return its summary, as written to `summary.json`.
 
     Args:
-        config: the run.
-        out: its folder.
         cache: folder for token files.
         overwrite: replace a run that is there.
-        quiet: show nothing.
         jobs: runs that share the machine at this time; only noted in the summary.
         variant: what a baseline exchanges.
-
-    Returns:
-        The summary, as written to `summary.json`.
 
     Raises:
         InputError: bad settings or data, folder in use or not empty, loss not finite, disk full.
@@ -101,22 +81,14 @@ def pretrain(
 
 
 def resume(
-    out: Path,
-    flags: dict[str, Any],
-    cache: Path,
-    resume_from: str | None = None,
-    quiet: bool = False,
-    jobs: int = 1,
+    out: Path, flags: dict[str, Any], cache: Path, resume_from: str | None = None, quiet: bool = False, jobs: int = 1,
     variant: Variant = SSD,
-) -> dict[str, Any]:
-    """Go on with the run in the folder `out`, bitwise as if it had never stopped.
+) -> dict[str, Any]:  # fmt: skip
+    """Go on with the run in the folder `out`, bitwise as if it had never stopped; the rest is as for `pretrain`.
 
     Args:
-        out: the run's folder.
         flags: settings given again, by field name; those that alter what is computed must be as they were.
-        cache, quiet, jobs: as for `pretrain`.
         resume_from: name of a checkpoint, e.g. `step-000300`; default: the newest.
-        variant: the one the run was started with.
 
     Raises:
         InputError: nothing to resume, a setting or the data has changed, or the checkpoint is damaged.
@@ -143,8 +115,7 @@ def resume(
 def _locked(rundir: RunDir) -> Iterator[RunDir]:
     """Lock a run's folder and remove what a killed process left; the lock is given back at the end of the block.
 
-    Raises:
-        InputError: the folder is in use, or the disk is full.
+    InputError: the folder is in use, or the disk is full.
     """
 
     def lock() -> None:
@@ -176,15 +147,12 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
         given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
         values.update({key: value for key, value in given.items() if key in values})
     after = from_dict(merged, "the flags")
-    forbidden = [
-        line
-        for line in changed(before, after)
-        if line.split(":")[0].split(".")[1] not in MAY_CHANGE + MAY_MOVE
-    ]
+    may = MAY_CHANGE + MAY_MOVE
+    forbidden = [line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in may]
     if forbidden:
         raise InputError(
             f"a run cannot be resumed with other settings ({'; '.join(forbidden)}); "
-            f"leave them out, or start a new run in another folder. May change: {', '.join(MAY_CHANGE + MAY_MOVE)}"
+            f"leave them out, or start a new run in another folder. May change: {', '.join(may)}"
         )
     return after
 
@@ -192,8 +160,7 @@ def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
 def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
     """Return the step to resume from, its checkpoint verified.
 
-    Raises:
-        InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
+    InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
     """
     steps = rundir.steps()
     if not steps:

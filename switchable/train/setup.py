@@ -61,8 +61,7 @@ class Job:
 
     config: RunConfig
     model: nn.Module
-    replica: Replica
-    """The model as the training step calls it; `model` itself elsewhere."""
+    replica: Replica  # the model as the training step calls it; `model` itself elsewhere
     report: ConversionReport
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -90,17 +89,9 @@ class Job:
 def set_up(
     config: RunConfig, cache: Path, quiet: bool = False, variant: Variant = SSD, tokens: str | None = None
 ) -> Job:
-    """Prepare the data and build model, optimizer and controller at step 0.
+    """Prepare the data and build model, optimizer and controller at step 0; InputError for unusable settings or data.
 
-    Args:
-        config: the run.
-        cache: folder for token files, shared between runs.
-        quiet: show no progress.
-        variant: what a baseline exchanges.
-        tokens: checksum of the training tokens, if they are known (see `prepare`).
-
-    Raises:
-        InputError: a setting or the data is unusable.
+    `variant` is what a baseline exchanges, `tokens` the checksum of the training tokens, if they are known (`prepare`).
     """
     check(config)
     if config.train.threads:
@@ -153,16 +144,11 @@ def _build(
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)
-    return SimpleNamespace(
-        device=device,
-        tokenizer=tokenizer,
-        data=data,
-        batches=batches,
-        validation=[piece for batch in validation(rank, world) for piece in split(batch, rows)],
-        probe=[piece for batch in probe for piece in split(batch, rows)],
-        model=model,
-        report=report,
-    )
+    parts = SimpleNamespace(device=device, tokenizer=tokenizer, data=data, batches=batches, model=model)
+    parts.report = report
+    parts.validation = [piece for batch in validation(rank, world) for piece in split(batch, rows)]
+    parts.probe = [piece for batch in probe for piece in split(batch, rows)]
+    return parts
 
 
 def micro_rows(train: TrainConfig) -> int:
@@ -175,11 +161,8 @@ def build_model(
 ) -> PreTrainedModel:
     """Return a transformers model with random weights (drawn from torch's global generator).
 
-    Args:
-        model: family and sizes.
-        sequence_length: its positions, unless `max_positions` is set.
-        vocab_size: rows of the embedding.
-        tokens: special tokens (see `builders.build_model`).
+    `sequence_length` is its positions, unless `max_positions` is set, `vocab_size` the rows of its embedding; of the
+    special tokens see `builders.build_model`.
     """
     sizes = {
         "d_model": model.d_model,
@@ -198,20 +181,15 @@ def _special_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device asked for, or the best there is.
-
-    Raises:
-        InputError: torch does not know it or it is not there.
-    """
+    """Return the device asked for, or the best there is; InputError if torch does not know it or it is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device={name!r} cannot be used: {str(error).splitlines()[0]}; use cpu or cuda"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"device={name!r} cannot be used: {why}; use cpu or cuda") from None
     return device
 
 

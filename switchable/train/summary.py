@@ -173,11 +173,8 @@ def plain_seconds(
     A step's time, over that of a plain one, is taken to follow its FLOPs in a straight line: from a dense step in which
     routers learn and every neuron is multiplied to the step of its mode that was timed after training.
 
-    Args:
-        counters: seconds and FLOPs of the run's steps, by mode.
-        seconds: of one step of each kind (`step_seconds`).
-        full: FLOPs of a dense step that multiplies every neuron.
-        timed: FLOPs of the kinds `active` and `sparse` as they were timed.
+    `seconds` are those of one step of each kind (`step_seconds`), `full` the FLOPs of a dense step that multiplies
+    every neuron, `timed` the FLOPs of the kinds `active` and `sparse` as they were timed.
     """
     total, dense_steps = 0.0, counters.steps - counters.sparse_steps
     for kind, steps, flops, clock in (
@@ -193,12 +190,9 @@ def plain_seconds(
 
 
 def _active_layers(job: Job) -> list[int]:
-    def is_active(ssd: Any) -> int:
-        weights = ssd.weights
-        return int(
-            ssd.multiplies_active
-            and has_active(weights.up_FD, weights, ssd.settings.activation, ssd.activation_ratio)
-        )
+    def is_active(ssd: Any) -> bool:
+        weights, activation = ssd.weights, ssd.settings.activation
+        return ssd.multiplies_active and has_active(weights.up_FD, weights, activation, ssd.activation_ratio)
 
     with job.replica.autocast():
-        return [is_active(layer.ssd) for layer in job.controller.layers]
+        return [int(is_active(layer.ssd)) for layer in job.controller.layers]

@@ -37,10 +37,8 @@ def step_seconds(job: Job, rounds: int = 9) -> dict[str, float]:
     def step(mode: str, routers: bool, active: bool) -> None:
         set_mode(job.model, mode)
         for layer, (learns, multiplies_active) in zip(layers, given, strict=True):
-            layer.ssd.router_learns, layer.ssd.multiplies_active = (
-                learns and routers,
-                multiplies_active and active,
-            )
+            layer.ssd.router_learns = learns and routers
+            layer.ssd.multiplies_active = multiplies_active and active
         update(job, 0)
 
     groups = job.optimizer.param_groups

@@ -55,9 +55,8 @@ def _limit(config: RunConfig) -> list[str]:
     if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
         return []
     limit = f"where fewer than {found:g} are active" if found else "in no layer"
-    return [
-        f"dense steps leave out idle neurons {limit}: elsewhere that would be slower in {train.precision} here"
-    ]
+    slower = f"elsewhere that would be slower in {train.precision} here"
+    return [f"dense steps leave out idle neurons {limit}: {slower}"]
 
 
 def _speed(job: Job) -> list[str]:
@@ -123,16 +122,14 @@ def closing(rundir: RunDir, figures: Mapping[str, Any]) -> tuple[list[str], list
 def _losses(figures: Mapping[str, Any]) -> str:
     dense, sparse = figures["val_loss_dense"], figures["val_loss_sparse"]
     if sparse is None:
-        never = figures["experts"]["min_dense_fraction"] == 1
-        why = (
-            "the recipe never trains one" if never else "no layer had become sparse and stable enough for one"
-        )
+        why = "no layer had become sparse and stable enough for one"
+        if figures["experts"]["min_dense_fraction"] == 1:
+            why = "the recipe never trains one"
         return f"{dense:.4f} in dense mode; there is no sparse mode, because {why}"
-    parts = [
-        k for k, part in zip(figures["experts_per_token"], figures["sparse_layers"], strict=True) if part
-    ]
+    each, taking_part = figures["experts_per_token"], figures["sparse_layers"]
+    parts = [k for k, part in zip(each, taking_part, strict=True) if part]
     counts = " to ".join(map(str, sorted({min(parts), max(parts)})))
-    layers = f"{len(parts)} of {len(figures['sparse_layers'])} layers"
+    layers = f"{len(parts)} of {len(taking_part)} layers"
     where = f"with {counts} of {figures['experts']['num_experts']} experts per token in {layers}"
     return f"{dense:.4f} in dense mode, {sparse:.4f} in sparse mode ({where})"
 

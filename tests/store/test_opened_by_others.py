@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from families.models import inputs, output
 from safetensors.torch import load_file, save_file
 from store.models import trained
+from support import offline
 
 from switchable.data.tokenizers import train_bpe
 from switchable.store.checkpoint import save
@@ -34,18 +32,6 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         save_file({"y": model(**load_file(folder + ".inputs")).logits.contiguous()}, folder + ".output")
 """
-
-
-def offline(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, without a network."""
-    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | settings,
-    )
 
 
 def test_transformers_alone_opens_the_dense_model(tmp_path: Path) -> None:

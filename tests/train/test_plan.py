@@ -204,11 +204,11 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["seconds_of_traffic"] == pytest.approx(figures["traffic_bytes"] / 300e9)
     for wrong, word in (
         (["--gpu", "h1000"], "did you mean 'h100'"),
-        (["--world-size", "0"], "--world-size=0"),
+        (["--world-size", "0"], "world_size=0"),
         (["--world-size", "3"], "does not divide among 3"),
-        (["--utilization", "40"], "--utilization=40"),
-        (["--link", "0"], "--link=0"),
-        (["--activation-ratio", "2"], "--activation-ratio=2"),
+        (["--utilization", "40"], "utilization=40"),
+        (["--link", "0"], "link=0"),
+        (["--activation-ratio", "2"], "activation_ratio=2"),
     ):
         assert main(["plan", *sizes, *wrong]) == 2
         assert word in capsys.readouterr().err

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """Windows of text -> the arrays a model is trained on."""
 
-    name: ClassVar[str]
-    """`"causal"`, `"masked"` or `"span"`."""
-    unit: ClassVar[str]
-    """Of the loss."""
+    name: ClassVar[str]  # `"causal"`, `"masked"` or `"span"`
+    unit: ClassVar[str]  # of the loss
 
     @property
     def window(self) -> int:
@@ -44,16 +42,10 @@ class Objective(Protocol):
 def build_objective(
     name: str, config: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> Objective:
-    """Return an objective for sequences of a given length.
+    """Return the objective `"causal"`, `"masked"` or `"span"`, for sequences of a given length.
 
-    Args:
-        name: `"causal"`, `"masked"` or `"span"`.
-        config: its settings.
-        tokenizer: the tokenizer of the text, which has the special tokens that the objective wants.
-        sequence_length: tokens that the model (for T5: its encoder) sees at a time (S).
-
-    Raises:
-        InputError: a tokenizer without these special tokens, or a sequence too short.
+    `sequence_length` is the tokens that the model (for T5: its encoder) sees at a time (S). Raises InputError for a
+    tokenizer without the special tokens that the objective wants, or a sequence too short.
     """
     if name == "masked":
         return MaskedLM.build(config, tokenizer, sequence_length)

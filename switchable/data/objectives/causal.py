@@ -24,19 +24,12 @@ if TYPE_CHECKING:
 class CausalLM:
     """Windows as they are, behind the begin of text."""
 
-    window: int
-    """Tokens of text in a sequence."""
-    leading: tuple[int, ...] = ()
-    """Ids of the begin of text."""
+    window: int  # tokens of text in a sequence
+    leading: tuple[int, ...] = ()  # ids of the begin of text
     name: ClassVar[str] = "causal"
     unit: ClassVar[str] = "nats per token"
 
-    def __call__(
-        self,
-        ids_BW: Ints,
-        rows_B: Ints,  # noqa: ARG002 - the same call for every objective
-        seed: int,  # noqa: ARG002
-    ) -> dict[str, Ints]:
+    def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:  # noqa: ARG002 - as all objectives
         """Return `input_ids` [B, S] and `labels`, the same but -100 for the begin of text."""
         if not self.leading:
             return {"input_ids": ids_BW, "labels": ids_BW}
@@ -46,11 +39,7 @@ class CausalLM:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> CausalLM:
-        """Return the objective for a tokenizer.
-
-        Raises:
-            InputError: there is no room for text in a sequence.
-        """
+        """Return the objective for a tokenizer; InputError if a sequence has no room for text."""
         leading, _ = added_tokens(tokenizer)
         if sequence_length < len(leading) + 2:
             raise InputError(f"sequence_length={sequence_length} leaves nothing to predict; use 16 or more")

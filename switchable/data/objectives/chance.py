@@ -15,7 +15,6 @@ STREAM = 0x6D61736B
 
 def uniforms(seed: int, rows_B: Ints, count: int) -> Floats:
     """Return `count` numbers in [0, 1) for each row: [B, count]."""
-    raw = [
-        np.random.PCG64(np.random.SeedSequence([seed, STREAM, int(row)])).random_raw(count) for row in rows_B
-    ]
+    seeds = (np.random.SeedSequence([seed, STREAM, int(row)]) for row in rows_B)
+    raw = [np.random.PCG64(each).random_raw(count) for each in seeds]
     return (np.stack(raw) >> np.uint64(11)).astype(np.float64) * 2.0**-53

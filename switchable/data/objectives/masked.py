@@ -37,17 +37,12 @@ BECOMES_RANDOM = 0.1
 class MaskedLM:
     """BERT's objective on windows of W tokens."""
 
-    window: int
-    """Tokens of text in a sequence."""
-    fraction: float
-    """Share of the ordinary tokens that is predicted."""
+    window: int  # tokens of text in a sequence
+    fraction: float  # share of the ordinary tokens that is predicted
     mask_id: int
-    special_V: Bools
-    """Which token ids are special: never chosen, never drawn at random."""
-    around: tuple[int, int] | None = None
-    """Ids of [CLS] and [SEP], put around the text; None: nothing is."""
-    words: WordParts | None = None
-    """How tokens make words, to choose whole ones; None: choose single tokens."""
+    special_V: Bools  # which token ids are special: never chosen, never drawn at random
+    around: tuple[int, int] | None = None  # ids of [CLS] and [SEP], put around the text; None: nothing is
+    words: WordParts | None = None  # how tokens make words, to choose whole ones; None: choose single tokens
     name: ClassVar[str] = "masked"
     unit: ClassVar[str] = "nats per masked token"
 
@@ -55,11 +50,7 @@ class MaskedLM:
     def build(
         cls, config: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int
     ) -> MaskedLM:
-        """Return the objective for a tokenizer.
-
-        Raises:
-            InputError: it has no mask token, or there is no room for text in a sequence.
-        """
+        """Return the objective for a tokenizer; InputError: no mask token, or no room for text in a sequence."""
         if tokenizer.mask_token_id is None:
             raise InputError(
                 "the tokenizer has no mask token, which objective=masked needs; give one that has (BERT's, say, or "
@@ -79,39 +70,31 @@ class MaskedLM:
 
     def __call__(self, ids_BW: Ints, rows_B: Ints, seed: int) -> dict[str, Ints]:
         """Return `input_ids` [B, S] with tokens hidden, and `labels` [B, S]: these tokens, -100 elsewhere."""
-        ids_BS = self._wrap(ids_BW)
+        ids_BS = ids_BW
+        if self.around is not None:
+            ids_BS = np.pad(ids_BW, ((0, 0), (1, 1)), constant_values=((0, 0), self.around))
         rows, length = ids_BS.shape
-        order_BS, fate_BS, draw_BS = (
-            uniforms(seed, rows_B, 3 * length).reshape(rows, 3, length).swapaxes(0, 1)
-        )
+        drawn_B3S = uniforms(seed, rows_B, 3 * length).reshape(rows, 3, length)
+        order_BS, fate_BS, draw_BS = drawn_B3S.swapaxes(0, 1)
         chosen_BS = self.choose(ids_BS, order_BS)
         ordinary = np.flatnonzero(~self.special_V)
         random_BS = ordinary[(draw_BS * len(ordinary)).astype(np.int64)]
         hidden_BS = np.where(fate_BS < BECOMES_MASK, self.mask_id, random_BS)
         changed_BS = chosen_BS & (fate_BS < BECOMES_MASK + BECOMES_RANDOM)
-        return {
-            "input_ids": np.where(changed_BS, hidden_BS, ids_BS),
-            "labels": np.where(chosen_BS, ids_BS, IGNORED),
-        }
-
-    def _wrap(self, ids_BW: Ints) -> Ints:
-        if self.around is None:
-            return ids_BW
-        return np.pad(ids_BW, ((0, 0), (1, 1)), constant_values=((0, 0), self.around))
+        labels_BS = np.where(chosen_BS, ids_BS, IGNORED)
+        return {"input_ids": np.where(changed_BS, hidden_BS, ids_BS), "labels": labels_BS}
 
     def choose(self, ids_BS: Ints, order_BS: Floats) -> Bools:
         """Return which tokens are predicted: [B, S].
 
-        Args:
-            ids_BS: token ids.
-            order_BS: random numbers; a word is as early in the random order as its first token's number is small.
+        A word is as early in the random order as its first token's number in `order_BS` is small.
         """
         rows, length = ids_BS.shape
         maskable_BS = ~self.special_V[ids_BS]
         wanted_B = np.maximum(1, np.rint(self.fraction * maskable_BS.sum(1)).astype(np.int64))
-        starts_BS = (
-            np.ones_like(maskable_BS) if self.words is None else self.words.starts(ids_BS) | ~maskable_BS
-        )
+        starts_BS = np.ones_like(maskable_BS)
+        if self.words is not None:
+            starts_BS = self.words.starts(ids_BS) | ~maskable_BS
         starts_BS[:, 1:] |= ~maskable_BS[:, :-1]
         place = np.arange(length)
         first_BS = np.maximum.accumulate(np.where(starts_BS, place, 0), axis=1)

@@ -34,13 +34,10 @@ SENTINEL = "<extra_id_{}>"
 class Lengths:
     """What a window of text becomes; all in tokens but `spans`."""
 
-    noise: int
-    """Tokens cut out."""
+    noise: int  # tokens cut out
     spans: int
-    inputs: int
-    """Text left, one sentinel per span, and the end of sequence."""
-    labels: int
-    """Text cut out, one sentinel per span, and the end of sequence."""
+    inputs: int  # text left, one sentinel per span, and the end of sequence
+    labels: int  # text cut out, one sentinel per span, and the end of sequence
 
 
 def lengths(window: int, fraction: float, mean_span_length: float) -> Lengths:
@@ -62,13 +59,10 @@ def window_for(sequence_length: int, fraction: float, mean_span_length: float) -
 class SpanCorruption:
     """T5's objective on windows of W tokens."""
 
-    window: int
-    """Tokens of text in a sequence."""
+    window: int  # tokens of text in a sequence
     lengths: Lengths
-    sentinels: Ints
-    """Ids of the sentinels, the first span's first."""
-    eos_id: int
-    """End of sequence, of inputs and labels."""
+    sentinels: Ints  # ids of the sentinels, the first span's first
+    eos_id: int  # end of sequence, of inputs and labels
     name: ClassVar[str] = "span"
     unit: ClassVar[str] = "nats per token of the spans"
 
@@ -78,8 +72,7 @@ class SpanCorruption:
     ) -> SpanCorruption:
         """Return the objective for a tokenizer.
 
-        Raises:
-            InputError: it has too few sentinels or no end of sequence, or the sequence is too short.
+        InputError: it has too few sentinels or no end of sequence, or the sequence is too short.
         """
         window = window_for(sequence_length, config.mask_fraction, config.mean_span_length)
         if window == 0:
