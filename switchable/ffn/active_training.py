@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.ffn.router import Router, attach_loss, router_loss, stride
+from switchable.ffn.attached import teach
+from switchable.ffn.router import Router, stride
 from switchable.ffn.ssd import SSD
 
 LEAST_TOKENS = 512
@@ -45,9 +46,8 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     if found.mass_TE is not None:
         every = stride(ssd.settings.config.router_token_fraction)
         mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
-        seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
-        attached_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
+        taught_TD = teach(y_TD, router, x_BSD[..., ::every, :].flatten(0, -2), mass_TE, factor)
         # What a loss hangs on must not be added to in place.
-        y_TD = attached_TD.clone() if bias is None else attached_TD
+        y_TD = taught_TD.clone() if bias is None else taught_TD
     y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
     return y_BSD
