@@ -5,7 +5,7 @@ A loss counts `factor` times, by the value that this number has in the backward 
 that every dense step has, nothing but the gradient is ever computed: as graphs of a dozen small operations they took
 more than the products of a small FFN.
 
-Shapes: T tokens, D d_model, E experts, F d_ff.
+Shapes: T tokens, E experts, F d_ff.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from switchable.ffn.router import Router, mass_share
+from switchable.ffn.router import mass_share
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # compiled, `factor` is read too early
@@ -27,9 +26,9 @@ def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def teach(y: Tensor, router: Router, x_TD: Tensor, mass_TE: Tensor, factor: Tensor) -> Tensor:
-    """Do what attaching `router_loss(router(x), mass)` to `y` does."""
-    taught: Tensor = _Teach.apply(y, router.weight, router.bias, x_TD, mass_TE, factor)  # type: ignore[no-untyped-call]
+def teach(y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor) -> Tensor:
+    """Do what attaching `router_loss(scores, mass)` to `y` does."""
+    taught: Tensor = _Teach.apply(y, scores_TE, mass_TE, factor)  # type: ignore[no-untyped-call]
     return taught
 
 
@@ -55,26 +54,17 @@ class _AttachLoss(torch.autograd.Function):
 
 class _Teach(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weight_ED: Tensor, bias_E: Tensor, x_TD: Tensor, mass_TE: Tensor, factor: Tensor
-    ) -> Tensor:
-        dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-        x_TD, share_TE = x_TD.to(dtype), mass_share(mass_TE).to(dtype)
-        with torch.autocast(y.device.type, enabled=False):
-            p_TE = linear(x_TD, weight_ED.to(dtype), bias_E.to(dtype)).softmax(dim=-1)
-            # A silent token's shares add up to 0, all others' to 1.
-            slope_TE = p_TE.mul_(share_TE.sum(dim=-1, keepdim=True)).sub_(share_TE).div_(max(1, len(x_TD)))
-            slopes = slope_TE.t() @ x_TD, slope_TE.sum(dim=0)
-        ctx.save_for_backward(*slopes, factor)
-        ctx.dtype = weight_ED.dtype
+    def forward(ctx: Any, y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor) -> Tensor:
+        share_TE = mass_share(mass_TE).to(scores_TE.dtype)
+        # A silent token's shares add up to 0, all others' to 1.
+        slope_TE = scores_TE.softmax(dim=-1).mul_(share_TE.sum(dim=-1, keepdim=True)).sub_(share_TE)
+        ctx.save_for_backward(slope_TE.div_(max(1, len(slope_TE))), factor)
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dweight_ED, dbias_E, factor = ctx.saved_tensors
-        # Rounded last: a scale for half precision is part of the factor.
-        dweight_ED, dbias_E = ((each * factor).to(ctx.dtype) for each in (dweight_ED, dbias_E))
-        return grads[0], dweight_ED, dbias_E, None, None, None
+        slope_TE, factor = ctx.saved_tensors
+        return grads[0], slope_TE * factor, None, None
 
 
 class _Penalise(torch.autograd.Function):

@@ -160,7 +160,8 @@ class SwitchableFFN(nn.Module):
         ssd = self.ssd
         with torch.no_grad():
             mass_TE = expert_mass(hidden_BSF.reshape(-1, ssd.d_ff), ssd.weights.down_FD, ssd.num_experts)
-        taught: Tensor = teach(y, self.router, x_BSD.reshape(-1, ssd.d_model), mass_TE, ssd.loss_scale.now)
+        scores_TE = self.router(x_BSD.detach().reshape(-1, ssd.d_model))
+        taught: Tensor = teach(y, scores_TE, mass_TE, ssd.loss_scale.now)
         return taught
 
     def extra_repr(self) -> str:

@@ -66,7 +66,7 @@ class Router(nn.Linear):
 
 def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
-    norms_F = down_FD.float().norm(dim=1)
+    norms_F: Tensor = down_FD.float().norm(dim=1)
     mass_TEI = (hidden_TF * norms_F).abs_().view(len(hidden_TF), num_experts, -1)
     return mass_TEI.sum(dim=-1).float()
 
