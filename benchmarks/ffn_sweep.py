@@ -167,6 +167,6 @@ def report(row: dict[str, Any]) -> None:
     print(
         f"  {row['job']:<8}{row['shape']:<42}sparse {sparse:>5.2f}x {row['best_dense']:<16}"
         f"chosen: {row['chosen']:<7}{chosen:>5.2f}x, {_without_router(row):.2f}x but for its router"
-        f"{'  slower' if min(sparse, chosen) < SLOWER else ''}; {row['why']}",
+        f"{'  slower' if chosen < SLOWER else ''}; {row['why']}",
         flush=True,
     )
