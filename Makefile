@@ -27,7 +27,8 @@ demo: $(READY)
 	@$(BIN)/switchable pretrain configs/demo.yaml --out runs/demo --overwrite $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@# Each process takes a row of neighbours, so that what they share is trained and compiled once.
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks._models import decoding_parity_error, random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
-from switchable.ffn.ssd import DecodeCache
+from switchable.ffn.placement import PerThread
 from switchable.infer.decoding.decoder import Decoder
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.timing import take_turns
@@ -175,7 +175,7 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
         own = [copy.copy(layer) for layer in layers]  # in a mode of their own, with the same weights
         for layer in own:
             layer.ssd = copy.copy(layer.ssd)
-            layer.ssd.mode, layer.ssd.decode_cache = mode, DecodeCache()
+            layer.ssd.mode, layer.ssd.decode_cache = mode, PerThread()
 
         def forward() -> None:
             for layer in own:  # another token each time: it chooses other experts, which are not in the cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from torch import nn
 
 from switchable import SwitchConfig, convert
 from switchable.train.pretrain import pretrain
+
+
+def pytest_configure() -> None:
+    """One thread, here and in the processes that tests start, whatever the user has set: some compare bits.
+
+    What depends on threads is tested with numbers of its own.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

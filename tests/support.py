@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,35 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {path}: set SWITCHABLE_DATA to the folder of shared data")
     return path
+
+
+def offline(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments in a process of its own, without a network."""
+    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | settings,
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Give torch this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    """Return the relative root mean square error."""
+    found = found.detach()
+    return float((found.double() - true.detach()).norm() / true.detach().norm().clamp_min(1e-30))
 
 
 def tiny_gpt2(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import fuzz
+from experiments import fuzz, fuzz_cases
 from switchable.cli import main
 
 
 def test_every_class_refuses_or_keeps_a_number() -> None:
-    tried, failures = fuzz.constructors()
+    tried, failures = fuzz_cases.constructors()
     assert tried > 3000
     assert not failures
 
@@ -22,9 +22,10 @@ def test_the_fuzz_sees_a_number_that_is_kept_though_it_is_none() -> None:
             self.rate = 1 / rate
 
     assert (
-        fuzz.constructed(Careless, "rate", 0.0, as_text=False) == "ZeroDivisionError: float division by zero"
+        fuzz_cases.constructed(Careless, "rate", 0.0, as_text=False)
+        == "ZeroDivisionError: float division by zero"
     )
-    assert fuzz.constructed(Careless, "rate", 5e-324, as_text=False) == "it keeps inf"
+    assert fuzz_cases.constructed(Careless, "rate", 5e-324, as_text=False) == "it keeps inf"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_every_numeric_flag_refuses_what_is_no_number(
 ) -> None:
     arguments = fuzz.Places(tmp_path).write()
     verbs = set()
-    for case in fuzz.cases(values=("nan", "inf", "-inf", str(10**400))):
+    for case in fuzz_cases.cases(values=("nan", "inf", "-inf", str(10**400))):
         with pytest.raises(SystemExit) as end:
             raise SystemExit(main([case.verb, *arguments.base(case.verb, tmp_path / "out"), *case.arguments]))
         said = capsys.readouterr().err

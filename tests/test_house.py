@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "switchable"
@@ -104,6 +108,18 @@ def test_rooms_are_of_a_size_to_live_in() -> None:
     (largest, most), *_ = rooms.most_common(1)
     assert most <= sum(lines.values()) / 4, f"{largest} is more than a quarter of the package"
     assert sum(lines.values()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "experiments", "examples"])
+def test_files_around_the_package_are_short_too(folder: str) -> None:
+    counts = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    assert counts
+    long = {name: count for name, count in counts.items() if count > LONGEST_FILE}
+    assert not long, f"files over {LONGEST_FILE} lines: {long}"
+
+
+def test_tests_have_one_thread_each_without_being_told() -> None:
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
 
 
 def test_nothing_happens_at_import() -> None:

@@ -52,11 +52,7 @@ def calibrate(
     with in_mode(model, "dense"):
         model.eval()
         for piece in pieces:
-            inputs = [_LayerInputs() for _ in layers]
-            for batch in piece:
-                show(model, [batch], inputs)
-                advance(1)
-            seen = [each.rows() for each in inputs]
+            seen = _lessons(model, piece, advance)
             for epoch in range(EPOCHS):
                 share = (done + len(piece) * epoch / EPOCHS) / len(batches)
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
@@ -74,23 +70,23 @@ def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterat
         yield batches[start : start + length]
 
 
-class _LayerInputs:
-    """What one layer is given and what its experts do with it, in half precision."""
+def _lessons(
+    model: nn.Module, piece: Sequence[Batch], advance: Callable[[int], object]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return of each layer its inputs x_TD and its experts' shares of the mass, share_TE, in half precision."""
+    inputs: dict[SwitchableFFN, list[Tensor]] = {layer: [] for layer in layers_of(model)}
+    shares: dict[SwitchableFFN, list[Tensor]] = {layer: [] for layer in inputs}
 
-    def __init__(self) -> None:
-        self._x: list[Tensor] = []
-        self._share: list[Tensor] = []
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Keep the tokens of one call."""
+    def keep(layer: SwitchableFFN, x: Tensor) -> None:
         x_TD = x.reshape(-1, layer.ssd.d_model)
         mass_TE = expert_mass(layer.ssd.activations(x_TD), layer.ssd.weights.down_FD, layer.ssd.num_experts)
-        self._x.append(x_TD.to(torch.bfloat16))
-        self._share.append(mass_share(mass_TE).half())
+        inputs[layer].append(x_TD.to(torch.bfloat16))
+        shares[layer].append(mass_share(mass_TE).half())
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Return the inputs x_TD and the experts' shares of the mass, share_TE."""
-        return torch.cat(self._x), torch.cat(self._share)
+    for batch in piece:
+        show(model, [batch], [keep] * len(inputs))
+        advance(1)
+    return [(torch.cat(inputs[layer]), torch.cat(shares[layer])) for layer in inputs]
 
 
 def _epoch(

@@ -28,16 +28,12 @@ class AdaptConfig:
         choices=("weights", "coactivation", "mixed"),
         metavar="NAME",
     )
-    structure_tokens: int = option(
-        8192, "tokens on which it is seen which neurons fire together", least=1, metavar="TOKENS"
-    )
+    structure_tokens: int = option(8192, "tokens that show what fires together", least=1, metavar="TOKENS")
     calibration_tokens: int = option(200_000, "tokens that the routers learn from", least=1, metavar="TOKENS")
     router_learning_rate: float = option(
         1e-2, "peak learning rate of the routers (AdamW)", above=0, most=1000, metavar="LR"
     )
-    eval_tokens: int = option(
-        32_768, "validation tokens on which everything is measured", least=1, metavar="TOKENS"
-    )
+    eval_tokens: int = option(32_768, "validation tokens on which all is measured", least=1, metavar="TOKENS")
     sequence_length: int = option(
         256, "tokens per sequence, at most the model's positions", least=2, metavar="TOKENS"
     )

@@ -49,21 +49,17 @@ def with_relu(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
 
 
 def train_on(
-    model: nn.Module,
-    batch: Callable[[int], Batch],
-    steps: int,
-    learning_rate: float,
-    advance: Callable[[int], object] = lambda _: None,
+    model: nn.Module, batch: Callable[[int], Batch], steps: int, peak: float, advance: Callable[[int], object]
 ) -> float:
     """Train all weights of a plain model for some steps; it is in evaluation mode afterwards.
 
-    `batch` gives the model inputs with labels of a step, `learning_rate` is the peak, `advance` is told 1 after each
+    `batch` gives the model inputs with labels of a step, `peak` is the learning rate's, `advance` is told 1 after each
     step. Returns the mean loss over the last tenth of the steps, nats per token.
 
     Raises:
         InputError: the loss or a weight is no longer finite.
     """
-    config = TrainConfig(steps=steps, learning_rate=learning_rate, weight_decay=0.0)
+    config = TrainConfig(steps=steps, learning_rate=peak, weight_decay=0.0)
     config = dataclasses.replace(config, warmup_fraction=WARMUP, decay_fraction=DECAY)
     optimizer = build_optimizer(model, config)
     model.train()

@@ -31,8 +31,8 @@ from switchable.errors import InputError
 from switchable.ffn.agreement import families_of
 from switchable.ffn.builders import model_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.facts import facts_of
 from switchable.ffn.families import find_ffns
+from switchable.ffn.ssd import facts_of
 from switchable.ffn.table import row_of
 from switchable.finite import check_finite
 from switchable.infer.loss import objective_of_model, positions_of, validation_loss
@@ -189,15 +189,11 @@ def _relufy(
     family = families_of(model)[0][0]
     activation, *_ = facts_of(find_ffns(model, family)[0][1], family, "the FFN")
     if not activation.startswith("relu"):
-        what = (
-            f"{family.activation_setting} of the config does not set the activation, which stays {activation}"
-        )
+        setting = family.activation_setting
+        what = f"{setting} of the config does not set the activation, which stays {activation}"
         raise InputError(f"{what}; build the model with ReLU, train it on and convert that, without --relufy")
     swapped = validation_loss(model, text.validation, not quiet)
-    with (
-        in_float32(model),
-        progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar,
-    ):
+    with in_float32(model), progress_bar("training with ReLU", "step", config.relufy, not quiet) as bar:
         train_on(model, text.batch, config.relufy, config.relufy_learning_rate, bar.update)
     after = validation_loss(model, text.validation, not quiet)
     stages = f"{before:.4f} as it was, {swapped:.4f} with ReLU, {after:.4f} after {config.relufy} steps"
@@ -221,11 +217,7 @@ def _group(model: nn.Module, text: _Text, config: AdaptConfig, quiet: bool) -> N
 
 
 def _choose_layers(model: nn.Module, text: _Text, config: AdaptConfig) -> None:
-    """Leave those layers out of sparse mode that are not sparse.
-
-    Raises:
-        InputError: none is sparse; says what sparse mode would cost.
-    """
+    """Leave layers that are not sparse out of sparse mode; raise InputError, with the cost of it, if none is sparse."""
     layers = layers_of(model)
     rows = layer_rows(model, text.probe(model, config.structure_tokens // 2))
     for layer, row in zip(layers, rows, strict=True):

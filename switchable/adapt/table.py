@@ -45,7 +45,7 @@ def layer_rows(model: nn.Module, probe: Iterable[Batch]) -> list[LayerRow]:
     """Measure every FFN at its own K on model inputs without labels."""
     layers = layers_of(model)
     every = [LayerSums(layer) for layer in layers]
-    show(model, probe, every)
+    show(model, probe, [sums.add for sums in every])
     return [
         LayerRow(
             ssd.name, sums.chosen, sums.activation_ratio, sums.mass_caught, sums.mass_best_k, ssd.takes_part
@@ -79,7 +79,5 @@ def as_text(rows: Sequence[LayerRow], found: Losses, num_experts: int) -> str:
 
 def sparse_losses(found: Losses) -> str:
     """Say the losses of sparse mode and how much higher they are than the dense one."""
-    return ", ".join(
-        f"K/E = {name} {loss:.4f} ({100 * (loss / found.dense - 1):+.1f} %)"
-        for name, loss in found.sparse.items()
-    )
+    more = {name: 100 * (loss / found.dense - 1) for name, loss in found.sparse.items()}
+    return ", ".join(f"K/E = {name} {found.sparse[name]:.4f} ({more[name]:+.1f} %)" for name in more)

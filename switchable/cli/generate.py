@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from switchable.store.quantised import load_int8
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
-    quantised = load_int8(args.folder) if args.weights == "int8" else None
+    quantised = load_int8(args.folder, args.mode, sampling) if args.weights == "int8" else None
     model, tokenizer, stored = quantised or (*load_with_tokenizer(args.folder), None)
     weights = args.weights or chosen_precision(model, asked)
     precision = "float32" if weights == "float32" else "bfloat16"

@@ -9,7 +9,7 @@ Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,9 +89,8 @@ class ExpertCall(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether anything asks for a gradient."""
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (self.x_TD, *self.weights.tensors)
-        )
+        tensors = (self.x_TD, *self.weights.tensors)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -104,3 +103,29 @@ class Backend:
     Compiles nothing and looks at no number of a tensor."""
     run: Callable[[ExpertCall], Tensor]
     """Returns y_TD; `supports` must have returned None."""
+
+
+def autocasts(call: ExpertCall) -> bool:
+    """Return whether autocast decides the dtype: like `nn.Linear`, it leaves float64 alone."""
+    x_TD = call.x_TD
+    return torch.is_autocast_enabled(x_TD.device.type) and x_TD.dtype != torch.float64
+
+
+def compute_dtype(call: ExpertCall) -> torch.dtype:
+    """Return the dtype that the products of a call are computed in, as `nn.Linear` does: autocast's, or the input's."""
+    return torch.get_autocast_dtype(call.x_TD.device.type) if autocasts(call) else call.x_TD.dtype
+
+
+def why_not_dtype(call: ExpertCall, allowed: tuple[torch.dtype, ...]) -> str | None:
+    """Return None, or why a backend that computes in the `allowed` dtypes cannot take a call."""
+    given = {tensor.dtype for tensor in (call.x_TD, *call.weights.tensors)}
+    if len(given) > 1 and not autocasts(call):
+        return f"wants one dtype, and input and weights have {_names(given)}; convert them, or use torch.autocast"
+    dtype = compute_dtype(call)
+    if dtype not in allowed:
+        return f"computes in {_names(allowed)} on {call.x_TD.device.type}, not in {_names([dtype])}"
+    return None
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
+from switchable.compute.call import RELU_TYPES, Backend, ExpertCall, autocasts, compute_dtype
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, fits, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
@@ -27,9 +27,7 @@ from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.sorted import SORTED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
-from switchable.compute.dtypes import autocasts, compute_dtype
-from switchable.compute.masked import MASKED
-from switchable.compute.reference import REFERENCE
+from switchable.compute.reference import MASKED, REFERENCE
 from switchable.errors import InputError, nearest
 
 
@@ -80,14 +78,9 @@ have, the sooner reading them is faster than finding some."""
 
 
 def expert_ffn(call: ExpertCall, backend: str = "auto") -> Tensor:
-    """Apply to each token its own K experts and add them up.
+    """Apply to each token its own K experts and add them up, by the backend of a name, or the one that `choose` says.
 
-    Args:
-        call: what to compute.
-        backend: a name in `BACKENDS`, or `"auto"`.
-
-    Returns:
-        y_TD, without the bias of the output projection.
+    Returns y_TD, without the bias of the output projection.
 
     Raises:
         InputError: an unknown backend, or one that cannot do this call.

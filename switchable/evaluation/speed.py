@@ -2,6 +2,8 @@
 
     tokens/s = new tokens / median seconds of a text        one sequence, greedy, prompt included, ways in turns
 
+Beside it stand those of the middle half of the turns: what differs by less is noise.
+
 The prompt is the beginning of the text that the loss is of. So tokens are of the kind that the router was made for, and
 the number of experts that a mass leaves them is the true one.
 """
@@ -13,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -57,13 +60,15 @@ class Speed:
     loss: float
     """Nats per predicted token."""
     tokens_per_second: float
+    middle: tuple[float, float]
+    """The same at the slower and the faster quartile of the turns."""
     experts: float | None
     """Mean number of experts that a token computes, in the layers that are sparse."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON."""
-        rest = {"loss": self.loss, "tokens_per_second": self.tokens_per_second, "experts": self.experts}
-        return {**asdict(self.way), **rest}
+        rest = asdict(self)
+        return {**rest.pop("way"), **rest}
 
 
 def speeds(
@@ -105,10 +110,13 @@ def speeds(
         if why_not is None
         else multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
     ):
-        seconds = take_turns(calls, SECONDS, turns=TURNS).medians
+        seconds = take_turns(calls, SECONDS, turns=TURNS).seconds
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
     rows = zip(found_ways, experts, strict=True)
-    found = [Speed(way, losses[way], new / seconds[str(way)], mean) for way, mean in rows]
+    found = []
+    for way, mean in rows:
+        fast, median, slow = (new / each for each in quantiles(seconds[str(way)], n=4))
+        found.append(Speed(way, losses[way], median, (slow, fast), mean))
     by = (
         "our own decoding"
         if why_not is None
@@ -151,10 +159,12 @@ def mean_experts(model: nn.Module, way: Way, input_ids: Tensor) -> float | None:
 def table(found: Sequence[Speed]) -> str:
     """Return the speeds as text: a line for each way."""
     width = max(len(str(speed.way)) for speed in found)
-    lines = [f"{'way':{width}}  {'loss':>8}  {'tokens/s':>8}  experts of a token"]
+    lines = [f"{'way':{width}}  {'loss':>8}  {'tokens/s':>8}  {'half of the turns':>17}  experts of a token"]
     for each in found:
         experts = "all" if each.experts is None else f"{each.experts:.1f}"
-        lines.append(f"{each.way!s:{width}}  {each.loss:8.4f}  {each.tokens_per_second:8.1f}  {experts}")
+        middle = "{:.1f} to {:.1f}".format(*each.middle)
+        numbers = f"{each.loss:8.4f}  {each.tokens_per_second:8.1f}  {middle:>17}"
+        lines.append(f"{each.way!s:{width}}  {numbers}  {experts}")
     return "\n".join(lines)
 
 
@@ -168,6 +178,7 @@ def draw(found: Sequence[Speed], title: str, path: Path) -> None:
         for each in found:
             if each.way.mode == "dense":
                 axes.plot([each.tokens_per_second], [each.loss], "*", color=DENSE, ms=10, label="dense")
+                axes.hlines(each.loss, *each.middle, color=DENSE, lw=0.8)
         axes.set_xlabel("tokens per second, one sequence")
         axes.set_ylabel("loss (nats per token)")
         axes.set_title(title, pad=32)
@@ -186,6 +197,7 @@ def _draw_line(axes: Axes, own: Sequence[Speed], number: int) -> None:
     axes.plot(*zip(*places, strict=True), label=label, color=colour, marker=marker, ms=4, lw=1.2)
     offset = (4, -11 if number else 4)
     for each, place in zip(own, places, strict=True):
+        axes.hlines(each.loss, *each.middle, color=colour, lw=0.8)
         k = each.way.experts_per_token
         text = "own" if isinstance(k, tuple) else str(k)
         axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=colour)

@@ -15,7 +15,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, Family
 from switchable.ffn.finder import find_families, named, refuse_others
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.recording import distance, tolerance
+from switchable.ffn.recording import distance, kept, tolerance
 from switchable.ffn.table import row_of
 from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
 from switchable.options import checked
@@ -32,10 +32,7 @@ def families_of(
 ) -> tuple[list[Family], Trial | None, dict[str, str]]:
     """Return what a model's FFNs are, the trial in which that can be checked, and what was found to be left alone.
 
-    The trial is None where nothing need or can be checked.
-
-    Raises:
-        InputError: they are neither described nor known nor found; the message says why.
+    The trial is None where nothing need or can be checked. Raises InputError if no FFNs are described, known or found.
     """
     row = row_of(model) if given is None else None
     if given is None and row is None:
@@ -47,81 +44,60 @@ def families_of(
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
-    return families, None if trusted else _tried(model, example_inputs), {}
-
-
-def _tried(model: nn.Module, example_inputs: Inputs | None) -> Trial | None:
     try:
-        return Trial(model, example_inputs)
+        return families, None if trusted else Trial(model, example_inputs), {}
     except InputError:
         if example_inputs is not None:
             raise
-        return None
+        return families, None, {}
 
 
 @torch.no_grad()
 def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
-    """Compare a switchable FFN with the module it replaces on two tokens: a row that leaves out a part shows here.
-
-    Raises:
-        InputError: they differ, or the module wants more than one input.
-    """
-    weight = layer.ssd.up_projection.weight
-    if weight.is_meta:
+    """Raise InputError unless an FFN does on two tokens what the module that it replaces did: a part left out shows."""
+    ssd = layer.ssd
+    x_BSD = ssd.two_tokens_TD.unsqueeze(0)
+    if x_BSD.is_meta:
         return
-    x_BSD = torch.linspace(-1, 1, 2 * layer.ssd.d_model).sin().view(1, 2, -1).to(weight.device, weight.dtype)
-    was_training = ffn.training
-    ffn.eval()
-    layer.eval()
-    try:
-        before, after = ffn(x_BSD), layer(x_BSD)
-    except TypeError as error:
-        raise InputError(
-            f"{layer.ssd.name}: {error}; an FFN takes the hidden states and nothing else"
-        ) from None
-    finally:
-        ffn.train(was_training)
+    with kept([*ffn.modules(), *layer.modules()], "training"):
+        try:
+            before, after = ffn.eval()(x_BSD), layer.eval()(x_BSD)
+        except TypeError as error:
+            raise InputError(f"{ssd.name}: {error}; an FFN takes hidden states and nothing else") from None
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise InputError(
-            f"{layer.ssd.name} ({type(ffn).__name__}) computes something else than {layer.ssd.settings.family}; "
+            f"{ssd.name} ({type(ffn).__name__}) computes something else than {ssd.settings.family}; "
             "has it a part that is not described (a gate, a norm, a factor)?"
         )
 
 
-def check_same_answers(
-    trial: Trial, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
+def put_in_place(
+    trial: Trial | None, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
 ) -> None:
-    """Put switchable FFNs in place, unless the model computes something else then.
+    """Put FFNs in place, each by one of `place`, which returns what undoes it.
 
-    Args:
-        trial: of the model without them.
-        layers: the switchable FFNs.
-        place: what puts each in its place, and returns what undoes it.
-
-    Raises:
-        InputError: it does, or it fails; they have been taken out again.
+    Raises InputError, with all undone, if a trial of the model without them shows that it computes something else then.
     """
-    before = trial.answers()
+    before = None if trial is None else trial.answers()
     undo = [each() for each in place]
-    kept = [(layer.ssd.activation_l1, layer.ssd.router_learns) for layer in layers]
-    for layer in layers:
-        layer.ssd.activation_l1, layer.ssd.router_learns = 0.0, False
+    if trial is None or before is None:
+        return
+    ssds = [layer.ssd for layer in layers]
     problem = None
-    try:
-        after = trial.answers()
-        if not _same(before, after):
-            problem = "the model computes something else with it"
-    except FAILURES as error:
-        problem = f"the model fails with it ({error})".splitlines()[0]
-    finally:
-        for layer, (l1, learns) in zip(layers, kept, strict=True):
-            layer.ssd.activation_l1, layer.ssd.router_learns = l1, learns
+    with kept(ssds, "activation_l1", "router_learns"):
+        for ssd in ssds:
+            ssd.activation_l1, ssd.router_learns = 0.0, False
+        try:
+            if not _same(before, trial.answers()):
+                problem = "the model computes something else with it"
+        except FAILURES as error:
+            problem = f"the model fails with it ({error})".splitlines()[0]
     if problem is None:
         return
     for each in reversed(undo):
         each()
     raise InputError(
-        f"{layers[0].ssd.settings.family} does not describe what {layers[0].ssd.name} computes: {problem}; are gate "
+        f"{ssds[0].settings.family} does not describe what {ssds[0].name} computes: {problem}; are gate "
         f"and up in the right places, and is there a part that is not described (a norm, a factor, a dropout)? "
         f"{HOW_TO_DESCRIBE}"
     )

@@ -14,15 +14,15 @@ from torch import nn
 
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
-from switchable.ffn.agreement import check_same_answers, check_same_function, families_of
-from switchable.ffn.facts import facts_of, settings_of
+from switchable.ffn.agreement import check_same_function, families_of, put_in_place
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import of_several_names, store_by_neuron
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
-from switchable.ffn.ssd import FFNSettings
+from switchable.ffn.recording import kept
+from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
 from switchable.ffn.trial import Inputs
 from switchable.finite import check_finite
 from switchable.options import checked
@@ -96,10 +96,9 @@ def convert(
             something else with them, it is converted already, or E does not divide F. The model is unchanged then.
     """
     config = checked("config", config, SwitchConfig | None) or SwitchConfig()
-    if layers_of(checked("model", model, nn.Module)):
-        raise InputError(
-            f"the model is converted already ({len(layers_of(model))} switchable FFNs); convert it once"
-        )
+    before = layers_of(checked("model", model, nn.Module))
+    if before:
+        raise InputError(f"the model is converted already ({len(before)} switchable FFNs); convert it once")
     taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
     if taken:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
@@ -115,13 +114,8 @@ def convert(
         (name, ffn, _switchable(ffn, settings_of(ffn, each, name, config), layer_type))
         for name, ffn, each in found
     ]
-    place = [partial(_place, model, name, ffn, layer) for name, ffn, layer in built]
     layers = [layer for _, _, layer in built]
-    if trial is None:
-        for each_place in place:
-            each_place()
-    else:
-        check_same_answers(trial, layers, place)
+    put_in_place(trial, layers, [partial(_place, model, *each) for each in built])
     scale, first, shared = LossScale(), layers[0].ssd, of_several_names(model)
     if neuron_major is None:
         neuron_major = first.reads_FD.is_cpu and not config.never_sparse
@@ -137,11 +131,7 @@ def convert(
 def _in_order(
     model: nn.Module, found: Sequence[tuple[str, nn.Module, Family]]
 ) -> list[tuple[str, nn.Module, Family]]:
-    """Return FFNs of several families in the model's order.
-
-    Raises:
-        InputError: two families mean one module.
-    """
+    """Return FFNs of several families in the model's order; raise InputError if two families mean one module."""
     by_name = {name: (name, ffn, family) for name, ffn, family in found}
     if len(by_name) != len(found):
         raise InputError("two of the families given mean the same FFN; give each FFN one")
@@ -194,9 +184,8 @@ def set_mode(
         raise InputError(f"mode={mode!r}: {NOT_SWITCHABLE}")
     if mode not in ("dense", "sparse"):
         raise InputError(f"mode={mode!r} is not known; use 'dense' or 'sparse'")
-    each = (
-        [experts_per_token] * len(found) if not isinstance(experts_per_token, Sequence) else experts_per_token
-    )
+    given = experts_per_token
+    each = given if isinstance(given, Sequence) else [given] * len(found)
     if len(each) != len(found):
         raise InputError(
             f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"
@@ -215,11 +204,7 @@ def set_mode(
 
 
 def check_sparse(model: nn.Module) -> None:
-    """Refuse a model without a sparse mode, or with one that with all experts would not be the dense mode.
-
-    Raises:
-        InputError: says why no FFN takes part in it, or what hangs on a projection that it would pass by.
-    """
+    """Raise InputError for a model without a sparse mode, or where that with all experts is not the dense mode."""
     taking_part = [layer.ssd for layer in layers_of(model) if layer.ssd.takes_part]
     if not taking_part:
         raise InputError(f"the model has no sparse mode: {why_dense(model)}; use dense mode")
@@ -267,21 +252,10 @@ def in_mode(
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[list[SwitchableFFN]]:
-    """Within the `with` block modes may be changed at will; afterwards everything is as it was.
-
-    Kept are what `MODES` names of each FFN, and whether each module trains.
-    """
+    """Within the `with` block modes (`MODES`, and which modules train) may change; afterwards they are as before."""
     layers = layers_of(model)
-    kept = [{name: getattr(layer.ssd, name) for name in MODES} for layer in layers]
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    with kept((layer.ssd for layer in layers), *MODES), kept(model.modules(), "training"):
         yield layers
-    finally:
-        for layer, values in zip(layers, kept, strict=True):
-            for name, value in values.items():
-                setattr(layer.ssd, name, value)
-        for module, trains in training:
-            module.training = trains
 
 
 def is_router_parameter(name: str) -> bool:

@@ -10,6 +10,7 @@ Shapes: B batch, S sequence, D d_model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, prepare_call
 from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import SSD
-
-Modules = dict[str, nn.Module | None]
 
 
 def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
@@ -38,54 +37,38 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     ):
         return None
     cache = ssd.decode_cache
-    prepared: PreparedLayer | None = cache.prepared
+    prepared: PreparedLayer | None = cache.held
     if prepared is None or not prepared.fits(ssd, x_BSD):
-        prepared = cache.prepared = PreparedLayer(ssd, x_BSD)
+        prepared = cache.held = PreparedLayer(ssd, x_BSD)
     if prepared.call is None or x_BSD.dtype is not torch.float32:
         return None
     return prepared.call(x_BSD.contiguous())
 
 
 class PreparedLayer:
-    """A call of a layer with everything looked up but its input.
+    """A call of a layer in sparse mode with everything looked up but its input, made for a first one."""
 
-    Args:
-        ssd: of a layer in sparse mode.
-        x_BSD: the first input.
-    """
-
-    __slots__ = (
-        "call",
-        "experts_per_token",
-        "hooks",
-        "mass",
-        "modules",
-        "namespaces",
-        "numbers",
-        "parameters",
-        "threads",
-    )
+    __slots__ = ("call", "experts", "held", "hooks", "mass", "numbers", "tensors", "threads")
 
     def __init__(self, ssd: SSD, x_BSD: Tensor):
         check_plain(ssd)
-        self.numbers, self.experts_per_token, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
+        self.numbers, self.experts, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
         self.threads = torch.get_num_threads()
         layer, home = ssd.holders[0], ssd.holders[-1]
         *projections, _activation = ssd.called
-        self.modules = [step for path, _ in projections for step in _path(home, path)]
-        self.modules += _path(layer, "router")
         called = [ssd.router, *(module for _, module in ssd.called)]
-        self.namespaces = [vars(module) for module in called]
-        self.hooks = [
-            hooks
-            for module in called
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-            if not hooks
-        ]
         owners = [module._parameters for module in (*(module for _, module in projections), ssd.router)]
-        self.parameters = [
-            (owner, name, owner[name], *_whereabouts(owner[name])) for owner in owners for name in owner
+        self.held: list[tuple[dict[str, Any], str, object]] = []
+        """Where what was found of modules and parameters is held, and no forward of a module's own."""
+        for start, path in (*((home, path) for path, _ in projections), (layer, "router")):
+            self.held += _path(start, path)
+        self.held += [(vars(module), "forward", None) for module in called]
+        self.held += [(own, name, own[name]) for own in owners for name in own]
+        self.tensors = [
+            (t, t.data_ptr(), t.stride(0), t.dtype) for own in owners for t in own.values() if t is not None
         ]
+        hooks = [each for module in called for each in (module._forward_pre_hooks, module._forward_hooks)]
+        self.hooks = [each for each in hooks if not each]
         # A parametrised or wrapped projection keeps its weight elsewhere: what it computes is not known here.
         plain = all("weight" in owner and "bias" in owner for owner in owners)
         plain = plain and not ssd.router._forward_pre_hooks and not ssd.router._forward_hooks
@@ -106,7 +89,7 @@ class PreparedLayer:
         """Return whether all is as it was: x's size, K, threads, hooks, and which modules hold which numbers where."""
         if (
             x_BSD.numel() != self.numbers
-            or ssd.experts_per_token != self.experts_per_token
+            or ssd.experts_per_token != self.experts
             or ssd.mass != self.mass
             or torch.get_num_threads() != self.threads
         ):
@@ -114,30 +97,18 @@ class PreparedLayer:
         for hooks in self.hooks:
             if hooks:
                 return False
-        for namespace in self.namespaces:
-            if "forward" in namespace:
+        for names, name, thing in self.held:
+            if names.get(name) is not thing:
                 return False
-        for modules, name, module in self.modules:
-            if modules.get(name) is not module:
-                return False
-        for parameters, name, tensor, address, stride, dtype in self.parameters:
-            found = parameters.get(name)
-            if found is not tensor or (
-                found is not None
-                and (found.data_ptr() != address or found.stride(0) != stride or found.dtype is not dtype)
-            ):
+        for tensor, address, stride, dtype in self.tensors:
+            if tensor.data_ptr() != address or tensor.stride(0) != stride or tensor.dtype is not dtype:
                 return False
         return True
 
 
-def _path(home: nn.Module, path: str) -> Iterator[tuple[Modules, str, nn.Module]]:
+def _path(home: nn.Module, path: str) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
     """The modules on the way to one, each with its name and what holds it."""
     for name in path.split("."):
         child = home.get_submodule(name)
         yield home._modules, name, child
         home = child
-
-
-def _whereabouts(tensor: Tensor | None) -> tuple[int, int, torch.dtype | None]:
-    """Where the numbers lie, how far apart rows are, and what they are."""
-    return (0, 0, None) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.dtype)

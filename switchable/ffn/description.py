@@ -42,9 +42,8 @@ class SavedRouter(Router):
         try:
             take_over(self.ssd, decoded(state))
         except InputError as error:
-            logging.getLogger(__name__).warning(
-                "%s keeps its own K and part in sparse mode: %s", self.ssd.name, error
-            )
+            log = logging.getLogger(__name__)
+            log.warning("%s keeps its own K and part in sparse mode: %s", self.ssd.name, error)
 
 
 def describe(ssd: SSD) -> dict[str, Any]:
@@ -60,8 +59,7 @@ def describe(ssd: SSD) -> dict[str, Any]:
 def take_over(ssd: SSD, described: Mapping[str, Any]) -> None:
     """Make an FFN what another one was. Without `neuron_ids` its neurons stand in their first order.
 
-    Raises:
-        InputError: the description is of another FFN, or damaged; nothing has been changed then.
+    Raises InputError, with nothing changed, if the description is of another FFN, or damaged.
     """
     try:
         k, takes_part, why = (described[n] for n in ("experts_per_token", "takes_part", "why_dense"))
@@ -87,11 +85,7 @@ def encoded(described: Mapping[str, Any]) -> Tensor:
 
 
 def decoded(state: Tensor) -> dict[str, Any]:
-    """Return a description that was `encoded`.
-
-    Raises:
-        InputError: it is damaged, or a later version of switchable wrote it.
-    """
+    """Return a description that was `encoded`; raise InputError if it is damaged, or a later version wrote it."""
     try:
         described = dict(json.loads(bytes(state.to("cpu", torch.uint8).tolist())))
         name, written = str(described["name"]), int(described["format"])

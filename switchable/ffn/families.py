@@ -69,9 +69,7 @@ class Family:
     def __post_init__(self) -> None:
         check(self)
         if (self.activation is None) != (self.activation_fn is not None):
-            raise InputError(
-                "say either activation (a module) or activation=None and activation_fn (its name)"
-            )
+            raise InputError("say activation (a module), or activation=None and activation_fn (its name)")
         if self.activation_fn is not None and self.activation_fn not in ACT2FN:
             raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(ACT2CLS)}")
         if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
@@ -89,6 +87,11 @@ class Family:
     def classes(self) -> tuple[str, ...]:
         """The class names, as a tuple."""
         return (self.ffn,) if isinstance(self.ffn, str) else self.ffn
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The paths of the projections, in the order in which they are called."""
+        return tuple(dict.fromkeys(path for path in (self.gate, self.up, self.down) if path is not None))
 
     def expected(self, model: nn.Module) -> int | None:
         """Return how many FFNs the model's config names, or None if it does not say."""
@@ -137,23 +140,23 @@ def is_one(name: str, module: nn.Module, family: Family) -> bool:
     """Whether a module is meant by a family's `ffn`; of two paths one may lead from farther up, as under a head."""
     if type(module).__name__ in family.classes or name in family.classes:
         return True
-    return "." in name and any(
-        f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}")
-        for path in family.classes
-        if "." in path
-    )
+    paths = [path for path in family.classes if "." in path and "." in name]
+    return any(f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}") for path in paths)
 
 
 def _check_parts(name: str, module: nn.Module, family: Family) -> None:
     """Raise InputError if a part of an FFN is missing or not of the type it must have."""
     children = dict(module.named_modules())
+    is_number = family.in_layer and isinstance(
+        getattr(module, family.hidden_dropout or "", None), float | int
+    )
     kinds: list[tuple[str | None, tuple[type, ...]]] = [
-        *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in _projections(family)),
+        *((part, (nn.Linear,) if family.in_layer else PROJECTIONS) for part in family.projections),
         (family.activation, (nn.Module,)),
         (family.dropout, (nn.Dropout,)),
-        (None if _is_number(module, family) else family.hidden_dropout, (nn.Dropout,)),
+        (None if is_number else family.hidden_dropout, (nn.Dropout,)),
     ]
-    for projection in _projections(family):
+    for projection in family.projections:
         _check_plain_weight(f"{name}.{projection}", children.get(projection))
     for part, allowed in kinds:
         refuse_adapter(f"{name}.{part}", children.get(part or ""))
@@ -174,10 +177,6 @@ def refuse_adapter(name: str, module: nn.Module | None) -> None:
         )
 
 
-def _is_number(module: nn.Module, family: Family) -> bool:
-    return family.in_layer and isinstance(getattr(module, family.hidden_dropout or "", None), float | int)
-
-
 def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
     """Raise InputError if a projection's weight is computed from others, or its numbers are not floats of torch."""
     if projection is not None and parametrize.is_parametrized(projection):
@@ -191,31 +190,21 @@ def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
         raise InputError(f"{name} is quantised; load the model unquantised")
 
 
-def _projections(family: Family) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part for part in (family.gate, family.up, family.down) if part is not None))
-
-
 def candidates(model: nn.Module) -> str:
     """Say which classes of the model hold two or more projections: the FFN is among them."""
     seen: dict[str, str] = {}
     for module in model.modules():
-        parts = [
-            f"{n} {tuple(c.weight.shape)}" for n, c in module.named_children() if isinstance(c, PROJECTIONS)
-        ]
-        if len(parts) >= 2:
-            seen.setdefault(type(module).__name__, ", ".join(parts))
+        own = {n: child for n, child in module.named_children() if isinstance(child, PROJECTIONS)}
+        if len(own) >= 2:
+            shapes = ", ".join(f"{n} {tuple(child.weight.shape)}" for n, child in own.items())
+            seen.setdefault(type(module).__name__, shapes)
     if not seen:
         return "No module of it holds two projections (nn.Linear or Conv1D)"
     return "Its modules with two or more projections: " + "; ".join(f"{k} ({v})" for k, v in seen.items())
 
 
 def neuron_dim(projection: nn.Linear, output: bool) -> int:
-    """Return which dimension of a projection's weight belongs to neurons.
-
-    Args:
-        projection: an input (`output=False`) or output projection of an FFN.
-        output: whether it is the output projection.
-    """
+    """Return which dimension of an FFN's input or output projection's weight belongs to neurons."""
     stored_in_by_out = isinstance(projection, Conv1D)
     return 0 if stored_in_by_out == output else 1
 
@@ -249,8 +238,6 @@ def activation_name(module: nn.Module) -> str | None:
     x = torch.linspace(-12, 12, 97, device="cpu")
     for name, kind in ACT2CLS.items():
         same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
-        if same_class and torch.allclose(
-            ACT2FN[name](x), module(x)
-        ):  # settings count too, as a slope or a bound
+        if same_class and torch.allclose(ACT2FN[name](x), module(x)):  # settings count: a slope, a bound
             return str(name)
     return None

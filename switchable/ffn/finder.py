@@ -26,7 +26,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in, refuse_adapter
 from switchable.ffn.homes import family_at
 from switchable.ffn.matching import ACTIVATIONS, NEAR, Match, consistent
-from switchable.ffn.recording import Call, close, distance, recorded, tolerance
+from switchable.ffn.recording import Call, Modules, close, distance, recorded, tolerance
 from switchable.ffn.trial import Trial
 
 WIDE = 12.0
@@ -68,11 +68,7 @@ def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -
 
 
 def refuse_others(model: nn.Module) -> None:
-    """Refuse mixtures of experts and quantised weights.
-
-    Raises:
-        InputError: names the module.
-    """
+    """Raise InputError for mixtures of experts and quantised weights."""
     for name, module in model.named_modules():
         own = any(True for _ in module.parameters())
         if own and ("experts" in name.split(".") or "Experts" in type(module).__name__):
@@ -102,7 +98,8 @@ def _unknown(model: nn.Module, seen: Sequence[Call], matches: Mapping[str, Match
     """Return what else has an FFN's shapes: with an activation that is not known, or never called."""
     found = {}
     for i, down in enumerate(seen):
-        if isinstance(down.module, PROJECTIONS) and down.name not in matches and _widens(down):
+        narrows = down.x.shape[-1] > down.y.shape[-1]
+        if isinstance(down.module, PROJECTIONS) and down.name not in matches and narrows:
             for act in _between(seen[max(0, i - 4) : i], down):
                 found[down.name] = f"its activation, {act.name} ({type(act.module).__name__}), is not known"
     called = {call.name for call in seen}
@@ -122,10 +119,6 @@ def _widths(projection: nn.Module) -> tuple[int, int]:
     return d_in(projection), weight.numel() // d_in(projection)
 
 
-def _widens(down: Call) -> bool:
-    return down.x is not None and down.y is not None and down.x.shape[-1] > down.y.shape[-1]
-
-
 def _between(near: Sequence[Call], down: Call) -> Iterator[Call]:
     """Yield the module that is given what a projection returned, and returns what another is given."""
     for up, act in combinations(near, 2):
@@ -142,14 +135,14 @@ def _place(name: str) -> str:
 def _why_not(seen: Sequence[Call], name: str | None = None) -> str:
     """Say what stands between two projections that have the shapes of an FFN's."""
     for i, down in enumerate(seen):
-        if not isinstance(down.module, PROJECTIONS) or down.x is None or down.y is None:
-            continue
-        if down.name != name if name is not None else down.x.shape[-1] <= down.y.shape[-1]:
+        d_ff, d_model = down.x.shape[-1], down.y.shape[-1]
+        meant = d_ff > d_model if name is None else down.name == name
+        if not meant or not isinstance(down.module, PROJECTIONS):
             continue
         for k in range(i - 1, max(-1, i - 4 * NEAR), -1):
             up = seen[k]
-            fits = isinstance(up.module, PROJECTIONS) and d_in(up.module) == down.y.shape[-1]
-            if fits and up.y is not None and up.y.shape[-1] in (down.x.shape[-1], 2 * down.x.shape[-1]):
+            fits = isinstance(up.module, PROJECTIONS) and d_in(up.module) == d_model
+            if fits and up.y.shape[-1] in (d_ff, 2 * d_ff):
                 _refuse_adapters(seen, (up, down))
                 between = [
                     f"{c.name} ({type(c.module).__name__})"
@@ -162,15 +155,13 @@ def _why_not(seen: Sequence[Call], name: str | None = None) -> str:
 
 
 @torch.enable_grad()
-def _confirmed(
-    trial: Trial, modules: Sequence[tuple[str, nn.Module]], matches: Mapping[str, Match]
-) -> dict[str, Match]:
+def _confirmed(trial: Trial, modules: Modules, matches: Mapping[str, Match]) -> dict[str, Match]:
     """Return the matches with their activation's name, from what it makes of prescribed numbers."""
     generator = torch.Generator().manual_seed(0)
     instead: dict[str, Tensor] = {}
     for match in matches.values():
         for call in (match.gate, match.up):
-            if call is not None and call.y is not None:
+            if call is not None:
                 numbers = torch.rand(call.y.shape[-1], generator=generator) * 2 - 1
                 wide = call is match.gate
                 instead[call.name] = (numbers * (WIDE if wide else 2.0)).to(call.y).requires_grad_(wide)
@@ -178,13 +169,11 @@ def _confirmed(
     found = {}
     with trial.undisturbed(), recorded(downs, instead) as calls:
         trial.run(training=False)
-    hidden = {call.name: call.x for call in calls if call.name in matches}
+    hidden = {call.name: call.x.flatten(0, -2)[0] for call in calls if call.name in matches}
     for name, match in matches.items():
         gate = instead[match.gate.name]
         up = None if match.up is None else instead[match.up.name]
-        h = hidden[name]
-        assert h is not None
-        found[name] = replace(match, activation=_activation(name, match, h.flatten(0, -2)[0], gate, up))
+        found[name] = replace(match, activation=_activation(name, match, hidden[name], gate, up))
     return found
 
 
@@ -235,22 +224,16 @@ def _gathered(model: nn.Module, found: Mapping[str, tuple[str, Family]]) -> list
         alike = {name for name, module in model.named_modules() if type(module) in classes}
         own = not any(kind.__module__.startswith("torch.") for kind in classes)
         names = sorted(kind.__name__ for kind in classes) if own and alike == set(paths) else paths
-        families.append(
-            replace(
-                family, ffn=names[0] if len(names) == 1 else tuple(names), activation_setting=_setting(model)
-            )
-        )
+        ffn = names[0] if len(names) == 1 else tuple(names)
+        families.append(replace(family, ffn=ffn, activation_setting=_setting(model)))
     return families
 
 
 def _setting(model: nn.Module) -> str:
     """Return the attribute of a model's config that names the activation, as far as can be told."""
     config = getattr(getattr(model, "config", None), "__dict__", {})
-    named = [
-        name
-        for name, value in config.items()
-        if isinstance(value, str) and value.removeprefix("gated-") in ACT2FN
-    ]
-    return next(
-        (name for name in named if "act" in name or "feed_forward" in name), Family.activation_setting
-    )
+    texts = {name: value for name, value in config.items() if isinstance(value, str)}
+    for name, value in texts.items():
+        if value.removeprefix("gated-") in ACT2FN and ("act" in name or "feed_forward" in name):
+            return str(name)
+    return Family.activation_setting

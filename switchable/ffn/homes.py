@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from switchable.errors import InputError
 from switchable.ffn.families import Family, activation_name, halves
@@ -35,14 +35,8 @@ def family_at(
 ) -> tuple[str, Family]:
     """Return the path of the module that holds an FFN's projections, and the family (its `ffn` is still to be named).
 
-    Args:
-        model: the model, with a probability of its own for each dropout.
-        match: the FFN.
-        seen: calls in evaluation.
-        trained: calls in training.
-
-    Raises:
-        InputError: a dropout cannot be found, or is used elsewhere too.
+    `seen` are calls in evaluation, `trained` calls in training, in which each dropout has a probability of its own.
+    Raises InputError if a dropout cannot be found, or is used elsewhere too.
     """
     paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
     search = _Search(model, match, seen, trained, _probability(match, trained))
@@ -81,11 +75,8 @@ def _of(calls: Sequence[Call], name: str) -> list[Call]:
 def _probability(match: Match, trained: Sequence[Call]) -> float:
     """Return the probability of the dropout before the output projection, 0 without one."""
     x = _of(trained, match.down.name)[0].x
-    gate = _of(trained, match.gate.name)[0].y
     up = None if match.up is None else _of(trained, match.up.name)[0].y
-    assert x is not None
-    assert gate is not None
-    expected = match.hidden(gate, up)
+    expected = match.hidden(_of(trained, match.gate.name)[0].y, up)
     if close(expected, x):
         return 0.0
     kept = x != 0
@@ -105,8 +96,8 @@ def _as_module(search: _Search, home: str) -> Family | None:
     names = [name for name, _ in module.named_children()]
     taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name in names)
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    own_calls, its_calls = _of(search.seen, home), _of(search.seen, match.down.name)
-    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls:
+    own_calls, its_calls, ends = _of(search.seen, home), _of(search.seen, match.down.name), _of(trained, home)
+    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls or not ends:
         return None
     if not all(
         c.alone and close(c.x, g.x) and close(c.y, d.y)
@@ -114,10 +105,10 @@ def _as_module(search: _Search, home: str) -> Family | None:
     ):
         return None
     behind = None
-    ends, inside = _of(trained, home)[0].y, _of(trained, match.down.name)[0].y
-    if not close(ends, inside):
+    end, inside = ends[0].y, _of(trained, match.down.name)[0].y
+    if not close(end, inside):
         dropouts = (c for c in trained if isinstance(c.module, nn.Dropout) and c.name.startswith(f"{home}."))
-        behind = next((c.name for c in dropouts if close(c.x, inside) and close(c.y, ends)), None)
+        behind = next((c.name for c in dropouts if close(c.x, inside) and close(c.y, end)), None)
         if behind is None:
             return None
     hidden = _dropout_module(search, home) if search.probability else None
@@ -185,22 +176,10 @@ def _activation_module(search: _Search, home: str) -> str | None:
     """Return the path of the activation, None where it is a function."""
     seen, match = search.seen, search.match
     count = len(_of(seen, match.down.name))
-    for call in seen:
-        inside = call.name.startswith(f"{home}.") if home else True
-        if (
-            inside
-            and not list(call.module.children())
-            and activation_name(call.module) == match.activation
-            and _reads_gate(call, match)
-            and len(_of(seen, call.name)) == count
-        ):
+    gate = match.gate.y if match.fused is None else halves(match.gate.y, match.fused, -1)[0]
+    own = (c for c in seen if (not home or c.name.startswith(f"{home}.")) and not list(c.module.children()))
+    for call in own:
+        reads_gate = activation_name(call.module) == match.activation and close(call.x, gate)
+        if reads_gate and len(_of(seen, call.name)) == count:
             return call.name
     return None
-
-
-def _reads_gate(call: Call, match: Match) -> bool:
-    gate: Tensor | None = match.gate.y
-    assert gate is not None
-    if match.fused is not None:
-        gate = halves(gate, match.fused, -1)[0]
-    return close(call.x, gate)

@@ -39,10 +39,8 @@ SPARSE_TOKEN_FRACTION = 1 / 16
 class SwitchableFFN(nn.Module):
     """An FFN that multiplies all its neurons, or those of K experts per token.
 
-    Args:
-        ffn: the module that holds the projections. If it is the FFN itself, its children move here under their own
-            names; if it is a layer (`family.in_layer`), they stay, and `placement.put_into_layer` does the rest.
-        settings: what does not change any more.
+    `ffn` holds the projections. If it is the FFN itself, its children move here under their own names; if it is a
+    layer (`family.in_layer`), they stay, and `placement.put_into_layer` does the rest.
 
     Raises:
         InputError: the FFN holds parameters besides its projections'.

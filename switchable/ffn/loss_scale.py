@@ -50,9 +50,8 @@ class LossScale:
 
 def _loss_in(output: Any) -> Tensor | None:
     """Return the loss in what a model returns: the first number with a gradient; None if there is none."""
-    parts = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-    )
+    several = output.values() if isinstance(output, Mapping) else output
+    parts = several if isinstance(output, Mapping | tuple) else [output]
     numbers = (part for part in parts if isinstance(part, Tensor) and part.ndim == 0)
     return next((number for number in numbers if number.requires_grad), None)
 

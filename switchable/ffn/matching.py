@@ -56,7 +56,7 @@ class Match:
 
 def consistent(seen: Sequence[Call]) -> tuple[dict[str, Match], dict[str, str]]:
     """Return one match for each output projection whose every call is one with the same others; why not the rest."""
-    calls = [c for c in seen if isinstance(c.module, PROJECTIONS) and c.x is not None and c.y is not None]
+    calls = [c for c in seen if isinstance(c.module, PROJECTIONS)]
     counts = Counter(call.name for call in calls)
     found: dict[str, list[Match]] = defaultdict(list)
     for i, down in enumerate(calls):
@@ -78,24 +78,18 @@ def consistent(seen: Sequence[Call]) -> tuple[dict[str, Match], dict[str, str]]:
 
 def _matches(down: Call, earlier: Sequence[Call]) -> Iterator[Match]:
     """Yield what could be an FFN with this output projection, nearest first."""
-    assert down.x is not None
-    assert down.y is not None
-    d_ff, d_model, tokens = down.x.shape[-1], down.y.shape[-1], down.x.shape[:-1].numel()
-    near = [c for c in earlier if d_in(c.module) == d_model and c.y is not None]
-    near = [c for c in near if c.y is not None and c.y.shape[:-1].numel() == tokens and c.name != down.name]
-    single = [c for c in near if c.y is not None and c.y.shape[-1] == d_ff]
+    (d_ff, d_model), tokens = _sizes(down), down.x.shape[:-1].numel()
+    near = [c for c in earlier if d_in(c.module) == d_model and c.name != down.name]
+    near = [c for c in near if c.y.shape[:-1].numel() == tokens]
+    single = [c for c in near if c.y.shape[-1] == d_ff]
     options: list[tuple[Call, Call | None, str | None]] = [(c, None, None) for c in single]
     options += [(g, u, None) for g in single for u in single if g is not u and close(g.x, u.x)]
-    options += [
-        (c, None, fused) for c in near if c.y is not None and c.y.shape[-1] == 2 * d_ff for fused in FUSED
-    ]
+    options += [(c, None, fused) for c in near if c.y.shape[-1] == 2 * d_ff for fused in FUSED]
     for gate, up, fused in options:
         for activation in ACTIVATIONS:
             match = Match(down, gate, up, fused, activation)
-            assert gate.y is not None
-            factor = None if up is None else up.y
-            few = match.hidden(_one(gate.y), None if factor is None else _one(factor))
-            if close(few, _one(down.x)) and close(match.hidden(gate.y, factor), down.x):
+            few = match.hidden(_one(gate.y), None if up is None else _one(up.y))
+            if close(few, _one(down.x)) and close(match.hidden(gate.y, None if up is None else up.y), down.x):
                 yield match
 
 
@@ -106,19 +100,17 @@ def _one(numbers: Tensor) -> Tensor:
 
 def _ffns_among(found: dict[str, Match], others: dict[str, str]) -> tuple[dict[str, Match], dict[str, str]]:
     """Leave out what is no layer's (a head) and what is narrower than the model (an adapter), if others are not."""
-    layers = {_sizes(m) for n, m in found.items() if any(part.isdigit() for part in n.split(".")[:-1])}
+    layers = {_sizes(m.down) for n, m in found.items() if any(part.isdigit() for part in n.split(".")[:-1])}
     for belongs, why in (
         (lambda f, d: (f, d) in layers, "it is in no layer and has sizes of its own"),
         (lambda f, d: f >= d, "it is narrower than the model, as an adapter is"),
     ):
-        chosen = {name: m for name, m in found.items() if belongs(*_sizes(m))} or found
+        chosen = {name: m for name, m in found.items() if belongs(*_sizes(m.down))} or found
         others |= dict.fromkeys(found.keys() - chosen.keys(), why)
         found = chosen
     return found, others
 
 
-def _sizes(match: Match) -> tuple[int, int]:
+def _sizes(down: Call) -> tuple[int, int]:
     """F and D."""
-    assert match.down.x is not None
-    assert match.down.y is not None
-    return match.down.x.shape[-1], match.down.y.shape[-1]
+    return down.x.shape[-1], down.y.shape[-1]

@@ -55,19 +55,19 @@ class Held(nn.Linear):
         return y
 
 
-class Kept(threading.local):
-    """An output on its way from entrance to exit, where the functions between would spoil it."""
+class PerThread(threading.local):
+    """Something that every Python thread has its own of; copies of what holds it start anew."""
 
-    y: Tensor | None = None
+    held: Any = None
 
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return PerThread, ()
 
 
 class Entrance(Held):
     """Stands where the input projection (of a gated FFN: the one under the activation) was."""
 
-    def __init__(self, projection: nn.Linear, ffn: nn.Module, kept: Kept | None) -> None:
+    def __init__(self, projection: nn.Linear, ffn: nn.Module, kept: PerThread | None) -> None:
         super().__init__(projection)
         self._ffn, self._kept = (ffn,), kept  # in a tuple: a reference, not a child
 
@@ -79,16 +79,12 @@ class Entrance(Held):
         y: Tensor = ffn(x)
         if self._kept is None:
             return y
-        self._kept.y = y
+        self._kept.held = y
         return x.new_zeros(*(1 for _ in x.shape[:-1]), self.out_features)
 
 
 def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
-    """Refuse what was put around a projection afterwards: the layer and the FFN would call it for different things.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for what was put around a projection since: layer and FFN would call it for different things."""
     for path, module in projections:
         if not isinstance(module, Held):
             raise InputError(
@@ -108,7 +104,7 @@ class Factor(Held):
 class Exit(Held):
     """Stands where the output projection was."""
 
-    def __init__(self, projection: nn.Linear, kept: Kept | None) -> None:
+    def __init__(self, projection: nn.Linear, kept: PerThread | None) -> None:
         super().__init__(projection)
         self._kept = kept
 
@@ -116,7 +112,8 @@ class Exit(Held):
         """Return what the entrance computed."""
         if self._kept is None:
             return y
-        kept, self._kept.y = self._kept.y, None
+        kept: Tensor | None = self._kept.held
+        self._kept.held = None
         assert kept is not None, "the layer calls the entrance first"
         return kept
 
@@ -129,7 +126,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable[[], None]:
     """Exchange what the layer's forward calls (see the module's text); return what undoes it."""
-    kept = Kept() if family.activation is None or family.fused is not None else None
+    kept = PerThread() if family.activation is None or family.fused is not None else None
     first = family.gate or family.up
     instead: dict[str, nn.Module] = {first: Entrance(_linear(layer, first), ffn, kept)}
     if first != family.up:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from switchable.errors import InputError
 from switchable.ffn.families import d_in
 from switchable.ffn.placement import Entrance, Exit, Factor, Held
-from switchable.ffn.recording import close
+from switchable.ffn.recording import close, kept
 from switchable.ffn.ssd import SSD
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
@@ -30,30 +30,19 @@ REMEDY = (
 
 
 def check_plain(ssd: SSD) -> None:
-    """Refuse an FFN with something on its projections or activation that sparse mode would pass by.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for an FFN with something on its projections or activation that sparse mode would pass by."""
     for path, module in ssd.called:
+        where = f"{ssd.name}.{path}"
         if module is not ssd.activation and (
             type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
         ):
-            raise InputError(
-                f"{ssd.name}.{path} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}"
-            )
+            raise InputError(f"{where} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}")
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
-            raise InputError(
-                f"{ssd.name}.{path} has hooks (or a mask), which sparse mode passes by; {REMEDY}"
-            )
+            raise InputError(f"{where} has hooks (or a mask), which sparse mode passes by; {REMEDY}")
 
 
 def own_forwards(ssd: SSD) -> frozenset[Any]:
-    """Return the forwards of the projections' classes that do what `nn.Linear`'s does, as casting weights does.
-
-    Raises:
-        InputError: a class computes something else.
-    """
+    """Return forwards of classes that do what `nn.Linear`'s does, as casting weights; InputError if one does more."""
     found = set()
     for path, module in ssd.called:
         own = type(module).forward
@@ -79,28 +68,20 @@ def _multiplies(module: nn.Linear) -> bool:
 
     values = {name: random(*parameter.shape) for name, parameter in module.named_parameters()}
     weight = values["weight"].T if isinstance(module, Conv1D) else values["weight"]
-    was_training = module.training
-    try:
+    with kept(module.modules(), "training"), torch.enable_grad():
         for training in (False, True):
             module.train(training)
             x = random(2, 3, weight.shape[1]).requires_grad_()
-            with torch.enable_grad():
-                theirs = torch.func.functional_call(module, values, (x,))
-                ours = nnf.linear(x, weight, values.get("bias"))
-                slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (theirs, ours)]
+            theirs = torch.func.functional_call(module, values, (x,))
+            ours = nnf.linear(x, weight, values.get("bias"))
+            slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (theirs, ours)]
             if not close(theirs, ours) or not close(*slopes):
                 return False
-    finally:
-        module.train(was_training)
     return True
 
 
 def check_movable(ssd: SSD) -> None:
-    """Refuse to move the neurons of an FFN whose projections are more than a weight and a bias.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError for an FFN whose neurons cannot move: a projection is more than a weight and a bias."""
     check_plain(ssd)
     for path, module in ssd.called:
         if parametrize.is_parametrized(module):
@@ -111,11 +92,7 @@ def check_movable(ssd: SSD) -> None:
 
 
 def check_readable(ssd: SSD) -> None:
-    """Refuse what hides which way round a projection's weight lies: dense mode calls it, measures read the weight.
-
-    Raises:
-        InputError: names it, and what to do.
-    """
+    """Raise InputError where it is hidden which way a weight lies: dense mode calls it, measures read the weight."""
     for path, module in ssd.called[:-1]:  # the last is the activation
         width = ssd.d_ff if path == ssd.settings.family.down else ssd.d_model
         hides = not isinstance(module, Conv1D) and any(isinstance(part, Conv1D) for part in module.modules())

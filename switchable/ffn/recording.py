@@ -1,10 +1,13 @@
-"""What the modules of a model are given and give back in one pass, in the order in which they are done."""
+"""What the modules of a model are given and give back in one pass, in the order in which they are done.
+
+And that what is changed for such a pass is put back: `kept`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +17,29 @@ from torch import Tensor, nn
 
 @dataclass
 class Call:
-    """One call of a module."""
+    """One call of a module that is given real numbers, and returns some."""
 
     name: str
     module: nn.Module
-    x: Tensor | None
+    x: Tensor
     """Its first argument, as it was before the call."""
-    y: Tensor | None
+    y: Tensor
     alone: bool
     """Whether it was given nothing else, and by position."""
 
 
+Modules = Iterable[tuple[str, nn.Module]]
+"""By their names."""
+
+
 @contextmanager
-def recorded(
-    modules: Iterable[tuple[str, nn.Module]], instead: Mapping[str, Tensor] | None = None
-) -> Iterator[list[Call]]:
+def recorded(modules: Modules, instead: Mapping[str, Tensor] | None = None) -> Iterator[list[Call]]:
     """Within the `with` block note every call of some modules; copies, so that nobody writes over them.
 
-    Args:
-        modules: by their names.
-        instead: what some modules are made to return, one entry for each of their last dimension.
+    `instead` is what some modules are made to return, one entry for each of their last dimension.
     """
     calls: list[Call] = []
-    handles = []
+    hooks = ExitStack()
 
     def watch(name: str, module: nn.Module) -> None:
         begun: list[tuple[Tensor | None, bool]] = []
@@ -49,29 +52,39 @@ def recorded(
             x, alone = begun.pop()
             if instead is not None and name in instead:
                 y = instead[name].to(y.device, y.dtype).expand(y.shape).clone()
-            calls.append(Call(name, module, x, _copy(y), alone))
+            own = _copy(y)
+            if x is not None and own is not None:
+                calls.append(Call(name, module, x, own, alone))
             return y
 
-        handles.extend(
-            [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-        )
+        hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(module.register_forward_hook(after))
 
-    for name, module in modules:
-        watch(name, module)
-    try:
+    with hooks:
+        for name, module in modules:
+            watch(name, module)
         yield calls
+
+
+@contextmanager
+def kept(things: Iterable[object], *names: str) -> Iterator[None]:
+    """After the `with` block these attributes of some things are as they were before."""
+    before = [(thing, {name: getattr(thing, name) for name in names}) for thing in things]
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for thing, values in before:
+            for name, value in values.items():
+                setattr(thing, name, value)
 
 
 def _copy(thing: object) -> Tensor | None:
     return thing.clone() if isinstance(thing, Tensor) and thing.is_floating_point() else None
 
 
-def close(a: Tensor | None, b: Tensor | None) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
-    return a is not None and b is not None and distance(a, b) <= tolerance(b)
+    return distance(a, b) <= tolerance(b)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,6 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 from __future__ import annotations
 
 import operator
-import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from switchable.compute.call import FFNWeights
-from switchable.errors import InputError
-from switchable.ffn.families import Family, halves, neurons_first
+from switchable.errors import InputError, divisors_near
+from switchable.ffn.families import Family, activation_name, halves, neurons_first
 from switchable.ffn.loss_scale import LossScale
-from switchable.ffn.placement import project
+from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
 
@@ -48,6 +47,32 @@ class FFNSettings:
     """With a value for every setting."""
 
 
+def facts_of(ffn: nn.Module, family: Family, name: str) -> tuple[str, int, int]:
+    """Return the activation's name in `ACT2FN`, D and F of the FFN in a module; raise InputError if it has no name."""
+    activation = family.activation_fn
+    if family.activation is not None:
+        act = ffn.get_submodule(family.activation)
+        activation = activation_name(act)
+    if activation is None:
+        raise InputError(
+            f"the activation of {name}, {type(act).__name__}, has parameters of its own or no name in transformers' "
+            "ACT2FN; use e.g. nn.ReLU"
+        )
+    rows, d_model = neurons_first(cast(nn.Linear, ffn.get_submodule(family.up)), output=False).shape
+    return activation, d_model, rows if family.fused is None else rows // 2
+
+
+def settings_of(ffn: nn.Module, family: Family, name: str, config: SwitchConfig) -> FFNSettings:
+    """Return an FFN's settings, from a config with every value; InputError as `facts_of`, or if E does not divide F."""
+    activation, d_model, d_ff = facts_of(ffn, family, name)
+    if d_ff % config.num_experts:
+        allowed = ", ".join(str(d) for d in divisors_near(d_ff, config.num_experts))
+        raise InputError(
+            f"num_experts={config.num_experts} does not divide d_ff={d_ff} of {name}; use one of {allowed}"
+        )
+    return FFNSettings(family, name, activation, d_model, d_ff, config)
+
+
 @dataclass
 class ActiveCount:
     """How many activations were not zero, over all tokens and steps since somebody last asked."""
@@ -62,27 +87,17 @@ class ActiveCount:
         return share
 
 
-class DecodeCache(threading.local):
-    """What `decoding.py` last prepared for a layer. Every Python thread has its own; copies of a layer start anew."""
-
-    prepared: Any = None
-
-    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
-        return DecodeCache, ()
-
-
 class SSD:
-    """Settings, state and weights of one switchable FFN.
+    """Settings, state and weights of one switchable FFN, the `layer` that has this as its `ssd`.
 
-    Args:
-        layer: the module that has this as its `ssd`.
-        ffn: the module that holds the projections: the FFN's own, whose children `layer` has taken over, or the
-            model's layer (`family.in_layer`), where they stay.
-        settings: what does not change any more.
+    `ffn` holds the projections: the FFN's own module, whose children `layer` has taken over, or the model's layer
+    (`family.in_layer`), where they stay.
     """
 
     def __init__(self, layer: nn.Module, ffn: nn.Module, settings: FFNSettings) -> None:
         self.settings = settings
+        self.name, self.num_experts = settings.name, settings.config.num_experts
+        self.d_model, self.d_ff = settings.d_model, settings.d_ff
         self._layer, self._home = layer, ffn if settings.family.in_layer else layer
         # Behind the switchable FFN the layer's own activation and dropout are put out of use (`placement.py`).
         self._activation = _activation_of(ffn, settings.family)
@@ -114,35 +129,11 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
-        self.decode_cache = DecodeCache()
-        """What decoding has prepared."""
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.settings.config.num_experts
-
-    @property
-    def d_model(self) -> int:
-        """D."""
-        return self.settings.d_model
-
-    @property
-    def d_ff(self) -> int:
-        """F."""
-        return self.settings.d_ff
-
-    @property
-    def name(self) -> str:
-        """The FFN's name in the model."""
-        return self.settings.name
+        self.decode_cache = PerThread()
+        """What `decoding.py` last prepared."""
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
-        """Set K.
-
-        Raises:
-            InputError: K is not a whole number in 1..E.
-        """
+        """Set K; raise InputError unless it is a whole number in 1..E."""
         self.check_experts_per_token(experts_per_token)
         self.experts_per_token = experts_per_token
 
@@ -157,9 +148,7 @@ class SSD:
 
     def part(self, path: str) -> nn.Module:
         """Return a module of the FFN by its path in the family's row."""
-        child = self._home._modules.get(
-            path
-        )  # get_submodule takes 5 µs, and decoding asks seven times per layer
+        child = self._home._modules.get(path)  # get_submodule takes 5 µs, seven times a layer
         return self._home.get_submodule(path) if child is None else child
 
     @property
@@ -197,8 +186,8 @@ class SSD:
     def called(self) -> list[tuple[str, nn.Module]]:
         """What dense mode calls, each by its path: projections and activation."""
         family = self.settings.family
-        paths = dict.fromkeys(path for path in (family.gate, family.up, family.down) if path is not None)
-        return [*((path, self.part(path)) for path in paths), (family.activation or "", self.activation)]
+        projections = ((path, self.part(path)) for path in family.projections)
+        return [*projections, (family.activation or "", self.activation)]
 
     @property
     def hidden_dropout(self) -> float:
@@ -249,6 +238,12 @@ class SSD:
         if differs and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(dtype)
         return project(self.down_projection, hidden)
+
+    @property
+    def two_tokens_TD(self) -> Tensor:
+        """Two inputs, always the same, on which it shows whether the FFN computes what it did."""
+        weight = self.up_projection.weight
+        return torch.linspace(-1, 1, 2 * self.d_model).sin().view(2, -1).to(weight.device, weight.dtype)
 
     def drop_hidden(self, hidden: Tensor, training: bool) -> Tensor:
         """Return activations after the dropout between the projections, if there is one."""

@@ -11,9 +11,7 @@ from torch import nn
 
 from switchable.ffn.families import Family
 
-_GPT2 = Family(
-    "GPT2MLP", "c_fc", "c_proj", dropout="dropout", activation_setting="activation_function"
-)  # fmt: skip
+_GPT2 = Family("GPT2MLP", "c_fc", "c_proj", dropout="dropout", activation_setting="activation_function")
 _OPT = Family(
     "OPTDecoderLayer", "fc1", "fc2", "activation_fn", in_layer=True, activation_setting="activation_function"
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,11 @@ from torch import Tensor, nn
 
 from switchable.errors import InputError
 from switchable.ffn.families import PROJECTIONS, d_in
-from switchable.ffn.recording import recorded
+from switchable.ffn.recording import Modules, recorded
 
 FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 """What a model raises that is given what it cannot take."""
 SMALL = 1 << 16
 """Numbers of the largest parameter that is shaken in any case: norms, biases and scales are smaller."""
@@ -45,20 +37,15 @@ Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 class Trial:
-    """A model and a batch that it takes.
+    """A model and a batch that it takes: `given`, by name, in order or the only one, or one made here.
 
-    Args:
-        model: any module.
-        given: its inputs, by name, in order or the only one; None makes some.
-        watched: modules by their names, whose calls in evaluation are kept as `seen`.
+    Calls of the modules `watched`, in evaluation, are kept as `seen`.
 
     Raises:
         InputError: the model is on the meta device, or fails with the batch.
     """
 
-    def __init__(
-        self, model: nn.Module, given: Inputs | None = None, watched: Sequence[tuple[str, nn.Module]] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, given: Inputs | None = None, watched: Modules = ()) -> None:
         self.model = model
         parameters = list(model.parameters())
         if not parameters or any(p.is_meta for p in parameters):
@@ -78,18 +65,11 @@ class Trial:
                 return
             except InputError as error:
                 problems.append(error)
-        raise (
-            problems[-1]
-            if problems
-            else InputError(f"the inputs of {type(model).__name__} are not known; {GIVE}")
-        )
+        unknown = InputError(f"the inputs of {type(model).__name__} are not known; {GIVE}")
+        raise problems[-1] if problems else unknown
 
     def run(self, training: bool) -> list[Tensor]:
-        """Return every tensor of real numbers that the model returns; the same random numbers each time.
-
-        Raises:
-            InputError: the model fails.
-        """
+        """Return all tensors of real numbers that the model returns, random numbers fixed; InputError if it fails."""
         self.model.train(training)
         torch.manual_seed(0)
         args, named = self._arguments
@@ -98,9 +78,8 @@ class Trial:
         except FAILURES as error:
             when = "in training" if training else "in evaluation"
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"{type(self.model).__name__} cannot be tried out {when} ({why}); {GIVE}"
-            ) from None
+            kind = type(self.model).__name__
+            raise InputError(f"{kind} cannot be tried out {when} ({why}); {GIVE}") from None
 
     def answers(self) -> list[Tensor]:
         """Return what the model computes in evaluation, then outputs and gradients of training."""
@@ -124,10 +103,7 @@ class Trial:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Within the `with` block the model is shaken; afterwards everything is as before."""
-        with ExitStack() as stack:
-            stack.enter_context(_random_state(self.model))
-            stack.enter_context(module_state(self.model))
-            stack.enter_context(_shaken(self._shaken))
+        with _random_state(self.model), module_state(self.model), _shaken(self._shaken):
             yield
 
 
@@ -160,9 +136,8 @@ def _shaken(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def module_state(model: nn.Module) -> Iterator[None]:
     """Afterwards every module's buffers, and whether it trains and drops out, are as before."""
     modules, versions = list(model.modules()), [p._version for p in model.parameters()]
-    buffers = [
-        (m, n, b, None if b is None else b.detach().clone()) for m in modules for n, b in m._buffers.items()
-    ]
+    owned = [(m, n, b) for m in modules for n, b in m._buffers.items()]
+    buffers = [(m, n, b, None if b is None else b.detach().clone()) for m, n, b in owned]
     plain = [(m, {n: v for n, v in vars(m).items() if isinstance(v, bool | int | float)}) for m in modules]
     for module in modules:
         for name in [n for n, v in vars(module).items() if "layerdrop" in n and isinstance(v, float)]:

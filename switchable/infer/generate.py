@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from switchable.errors import InputError
 from switchable.ffn.convert import set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
@@ -21,6 +20,11 @@ from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_i
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
 from switchable.infer.text import EndOfTexts, GrowingText
+
+
+def why_not_ours(model: nn.Module, mode: str, sampling: Sampling) -> str | None:
+    """Return None, or what keeps our own decoding from a model in a mode, or from such sampling: follows "it"."""
+    return why_not(model, mode) or why_not_written(model, sampling)
 
 
 def decoding(
@@ -33,18 +37,14 @@ def decoding(
         weights: `"float32"`, `"bfloat16"` or `"int8"`. Without a decoder, 8 bits are a rounding of wider numbers.
         mode: that it will be in.
         sampling: how tokens will be drawn.
-        stored: matrices in 8 bits from a file.
+        stored: reads matrices in 8 bits from a file, for a model of which `why_not_ours` says None.
 
     Raises:
         InputError: this machine cannot multiply weights of this width.
     """
-    reason = why_not(model, mode) or why_not_written(model, sampling)
+    reason = None if stored is not None else why_not_ours(model, mode, sampling)
     if reason is None:
         return Decoder(model, weights, stored), None
-    if stored is not None:
-        raise InputError(
-            f"weights in 8 bits are stored for our own decoding, and the model {reason}; use bfloat16"
-        )
     round_weights(model, weights)
     return model, reason
 

@@ -3,7 +3,8 @@
 `config.json` names for the Auto class a class in a file beside it, `auto_map`, which is transformers' way for models
 with code of their own. That file gets the class from here. Without the word transformers opens the plain dense model.
 
-Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, `transformers serve`, ... -> here.
+Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, ... -> here. (`transformers serve`
+takes the class of that name from transformers itself, and so the dense model.)
 """
 
 from __future__ import annotations
@@ -29,9 +30,7 @@ def sparse_class(name: str) -> type:
 
     def from_pretrained(_cls: type, folder: str, *args: Any, **settings: Any) -> Any:
         model = plain.from_pretrained(folder, *args, **settings)
-        vars(model.config).pop(
-            "auto_map", None
-        )  # what the model saves from now on has no such file beside it
+        vars(model.config).pop("auto_map", None)  # what the model saves has no such file beside it
         routers = cached_file(folder, ROUTERS)  # of a folder, or of a repository of the Hub
         if routers is None or not restore_experts(Path(routers).parent, model):
             raise InputError(f"{folder} holds no experts; write it again with switchable export --to sparse")

@@ -20,14 +20,15 @@ from __future__ import annotations
 import base64
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from switchable.errors import InputError
@@ -35,8 +36,7 @@ from switchable.ffn.convert import layers_of, set_mode
 from switchable.settings import SwitchConfig
 from switchable.store.contents import PER_LAYER
 from switchable.switching.controller import Controller, Measurement
-
-Batch = Mapping[str, Tensor]
+from switchable.switching.probe import ProbeInputs
 
 
 class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -49,10 +49,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     """
 
     def __init__(
-        self,
-        probe: Tensor | Batch | Sequence[Batch] | None = None,
-        config: SwitchConfig | None = None,
-        seed: int = 0,
+        self, probe: ProbeInputs | None = None, config: SwitchConfig | None = None, seed: int = 0
     ) -> None:
         self.probe, self.config, self.seed = probe, config or SwitchConfig(), seed
         self._in_step = False
@@ -60,14 +57,13 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """The controller, from the beginning of training on."""
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **_others: Any
     ) -> None:
         """Make the controller; after a resume, put it where it was.
 
         Raises:
             InputError: no probe, the model is not converted or is sharded, or its checkpoint has no such callback.
         """
-        model = kwargs["model"]
         if self.probe is None:
             raise InputError(
                 "SwitchableCallback has no probe; give it model inputs, and leave the Trainer's "
@@ -78,49 +74,42 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "the model is sharded by the Trainer; train it with DDP there, "
                 "or with torchrun -m switchable pretrain --parallel fsdp"
             )
-        self.controller = Controller(
-            model, _to(self.probe, _device(model)), state.max_steps, self.config, self.seed
-        )
+        probe = send_to_device(self.probe, next(model.parameters()).device)
+        self.controller = Controller(model, probe, state.max_steps, self.config, self.seed)
         # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
         layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
         if state.global_step > 0:
             self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
         self._leave_step(model)
 
-    def on_step_begin(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, model: nn.Module, **_others: Any) -> None:
         """Put the model into the mode of this step."""
         assert self.controller is not None, "on_train_begin comes first"
-        set_mode(kwargs["model"], self.controller.mode)
+        set_mode(model, self.controller.mode)
         self._in_step = True
 
-    def on_pre_optimizer_step(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **_others: Any) -> None:
         """All of the step's passes are done: whatever is computed before the next step is dense."""
-        self._leave_step(kwargs["model"])
+        self._leave_step(model)
 
     def _leave_step(self, model: nn.Module) -> None:
         self._in_step = False
         set_mode(model, "dense")
 
     def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+        self, _args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **others: Any
     ) -> None:
         """Count the step and measure if it is time."""
         assert self.controller is not None, "on_train_begin comes first"
-        measurement = self.controller.step(kwargs["optimizer"])
-        self._leave_step(kwargs["model"])
+        measurement = self.controller.step(others["optimizer"])
+        self._leave_step(model)
         if measurement is not None:
             state.log_history.append(_line(measurement, state.epoch))
 
-    def on_evaluate(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, *_: Any, model: nn.Module, **_others: Any) -> None:
         """Say so where an evaluation fell into a step: training was broken off there, or a callback evaluates in it."""
         if self._in_step:
-            modes = {layer.ssd.mode for layer in layers_of(kwargs["model"])}
+            modes = {layer.ssd.mode for layer in layers_of(model)}
             logging.getLogger(__name__).warning(
                 "evaluated in %s mode: training is in the middle of a step, or broke off in one; call set_mode first",
                 "sparse" if "sparse" in modes else "dense",
@@ -128,11 +117,9 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     on_predict = on_evaluate
 
-    def on_train_end(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, model: nn.Module, **_others: Any) -> None:
         """Leave the model in dense mode."""
-        self._leave_step(kwargs["model"])
+        self._leave_step(model)
 
     def state(self) -> dict[str, Any]:
         """Return what `trainer_state.json` keeps: the controller's state as plain numbers."""
@@ -175,16 +162,3 @@ def _line(measurement: Measurement, epoch: float | None) -> dict[str, Any]:
     line: dict[str, Any] = {f"switchable_{key}": [layer[key] for layer in layers] for key in layers[0]}
     line["switchable_takes_part"] = list(measurement.takes_part)
     return {"epoch": epoch, "step": measurement.step, **line}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _to(probe: Any, device: torch.device) -> Any:
-    """Move a probe of any of its forms to a device."""
-    if isinstance(probe, Tensor):
-        return probe.to(device)
-    if isinstance(probe, Mapping):
-        return {key: _to(value, device) for key, value in probe.items()}
-    return [_to(item, device) for item in probe] if isinstance(probe, (list, tuple)) else probe

@@ -31,8 +31,6 @@ from switchable.store.folders import entry, seal
 from switchable.store.pretrained import name_as_before, quiet_transformers
 from switchable.store.readme import readme
 
-METADATA = {"format": "pt"}
-"""What transformers wants to see in the header of a safetensors file."""
 DIVERGED = "nothing was written. Its training has diverged: lower the learning rate"
 REMEDY = (
     "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
@@ -60,14 +58,10 @@ def save(
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Write a checkpoint; an older one of the same name is replaced. Every rank must call it, with its own contents.
+    """Write a checkpoint; an older one of the same name is replaced. What was there stands until then.
 
-    Args:
-        folder: where it shall stand; on a file system that all ranks share.
-        contents: what to write.
-
-    Raises:
-        InputError: no space left on the device, or a rank does not see the folder. What was there before is untouched.
+    Every rank must call it, with its own contents and a folder on a file system that all ranks share. Raises InputError
+    if no space is left on the device, or a rank does not see the folder.
     """
     temporary = temporary_name(folder)
 
@@ -104,7 +98,7 @@ def _begin(temporary: Path, contents: Contents) -> None:
     for name, value in contents.documents.items():
         (write_text if name.endswith(".md") else write_json)(temporary / name, value)
     for name, pieces in contents.tensors.items():
-        tensorfile.create(temporary / name, pieces, METADATA)
+        tensorfile.create(temporary / name, pieces)
 
 
 def _write_rows(temporary: Path, contents: Contents) -> None:
@@ -113,7 +107,7 @@ def _write_rows(temporary: Path, contents: Contents) -> None:
             f"rank {ranks.rank()} does not see {temporary.parent}; --out must be on a file system that all ranks share"
         )
     for name, pieces in contents.tensors.items():
-        tensorfile.write(temporary / name, pieces, METADATA)
+        tensorfile.write(temporary / name, pieces)
 
 
 def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:

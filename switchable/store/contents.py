@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from switchable.ffn.convert import is_router_parameter
@@ -48,13 +49,9 @@ def contents_of(
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Contents:
-    """Copy what a checkpoint of `model` holds.
+    """Copy what a checkpoint of a converted model holds.
 
-    Args:
-        model: a converted transformers model.
-        training: tensors and plain values that a resumed run needs (`training_state`); None: the model alone.
-        tokenizer: the model's tokenizer, to make the folder complete by itself.
-        notes: plain values to keep beside it, by file name.
+    `training` is what a resumed run needs (`training_state`), `notes` are plain values to keep beside it by file name.
     """
     weights = {n: copy_piece(t) for n, t in untied_state(model).items() if not is_router_parameter(n)}
     tensors = {"model.safetensors": weights, ROUTERS: routers_of(model)}
@@ -80,13 +77,10 @@ def own_tensors(folder: Path, name: str) -> Path:
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name; a tensor with several names is there once, under the first."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
 
 
 def _config(model: nn.Module) -> Any:
@@ -98,19 +92,9 @@ def _config(model: nn.Module) -> Any:
 
 
 def training_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    controller_state: Mapping[str, Any],
-    counters: Mapping[str, Any],
+    model: nn.Module, optimizer: Optimizer, controller_state: Mapping[str, Any], counters: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gather what a resumed run needs besides the model, as tensors and as plain values.
-
-    Args:
-        model: the model trained.
-        optimizer: its optimizer; states are stored under their parameter's name.
-        controller_state: `Controller.state_dict()`.
-        counters: plain values of the loop.
-    """
+    """Gather what a resumed run needs besides the model, as tensors (by parameters' names) and as plain values."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -62,9 +62,7 @@ def _restore(model: nn.Module, described: Mapping[str, Mapping[str, Any]], store
             "this model is the baseline `moe` of a comparison: its experts' outputs are scaled, so it has no dense "
             "mode and cannot be opened as a switchable model; its figures are in the comparison's table"
         )
-    parts = [
-        each["family"] for each in described.values() if each.get("family")
-    ]  # version 0.1 did not write them
+    parts = [each["family"] for each in described.values() if each.get("family")]  # 0.1 wrote none
     families = list(dict.fromkeys(map(Family.from_values, parts)))
     config = SwitchConfig(num_experts=first["num_experts"], experts_per_token=1)
     convert(model, config, families or None, trusted=bool(families))
@@ -92,8 +90,7 @@ def _stored(folder: Path) -> Stored:
 def descriptions(folder: Path, stored: Stored | None = None) -> dict[str, dict[str, Any]]:
     """Return the description of each FFN by its name; none if the folder holds a plain model.
 
-    Raises:
-        InputError: a file is damaged, or of a later version.
+    Raises InputError if a file is damaged, or of a later version.
     """
     found = {}
     stored = _stored(folder) if stored is None else stored
@@ -128,11 +125,7 @@ def _described_by_older(folder: Path, stored: Stored) -> dict[str, dict[str, Any
 
 
 def _name_in(described: Mapping[str, Any], name: str) -> str:
-    """Return the name under which an FFN is described: its own, or one that begins otherwise.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the name that an FFN is described under, its own or one that begins otherwise; InputError if none is."""
     for other in (name, *described):
         if other in described and (f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")):
             return other

@@ -16,7 +16,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from switchable.data.tokenizers import save_tokenizer
 from switchable.errors import InputError
@@ -30,11 +29,9 @@ from switchable.files import (
     write_json,
     write_text,
 )
-from switchable.finite import check_finite
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.infer.decoding.rounded import round_weights
 from switchable.store import tensorfile
-from switchable.store.checkpoint import METADATA
 from switchable.store.contents import ROUTERS, routers_of
 from switchable.store.folders import entry, seal
 from switchable.store.load import load
@@ -100,53 +97,38 @@ def export(
         set_mode(model, "dense", experts_per_token)
     remedy = "what was there before stands. Free some space and start again"
     with full_disk_told(f"writing {out}", remedy), whole_folder(out) as temporary:
-        write(model, tokenizer, to, temporary, max_shard_size, in_8_bits=weights == "int8")
+        save_plain(temporary, model, max_shard_size)
+        if to == "sparse":
+            _add_experts(temporary, model, in_8_bits=weights == "int8")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
         write_text(temporary / "README.md", readme(model, to, out.resolve().name, tokenizer is not None))
-    experts = {
-        "num_experts": next((layer.ssd.num_experts for layer in layers_of(model)), None),
-        "experts_per_token": [layer.ssd.experts_per_token for layer in layers_of(model)],
-        "why_dense": why_dense(model),
-        "engines": engines(model) if layers_of(model) else None,
-    }
-    return {
+    written = [p for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)]
+    facts: dict[str, Any] = {
         "out": str(out),
         "to": to,
-        "parameters": sum(
-            p.numel() for n, p in model.named_parameters() if to == "sparse" or not is_router_parameter(n)
-        ),
+        "parameters": sum(p.numel() for p in written),
         "weight_files": len(list(out.glob("*.safetensors"))),
         "bytes": sum(path.stat().st_size for path in out.glob("*tensors")),
-    } | (experts if layers_of(model) else {})
+    }
+    ssds = [layer.ssd for layer in layers_of(model)]
+    if ssds:
+        facts["num_experts"] = ssds[0].num_experts
+        facts["experts_per_token"] = [ssd.experts_per_token for ssd in ssds]
+        facts |= {"why_dense": why_dense(model), "engines": engines(model)}
+    return facts
 
 
-def write(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    to: str,
-    folder: Path,
-    max_shard_size: str,
-    in_8_bits: bool = False,
-) -> None:
-    """Write a converted model and its tokenizer into a folder that exists.
-
-    With `in_8_bits` a copy of the weights goes beside them.
-
-    Raises:
-        InputError: a weight is not finite.
-    """
-    check_finite(model, "the model", "nothing was written")
-    save_plain(folder, model, max_shard_size)
-    if to == "sparse":
-        routers = routers_of(model)
-        tensorfile.create(folder / ROUTERS, routers, METADATA)
-        tensorfile.write(folder / ROUTERS, routers, METADATA)
-        if in_8_bits:
-            write_int8(copy.deepcopy(model), folder)
-        # Of the tensors alone: texts such as the README are for everyone to change.
-        seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
-        _name_class(folder, model)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+def _add_experts(folder: Path, model: nn.Module, in_8_bits: bool) -> None:
+    """Make the folder of a plain model a sparse one."""
+    routers = routers_of(model)
+    tensorfile.create(folder / ROUTERS, routers)
+    tensorfile.write(folder / ROUTERS, routers)
+    if in_8_bits:
+        write_int8(copy.deepcopy(model), folder)
+    # Of the tensors alone: texts such as the README are for everyone to change.
+    seal(folder, {path.name: entry(path) for path in folder.glob("*tensors")})
+    _name_class(folder, model)
 
 
 def _name_class(folder: Path, model: nn.Module) -> None:
@@ -162,24 +144,17 @@ def _name_class(folder: Path, model: nn.Module) -> None:
 
 
 def check_output(
-    out: Path,
-    overwrite: bool,
-    sources: Sequence[Path | str],
-    what: str = "model",
-    told_by: str = "config.json",
+    out: Path, overwrite: bool, sources: Sequence[Path | str], what: str = "model", by: str = "config.json"
 ) -> None:
-    """Refuse an output folder that holds something else than what is to be replaced, or that cannot be written.
+    """Raise InputError for an output folder that is not what is to be replaced, or that cannot be written.
 
     What it holds is told by a file in it.
-
-    Raises:
-        InputError: says what to do.
     """
     check_apart(out, sources)
     check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / told_by).is_file():
+    if not (out / by).is_file():
         raise InputError(f"{out} exists and does not hold a {what}; choose another folder with --out")
     if not overwrite:
         raise InputError(

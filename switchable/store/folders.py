@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from switchable.errors import InputError
 from switchable.files import read_json, sha256, write_json
 from switchable.finite import not_finite
 from switchable.store.tensorfile import TensorFile
@@ -30,10 +31,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, skip: str = "") -> str | None:
-    """Return None if a checkpoint is whole and its numbers are finite, else what is wrong with it, in a few words.
-
-    Files that match `skip` are not looked at.
-    """
+    """Return None if a checkpoint, but for files that match `skip`, is whole and finite, else what is wrong with it."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {
@@ -55,14 +53,21 @@ def verify(folder: Path, skip: str = "") -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256(path) != checksum:
             return f"{name} does not have its checksum"
-    return _not_finite([name for name in files if name.endswith("tensors")], folder)
+    return _not_finite(folder / name for name in files if name.endswith("tensors"))
 
 
-def _not_finite(names: Iterable[str], folder: Path) -> str | None:
-    """Look at one tensor at a time: the files may be larger than the memory."""
-    for file in (TensorFile(folder / name) for name in names):
-        for name in sorted(file.names):
-            found = not_finite({name: file.tensor(name)})
+def check_whole(folder: Path, skip: str = "") -> None:
+    """Raise InputError if a folder is not what its manifest says; see `verify`."""
+    damage = verify(folder, skip)
+    if damage is not None:
+        raise InputError(f"{folder} is damaged ({damage}); give another checkpoint, or write it again")
+
+
+def _not_finite(paths: Iterable[Path]) -> str | None:
+    """Look at one tensor at a time, each in a file opened anew: the files may be larger than the memory."""
+    for path in paths:
+        for name in sorted(TensorFile(path).names):
+            found = not_finite({name: TensorFile(path).mapped(name)})
             if found is not None:
                 return found
     return None

@@ -14,7 +14,7 @@ from switchable.errors import InputError
 from switchable.options import checked
 from switchable.store.contents import own_tensors
 from switchable.store.experts import restore_experts
-from switchable.store.folders import MANIFEST, verify
+from switchable.store.folders import MANIFEST, check_whole
 from switchable.store.pretrained import NEW_HEAD, load_config, load_pretrained
 from switchable.store.rundir import RunDir
 
@@ -42,9 +42,7 @@ def load(
     chosen = find_model(Path(checked("folder", folder, Path | str)))
     tokenizer = load_tokenizer_of(chosen)
     if own_tensors(chosen, "switchable").is_file() or (chosen / MANIFEST).is_file():
-        damage = verify(chosen)
-        if damage is not None:
-            raise InputError(f"{chosen} is damaged ({damage}); give another checkpoint, or write it again")
+        check_whole(chosen)
     new = "" if kind is None else NEW_HEAD
     model = load_pretrained(chosen, load_config(chosen, **changes), kind, new)
     if not restore_experts(chosen, model):
@@ -58,11 +56,7 @@ def load(
 
 
 def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return what `load` does, for jobs that cannot do without the tokenizer.
-
-    Raises:
-        InputError: there is none, or as `load`.
-    """
+    """Return what `load` does, for jobs that cannot do without the tokenizer; raise InputError if there is none."""
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise InputError(f"{folder} holds no tokenizer; give the folder of the run instead")
@@ -84,11 +78,7 @@ def trained_precision(folder: Path) -> str | None:
 
 
 def find_model(folder: Path) -> Path:
-    """Return the folder of weights that `folder` stands for.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the folder of weights that `folder` stands for; raise InputError if there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give the folder of a run, e.g. runs/demo")
     rundir = RunDir(folder)

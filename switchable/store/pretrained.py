@@ -34,11 +34,8 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """Load a plain Hugging Face checkpoint on the CPU, in its own dtype, in evaluation mode.
 
-    Args:
-        folder: with `config.json` and `*.safetensors`.
-        config: use this configuration instead of the folder's.
-        kind: class of transformers to load; None: the one that the config names.
-        new: pattern of the weights that may be missing, because the class adds them: a new head's.
+    `config` takes the place of the folder's, `kind` that of the class of transformers which the config names; `new` is
+    the pattern of weights that may be missing, because the class adds them: a new head's.
 
     Raises:
         InputError: no such folder, no weights, or weights that do not fit the config or are not finite.
@@ -74,16 +71,12 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error}); give the folder of a whole checkpoint") from None
     if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} holds an adapter; merge it into its model and save that with save_pretrained"
-        )
+        raise InputError(f"{folder} holds an adapter; merge it into its model and save_pretrained that")
     pickled = [name for name in named if not name.endswith(".safetensors")]
     if not list(folder.glob("*.safetensors")):
         pickled += [path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind)]
         if not pickled:
-            raise InputError(
-                f"{folder} holds no weights (*.safetensors); give the folder of a whole checkpoint"
-            )
+            raise InputError(f"{folder} holds no weights (*.safetensors); give a whole checkpoint's folder")
     if pickled:
         raise InputError(
             f"the weights of {folder} are pickled ({', '.join(sorted(set(pickled)))}), which we never open: they can "
@@ -93,14 +86,11 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
 
 def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:
     """Refuse weights that are missing, of another shape, or belong to layers that the config does not have."""
+    in_layers = [key for key in found["unexpected_keys"] if re.search(r"\.\d+\.", key)]
     wrong = {
         "missing": sorted(key for key in found["missing_keys"] if not (new and re.search(new, key))),
         "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
-        "of layers that the config does not have": sorted(
-            key
-            for key in found["unexpected_keys"]
-            if re.search(r"\.\d+\.", key) and not is_router_parameter(key)
-        ),
+        "of layers that the config does not have": sorted(k for k in in_layers if not is_router_parameter(k)),
     }
     problems = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in wrong.items() if names]
     if problems:
@@ -118,9 +108,8 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}"
-        ) from None
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder / 'config.json'} cannot be used: {why}") from None
     if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
         del config.quantization_config
     vars(config).pop("auto_map", None)  # a sparse export's: what is written of the model may be a dense one
@@ -130,11 +119,10 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 def save_plain(folder: Path, model: PreTrainedModel, max_shard_size: str = SHARD_SIZE) -> None:
     """Write the dense model that a converted model is in Hugging Face form, without the routers.
 
-    Args:
-        folder: where; must exist.
-        model: a converted transformers model.
-        max_shard_size: largest file of weights, as `"5GB"`; a larger model becomes several files and an index.
+    A model larger than `max_shard_size`, as `"5GB"`, becomes several files and an index. Raises InputError, nothing
+    being written, if a weight is not finite.
     """
+    check_finite(model, "the model", "nothing was written")
     state = {n: t for n, t in model.state_dict().items() if not is_router_parameter(n)}
     # What was read had transformers 5's names for weights. Unless it remembers that, it writes those of the hub.
     vars(model).pop("_weight_conversions", None)

@@ -8,6 +8,7 @@ probe is made of text: windows of equal length, without padding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,7 @@ def save_probe(path: Path, batches: Sequence[Batch]) -> None:
 
 
 def load_probe(path: Path, tokens: int | None = None) -> Probe:
-    """Read the probe of a run.
-
-    Args:
-        path: its `probe.safetensors`.
-        tokens: use whole sequences of at most so many tokens; None: all.
+    """Read the probe of a run: whole sequences of at most `tokens` tokens (None: all).
 
     Raises:
         InputError: no such file, a damaged one, or too few tokens.
@@ -93,14 +90,11 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
 def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
     """Return whole sequences of at most `tokens` tokens together (all if None), at least one."""
     kept: list[Batch] = []
-    left = tokens
+    left = sys.maxsize if tokens is None else tokens
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        if left is None:
-            kept.append(batch)
-            continue
-        take = min(rows, left // length) if kept else min(rows, max(1, left // length))
-        if take > 0:
+        take = min(rows, max(left // length, 0 if kept else 1))
+        if take:
             kept.append({key: value[:take] for key, value in batch.items()})
             left -= take * length
         if take < rows:
@@ -109,28 +103,19 @@ def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
 
 
 def probe_from_text(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    model: nn.Module,
-    tokens: int,
-    sequence_length: int,
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module, tokens: int, length: int
 ) -> Probe:
     """Make a probe of text.
 
-    A sequence-to-sequence model reads the first half of each window and is given the second half to predict.
-
-    Args:
-        sources: files, folders or datasets, as for training; none: the Python installation's own source files.
-        tokenizer: the model's.
-        model: the model, whose kind and longest sequence count.
-        tokens: tokens wanted (T).
-        sequence_length: tokens per sequence (S), cut to what the model can take.
+    A sequence-to-sequence model reads the first half of each window and is given the second half to predict. `sources`
+    are as for training (none: the Python installation's own source files), `tokens` are wanted in all, and `length` of
+    them in a sequence, which is cut to what the model can take.
 
     Raises:
         InputError: the text holds too few tokens, or the tokenizer is not the model's.
     """
     config = model.config
-    sequence_length = min(sequence_length, positions_of(model) or sequence_length)
+    length = min(length, positions_of(model) or length)
     ids = _token_ids(documents(sources), tokenizer, tokens)
     vocab_size = int(getattr(config, "vocab_size", 0)) or len(tokenizer)
     if ids.numel() and int(ids.max()) >= vocab_size:
@@ -138,26 +123,23 @@ def probe_from_text(
             f"the tokenizer has a token {int(ids.max())}, but the model only {vocab_size}; "
             "give the model's own tokenizer with --tokenizer"
         )
-    rows = min(tokens, ids.numel()) // sequence_length
+    rows = min(tokens, ids.numel()) // length
     where = ", ".join(sources) or "the Python installation's own source files"
-    if rows * sequence_length < MIN_TOKENS:
+    if rows * length < MIN_TOKENS:
         raise InputError(
-            f"{where} holds {ids.numel()} tokens, {rows} sequences of {sequence_length}; measuring needs at least "
+            f"{where} holds {ids.numel()} tokens, {rows} sequences of {length}; measuring needs at least "
             f"{MIN_TOKENS} tokens: give more text with --text, or a shorter --sequence-length"
         )
     before = added_tokens(tokenizer)[0] if objective_of_model(model) == "causal" else []
     leading = torch.tensor(before, dtype=torch.long).expand(rows, -1)
-    text = ids[: rows * (sequence_length - len(before))].view(rows, -1)
-    windows = torch.hstack([leading, text])
-    batches = [
-        _inputs(piece, bool(getattr(config, "is_encoder_decoder", False)))
-        for piece in torch.split(windows, ROWS)
-    ]
-    return _checked(Probe(batches, where), tokens)
+    text = ids[: rows * (length - len(before))].view(rows, -1)
+    two_sides = bool(getattr(config, "is_encoder_decoder", False))
+    windows = torch.split(torch.hstack([leading, text]), ROWS)
+    return _checked(Probe([_inputs(piece, two_sides) for piece in windows], where), tokens)
 
 
-def _inputs(ids_BS: Tensor, encoder_decoder: bool) -> Batch:
-    if not encoder_decoder:
+def _inputs(ids_BS: Tensor, two_sides: bool) -> Batch:
+    if not two_sides:
         return {"input_ids": ids_BS}
     half = ids_BS.shape[1] // 2
     return {"input_ids": ids_BS[:, :half].contiguous(), "decoder_input_ids": ids_BS[:, half:].contiguous()}

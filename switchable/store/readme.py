@@ -20,9 +20,9 @@ TEXTS = {
     "sparse": (
         SPARSE,
         "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable. Told "
-        "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`; `transformers "
-        "serve --trust-remote-code`), `pipeline` and the Auto classes open it in sparse mode, by the two lines of "
-        "modeling_switchable.py.",
+        "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`), `pipeline` and "
+        "the Auto classes open it in sparse mode, by the two lines of modeling_switchable.py. `transformers serve` "
+        "opens the dense model whatever it is told: it takes the class named in config.json from transformers itself.",
     ),
 }
 """What a folder holds -> the lines, and what else to know."""
@@ -60,9 +60,7 @@ def engines(model: nn.Module) -> str:
     if built_in == own:
         return f"llama.cpp computes {own} in models of type {kind}, as this one does."
     if built_in is None:
-        return (
-            f"Of llama.cpp's activation in models of type {kind} nothing is known here: compare losses first."
-        )
+        return f"Of llama.cpp's activation in models of type {kind} nothing is known here: compare losses."
     return (
         f"llama.cpp has {built_in} built into models of type {kind} and would write other text, silently; relu2 "
         "without a gate it computes in models of type arcee (switchable pretrain --family arcee)."

@@ -20,11 +20,7 @@ from switchable.store.tensorfile import TensorFile
 def restore_training(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a verified checkpoint into a converted model and its optimizer, however either is sharded.
-
-    Returns:
-        The controller's state and the loop's counters.
-    """
+    """Load a verified checkpoint into model and optimizer; return the controller's state and the loop's counters."""
     restore_model(folder, model)
     file = TensorFile(own_tensors(folder, "training"))
     values = read_json(folder / "training.json")
@@ -53,15 +49,9 @@ def restore_training(
 
 
 def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
-    """Load weights and routers of a checkpoint into a converted model of the same shape.
+    """Load weights of a checkpoint into a converted model of the same shape; raise InputError, unchanged, if not so.
 
-    Args:
-        folder: the checkpoint.
-        model: the model to load into.
-        routers: whether to load the routers too; if not, the model keeps its own, of whatever shape.
-
-    Raises:
-        InputError: names or shapes do not fit; the model is unchanged then.
+    Without `routers` the model keeps its own, of whatever shape.
     """
     described = descriptions(folder) if routers else {}
     state = {n: t for n, t in untied_state(model).items() if routers or not is_router_parameter(n)}

@@ -24,11 +24,7 @@ class FolderInUse(InputError):
 
 
 class RunDir:
-    """Paths of a run's folder, and its lock.
-
-    Args:
-        path: the folder; made by `acquire`.
-    """
+    """Paths of a run's folder, which `acquire` makes, and its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,11 +90,7 @@ class RunDir:
         return (*folders, self.metrics, self.summary, self.curves, self.speed, self.report, self.probe)
 
     def refuse_to_replace(self, overwrite: bool, sources: Iterable[Path | str]) -> None:
-        """Refuse to start a run over another one, over something else, or over what it reads.
-
-        Raises:
-            InputError: says what to do.
-        """
+        """Raise InputError for a run that would replace another one, or something else, or what it reads."""
         for path in self.contents():
             check_apart(path, sources)
         if self.config.exists():

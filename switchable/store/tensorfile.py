@@ -33,6 +33,9 @@ NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+METADATA = {"format": "pt"}
+"""What transformers wants to see in the header of a safetensors file."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -57,10 +60,7 @@ class Piece:
 
 
 def copy_piece(tensor: Tensor) -> Piece:
-    """Copy what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 everything.
-
-    The copy is on the CPU and no longer depends on the tensor.
-    """
+    """Copy to the CPU what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 all."""
     rows, first = rows_here(tensor.detach())
     data = None
     if is_main() or isinstance(tensor, DTensor):
@@ -78,18 +78,15 @@ def _layout(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[b
     for name in names:
         piece = pieces[name]
         begins[name], end = end, end + piece.bytes
-        header[name] = {
-            "dtype": NAMES[piece.dtype],
-            "shape": list(piece.shape),
-            "data_offsets": [begins[name], end],
-        }
+        place = {"shape": list(piece.shape), "data_offsets": [begins[name], end]}
+        header[name] = {"dtype": NAMES[piece.dtype], **place}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     return start, {name: len(start) + begin for name, begin in begins.items()}
 
 
-def create(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> None:
+def create(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] = METADATA) -> None:
     """Write the header and give the file its full size (one process does this, before any writes its rows)."""
     start, _ = _layout(pieces, metadata)
     with path.open("wb") as file:
@@ -97,12 +94,8 @@ def create(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str])
         file.truncate(len(start) + sum(piece.bytes for piece in pieces.values()))
 
 
-def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> None:
-    """Write this rank's rows into a created file and flush them to disk.
-
-    Raises:
-        OSError: e.g. the disk is full.
-    """
+def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] = METADATA) -> None:
+    """Write this rank's rows into a created file and flush them to disk; raise OSError if, say, that is full."""
     _, begins = _layout(pieces, metadata)
     with path.open("r+b") as file:
         for name, piece in pieces.items():
@@ -116,14 +109,7 @@ def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) 
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory and read row by row.
-
-    Args:
-        path: the file.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+    """A safetensors file, mapped into memory and read row by row; InputError if there is none or it is damaged."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -141,8 +127,11 @@ class TensorFile:
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor, in memory of its own."""
-        found: Tensor = self._file.get_tensor(name).clone()
-        return found
+        return self.mapped(name).clone()
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a whole tensor, for reading: its memory is the file's, which stays open as long as one is held."""
+        return cast(Tensor, self._file.get_tensor(name))
 
     @torch.no_grad()
     def read_into(self, name: str, target: Tensor) -> None:

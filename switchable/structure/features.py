@@ -105,6 +105,4 @@ def _check_matrix(name: str, values: Tensor, shape: str) -> None:
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"{name} is {given}; give a real tensor of two dimensions, {shape}")
     if values.is_floating_point() and not values.isfinite().all():
-        raise InputError(
-            f"{name} holds NaN or infinite values; give finite ones (has the training diverged?)"
-        )
+        raise InputError(f"{name} holds NaN or infinite values; give finite ones (has training diverged?)")

@@ -12,7 +12,7 @@ Shapes: F neurons, D width, E experts, I = F/E neurons per expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -102,18 +102,16 @@ def _in_threads(one: Callable[[int], Tensor], layers: Sequence[int], show: bool)
     each = (threads // workers or 1,)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=each) as pool:
-            futures = [pool.submit(one, layer) for layer in layers]
-            done = as_completed(futures)
-            for _ in progress_bar("clustering", "layer", len(futures), show, done):
-                pass
-            return [future.result() for future in futures]
+            return list(progress_bar("clustering", "layer", len(layers), show, pool.map(one, layers)))
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the default for threads to come
 
 
 def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:
     """Return the new labels renumbered so that as many neurons as possible keep their old label."""
-    old_F, new_F = _of_the_same(old_labels=old_labels, new_labels=new_labels)
+    old_F, new_F = _to_numpy("old_labels", old_labels), _to_numpy("new_labels", new_labels)
+    if len(old_F) != len(new_F):
+        raise InputError(f"labels of {len(old_F)} and {len(new_F)} neurons; give groupings of the same")
     _check_range("old_labels", old_F, num_experts)
     _check_range("new_labels", new_F, num_experts)
     overlap_EE = np.bincount(new_F * num_experts + old_F, minlength=num_experts**2)
@@ -150,13 +148,6 @@ def _to_numpy(name: str, labels: Tensor) -> npt.NDArray[np.int64]:
         raise InputError(f"{name} is {given}; give a tensor of whole numbers, one per neuron")
     whole: npt.NDArray[np.int64] = labels.detach().cpu().numpy().astype(np.int64)
     return whole
-
-
-def _of_the_same(**labels: Tensor) -> list[npt.NDArray[np.int64]]:
-    a_F, b_F = found = [_to_numpy(name, each) for name, each in labels.items()]
-    if len(a_F) != len(b_F):
-        raise InputError(f"labels of {len(a_F)} and {len(b_F)} neurons; give groupings of the same")
-    return found
 
 
 def _check_range(name: str, labels_F: npt.NDArray[np.int64], experts: int) -> None:

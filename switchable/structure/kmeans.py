@@ -180,9 +180,7 @@ def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
     rows_ND = rows.detach() if rows.is_floating_point() else rows.detach().float()
     count = len(rows_ND)
     if count < clusters:
-        raise InputError(
-            f"{count} rows for n_clusters={clusters}; give at least as many rows, or fewer clusters"
-        )
+        raise InputError(f"{count} rows for n_clusters={clusters}; give at least as many, or fewer clusters")
     if count % clusters:
         allowed = ", ".join(map(str, divisors_near(count, clusters)))
         raise InputError(f"n_clusters={clusters} does not divide the {count} rows; use one of {allowed}")

@@ -101,7 +101,8 @@ def measure_model(
     layers = layers_of(model)
     meters = [_Meter(layer, probe.tokens, pattern_tokens) for layer in layers]
     device = next(model.parameters()).device
-    show(model, ({key: value.to(device) for key, value in batch.items()} for batch in probe.batches), meters)
+    batches = ({key: value.to(device) for key, value in batch.items()} for batch in probe.batches)
+    show(model, batches, [meter.add for meter in meters])
     return [meter.result(layer) for meter, layer in zip(meters, layers, strict=True)]
 
 
@@ -160,7 +161,7 @@ class _Meter:
         self.kept["ratios"].append(active_TF.double().mean(dim=1).cpu())
         picked = self._every(self.pattern_every, len(x_TD))
         self.kept["patterns"].append(pack(active_TF[picked], layer.ssd.neuron_ids_F))
-        self.sums.add_activity(layer, x_TD, hidden_TF, active_TF)
+        self.sums.add_tokens(layer, x_TD, hidden_TF, active_TF)
 
     def _every(self, every: int, count: int) -> slice:
         """The tokens among the next `count` whose number is a multiple of `every`."""

@@ -24,8 +24,8 @@ from switchable.data.tokenizers import load_tokenizer
 from switchable.errors import InputError, divisors_near
 from switchable.ffn.agreement import families_of
 from switchable.ffn.convert import convert, layers_of
-from switchable.ffn.facts import facts_of
 from switchable.ffn.families import find_ffns
+from switchable.ffn.ssd import facts_of
 from switchable.settings import SwitchConfig
 from switchable.store.experts import descriptions
 from switchable.store.load import load

@@ -13,8 +13,8 @@ Its state (`state_dict`) is all that a resumed run needs besides weights and opt
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,10 +29,10 @@ from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.costs import costs_of_layers, from_plain, plain
-from switchable.switching.measures import Inputs
+from switchable.switching.measures import Precision
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
-from switchable.switching.probe import as_batches, tokens_of
+from switchable.switching.probe import ProbeInputs, as_batches, tokens_of
 from switchable.switching.schedule import Schedule
 from switchable.switching.state import Change, ScheduleState
 from switchable.switching.switch import regroup
@@ -88,13 +88,13 @@ class Controller:
     def __init__(
         self,
         model: nn.Module,
-        probe: Inputs | Sequence[Inputs],
+        probe: ProbeInputs,
         total_steps: int,
         config: SwitchConfig | None = None,
         seed: int = 0,
         schedule: type[Schedule] = Schedule,
         copies: Sequence[object] = (),
-        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        precision: Precision = nullcontext,
     ) -> None:
         self.layers = layers_of(checked("model", model, nn.Module))
         if not self.layers:
@@ -153,11 +153,8 @@ class Controller:
     def step(self, *optimizers: Any) -> Measurement | None:
         """Count one optimizer step, measure if it is time, and set the mode of the next step.
 
-        Args:
-            optimizers: all that have just stepped, wrapped or not; their state moves with the neurons.
-
-        Returns:
-            The measurement, if one was taken.
+        `optimizers` are all that have just stepped, wrapped or not; their state moves with the neurons. Returns the
+        measurement, if one was taken.
 
         Raises:
             InputError: what is to be trained is in none of them, or one holds state that cannot move with the
@@ -179,22 +176,14 @@ class Controller:
         self._apply_mode()
         if due:
             describe_anew(self.model, self.copies)
-        if (
-            self.steps_done == self.schedule.total_steps
-            and not self.schedule.config.never_sparse
-            and is_main()
-        ):
-            self._tell_if_dense()
+        over = self.steps_done == self.schedule.total_steps and not self.schedule.config.never_sparse
+        if over and is_main() and not any(self.state.takes_part):
+            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
         return measurement
 
     def why_dense(self) -> str | None:
         """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""
         return why_dense(self.model)
-
-    def _tell_if_dense(self) -> None:
-        """Log why a run that was to become sparse has ended dense."""
-        if not any(self.state.takes_part):
-            logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
 
     def _measure(self, optimizers: Sequence[Any]) -> Measurement:
         fresh = self.schedule.groups_afresh(self.steps_done, self.state)
@@ -203,22 +192,13 @@ class Controller:
         decision = self.schedule.decide(self.steps_done, self.state, measures)
         wanted = [f.labels_F if again else None for f, again in zip(found, decision.regroup, strict=True)]
         perms = self._regroup(wanted, optimizers)
-        self.last = [
-            f if perm is None else replace(f, labels_F=f.labels_F[perm])
-            for f, perm in zip(found, perms, strict=True)
-        ]
-        regrouped = tuple(perm is not None for perm in perms)
-        self.regroupings += sum(regrouped)
-        self.state = decision.state
-        return Measurement(
-            self.steps_done,
-            tuple(measures),
-            regrouped,
-            decision.state.takes_part,
-            decision.state.experts_per_token,
-            tuple(perms),
-            decision.changes,
-        )
+        pairs = zip(found, perms, strict=True)
+        self.last = [f if perm is None else replace(f, labels_F=f.labels_F[perm]) for f, perm in pairs]
+        moved = tuple(perm is not None for perm in perms)
+        self.regroupings += sum(moved)
+        self.state = now = decision.state
+        sparse = now.takes_part, now.experts_per_token
+        return Measurement(self.steps_done, tuple(measures), moved, *sparse, tuple(perms), decision.changes)
 
     def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
         """Give layers new structures; return how the neurons of each moved."""
@@ -235,25 +215,14 @@ class Controller:
 
     def _apply_mode(self) -> None:
         state = self.state
-        for layer, others, part, why, k, few_active, ratio, penalty in zip(
-            self.layers,
-            self.twins,
-            state.takes_part,
-            state.why_dense,
-            state.experts_per_token,
-            state.multiplies_active,
-            state.activation_ratio,
-            state.activation_l1,
-            strict=True,
-        ):
-            ssd = layer.ssd
-            ssd.takes_part, ssd.why_dense = part, why
-            ssd.multiplies_active, ssd.activation_ratio, ssd.activation_l1 = few_active, ratio, penalty
-            ssd.set_experts_per_token(k)
+        for i, (layer, others) in enumerate(zip(self.layers, self.twins, strict=True)):
+            layer.ssd.multiplies_active = state.multiplies_active[i]
+            layer.ssd.activation_ratio = state.activation_ratio[i]
+            layer.ssd.activation_l1 = state.activation_l1[i]
             # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
-            for twin in others:
-                twin.ssd.takes_part, twin.ssd.why_dense = part, why
-                twin.ssd.set_experts_per_token(k)
+            for each in (layer, *others):
+                each.ssd.takes_part, each.ssd.why_dense = state.takes_part[i], state.why_dense[i]
+                each.ssd.set_experts_per_token(state.experts_per_token[i])
         set_mode(self.model, self.mode)
 
     def state_dict(self) -> dict[str, Any]:

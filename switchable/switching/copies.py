@@ -18,11 +18,7 @@ from switchable.ffn.layout import neuron_parameters
 
 
 def twins(layers: Sequence[SwitchableFFN], copies: Sequence[object]) -> list[list[SwitchableFFN]]:
-    """Return for each layer the switchable FFNs that it is in those copies that are modules.
-
-    Raises:
-        InputError: a copy has other layers.
-    """
+    """Return for each layer what it is in those copies that are modules; raise InputError if one has other layers."""
     models = [layers_of(copy) for copy in copies if isinstance(copy, nn.Module)]
     sizes = [(layer.ssd.d_ff, layer.ssd.d_model) for layer in layers]
     for theirs in models:
@@ -37,21 +33,19 @@ def twins(layers: Sequence[SwitchableFFN], copies: Sequence[object]) -> list[lis
 def copied_tensors(model: nn.Module, copies: Sequence[object]) -> list[dict[int, Tensor]]:
     """Return for each copy that is no module its tensor of each parameter of neurons, by that parameter's id.
 
-    Raises:
-        InputError: a copy does not fit the model.
+    Raises InputError if a copy does not fit the model.
     """
     named = dict(model.named_parameters())
     of_neurons = {id(p) for layer in layers_of(model) for p, _ in neuron_parameters(layer)}
+    neurons = {name: p for name, p in named.items() if id(p) in of_neurons}
     found = []
-    for copy in copies:
-        if isinstance(copy, nn.Module):
-            continue
+    for copy in (each for each in copies if not isinstance(each, nn.Module)):
         tensors = _by_name(named, copy)
-        for name, parameter in named.items():
+        for name, parameter in neurons.items():
             theirs, ours = tuple(tensors[name].shape), tuple(parameter.shape)
-            if id(parameter) in of_neurons and theirs != ours:
+            if theirs != ours:
                 raise InputError(f"a copy of the model has {name} of shape {theirs}, the model of {ours}")
-        found.append({id(p): tensors[name] for name, p in named.items() if id(p) in of_neurons})
+        found.append({id(p): tensors[name] for name, p in neurons.items()})
     return found
 
 

@@ -44,9 +44,8 @@ def missed(
             )
     active = _mean([m.activation_ratio for m in measures])
     if (early or target is None) and active > slack * config.max_activation_ratio:
-        found.append(
-            f"activation ratio {active:.3f}, above max_activation_ratio={config.max_activation_ratio:g}"
-        )
+        limit = config.max_activation_ratio
+        found.append(f"activation ratio {active:.3f}, above max_activation_ratio={limit:g}")
     caught = _mean([m.mass_caught for m in measures])
     if target is None and slack * caught < config.min_mass_caught:
         found.append(f"mass caught {caught:.3f}, below min_mass_caught={config.min_mass_caught:g}")

@@ -13,9 +13,10 @@ Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,14 @@ Inputs = Batch | Tensor
 """The same, or the first one alone: `input_ids`, nanoGPT's `idx`, `pixel_values`."""
 
 
-class Observer(Protocol):
-    """Sees the input of one layer, a batch of the probe at a time."""
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input `x`, [B, S, D] or [T, D]."""
+Observer = Callable[[SwitchableFFN, Tensor], object]
+"""Is shown a layer and its input, [B, S, D] or [T, D], a batch of the probe at a time."""
+Precision = Callable[[], AbstractContextManager[Any]]
+"""The context in which a probe is multiplied, as a loop's autocast."""
 
 
 class LayerSums:
-    """What one layer does with its own K, summed over tokens."""
+    """What one layer does with its own K, summed over tokens; the module's text says what each measure is."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
         ssd = layer.ssd
@@ -51,14 +51,12 @@ class LayerSums:
         self._best_E = torch.zeros_like(self._router_E)
 
     def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
+        """Take in the layer's input, as an `Observer`."""
         x_TD = x.reshape(-1, layer.ssd.d_model)
         hidden_TF = layer.ssd.activations(x_TD)
-        self.add_activity(layer, x_TD, hidden_TF, hidden_TF != 0)
+        self.add_tokens(layer, x_TD, hidden_TF, hidden_TF != 0)
 
-    def add_activity(
-        self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor
-    ) -> Tensor:
+    def add_tokens(self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor) -> Tensor:
         """Take in tokens, their activations and which of these count as active; return the experts chosen, route_TK."""
         ssd = layer.ssd
         mass_TE = expert_mass(hidden_TF, ssd.weights.down_FD, ssd.num_experts)
@@ -74,18 +72,15 @@ class LayerSums:
 
     @property
     def activation_ratio(self) -> float:
-        """Share of (token, neuron) pairs that are active."""
         assert self.tokens, "the probe never reached the layer"
         return float(self.fired_F.sum()) / self.pairs
 
     @property
     def dead(self) -> float:
-        """Share of neurons that fired on no token."""
         return float((self.fired_F == 0).double().mean())
 
     @property
     def always_on(self) -> float:
-        """Share of neurons that fired on every token."""
         return float((self.fired_F == self.tokens).double().mean())
 
     @property
@@ -100,12 +95,10 @@ class LayerSums:
 
     @property
     def mass_caught(self) -> float:
-        """Share of the activation mass in the router's K experts."""
         return self.mass_router[self.chosen - 1]
 
     @property
     def mass_best_k(self) -> float:
-        """Share of the activation mass in the best K experts of each token."""
         return self.mass_best[self.chosen - 1]
 
     def _shares(self, mass_E: Tensor) -> list[float]:
@@ -115,33 +108,24 @@ class LayerSums:
 
     @property
     def load_imbalance(self) -> float:
-        """Load of the busiest expert over the mean load."""
         return float(self.load_E.max() / self.load_E.double().mean())
-
-
-@contextmanager
-def observed(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]:
-    """Within the `with` block every switchable FFN shows its input to its observer, before it multiplies."""
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, named, seen=observer: seen.add(layer, *args, *named.values()),
-            with_kwargs=True,
-        )
-        for observer, layer in zip(observers, layers_of(model), strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
 def show(model: nn.Module, probe: Iterable[Inputs], observers: Sequence[Observer]) -> None:
     """Run the probe through the model in dense, evaluation mode; every switchable FFN's observer sees its input."""
     # Observers are not worth compiling, and what a compiled block makes of them is beyond torch.compile.
-    with in_mode(model, "dense"), observed(model, observers), torch.compiler.set_stance("force_eager"):
+    with in_mode(model, "dense"), torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        for observer, layer in zip(observers, layers_of(model), strict=True):
+            see = partial(_see, observer)
+            hooks.enter_context(layer.register_forward_pre_hook(see, with_kwargs=True))
         model.eval()
         for batch in probe:
             model(batch) if isinstance(batch, Tensor) else model(**batch)
     reshard(model)
+
+
+def _see(
+    observer: Observer, layer: SwitchableFFN, args: tuple[Tensor, ...], named: Mapping[str, Tensor]
+) -> None:
+    observer(layer, *args, *named.values())

@@ -10,10 +10,9 @@ The training forward holds no measuring code; the layers are watched through hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers, groups_layer
-from switchable.switching.measures import Inputs, LayerSums, show
+from switchable.switching.measures import Inputs, LayerSums, Precision, show
 from switchable.switching.patterns import jaccard, pack, routes_changed
 
 
@@ -65,20 +64,20 @@ class Found:
     """The experts chosen for each token."""
 
 
-class Watch:
+class Watch(LayerSums):
     """What one layer does on the probe: the sums, and what of each token is compared with the next measurement."""
 
     def __init__(self, layer: SwitchableFFN) -> None:
-        self.sums = LayerSums(layer)
+        super().__init__(layer)
         self._active: list[Tensor] = []
         self._routes: list[Tensor] = []
 
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
-        x_TD = x.reshape(-1, layer.ssd.d_model)
-        hidden_TF = layer.ssd.activations(x_TD)
-        self._active.append(hidden_TF != 0)
-        self._routes.append(self.sums.add_activity(layer, x_TD, hidden_TF, self._active[-1]).cpu())
+    def add_tokens(self, layer: SwitchableFFN, x_TD: Tensor, hidden_TF: Tensor, active_TF: Tensor) -> Tensor:
+        """Take in tokens, and keep which neurons were active on each, and which experts were chosen."""
+        route_TK = super().add_tokens(layer, x_TD, hidden_TF, active_TF)
+        self._active.append(active_TF)
+        self._routes.append(route_TK.cpu())
+        return route_TK
 
     @property
     def active_TF(self) -> Tensor:
@@ -94,7 +93,7 @@ class Watch:
 def watch(model: nn.Module, probe: Iterable[Inputs]) -> list[Watch]:
     """Run the probe through the model in dense, evaluation mode; return what each switchable FFN did."""
     watches = [Watch(layer) for layer in layers_of(model)]
-    show(model, probe, watches)
+    show(model, probe, [each.add for each in watches])
     return watches
 
 
@@ -104,7 +103,7 @@ def measure(
     last: Sequence[Found | None],
     random_state: int,
     fresh: bool = True,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: Precision = nullcontext,
 ) -> tuple[list[LayerMeasures], list[Found]]:
     """Measure every switchable FFN on the probe and find its present structure.
 
@@ -121,7 +120,10 @@ def measure(
     layers = layers_of(model)
     with precision():
         watches = watch(model, probe)
-    rows = [_features_here(i, layer) for i, layer in enumerate(layers)]
+    rows: list[Tensor | None] = []
+    for i, layer in enumerate(layers):
+        with gathered(*layer.ssd.holders):  # one layer at a time; the rank that groups it needs its rows
+            rows.append(weight_features(layer.ssd.reads_FD.detach()) if groups_layer(i) else None)
     warm = [None if before is None else before.labels_F for before in last]
     experts = layers[0].ssd.num_experts
     labels = cluster_layers(rows, experts, warm=warm, random_state=random_state, fresh=fresh)
@@ -133,23 +135,16 @@ def measure(
     return from_main(measures), found
 
 
-def _features_here(index: int, layer: SwitchableFFN) -> Tensor | None:
-    """Return what a layer's neurons are grouped by, on the rank that groups it; one layer is gathered at a time."""
-    with gathered(*layer.ssd.holders):
-        return weight_features(layer.ssd.reads_FD.detach()) if groups_layer(index) else None
-
-
 def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:
-    sums = seen.sums
     return LayerMeasures(
-        activation_ratio=sums.activation_ratio,
-        mass_caught=sums.mass_caught,
-        mass_by_k=tuple(sums.mass_router),
-        mass_best=sums.mass_best_k,
-        load_imbalance=sums.load_imbalance,
-        experts_per_token=sums.chosen,
-        dead=sums.dead,
-        always_on=sums.always_on,
+        activation_ratio=seen.activation_ratio,
+        mass_caught=seen.mass_caught,
+        mass_by_k=tuple(seen.mass_router),
+        mass_best=seen.mass_best_k,
+        load_imbalance=seen.load_imbalance,
+        experts_per_token=seen.chosen,
+        dead=seen.dead,
+        always_on=seen.always_on,
         pattern_similarity=None if last is None else jaccard(last.pattern_TW, found.pattern_TW),
         routing_changed=None if last is None else routes_changed(last.route_TK, found.route_TK),
     )

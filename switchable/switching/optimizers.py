@@ -29,11 +29,7 @@ USE = "use an optimizer of plain tensors, e.g. AdamW, SGD with momentum, Lion, M
 
 
 def optimizers_in(given: object) -> list[Any]:
-    """Return every optimizer in what a loop steps: optimizers, lists of them, and what wraps them.
-
-    Raises:
-        InputError: there is none in it.
-    """
+    """Return every optimizer in what a loop steps (optimizers, lists, what wraps them); InputError if there is none."""
     found: dict[int, Any] = {}
     _look_for_optimizers(given, found, DEPTH)
     if not found:
@@ -58,11 +54,7 @@ def _look_for_optimizers(thing: Any, found: dict[int, Any], depth: int) -> None:
 
 
 def check_trained(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> None:
-    """Refuse a loop that leaves out what it should train.
-
-    Raises:
-        InputError: a router is frozen, or what is to be trained is in no optimizer.
-    """
+    """Raise InputError for a loop that leaves out what it should train: it is frozen, or in none of the optimizers."""
     trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     for layer in layers:
         router = layer.router.weight
@@ -80,11 +72,7 @@ def check_trained(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) ->
 
 
 def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers whose state cannot move with the neurons.
-
-    Raises:
-        InputError: names the optimizer and the state.
-    """
+    """Raise InputError for an optimizer whose state cannot move with the neurons; it names both."""
     neurons = {id(p): p for layer in layers for p, _ in neuron_parameters(layer)}
     least = min(p.numel() for p in neurons.values() if p.ndim == 2)
     for optimizer in optimizers:
@@ -103,12 +91,9 @@ def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> N
 
 
 def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tensor, int]]:
-    """Yield what an optimizer keeps of a parameter's neurons, each tensor with the dimension of the neurons.
+    """Yield what an optimizer keeps of a parameter with neurons along `dim`, each tensor with their dimension.
 
-    Args:
-        parameter: a parameter with a neuron axis.
-        dim: that axis.
-        optimizer: one that `check_state` has passed.
+    `check_state` must have passed the optimizer.
     """
     for group in optimizer.param_groups:
         params = group["params"]
@@ -133,9 +118,7 @@ def _entries(optimizer: Any, owner: Tensor) -> Mapping[Any, Any]:
     return entries if isinstance(entries, Mapping) else {"": entries}
 
 
-def _is_understood(
-    optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor], of_neurons: bool
-) -> bool:
+def _is_understood(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor], neurons: bool) -> bool:
     value = _entries(optimizer, owner)[key]
     if isinstance(value, PLAIN) or (isinstance(value, Tensor) and value.numel() == 1):
         return True
@@ -145,7 +128,7 @@ def _is_understood(
     if _is_stacked(optimizer, key, owner, params):
         return True
     # Of another parameter: nobody minds, unless it is so large that it may hold those of neurons.
-    return _fits(value, owner) if of_neurons else value.numel() <= owner.numel()
+    return _fits(value, owner) if neurons else value.numel() <= owner.numel()
 
 
 def _is_stacked(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor]) -> bool:

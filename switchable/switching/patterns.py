@@ -40,11 +40,7 @@ def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
 
 
 def routes_changed(a_TK: Tensor, b_TK: Tensor) -> float | None:
-    """Compare the experts chosen for the same tokens: each token's K expert numbers, in any order.
-
-    Returns the share of tokens whose set of experts is another one; None if K is not the same: then every set is
-    another one, whatever the router does.
-    """
+    """Return the share of tokens whose set of K experts is another one; None if K is another: then every set is."""
     k = a_TK.shape[1]
     if b_TK.shape[1] != k:
         return None

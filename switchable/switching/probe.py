@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,15 +12,14 @@ from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.trial import FAILURES
 from switchable.ranks import RankLost, watched
-from switchable.switching.measures import Inputs, show
+from switchable.switching.measures import Inputs, Precision, show
+
+ProbeInputs = Inputs | Sequence[Inputs]
+"""Fixed model inputs: a batch (a tensor, the model's first input, or a mapping, its inputs by name) or several."""
 
 
-def as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
-    """Return the batches of a probe.
-
-    Raises:
-        InputError: it is none.
-    """
+def as_batches(probe: ProbeInputs) -> list[Any]:
+    """Return the batches of a probe; raise InputError if it is none."""
     one = isinstance(probe, (Tensor, Mapping))
     batches: list[Any] = [probe] if one else list(probe) if isinstance(probe, Sequence) else []
     good = (isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch) for batch in batches)
@@ -30,30 +28,17 @@ def as_batches(probe: Inputs | Sequence[Inputs]) -> list[Any]:
     return batches
 
 
-class _Count:
-    """How many tokens come to a layer."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def add(self, layer: SwitchableFFN, x: Tensor) -> None:
-        """Take in the layer's input, as an `Observer` does."""
-        self.tokens += x.numel() // layer.ssd.d_model
-
-
-def tokens_of(
-    model: nn.Module, batches: Sequence[Inputs], precision: Callable[[], AbstractContextManager[Any]]
-) -> int:
-    """Return how many tokens the probe brings to the model's first FFN.
-
-    Raises:
-        InputError: the model fails with it, or it does not come to all FFNs.
-    """
+def tokens_of(model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> int:
+    """Return how many tokens come to the first FFN; raise InputError if the model fails, or none come to an FFN."""
     layers = layers_of(model)
-    counts = [_Count() for _ in layers]
+    tokens = dict.fromkeys(layers, 0)
+
+    def count(layer: SwitchableFFN, x: Tensor) -> None:
+        tokens[layer] += x.numel() // layer.ssd.d_model
+
     try:
         with watched(), precision():
-            show(model, batches, counts)
+            show(model, batches, [count] * len(layers))
     except RankLost:
         raise
     except FAILURES as error:
@@ -62,7 +47,7 @@ def tokens_of(
             f"{type(model).__name__} fails with the probe ({why}); give what the loop gives the model, by the names of "
             "its inputs and on its device"
         ) from error
-    idle = [layer.ssd.name for layer, count in zip(layers, counts, strict=True) if not count.tokens]
+    idle = [layer.ssd.name for layer in layers if not tokens[layer]]
     if idle:
         raise InputError(f"the probe does not come to {idle[0]}; give one that goes through the whole model")
-    return counts[0].tokens
+    return tokens[layers[0]]

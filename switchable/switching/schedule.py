@@ -43,12 +43,7 @@ NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every,
 
 
 class Schedule:
-    """The schedule of one run.
-
-    Args:
-        config: with a value for every setting.
-        total_steps: optimizer steps of the whole run.
-    """
+    """The schedule of one run of so many optimizer steps; `config` has a value for every setting."""
 
     name = "ssd"
     """Kept with a run's state: another schedule cannot go on from it."""
@@ -144,11 +139,9 @@ class Schedule:
         """Return how many of the first so many steps are sparse, if the state is this one all the time."""
         if state.began is None or not any(state.takes_part):
             return 0
-        rounds, rest = divmod(
-            max(0, min(steps_done, self.dense_from) - state.began),
-            self.config.sparse_steps + self.dense_steps,
-        )
-        return rounds * self.config.sparse_steps + min(rest, self.config.sparse_steps)
+        sparse, since = self.config.sparse_steps, max(0, min(steps_done, self.dense_from) - state.began)
+        rounds, rest = divmod(since, sparse + self.dense_steps)
+        return rounds * sparse + min(rest, sparse)
 
     def groups_afresh(self, steps_done: int, state: ScheduleState) -> bool:
         """Return whether the measurement after so many steps tries groupings from scratch too, most of its time.

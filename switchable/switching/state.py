@@ -43,10 +43,7 @@ class ScheduleState:
     def from_plain(cls, stored: Mapping[str, Any]) -> ScheduleState:
         """Return what `plain` was called on; `stored` may hold more."""
         layers = len(stored["takes_part"])
-        known = {
-            "why_dense": [""] * layers,
-            "activation_ratio": [0.0] * layers,
-        }  # which version 0.1 did not write
+        known = {"why_dense": [""] * layers, "activation_ratio": [0.0] * layers}  # not written by 0.1
         known |= {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
         return cls(**values)

@@ -22,36 +22,31 @@ from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
 from switchable.switching.optimizers import check_state, state_of
 
+Copy = Mapping[int, Tensor]
+"""Tensors that hold a model's parameters too, by the parameters' ids (`copied_tensors`)."""
+
 
 def regroup(
     layers: Sequence[SwitchableFFN],
     structures: Sequence[Tensor | None],
     optimizers: Sequence[Any] = (),
-    copies: Sequence[Mapping[int, Tensor]] = (),
+    copies: Sequence[Copy] = (),
     twins: Sequence[Sequence[SwitchableFFN]] | None = None,
 ) -> list[Tensor | None]:
     """Give each layer a new structure by permuting its neurons in place.
 
-    New experts take the number (and the router row) of the old expert they overlap most.
+    New experts take the number (and the router row) of the old expert they overlap most. What moves along are the
+    states of `optimizers` (`optimizers_in`), `copies` (`copied_tensors`), and each layer's `twins` in other models.
+    A layer's structure is labels_F, the expert of each neuron in its present place; None leaves it alone.
 
-    Args:
-        layers: switchable FFNs.
-        structures: labels_F per layer, the expert of each neuron in its present place; None leaves a layer alone.
-        optimizers: those that train the layers, as `optimizers_in` gives them; their state moves along.
-        copies: tensors that move along, as `copied_tensors` gives them.
-        twins: for each layer, those of other models that move along, as `twins` gives them.
-
-    Returns:
-        The permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
+    Returns the permutation perm_F of each layer (new row i was row perm_F[i]), None where nothing moved.
 
     Raises:
         InputError: the optimizer holds state, or a projection something, that cannot be permuted; nothing has been
             changed then.
     """
-    perms = [
-        None if labels is None else _permutation(layer, labels)
-        for layer, labels in zip(layers, structures, strict=True)
-    ]
+    pairs = zip(layers, structures, strict=True)
+    perms = [None if labels is None else _permutation(layer, labels) for layer, labels in pairs]
     for layer, perm in zip(layers, perms, strict=True):
         if perm is not None:
             check_movable(layer.ssd)
@@ -66,20 +61,13 @@ def regroup(
         after = _fingerprint(layer)
         scale = before.abs().max().clamp_min(1e-6)
         if not torch.isnan(before).any() and (after - before).abs().max() > 1e-2 * scale:
-            raise RuntimeError(
-                f"regrouping changed the function of {layer.ssd.name}; this is a bug in switchable"
-            )
+            raise RuntimeError(f"regrouping changed the function of {layer.ssd.name}: a bug in switchable")
     return perms
 
 
 def group_anew(layers: Sequence[SwitchableFFN], structures: Sequence[Tensor]) -> None:
-    """Put the neurons of a model that is not being trained in the order of structures, and start its routers.
-
-    Args:
-        layers: switchable FFNs.
-        structures: labels_F per layer.
-    """
-    regroup(layers, [labels_F.cpu() for labels_F in structures])
+    """Put the neurons of a model that is not being trained in the order of structures, and start its routers."""
+    regroup(layers, structures)
     for layer in layers:
         layer.router.initialise(layer.ssd.reads_FD)
 
@@ -98,10 +86,7 @@ def current_structure(layer: SwitchableFFN) -> Tensor:
 
 @torch.no_grad()
 def _permute(
-    layer: SwitchableFFN,
-    perm_F: Tensor,
-    optimizers: Sequence[Any] = (),
-    copies: Sequence[Mapping[int, Tensor]] = (),
+    layer: SwitchableFFN, perm_F: Tensor, optimizers: Sequence[Any] = (), copies: Sequence[Copy] = ()
 ) -> None:
     for parameter, dim in neuron_parameters(layer):
         moving = [(parameter.detach(), dim), *((copy[id(parameter)], dim) for copy in copies)]
@@ -118,12 +103,5 @@ def _permute(
 @torch.no_grad()
 def _fingerprint(layer: SwitchableFFN) -> Tensor:
     """Return the dense output for two fixed tokens: regrouping must not change it."""
-    parameter = layer.ssd.up_projection.weight
-    x_TD = (
-        torch.linspace(-1, 1, 2 * layer.ssd.d_model)
-        .sin()
-        .view(2, layer.ssd.d_model)
-        .to(parameter.device, parameter.dtype)
-    )
     with gathered(*layer.ssd.holders):
-        return layer.ssd.write(layer.ssd.activations(x_TD)).float()
+        return layer.ssd.write(layer.ssd.activations(layer.ssd.two_tokens_TD)).float()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from support import relative_error
 from torch import Tensor
 
 from switchable.compute.call import Backend, ExpertCall, FFNWeights
@@ -98,12 +99,6 @@ def outcome(found: Problem, backend: str) -> dict[str, Tensor]:
     dy_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(2)).to(y_TD.dtype)
     grads = torch.autograd.grad(y_TD, list(found.leaves.values()), dy_TD)
     return {"y": y_TD.detach(), **dict(zip(found.leaves, grads, strict=True))}
-
-
-def relative_error(found: Tensor, true: Tensor) -> float:
-    """Return the relative root mean square error."""
-    found = found.detach()
-    return float((found.double() - true.detach()).norm() / true.detach().norm().clamp_min(1e-30))
 
 
 def assert_equals_reference(case: Case, backend: str) -> None:

@@ -6,20 +6,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from compute.problems import TOLERANCE, relative_error
-from compute.test_fused import MACHINES
+from compute.machines import machine_seen_by, needs_instructions
+from compute.problems import TOLERANCE
+from support import relative_error
 from torch import Tensor
 
 from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.active import active as module
 from switchable.compute.cpu.active import library as active_library
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.ffn.router import expert_mass
 
-pytestmark = pytest.mark.skipif(
-    this_machine() is None, reason="a processor without multiply-add instructions"
-)
+pytestmark = needs_instructions
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine with narrower vectors than this one has, which runs the same instructions."""
-    found: Machine = request.param
-    monkeypatch.setattr(module, "this_machine", lambda: found)
-    return found
+machine = machine_seen_by(module)
 
 
 def leaves(case: Case, dtype: torch.dtype, exact: bool = False) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.problems import relative_error
 from compute.test_active import Case, leaves, weights_of
+from support import relative_error
 from torch import Tensor
 from torch.nn.functional import linear
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.problems import Case, problem, relative_error
-from compute.test_fused import MACHINES
+from compute.machines import machine_seen_by, needs_instructions
+from compute.problems import Case, problem
+from support import relative_error
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -19,21 +20,13 @@ from switchable.compute.cpu.decode import linear as compiled_linear
 from switchable.compute.cpu.decode.compiled import prepare_call
 from switchable.compute.cpu.decode.linear import LinearCall
 from switchable.compute.cpu.decode.rows import quantised
-from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.reference import reference
 
-pytestmark = pytest.mark.skipif(
-    this_machine() is None, reason="a processor without multiply-add instructions"
-)
+pytestmark = needs_instructions
 WIDTHS = (torch.float32, torch.bfloat16, torch.int8)
 
 
-@pytest.fixture(params=MACHINES.values(), ids=[f"{bytes_} bytes" for bytes_ in MACHINES])
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    found: Machine = request.param
-    for module in (compiled, compiled_linear, limits):
-        monkeypatch.setattr(module, "this_machine", lambda: found)
-    return found
+machine = machine_seen_by(compiled, compiled_linear, limits)
 
 
 @pytest.fixture(params=[1, 2])

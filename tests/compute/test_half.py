@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compute.emulated_amx import EMULATED
-from compute.problems import Case, Problem, problem, relative_error
+from compute.problems import Case, Problem, problem
+from support import relative_error
 from torch import Tensor
 
 from switchable.compute.cpu.experts import fused

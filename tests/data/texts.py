@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from switchable.data import tokens
 from switchable.data.config import DataConfig
 from switchable.data.corpora import documents
 from switchable.data.tokens import PreparedData, Split
@@ -74,3 +76,11 @@ def message(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(InputError) as caught:
         list(documents(*args, **kwargs))
     return str(caught.value)
+
+
+def hash_of(text: str) -> int:
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+
+
+def lock_of(config: DataConfig) -> str:
+    return f".{tokens._fingerprint(config, 'causal')}.lock"

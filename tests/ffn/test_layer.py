@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from families.models import make
-from support import HomeMade
+from support import HomeMade, relative_error
 from torch import Tensor, nn
 
 from switchable import Family, InputError, SwitchConfig, convert, in_mode, set_mode
@@ -23,10 +23,6 @@ def loss_and_gradients(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[s
     out = model(input_ids=tokens, labels=tokens)
     out.loss.backward()
     return out.logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu2", "gelu"])
@@ -53,10 +49,10 @@ def test_all_experts_on_equals_dense(make_gpt2: Make, tokens: Tensor, activation
     dense_logits, dense_grads = loss_and_gradients(model, tokens)
     set_mode(model, "sparse", experts_per_token=8)
     logits, grads = loss_and_gradients(model, tokens)
-    assert relative(logits, dense_logits) < 1e-5
+    assert relative_error(logits, dense_logits) < 1e-5
     for name, grad in dense_grads.items():
         if not is_router_parameter(name):
-            assert relative(grads[name], grad) < 1e-5, name
+            assert relative_error(grads[name], grad) < 1e-5, name
 
 
 def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
@@ -70,7 +66,7 @@ def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
     with torch.no_grad():
         layer.router.bias[5] = 100.0  # every token now chooses expert 5 alone
     logits, grads = loss_and_gradients(model, tokens)
-    assert relative(logits, dense) > 1e-3
+    assert relative_error(logits, dense) > 1e-3
     per_neuron = grads["transformer.h.0.mlp.c_fc.weight"].norm(dim=0).view(8, 8)
     assert (per_neuron[5] > 0).any()
     assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
@@ -92,7 +88,7 @@ def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
     logits, taught = loss_and_gradients(model, tokens)
     name = "transformer.h.0.mlp.router.weight"
     assert name not in alone
-    assert relative(taught[name], dense[name]) < 1e-5
+    assert relative_error(taught[name], dense[name]) < 1e-5
     for other, grad in alone.items():
         assert torch.equal(taught[other], grad), other
     model.eval()
@@ -223,10 +219,10 @@ def test_an_unknown_model_is_described_in_three_words() -> None:
     )
     assert report.converted == 3
     assert (
-        relative(model(x), before) < 1e-6
+        relative_error(model(x), before) < 1e-6
     )  # nn.Linear's `down` is stored the other way round: other roundings
     set_mode(model, "sparse", experts_per_token=4)
-    assert relative(model(x), before) < 1e-5
+    assert relative_error(model(x), before) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["gpt2", "opt-post-norm", "llama-silu-tied"])  # with biases, without, gated

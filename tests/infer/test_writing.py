@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from switchable import InputError, SwitchConfig, convert
+from switchable import SwitchConfig, convert
 from switchable.compute.cpu.llvm import this_machine
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
@@ -125,5 +125,3 @@ def test_settings_of_generation_that_our_loop_does_not_know_are_left_to_transfor
         ready, why_not = decoding(model, width, "dense", GREEDY)
         assert ready is model
         assert "asks for repetition_penalty" in str(why_not)
-    with pytest.raises(InputError, match="8 bits are stored for our own decoding, and the model asks for"):
-        decoding(model, "int8", "dense", GREEDY, stored={})

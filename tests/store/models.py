@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families.models import make, output
+from families.models import inputs, make, output
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert, in_mode
 from switchable.ffn.convert import layers_of
+from switchable.store.checkpoint import save
 from switchable.switching.switch import regroup
 
 CONFIG = SwitchConfig(num_experts=8, experts_per_token=3)
@@ -30,6 +31,17 @@ def trained(case: str) -> Any:
         layer.ssd.experts_per_token = 2 + i
     layers[0].ssd.takes_part, layers[0].ssd.why_dense = False, "it is never „sparse“"
     return model
+
+
+def saved(case: str, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A converted, regrouped-looking model in a checkpoint's folder, and inputs for it."""
+    model = make(case)
+    convert(model, CONFIG)
+    with torch.no_grad():  # routers that are not what conversion gives them
+        for layer in layers_of(model):
+            layer.router.weight.normal_(generator=torch.Generator().manual_seed(3))
+    save(folder, model)
+    return model, inputs(case)
 
 
 def assert_same(opened: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from families.models import inputs, output
 from safetensors.torch import load_file, save_file
 from store.models import trained
+from support import offline
 
 from switchable.data.tokenizers import train_bpe
 from switchable.store.checkpoint import save
@@ -36,18 +34,6 @@ for folder in sys.argv[1:]:
 """
 
 
-def offline(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, without a network."""
-    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | settings,
-    )
-
-
 def test_transformers_alone_opens_the_dense_model(tmp_path: Path) -> None:
     cases = ("gpt2", "opt", "t5-gated")
     for case in cases:
@@ -58,6 +44,28 @@ def test_transformers_alone_opens_the_dense_model(tmp_path: Path) -> None:
     for case in cases:
         found, expected = load_file(tmp_path / f"{case}.output")["y"], output(trained(case), inputs(case))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+SERVED = """
+import sys
+from switchable.ffn.convert import layers_of
+from transformers.cli.serving.model_manager import ModelManager
+for trusted in (False, True):
+    model, _ = ModelManager(device="cpu", trust_remote_code=trusted).load_model_and_processor(sys.argv[1] + "@main")
+    assert type(model).__name__ == "GPT2LMHeadModel" and not layers_of(model)
+"""
+
+
+def test_transformers_serve_opens_the_dense_model_whatever_it_is_told(tmp_path: Path) -> None:
+    """As the README of an export says. Once this fails, serve reads `auto_map`, and it can say something better."""
+    if importlib.util.find_spec("fastapi") is None:
+        pytest.skip("needs transformers' server: pip install 'transformers[serving]'")
+    model, tokenizer = trained("gpt2"), train_bpe(["the cat sat on a mat " * 9], 257)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    save(tmp_path / "own", model, tokenizer=tokenizer)
+    export(tmp_path / "own", "sparse", tmp_path / "out")
+    done = offline("-c", SERVED, tmp_path / "out", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.returncode == 0, done.stderr
 
 
 TASK = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from switchable.compute.cpu.llvm import this_machine
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.infer.decoding.decoder import Decoder
+from switchable.infer.decoding.matrices import Quantised, Stacked
 from switchable.store import quantised
 from switchable.store.checkpoint import save
 from switchable.store.export import export
-from switchable.store.folders import entry, seal
+from switchable.store.folders import MANIFEST, entry, seal
 from switchable.store.quantised import FILE, load_int8
 from switchable.store.tensorfile import TensorFile
 
@@ -73,7 +75,95 @@ def test_an_export_in_bfloat16_is_one(tmp_path: Path) -> None:
         assert not [
             n for n, p in model.named_parameters() if (p.dtype == torch.bfloat16) == (".router." in n)
         ]
-    assert load_int8(tmp_path / "sparse") is None
+    assert not (tmp_path / "sparse" / FILE).exists()
+
+
+def alive() -> int:
+    """Bytes of all tensors that there are, memory that several share once."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and not each.is_meta]
+    storages = [each.untyped_storage() for each in found]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+LAYERS, D, F, E, POSITIONS = 2, 128, 512, 8, 64
+
+
+def bytes_in_8_bits(vocabulary: int) -> tuple[int, int]:
+    """What GPT-2 takes: matrices at a byte a number and four a row; at most, all else."""
+    matrices = LAYERS * (4 * D * D + 2 * D * F) + vocabulary * D
+    rows = LAYERS * (3 * D + D + F + F) + vocabulary
+    positions, routers, norms = POSITIONS * D, LAYERS * E * (D + 1), (2 * LAYERS + 1) * 2 * D
+    biases = LAYERS * (3 * D + D + F + D)
+    return matrices + 4 * rows, 4 * (
+        positions + routers + norms + 3 * biases
+    )  # of biases each product has its own
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_weights_in_8_bits_are_held_once_and_wider_ones_never(tmp_path: Path, kept: bool) -> None:
+    place = checkpoint(tmp_path / "own", d_model=D, d_ff=F)
+    if kept:
+        export(place, "sparse", tmp_path / "out", weights="int8")
+        place = tmp_path / "out"
+    gc.collect()
+    before = alive()
+    found = load_int8(place)
+    assert found is not None
+    matrices, rest = bytes_in_8_bits(found.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    taken = [0]
+
+    def watched(name: str, parts: Stacked) -> Quantised:
+        matrix = found.stored(name, parts)
+        taken[0] += sum(each.nbytes for each in matrix if each is not None)
+        assert alive() - before <= taken[0] + rest
+        return matrix
+
+    decoder = Decoder(found.model, "int8", watched)
+    assert taken[0] == matrices
+    gc.collect()
+    assert matrices < alive() - before <= matrices + rest
+    assert rest < matrices / 3
+    assert logits(decoder, "sparse").isfinite().all()
+
+
+def test_a_decoder_in_float32_holds_a_model_once(tmp_path: Path) -> None:
+    place = checkpoint(tmp_path / "own", d_model=D, d_ff=F)
+    gc.collect()
+    before = alive()
+    decoder = Decoder(load(place)[0])
+    own = sum(each.nbytes for each in decoder.model.parameters())
+    gc.collect()
+    _, rest = bytes_in_8_bits(0)
+    assert own <= alive() - before <= own + rest
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_checkpoint_is_rounded_one_matrix_after_another(family: str, width: str, tmp_path: Path) -> None:
+    place = checkpoint(tmp_path / "own", family)
+    if width == "bfloat16":
+        export(place, "sparse", tmp_path / "out", weights=width)
+        place = tmp_path / "out"
+    found = load_int8(place)
+    assert found is not None
+    own, want = Decoder(found.model, "int8", found.stored), Decoder(load(place)[0], "int8")
+    for mode in ("dense", "sparse"):
+        assert torch.equal(logits(own, mode), logits(want, mode))
+
+
+def test_what_our_decoding_is_not_for_is_rounded_and_written_by_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(checkpoint(tmp_path / "own"), "sparse", tmp_path / "out", weights="int8")
+    for place in (tmp_path / "own", tmp_path / "out"):
+        settings = json.loads((place / "generation_config.json").read_text())
+        (place / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.2}))
+        if place.name == "own":
+            seal(place, {path.name: entry(path) for path in place.glob("*.*") if path.name != MANIFEST})
+        assert load_int8(place) is None
+        generate = ("generate", place, "--weights", "int8", "--prompt", "the cat", "--max-new-tokens", "2")
+        assert main([str(each) for each in generate]) == 0
+        assert "asks for repetition_penalty in its generation config" in capsys.readouterr().err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""Balanced k-means: the assignment against an exact solver, the estimator against hand-computed and brute force."""
+"""Balanced k-means against partitions computed by hand and by brute force."""
 
 from __future__ import annotations
 
@@ -8,103 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from structure.rows import inertia_of, planted
 from torch import Tensor
 
 from switchable.errors import InputError
 from switchable.structure import kmeans
-from switchable.structure.assignment import balanced_assignment, lower_bound
 from switchable.structure.kmeans import BalancedKMeans
-from switchable.structure.local_search import _closest_pairs, resplit_pairs, seed_centers, sketch
-
-
-def planted(rows: int, width: int, groups: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows around random directions, in groups as equal as can be, and their group."""
-    generator = torch.Generator().manual_seed(seed)
-    group_N = torch.randperm(rows, generator=generator) % groups
-    center_GD = torch.nn.functional.normalize(torch.randn(groups, width, generator=generator), dim=1)
-    return center_GD[group_N] + noise * torch.randn(rows, width, generator=generator) / width**0.5, group_N
-
-
-def inertia_of(rows_ND: Tensor, labels_N: Tensor) -> float:
-    """The definition: squared distances to the mean of the cluster, in float64."""
-    rows_ND = rows_ND.double()
-    groups = [rows_ND[labels_N == e] for e in labels_N.unique()]
-    return float(sum((group - group.mean(0)).square().sum() for group in groups))
-
-
-def exact_cost(cost_NE: np.ndarray[Any, Any]) -> float:
-    """The optimum from SciPy's solver of square assignments: every cluster as I columns."""
-    square_NN = np.repeat(cost_NE, cost_NE.shape[0] // cost_NE.shape[1], axis=1)
-    chosen = linear_sum_assignment(square_NN)
-    return float(square_NN[chosen].sum())
-
-
-COSTS = {
-    "gaussian": lambda rng, n, e: rng.normal(size=(n, e)),
-    "one dear column": lambda rng, n, e: rng.normal(size=(n, e)) + 5 * (np.arange(e) == 0),
-    "few values": lambda rng, n, e: rng.integers(0, 3, size=(n, e)),
-    "lumps": lambda rng, n, e: (
-        rng.normal(size=(4, e))[rng.integers(0, 4, n)] + 1e-3 * rng.normal(size=(n, e))
-    ),
-    "distances": lambda rng, n, e: np.abs(rng.normal(size=(n, 1)) - rng.normal(size=(1, e))) ** 2,
-    "huge": lambda rng, n, e: 1e30 * rng.normal(size=(n, e)),
-    "tiny": lambda rng, n, e: 1e-30 * rng.normal(size=(n, e)),
-    "large rows": lambda rng, n, e: rng.normal(size=(n, e)) + 1e4 * rng.normal(size=(n, 1)),
-}
-
-
-@pytest.mark.parametrize("kind", COSTS)
-@pytest.mark.parametrize(("rows", "clusters"), [(12, 3), (60, 4), (96, 32), (150, 5), (7, 7), (240, 2)])
-def test_assignment_reaches_the_exact_optimum_and_proves_it(kind: str, rows: int, clusters: int) -> None:
-    for seed in range(3):
-        cost_NE = np.asarray(COSTS[kind](np.random.default_rng(seed), rows, clusters), dtype=np.float64)
-        solved = balanced_assignment(cost_NE)
-        assert (np.bincount(solved.labels, minlength=clusters) == rows // clusters).all()
-        cost = float(cost_NE[np.arange(rows), solved.labels].sum())
-        # The stated bound: costs are rounded to 2^-36 of the largest, half a unit each, for two assignments.
-        rounding = rows * 2.0**-36 * np.abs(cost_NE).max()
-        assert abs(cost - exact_cost(cost_NE)) <= rounding
-        assert lower_bound(cost_NE, solved.prices) == pytest.approx(cost, rel=1e-9, abs=2 * rounding)
-
-
-def test_assignment_by_hand() -> None:
-    # Both rows prefer cluster 0 at 1 against 4 and 2 against 9; two places each. Sending row 2 away costs least.
-    cost_NE = np.array([[1.0, 4.0], [2.0, 9.0], [1.0, 2.0], [5.0, 0.0]])
-    assert balanced_assignment(cost_NE).labels.tolist() == [0, 0, 1, 1]
-
-
-def test_prices_only_speed_up_and_a_wrong_price_does_no_harm() -> None:
-    cost_NE = np.random.default_rng(0).normal(size=(400, 8))
-    cold = balanced_assignment(cost_NE)
-    warm = balanced_assignment(cost_NE, cold.prices)
-    absurd = balanced_assignment(cost_NE, np.array([1e12, -1e12, 0, 0, 5, 0, 0, 0]))
-    assert warm.moved <= 2  # ties at the prices themselves
-    assert (warm.labels == cold.labels).all()
-    assert (absurd.labels == cold.labels).all()
-
-
-def test_any_prices_bound_the_cost_from_below() -> None:
-    rng = np.random.default_rng(1)
-    cost_NE = rng.normal(size=(90, 6))
-    optimum = exact_cost(cost_NE)
-    assert all(lower_bound(cost_NE, rng.normal(size=6)) <= optimum + 1e-9 for _ in range(20))
-
-
-@pytest.mark.parametrize(
-    ("cost_NE", "prices_E", "said"),
-    [
-        (np.zeros((7, 3)), None, "use one of 1, 7"),
-        (np.zeros(6), None, r"shape \(6,\)"),
-        (np.zeros((0, 3)), None, r"shape \(0, 3\)"),
-        (np.array([[np.nan, 1.0]] * 2), None, "NaN"),
-        (np.zeros((6, 3)), np.zeros(2), "3 finite numbers"),
-        (np.zeros((6, 3)), np.array([0, 0, np.inf]), "3 finite numbers"),
-    ],
-)
-def test_assignment_refuses_bad_costs(cost_NE: Any, prices_E: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        balanced_assignment(cost_NE, prices_E)
 
 
 def at_angles(*degrees: float, lengths: tuple[float, ...] = (1.0,)) -> Tensor:
@@ -158,52 +67,6 @@ def test_planted_groups_are_found_exactly() -> None:
     assert all(len(group_N[labels == e].unique()) == 1 for e in range(12))
 
 
-def test_local_search_beats_lloyd_alone() -> None:
-    # 25 groups of 64 in 16 clusters of 100: lumps must be cut. One start can be lucky, so three of them.
-    inputs = [planted(1600, 32, 25, noise=0.4, seed=seed)[0] for seed in range(3)]
-    alone = sum(BalancedKMeans(16, sweeps=0).fit(rows).inertia_ for rows in inputs)
-    searched = sum(BalancedKMeans(16).fit(rows).inertia_ for rows in inputs)
-    assert searched < 0.995 * alone
-
-
-def test_resplitting_never_raises_the_inertia() -> None:
-    rows, _ = planted(300, 10, 7, noise=1.0)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(300) % 5
-    for _ in range(8):
-        better = resplit_pairs(rows, labels, 5, rounds=1, generator=generator)
-        assert (better.bincount(minlength=5) == 60).all()
-        assert inertia_of(rows, better) <= inertia_of(rows, labels) * (1 + 1e-6)
-        labels = better
-    assert inertia_of(rows, labels) < 0.9 * inertia_of(rows, torch.arange(300) % 5)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_pairs_are_the_greedy_ones_and_disjoint(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    distance_EE = rng.random((9 + seed, 9 + seed))
-    distance_EE += distance_EE.T
-    distance_EE[distance_EE > 1.5] = np.inf
-    np.fill_diagonal(distance_EE, np.inf)
-    found = sorted(map(tuple, _closest_pairs(distance_EE.copy()).tolist()))
-    greedy = []
-    while np.isfinite(distance_EE).any():
-        a, b = sorted(np.unravel_index(distance_EE.argmin(), distance_EE.shape))
-        greedy.append((a, b))
-        distance_EE[[a, b], :] = distance_EE[:, [a, b]] = np.inf
-    assert found == sorted(greedy)
-
-
-def test_sketch_keeps_the_leading_directions_and_seeds_are_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(200, 3, generator=generator) @ torch.randn(3, 50, generator=generator)
-    narrow = sketch(rows, 3, generator)
-    torch.testing.assert_close(torch.cdist(narrow, narrow), torch.cdist(rows, rows), atol=3e-2, rtol=1e-3)
-    centers = seed_centers(rows, 10, generator)
-    assert torch.cdist(centers, rows).min(1).values.max() < 1e-2
-    assert len(centers.unique(dim=0)) == 10
-
-
 def test_deterministic_by_seed_without_touching_the_global_state() -> None:
     rows = torch.randn(320, 16, generator=torch.Generator().manual_seed(0))
     torch_before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -225,14 +88,6 @@ def test_warm_start_never_worsens_and_keeps_a_local_optimum(monkeypatch: pytest.
     again = BalancedKMeans(8, init=settled.labels_).fit(rows)
     assert torch.equal(again.labels_, settled.labels_)
     assert again.n_iter_ == 1
-
-
-def test_warm_start_with_sweeps_searches_from_the_labels() -> None:
-    rows, _ = planted(1600, 32, 25, noise=0.5)
-    start = torch.arange(1600) % 16
-    plain = BalancedKMeans(16, init=start).fit(rows)
-    searched = BalancedKMeans(16, init=start, sweeps=4).fit(rows)
-    assert searched.inertia_ < plain.inertia_
 
 
 def test_one_row_per_cluster_keeps_the_labels_given() -> None:

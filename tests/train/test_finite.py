@@ -17,7 +17,7 @@ from switchable.cli import main
 from switchable.files import as_json
 from switchable.finite import not_finite
 from switchable.store import checkpoint, folders
-from switchable.store.export import write
+from switchable.store.pretrained import save_plain
 from switchable.store.rundir import RunDir
 from switchable.train import loop
 from switchable.train.pretrain import pretrain, resume
@@ -156,7 +156,7 @@ def test_a_model_that_diverged_is_not_written(tmp_path: Path, switchable_gpt2: n
         checkpoint.save(tmp_path / "out", switchable_gpt2)
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="holds inf"):
-        write(switchable_gpt2, None, "dense", tmp_path / "folder", "5GB")
+        save_plain(tmp_path / "folder", switchable_gpt2)
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 

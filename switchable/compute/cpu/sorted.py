@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.call import Backend, ExpertCall, autocasts, compute_dtype
 from switchable.compute.cpu.limits import why_not_relu_on_cpu
 from switchable.compute.cpu.pairs import Chunk, SortedPairs
-from switchable.compute.dtypes import autocasts, compute_dtype
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
-from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cuda.sort import sort_by_expert
-from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
 def _supports(call: ExpertCall) -> str | None:

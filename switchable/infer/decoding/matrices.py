@@ -8,7 +8,7 @@ Shapes: T tokens, N rows, D numbers in a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,15 +21,11 @@ from switchable.compute.cpu.decode.rows import quantised
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.tasks import Scratch
-from switchable.errors import InputError
 
 WIDTHS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """Of weights, by name."""
 MOST_COMPILED = 32
 """Tokens up to which our loops are faster than torch; measured on AVX-512 with D 256 to 3,072, one thread."""
-
-Stored = Mapping[str, Tensor]
-"""Tensors by name, as they were written."""
 
 
 class Quantised(NamedTuple):
@@ -45,6 +41,12 @@ class Quantised(NamedTuple):
             return self.rows_ND.to(dtype)
         out_ND = scratch(name, self.rows_ND.shape, dtype)
         return torch.mul(self.rows_ND, self.scale_N.to(dtype).unsqueeze(1), out=out_ND)
+
+
+Stacked = Sequence[tuple[Tensor, bool]]
+"""Parameters below one another, each [N, D], or [D, N] and told so."""
+Stored = Callable[[str, Stacked], Quantised]
+"""Reads a matrix in 8 bits: by its name, or by the parameters that it is made of, which need no memory."""
 
 
 class Matrix:
@@ -86,7 +88,7 @@ class Matrices:
 
     Args:
         width: a key of `WIDTHS`.
-        stored: matrices in 8 bits from a file, by the names that `matrix` gets.
+        stored: reads matrices in 8 bits from a file.
     """
 
     def __init__(self, width: str, stored: Stored | None = None):
@@ -98,34 +100,24 @@ class Matrices:
         """The dtype of keys and values."""
         self.taken: dict[str, Quantised] = {}
 
-    def rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
-        """Return a matrix made of parameters below one another, each [N, D], or [D, N] and told so."""
-        self.taken[name] = found = self._rows(name, parts)
+    def rows(self, name: str, parts: Stacked) -> Quantised:
+        """Return a matrix made of some parameters."""
+        self.taken[name] = found = self._rows(parts) if self.stored is None else self.stored(name, parts)
         return found
 
-    def _rows(self, name: str, parts: Sequence[tuple[Tensor, bool]]) -> Quantised:
+    def _rows(self, parts: Stacked) -> Quantised:
         rows = [parameter.detach().t() if turned else parameter.detach() for parameter, turned in parts]
-        if self.stored is not None:
-            return self._read(name, (sum(map(len, rows)), rows[0].shape[1]))
         if self.dtype == torch.int8:
-            each = [quantised(own) for own in rows]
+            found = in_8_bits(rows)
             for parameter, _ in parts:
                 parameter.data = parameter.data.new_empty(0)
-            return Quantised(torch.cat([r for r, _ in each]), torch.cat([s for _, s in each]))
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        whole = whole.to(self.dtype).contiguous()
+            return found
+        whole = _joined(rows).to(self.dtype).contiguous()
         for (parameter, turned), own in zip(
             parts, torch.split(whole, [len(own) for own in rows]), strict=True
         ):
             parameter.data = own.t() if turned else own
         return Quantised(whole)
-
-    def _read(self, name: str, shape: tuple[int, int]) -> Quantised:
-        stored = self.stored or {}
-        rows_ND, scale_N = stored.get(name), stored.get(f"{name}.scale")
-        if rows_ND is None or scale_N is None or rows_ND.shape != shape or scale_N.shape != shape[:1]:
-            raise InputError(f"the weights in 8 bits do not fit the model: {name}; export it again")
-        return Quantised(rows_ND, scale_N)
 
     def matrix(self, name: str, *modules: nn.Linear) -> Matrix:
         """Return what some projections are together."""
@@ -133,6 +125,16 @@ class Matrices:
         biases = [each.bias for each in modules]
         bias = None if biases[0] is None else torch.cat([numbers(each) for each in biases])
         return Matrix(weight, bias, self.many, self.scratch)
+
+
+def in_8_bits(rows: Iterable[Tensor]) -> Quantised:
+    """Return matrices below one another, rounded."""
+    rows_ND, scale_N = zip(*map(quantised, rows), strict=True)
+    return Quantised(_joined(rows_ND), _joined(scale_N))
+
+
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def numbers(parameter: Tensor) -> Tensor:

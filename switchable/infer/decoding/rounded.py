@@ -5,6 +5,7 @@ What `Decoder` does to 8 bits is done here in wider numbers, for what it does no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -35,17 +36,20 @@ def round_to_8_bits(model: nn.Module) -> None:
     by_neuron = {}
     for ssd in (layer.ssd for layer in layers_of(model)):
         by_neuron[ssd.down_projection] = neuron_dim(ssd.down_projection, output=True)
+    for module in matrices_of(model):
+        weight = module.weight
+        turned = by_neuron.get(module, int(isinstance(module, Conv1D))) == 1
+        rows_ND, scale_N = quantised(weight.t() if turned else weight)
+        near_ND = rows_ND * scale_N.unsqueeze(1)
+        weight.copy_(near_ND.t() if turned else near_ND)
+
+
+def matrices_of(model: nn.Module) -> Iterator[nn.Linear]:
+    """Yield projections, token embeddings, the head: what is rounded to 8 bits; of the same weight the first."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     done = set[Tensor]()
     for module in model.modules():
         is_projection = isinstance(module, PROJECTIONS) and not isinstance(module, Router)
-        if not is_projection and module is not embeddings:
-            continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight in done:
-            continue
-        done.add(weight)
-        turned = by_neuron.get(cast(nn.Linear, module), int(isinstance(module, Conv1D))) == 1
-        rows_ND, scale_N = quantised(weight.t() if turned else weight)
-        near_ND = rows_ND * scale_N.unsqueeze(1)
-        weight.copy_(near_ND.t() if turned else near_ND)
+        if (is_projection or module is embeddings) and module.weight not in done:
+            done.add(cast(Tensor, module.weight))
+            yield cast(nn.Linear, module)

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights
+from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights, compute_dtype, why_not_dtype
 from switchable.compute.cpu.active.library import ActiveLibrary, active_library
 from switchable.compute.cpu.experts.packing import multiplied
 from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
-from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 MOST_ACTIVE = {torch.bfloat16: 0.2}
 """Share of active neurons from which dense products are as fast, where their library is so much faster: the break-even

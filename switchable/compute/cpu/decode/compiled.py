@@ -44,6 +44,10 @@ WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 
 
+Fields = dict[str, Tensor | int | None]
+"""Of the record that a call hands to its code."""
+
+
 def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
     """Whether there is code for layers of these sizes; compiles nothing."""
     return (
@@ -118,56 +122,71 @@ def prepare_call(
         adds: whether a call gets something to add to each row.
         mass: below 1, the router's tokens take the fewest experts whose shares add up to it (`topk.py`).
     """
-    d_ff, d_model = weights.up_FD.shape
-    router = choice if isinstance(choice, tuple) else ()
-    extra = (*router, *(() if start_D is None else (start_D,)))
+    router = choice if isinstance(choice, tuple) else None
+    extra = (*(router or ()), *(() if start_D is None else (start_D,)))
     if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
         return None
-    threads, gated = torch.get_num_threads(), weights.gate_FD is not None
-    neurons = min(tokens * experts_per_token, num_experts) * (d_ff // num_experts)
-    bytes_read = neurons * d_model * (3 if gated else 2) * weights.up_FD.itemsize
     sizes = Sizes(
-        d_model,
-        d_ff // num_experts,
+        weights.up_FD.shape[1],
+        weights.up_FD.shape[0] // num_experts,
         num_experts,
         experts_per_token,
         squared=activation == "relu2",
-        gated=gated,
+        gated=weights.gate_FD is not None,
         gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
-        routed=bool(router),
-        alone=threads == 1 or bytes_read < WORTH_THREADS,
+        routed=router is not None,
+        alone=_alone(tokens, weights, num_experts, experts_per_token),
         adds=adds,
         mass=mass,
         dtype=weights.up_FD.dtype,
     )
-    # One piece of memory for all that is computed on the way; int64 numbers take two float32 places each.
-    scores, pairs = tokens * num_experts, tokens * experts_per_token
-    scratch = torch.empty(2 * (num_experts + 1 + pairs) + scores + tokens * d_ff)
-    given_TK = scratch if router else cast(Tensor, choice).contiguous()
+    given_TK = None if isinstance(choice, tuple) else choice.contiguous()
+    scratch, fields = _scratch(tokens, sizes, given_TK)
+    fields |= {**_memory(weights, router), "start": start_D, **scales}
+    stages = (1,) if sizes.alone else (1, num_experts, torch.get_num_threads())
+    code = _code(sizes, cast(Machine, this_machine()))
+    run = Run(DECODE, code, "decode", stages, fields)
+    return DecodeCall(run, scratch, *(() if given_TK is None else (given_TK,)))
+
+
+def _alone(tokens: int, weights: FFNWeights, num_experts: int, experts_per_token: int) -> bool:
+    """Whether one thread is faster than several, or all that there are."""
+    d_ff, d_model = weights.up_FD.shape
+    neurons = min(tokens * experts_per_token, num_experts) * (d_ff // num_experts)
+    bytes_read = neurons * d_model * (2 if weights.gate_FD is None else 3) * weights.up_FD.itemsize
+    return torch.get_num_threads() == 1 or bytes_read < WORTH_THREADS
+
+
+def _scratch(tokens: int, sizes: Sizes, given_TK: Tensor | None) -> tuple[Tensor, Fields]:
+    """Return one piece of memory for all that is computed on the way, and where in it each part begins."""
+    scores, pairs = tokens * sizes.experts, tokens * sizes.chosen
+    # int64 numbers take two float32 places each.
+    scratch = torch.empty(2 * (sizes.experts + 1 + pairs) + scores + tokens * sizes.d_ff)
     token_sets = scratch.data_ptr()
-    ids = token_sets + 8 * (num_experts + 1)
+    ids = token_sets + 8 * (sizes.experts + 1)
     floats = ids + 8 * pairs
-    fields: dict[str, Tensor | int | None] = {
+    return scratch, {
         "tokens": tokens,
-        "scores": floats,
-        "ids": ids if router else given_TK,
         "token_sets": token_sets,
+        "ids": ids if given_TK is None else given_TK,
+        "scores": floats,
+        "hidden": floats + 4 * scores,
+    }
+
+
+def _memory(weights: FFNWeights, router: tuple[Tensor, Tensor] | None) -> Fields:
+    matrix, bias = router or (None, None)
+    return {
+        "router": matrix,
+        "router_bias": bias,
         "gate": weights.gate_FD,
         "gate_bias": weights.gate_bias_F,
         "up": weights.up_FD,
         "bias": weights.up_bias_F,
-        "hidden": floats + 4 * scores,
         "down": weights.down_FD,
-        "start": start_D,
-        **scales,
     }
-    if router:
-        fields |= {"router": router[0], "router_bias": router[1]}
-    stages = (1,) if sizes.alone else (1, num_experts, threads)
-    code = _code(sizes, cast(Machine, this_machine()))
-    return DecodeCall(Run(DECODE, code, "decode", stages, fields), scratch, given_TK)
 
 
 @functools.cache

@@ -23,6 +23,8 @@ TYPES = {torch.float32: ir.FloatType(), torch.bfloat16: ir.IntType(16), torch.in
 """Of the numbers in memory."""
 LARGEST = 127
 """Of an int8, either sign."""
+AT_ONCE = 256
+"""Rows that are rounded together: all of a head at once would take its memory twice more."""
 
 
 class Rows:
@@ -105,6 +107,10 @@ def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
 
     A row of zeros has scale 0.
     """
-    scale_N = weight_ND.abs().amax(1).float() / LARGEST
-    steps_ND = weight_ND.float() / scale_N.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    return steps_ND.round_().to(torch.int8), scale_N
+    rounded_ND, scale_N = torch.empty(weight_ND.shape, dtype=torch.int8), torch.empty(len(weight_ND))
+    for first in range(0, len(weight_ND), AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        scale_N[some] = weight_ND[some].abs().amax(1).float() / LARGEST
+        divisor_N1 = scale_N[some].clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+        rounded_ND[some] = (weight_ND[some].float() / divisor_N1).round_()
+    return rounded_ND, scale_N

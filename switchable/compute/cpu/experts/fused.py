@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import Backend, ExpertCall
+from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cpu.experts.library import Library, Pairs, library
 from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
 from switchable.compute.cpu.llvm import Machine, this_machine
-from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 
 def supports(call: ExpertCall) -> str | None:

@@ -23,16 +23,10 @@ from switchable.compute.cuda.triton import kernels, tuning
 
 
 def forward(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    bias_F: Tensor | None,
-    expert_ids_TK: Tensor,
-    num_experts: int,
-    squared: bool,
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, bias_F: Tensor | None, ids_TK: Tensor, E: int, squared: bool
 ) -> tuple[Tensor, Tensor, Rows]:
     """Return y_TD, the hidden rows after the activation h_RI, and the sorted rows."""
-    rows = sort_by_expert(expert_ids_TK, num_experts)
+    rows = sort_by_expert(ids_TK, E)
     launches = _Launches(x_TD, up_FD, rows)
     h_RI = launches.multiply("up", x_TD, up_FD, bias_F=bias_F, squared=squared)
     return launches.multiply_back(h_RI, down_FD), h_RI, rows
@@ -105,23 +99,11 @@ class _Launches:
             blocks = (self.R + min(self.E, self.R) * (block["BLOCK_M"] - 1)) // block["BLOCK_M"]
             return (blocks * triton.cdiv(N, block["BLOCK_N"]),)
 
+        weight = (weight_FD, self.I * stride_f, stride_k, stride_n)
+        bias_F = None if bias_F is None else bias_F.contiguous()
+        sizes = {"N": N, "DEPTH": depth, "E": self.E, "BLOCK_E": max(16, triton.next_power_of_2(self.E))}
         kernels.expert_kernel[grid](
-            a,
-            a.stride(0),
-            weight_FD,
-            self.I * stride_f,
-            stride_k,
-            stride_n,
-            None if bias_F is None else bias_F.contiguous(),
-            h_RI,
-            out_RN,
-            **self.common,
-            STEP=step,
-            SQUARED=squared,
-            N=N,
-            DEPTH=depth,
-            E=self.E,
-            BLOCK_E=max(16, triton.next_power_of_2(self.E)),
+            a, a.stride(0), *weight, bias_F, h_RI, out_RN, **self.common, STEP=step, SQUARED=squared, **sizes
         )
         return out_RN
 

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
+from switchable.compute.call import RELU_TYPES, Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cuda.sort import Rows
-from switchable.compute.dtypes import compute_dtype, why_not_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 """Whether Triton's interpreter runs the kernels, on the CPU. Triton reads the variable when it is imported."""
@@ -74,9 +73,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor, up: Tensor, _down: Tensor, _bias: Tensor | None, ids: Tensor, num_experts: int, _squared: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids, num_experts, _squared = rest[2:]
     h_RI = x.new_empty(ids.numel(), up.shape[0] // num_experts)
     order_R, position_R = (ids.new_empty(ids.numel(), dtype=torch.int32) for _ in range(2))
     return x.new_empty(x.shape), h_RI, order_R, position_R, order_R.new_empty(num_experts)
@@ -101,18 +99,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    _grad: Tensor,
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    _h: Tensor,
-    _rows: list[Tensor],
-    _squared: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _(_grad: Tensor, x: Tensor, up: Tensor, down: Tensor, *rest: Any) -> list[Tensor]:
     grads = (x.new_empty(x.shape), torch.empty_like(up), torch.empty_like(down), up.new_empty(up.shape[0]))
-    return [grad for grad, want in zip(grads, wanted, strict=True) if want]
+    return [grad for grad, want in zip(grads, rest[-1], strict=True) if want]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
