@@ -269,8 +269,7 @@ class Schedule:
 
     def _why(self, step: int, layer: int, was: str, now: str, measured: LayerMeasures) -> str:
         """Return the numbers that were compared where a layer does something else from now on."""
-        ratio = measured.activation_ratio
-        told = f"{ratio:.3f} of the neurons active"
+        told = f"{(ratio := measured.activation_ratio):.3f} of the neurons active"
         if self.weighs:
             told = f"{self.costs[layer].told(ratio, self._share(measured))}; {told}"
         elif "active" in (was, now):

@@ -54,7 +54,7 @@ def _limit(job: Job) -> list[str]:
     """Say below what share of active neurons dense steps leave out the others, where that is not what was asked."""
     switch, train = job.config.switch, job.config.train
     asked, clock = switch.active_below, active_limit(job.config.model, train, switch.recipe)
-    if asked and not job.controller.schedule.skips(0, 0.0):
+    if asked not in (0, RECIPES[switch.recipe]["active_below"]) and not job.controller.schedule.skips(0, 0.0):
         return [
             f"dense steps multiply every neuron: idle ones are left out on a CPU, of {LEAST_TOKENS} tokens or more at "
             "once, in float32 or where it multiplies bfloat16, by ReLU types without dropout between projections"
@@ -73,7 +73,7 @@ def _speed(job: Job) -> list[str]:
     config, costs = job.config, job.controller.schedule.costs
     if not costs:
         never = config.switch.never_sparse
-        return _limit(job) + ([] if never else sparse_speed(config, config.switch.experts_per_token))
+        return ([] if never else sparse_speed(config, config.switch.experts_per_token)) + _limit(job)
     ways = (
         f"{costs[0].told(share, 1 / part)} with {share:.0%} of the neurons active or 1/{part} of the experts"
         for share, part in zip(SHARES, PARTS, strict=True)
