@@ -35,9 +35,15 @@ class HalfLayer(Layer):
         self.halves["dense down"] = self.down.weight.detach().bfloat16()
         for leaf in self.halves.values():
             leaf.requires_grad_()
-        whole = _switchable(shape)
+        self.module, whole = ffn_of(shape), switchable_of(shape)
+        self.modules = {
+            "float32": self.module,
+            "autocast": self.module,
+            "weights": deepcopy(self.module).bfloat16(),
+        }
         self.wholes = {"float32": whole, "autocast": whole, "weights": deepcopy(whole).bfloat16()}
-        wholes = (leaf for each in self.wholes.values() for leaf in each.parameters())
+        modules = (*self.wholes.values(), *self.modules.values())
+        wholes = (leaf for each in modules for leaf in each.parameters())
         self.learning = (*self.halves.values(), *wholes)
 
     def leaves_of(self, name: str) -> dict[str, Tensor]:
@@ -47,8 +53,9 @@ class HalfLayer(Layer):
     def forward(self, name: str) -> Tensor:
         own, (way, precision) = self.leaves_of(name), name.split()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            if way == "layer":
-                y_TD: Tensor = self.wholes[precision](own["x"][None])[0]
+            if way in ("layer", "module"):
+                modules = self.wholes if way == "layer" else self.modules
+                y_TD: Tensor = modules[precision](own["x"][None])[0]
                 return y_TD
             if way == "dense":
                 return dense_ffn(own, own["dense down"])
@@ -70,8 +77,8 @@ class HalfLayer(Layer):
 
     def set_training(self, training: bool) -> None:
         """Whether whole layers train from now on."""
-        for whole in self.wholes.values():
-            whole.train(training)
+        for each in (*self.wholes.values(), *self.modules.values()):
+            each.train(training)
 
     def errors(self, name: str, true: dict[str, Tensor]) -> dict[str, float]:
         """Return a contender's relative errors in the output and all gradients."""
@@ -82,17 +89,24 @@ class HalfLayer(Layer):
         return {leaf: float((found[leaf] - wanted).norm() / wanted.norm()) for leaf, wanted in true.items()}
 
 
-def _switchable(shape: Shape) -> nn.Module:
-    """A converted FFN of this shape in sparse mode."""
+GATED_FAMILY = Family("LlamaMLP", "up_proj", "down_proj", "act_fn", gate="gate_proj")
+FAMILY = Family(ffn="GPT2MLP", up="c_fc", down="c_proj")
+
+
+def ffn_of(shape: Shape) -> nn.Sequential:
+    """An FFN of transformers of this shape."""
     if shape.gated:
         llama = LlamaConfig(hidden_size=shape.D, intermediate_size=shape.F, hidden_act="relu")
-        ffn: nn.Module = LlamaMLP(llama)
-        family = Family("LlamaMLP", "up_proj", "down_proj", "act_fn", gate="gate_proj")
-    else:
-        ffn = GPT2MLP(shape.F, GPT2Config(n_embd=shape.D, activation_function="relu", resid_pdrop=0.0))
-        family = Family(ffn="GPT2MLP", up="c_fc", down="c_proj")
-    model = nn.Sequential(ffn)
-    convert(model, SwitchConfig(num_experts=shape.E, experts_per_token=shape.K), family)
+        return nn.Sequential(LlamaMLP(llama))
+    gpt2 = GPT2Config(n_embd=shape.D, activation_function="relu", resid_pdrop=0.0)
+    return nn.Sequential(GPT2MLP(shape.F, gpt2))
+
+
+def switchable_of(shape: Shape) -> nn.Module:
+    """The same, converted, in sparse mode, with the settings of recipe `auto`."""
+    model = ffn_of(shape)
+    config = SwitchConfig("auto", num_experts=shape.E, experts_per_token=shape.K, mass_target=None)
+    convert(model, config, GATED_FAMILY if shape.gated else FAMILY)
     set_mode(model, "sparse")
     return model
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import ffn_sweep, train_step
+from benchmarks._ffn_layer import Shape
+from switchable.compute.cpu.llvm import this_machine
+from switchable.compute.measured import Costs, Line
 from switchable.ffn.convert import layers_of
+from switchable.ffn.layer import SwitchableFFN
+from switchable.switching import controller
+from switchable.timing import Times
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +33,45 @@ def test_without_a_gpu_make_gpu_says_so_in_one_line() -> None:
     assert done.stderr == f"make gpu needs a CUDA GPU, and torch {torch.__version__} sees none here\n"
     assert sorted((ROOT / "benchmarks/results").iterdir()) == before
     assert "\ngpu: $(READY)\n\t@$(BIN)/python -m benchmarks.gpu\n" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.skipif(this_machine() is None, reason="no loops for this processor")
+@pytest.mark.parametrize(
+    ("sparse", "active", "way"), [(1.0, 1.0, "dense"), (1.0, 0.5, "active"), (0.3, 0.5, "sparse")]
+)
+def test_the_sweep_times_the_way_that_a_run_would_take(
+    sparse: float, active: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Costs(512, 1.0, Line(active, 0.0), Line(sparse, 0.0))
+    monkeypatch.setattr(controller, "costs_of_layers", lambda *_: (costs,))
+    done: dict[str, tuple[str, float | None]] = {}
+    layers: list[SwitchableFFN] = []
+
+    def turns(calls: dict[str, Callable[[], object]], *_: object, **__: object) -> Times:
+        for name, call in calls.items():
+            call()
+            for layer in layers:
+                done[name] = layer.ssd.mode, layer.ssd.active_count.take(layer.ssd.d_ff)
+        return Times({name: [1.0 + place] for place, name in enumerate(calls)})
+
+    made = ffn_sweep._make_few_active
+    monkeypatch.setattr(ffn_sweep, "take_turns", turns)
+    monkeypatch.setattr(
+        ffn_sweep, "_make_few_active", lambda layer, x: (layers.append(layer), made(layer, x))
+    )
+    row = ffn_sweep.row_of(Shape(512, 32, 128, 8, 2), "train", "float32")
+    assert (row["chosen"], row["why"].split(",")[0]) == (way, "dense 1e+03 ms")
+    mode, share = done[way]
+    assert mode == ("sparse" if way == "sparse" else "dense")
+    assert (share is None) == (way != "active")
+    assert share is None or 0.05 < share < 0.15
+    places = {
+        "dense": 4,
+        "active": 4,
+        "sparse": 3,
+    }  # dense, its module, sparse, what was chosen, that without router
+    assert row["chosen_over_module"] == 2 / places[way]
+    assert row["router_share"] == (0.0 if way == "sparse" else pytest.approx(1 - 5 / 4))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -8,10 +8,12 @@ Shapes: B batch, S sequence, T = B·S tokens, D d_model, F d_ff, E experts.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.ffn.router import Router, attach_loss, router_loss, stride
+from switchable.ffn.attached import teach
+from switchable.ffn.router import Router, stride
 from switchable.ffn.ssd import SSD
 
 LEAST_TOKENS = 512
@@ -19,13 +21,23 @@ LEAST_TOKENS = 512
 
 
 def applies(ssd: SSD, x_BSD: Tensor) -> bool:
-    """Whether there are loops for this forward pass, which is one of training."""
+    """Whether this forward pass, which is one of training, leaves out idle neurons."""
+    return ssd.multiplies_active and skips(ssd, x_BSD, ssd.activation_ratio)
+
+
+def skips(ssd: SSD, x_BSD: Tensor, share: float) -> bool:
+    """Whether a layer can leave out idle neurons of such an input, and should with such a share of active ones."""
     return (
-        ssd.multiplies_active
-        and x_BSD.shape[:-1].numel() >= LEAST_TOKENS
+        x_BSD.shape[:-1].numel() >= LEAST_TOKENS
         and not ssd.hidden_dropout
-        and has_active(x_BSD, ssd.weights, ssd.settings.activation, ssd.activation_ratio)
+        and has_active(x_BSD, ssd.weights, ssd.settings.activation, share)
     )
+
+
+def input_like(ssd: SSD, tokens: int) -> Tensor:
+    """Return an input of so many tokens that takes no memory."""
+    weight = ssd.up_projection.weight
+    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(tokens, ssd.d_model)
 
 
 def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
@@ -45,9 +57,9 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     if found.mass_TE is not None:
         every = stride(ssd.settings.config.router_token_fraction)
         mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
-        seen = x_BSD[..., ::every, :].detach().flatten(0, -2)
-        attached_TD = attach_loss(y_TD, router_loss(router(seen), mass_TE), factor)
+        scores_TE = router(x_BSD[..., ::every, :].detach().flatten(0, -2))
+        taught_TD = teach(y_TD, scores_TE, mass_TE, factor)
         # What a loss hangs on must not be added to in place.
-        y_TD = attached_TD.clone() if bias is None else attached_TD
+        y_TD = taught_TD.clone() if bias is None else taught_TD
     y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
     return y_BSD

@@ -25,10 +25,11 @@ from switchable.compute.cpu.topk import top_experts
 from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
+from switchable.ffn.attached import attach_loss, penalise, teach
 from switchable.ffn.decoding import decoded
 from switchable.ffn.description import SavedRouter
 from switchable.ffn.plain import check_plain
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
+from switchable.ffn.router import Router, expert_mass, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
 
 SPARSE_TOKEN_FRACTION = 1 / 16
@@ -91,15 +92,13 @@ class SwitchableFFN(nn.Module):
         if self._trains and active_training.applies(ssd, x_BSD):
             return active_training.forward(ssd, self.router, x_BSD)
         hidden_BSF = ssd.activations(x_BSD)
-        y_BSD = ssd.write(ssd.drop_hidden(hidden_BSF, self.training))
-        if not self._trains:
-            return y_BSD
-        if ssd.router_learns:
+        trains, kept_BSF = self._trains, hidden_BSF
+        if trains and ssd.activation_l1:
+            kept_BSF = penalise(hidden_BSF, ssd.activation_l1, ssd.loss_scale.now)
+        y_BSD = ssd.write(ssd.drop_hidden(kept_BSF, self.training))
+        if trains and ssd.router_learns:
             every = stride(ssd.settings.config.router_token_fraction)
-            seen, hidden = x_BSD[..., ::every, :].detach(), hidden_BSF[..., ::every, :].detach()
-            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
-        if ssd.activation_l1:
-            y_BSD = self._attach(y_BSD, ssd.activation_l1 * hidden_BSF.abs().sum(dim=-1).mean())
+            y_BSD = self._taught(y_BSD, x_BSD[..., ::every, :], hidden_BSF[..., ::every, :])
         return y_BSD
 
     @property
@@ -127,7 +126,7 @@ class SwitchableFFN(nn.Module):
             seen = x_BSD[..., :: stride(SPARSE_TOKEN_FRACTION), :].detach().contiguous()
             with torch.no_grad():
                 hidden = self.ssd.activations(seen)
-            y_BSD = self._attach(y_BSD, self._router_loss(seen, hidden))
+            y_BSD = self._taught(y_BSD, seen, hidden)
         return y_BSD
 
     def _mixed(self, x_TD: Tensor) -> Tensor:
@@ -154,12 +153,14 @@ class SwitchableFFN(nn.Module):
             return y_TD if ssd.own_forwards else y_TD.to(dtype)
         return expert_ffn(call, ssd.settings.config.backend)
 
-    def _router_loss(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
-        """Return the router's loss on tokens and what all neurons make of them, both detached."""
+    def _taught(self, y: Tensor, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
+        """Return y; whatever is learned from it, the router learns from tokens and what all neurons make of them."""
         ssd = self.ssd
         with torch.no_grad():
             mass_TE = expert_mass(hidden_BSF.reshape(-1, ssd.d_ff), ssd.weights.down_FD, ssd.num_experts)
-        return router_loss(self.router(x_BSD.reshape(-1, ssd.d_model)), mass_TE)
+        scores_TE = self.router(x_BSD.detach().reshape(-1, ssd.d_model))
+        taught: Tensor = teach(y, scores_TE, mass_TE, ssd.loss_scale.now)
+        return taught
 
     def extra_repr(self) -> str:
         """Say mode, K and E, and the mass, as in `mode=sparse, experts=6/32, mass=0.9`."""

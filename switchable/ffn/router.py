@@ -19,8 +19,6 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E, K experts per token.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -68,9 +66,9 @@ class Router(nn.Linear):
 
 def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
-    norms_EI = down_FD.float().norm(dim=1).view(num_experts, -1)
-    hidden_TEI = hidden_TF.float().abs().view(hidden_TF.shape[0], num_experts, -1)
-    return torch.einsum("tei,ei->te", hidden_TEI, norms_EI)
+    norms_F: Tensor = down_FD.float().norm(dim=1)
+    mass_TEI = (hidden_TF * norms_F).abs_().view(len(hidden_TF), num_experts, -1)
+    return mass_TEI.sum(dim=-1).float()
 
 
 def mass_share(mass_TE: Tensor) -> Tensor:
@@ -89,26 +87,3 @@ def router_loss(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
 def stride(fraction: float) -> int:
     """Return the step within the sequence that picks a fraction of the tokens, the same ones in any micro-batch."""
     return max(1, round(min(1.0 / fraction, 2**31)))  # more than any sequence is its first token alone
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # compiled, `factor` is read too early
-def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
-    """Pass `y` through unchanged and add `loss` to whatever is minimised downstream.
-
-    So a router learns in any training loop, without the loop having to collect its loss. The loss counts `factor`
-    times, by the value that this number has in the backward pass (`loss_scale.py`).
-    """
-    attached: Tensor = _AttachLoss.apply(y, loss, factor)  # type: ignore[no-untyped-call]
-    return attached
-
-
-class _AttachLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - what has a gradient
-        ctx.save_for_backward(factor)
-        return y.detach()  # y itself, not a view of it: Falcon adds to its FFN's output in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grads[0], factor, None

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchable.errors import InputError
+from switchable.ffn.active_training import input_like, skips
 from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.ffn.plain import check_movable, check_readable
 from switchable.options import checked
@@ -116,6 +117,7 @@ class Controller:
         self.probe_tokens = tokens_of(model, self.probe, precision)
         """Tokens on which everything is measured."""
         self.steps_done = 0
+        self.schedule.skips = self._skips
         self.state: ScheduleState = self.schedule.initial(len(self.layers))
         self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0
@@ -127,6 +129,11 @@ class Controller:
         if self.schedule.weighs and not self.schedule.costs:
             tokens = self.probe_tokens // len(self.probe)
             self.schedule.costs = costs_of_layers(self.layers, tokens, self.precision)
+
+    def _skips(self, layer: int, share: float) -> bool:
+        ssd = self.layers[layer].ssd
+        with self.precision():
+            return skips(ssd, input_like(ssd, self.probe_tokens // len(self.probe)), share)
 
     @property
     def mode(self) -> str:

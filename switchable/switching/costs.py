@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchable.compute.cpu.active.active import skips_idle_neurons
 from switchable.compute.measured import FFN, Costs, Line, costs
-from switchable.ffn.active_training import LEAST_TOKENS
+from switchable.ffn.active_training import input_like, skips
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.ssd import SSD
 from switchable.ranks import from_main
@@ -36,16 +35,19 @@ def costs_of_layers(
         precision: the context in which they are multiplied.
     """
     with precision():
-        dtypes = [_dtype(layer.ssd.up_projection.weight) for layer in layers]
-    return from_main(tuple(_costs(layer.ssd, tokens, d) for layer, d in zip(layers, dtypes, strict=True)))
+        kinds = [
+            (_dtype(layer.ssd.up_projection.weight), skips(layer.ssd, input_like(layer.ssd, tokens), 0.0))
+            for layer in layers
+        ]
+    return from_main(
+        tuple(_costs(layer.ssd, tokens, *kind) for layer, kind in zip(layers, kinds, strict=True))
+    )
 
 
-def _costs(ssd: SSD, tokens: int, dtype: torch.dtype) -> Costs:
+def _costs(ssd: SSD, tokens: int, dtype: torch.dtype, can_skip: bool) -> Costs:
     device, activation = ssd.up_projection.weight.device.type, ssd.settings.activation
     ffn = FFN(ssd.d_model, ssd.d_ff, activation, ssd.gate_projection is not None, tokens, device)
-    skips = tokens >= LEAST_TOKENS and not ssd.hidden_dropout
-    skips = skips and skips_idle_neurons(ssd.d_model, activation, dtype, device)
-    return costs(ffn, ssd.num_experts, "bfloat16" if dtype == torch.bfloat16 else "float32", skips)
+    return costs(ffn, ssd.num_experts, "bfloat16" if dtype == torch.bfloat16 else "float32", can_skip)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measure
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from switchable.compute.measured import Costs
@@ -54,6 +54,8 @@ class Schedule:
         self.config, self.total_steps = config, total_steps
         self.costs: tuple[Costs, ...] = ()
         """Of each layer, where the recipe weighs them."""
+        self.skips: Callable[[int, float], bool] = lambda _layer, _share: True
+        """Whether a layer that is to leave out idle neurons does so here, with such a share of active ones."""
 
     @property
     def weighs(self) -> bool:
@@ -185,12 +187,16 @@ class Schedule:
     def _followed(self, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
         """Return the state with what follows from any measurement."""
         config = self.config
+        # Where costs decide, no other limit is asked.
+        ratios = tuple(0.0 if self.weighs else m.activation_ratio for m in measures)
         return replace(
             state,
             experts_per_token=tuple(experts_needed(config, m) for m in measures),
-            # Where costs decide, no other limit is asked.
-            activation_ratio=tuple(0.0 if self.weighs else m.activation_ratio for m in measures),
-            multiplies_active=tuple(self._few_active(layer, m) for layer, m in enumerate(measures)),
+            activation_ratio=ratios,
+            multiplies_active=tuple(
+                self._few_active(layer, m) and self.skips(layer, ratio)
+                for layer, (m, ratio) in enumerate(zip(measures, ratios, strict=True))
+            ),
             gains=tuple(self._gain(layer, m) for layer, m in enumerate(measures)) if self.weighs else (),
             activation_l1=tuple(
                 config.activation_l1 if m.activation_ratio > ACTIVATION_TARGET else 0.0 for m in measures
@@ -198,7 +204,7 @@ class Schedule:
         )
 
     def _few_active(self, layer: int, measured: LayerMeasures) -> bool:
-        """Whether a dense step of a layer multiplies its active neurons only."""
+        """Whether a dense step of a layer is to multiply its active neurons only."""
         ratio = measured.activation_ratio
         pays = not self.weighs or self.costs[layer].active_at(ratio) < self.costs[layer].dense
         return pays and ratio < self.config.active_below
@@ -263,8 +269,7 @@ class Schedule:
 
     def _why(self, step: int, layer: int, was: str, now: str, measured: LayerMeasures) -> str:
         """Return the numbers that were compared where a layer does something else from now on."""
-        ratio = measured.activation_ratio
-        told = f"{ratio:.3f} of the neurons active"
+        told = f"{(ratio := measured.activation_ratio):.3f} of the neurons active"
         if self.weighs:
             told = f"{self.costs[layer].told(ratio, self._share(measured))}; {told}"
         elif "active" in (was, now):
@@ -276,6 +281,8 @@ class Schedule:
                 told += f"; from step {self.dense_until} on sparse mode is taught"
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"
+        elif was == "active" and self._few_active(layer, measured):
+            told += "; leaving out the others does not pay here"
         return told
 
     def _who_is_regrouped(

@@ -128,17 +128,19 @@ def _schedule(
     All layers have the activation ratio `ratio`, and all but the first catch enough of the mass with the settings' K.
     """
     train, switch = config.train, config.switch
-    skips = micro_tokens >= LEAST_TOKENS and skips_here(config.model, train, ratio)
     few, every = switch.experts_per_token, switch.num_experts
     measures = [_measured(ratio, 0.0, every, every), *[_measured(ratio, 1.0, few, every)] * (layers - 1)]
     schedule, batch = Schedule(switch, train.steps), train.batch_size * train.sequence_length
+    schedule.skips = lambda _layer, share: (
+        micro_tokens >= LEAST_TOKENS and skips_here(config.model, train, share)
+    )
     if schedule.weighs:
         schedule.costs = (costs_of(config.model, train, every),) * layers
     probe = -(-train.probe_tokens // batch) * batch
 
     def cost(mode: str, state: ScheduleState) -> float:
         parts = zip(state.takes_part, state.experts_per_token, strict=True)
-        shares = [ratio if skips and active else None for active in state.multiplies_active]
+        shares = [ratio if active else None for active in state.multiplies_active]
         return flops.step([k if part and mode == "sparse" else None for part, k in parts], shares)
 
     state, done, spent, sparse_steps = schedule.initial(layers), 0, 0.0, 0

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchable import ranks
-from switchable.compute.cpu.active.active import has_active
 from switchable.ffn.convert import why_dense
 from switchable.train.counters import Counters
 from switchable.train.flops import StepFlops
@@ -145,7 +144,7 @@ def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[s
         sparse_layers=[int(part) for part in state.takes_part],
         why_dense=why_dense(job.model),
         experts_per_token=list(state.experts_per_token),
-        active_layers=_active_layers(job),
+        active_layers=[int(active) for active in job.controller.state.multiplies_active],
         switches=job.controller.switches,
         regroupings=job.controller.regroupings,
         step_speedup_sparse=seconds["dense"] / seconds["sparse"] if "sparse" in seconds else None,
@@ -187,12 +186,3 @@ def plain_seconds(
         took = (1 - saved) * seconds["dense_router"] + saved * seconds.get(kind, seconds["dense_router"])
         total += clock * seconds["dense"] / took
     return total
-
-
-def _active_layers(job: Job) -> list[int]:
-    def is_active(ssd: Any) -> bool:
-        weights, activation = ssd.weights, ssd.settings.activation
-        return ssd.multiplies_active and has_active(weights.up_FD, weights, activation, ssd.activation_ratio)
-
-    with job.replica.autocast():
-        return [int(is_active(layer.ssd)) for layer in job.controller.layers]

@@ -10,9 +10,11 @@ import torch
 
 from switchable import ranks
 from switchable.choices import active_limit, auto_precision, timed_ffn
+from switchable.compute.cpu.active.active import MOST_ACTIVE
 from switchable.compute.measured import PARTS, SHARES, sparse_speedup
 from switchable.config import RunConfig, read_stored, settled_for
 from switchable.data.tokenizers import load_tokenizer
+from switchable.ffn.active_training import LEAST_TOKENS
 from switchable.recipes import RECIPES
 from switchable.settings import SwitchConfig
 from switchable.store.rundir import RunDir
@@ -48,11 +50,17 @@ def _precision(config: RunConfig) -> str:
     return f"precision {name}: it {told} here ({why})"
 
 
-def _limit(config: RunConfig) -> list[str]:
-    """Say below what share of active neurons dense steps leave out the others, where the clock decided it."""
-    switch, train = config.switch, config.train
-    found = active_limit(config.model, train, switch.recipe)
-    if switch.active_below != found or found == RECIPES[switch.recipe]["active_below"]:
+def _limit(job: Job) -> list[str]:
+    """Say below what share of active neurons dense steps leave out the others, where that is not what was asked."""
+    switch, train = job.config.switch, job.config.train
+    asked, clock = switch.active_below, active_limit(job.config.model, train, switch.recipe)
+    if asked not in (0, RECIPES[switch.recipe]["active_below"]) and not job.controller.schedule.skips(0, 0.0):
+        return [
+            f"dense steps multiply every neuron: idle ones are left out on a CPU, of {LEAST_TOKENS} tokens or more at "
+            "once, in float32 or where it multiplies bfloat16, by ReLU types without dropout between projections"
+        ]
+    found = min(asked, MOST_ACTIVE.get(getattr(torch, train.precision), 1.0))
+    if found == RECIPES[switch.recipe]["active_below"] or (found == asked != clock):
         return []
     limit = f"where fewer than {found:g} are active" if found else "in no layer"
     slower = f"elsewhere that would be slower in {train.precision} here"
@@ -64,7 +72,7 @@ def _speed(job: Job) -> list[str]:
     config, costs = job.config, job.controller.schedule.costs
     if not costs:
         never = config.switch.never_sparse
-        return _limit(config) + ([] if never else sparse_speed(config, config.switch.experts_per_token))
+        return ([] if never else sparse_speed(config, config.switch.experts_per_token)) + _limit(job)
     ways = (
         f"{costs[0].told(share, 1 / part)} with {share:.0%} of the neurons active or 1/{part} of the experts"
         for share, part in zip(SHARES, PARTS, strict=True)

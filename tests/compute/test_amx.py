@@ -34,7 +34,7 @@ SAPPHIRE_RAPIDS = ("fma", "avx512f", "avx512bf16", "amx-tile", "amx-bf16")
 
 class Features(dict[str, bool]):
     def flatten(self) -> str:
-        return ",".join(self)
+        return ",".join(name for name, on in self.items() if on)
 
 
 def machine_with(
@@ -53,6 +53,17 @@ def test_amx_is_used_where_the_processor_has_all_of_it(monkeypatch: pytest.Monke
     assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS).amx == AMX()
     assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS[:-1]).amx is None
     assert machine_with(monkeypatch, *SAPPHIRE_RAPIDS[:3]).amx is None
+
+
+def test_llvm_may_use_by_itself_no_more_than_our_loops_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("avx2", *SAPPHIRE_RAPIDS, "avx512vl", "amx-int8", "avx512fp16")
+    for limit, left in (
+        ("AVX2", "avx2,fma"),
+        ("AVX512_CORE", "avx2,fma,avx512f,avx512vl,avx512fp16"),
+        ("AVX512_CORE_BF16", "avx2,fma,avx512f,avx512bf16,avx512vl,avx512fp16"),
+        ("", ",".join(names)),
+    ):
+        assert machine_with(monkeypatch, *names, limit=limit).features == left
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
 from switchable.ffn import router as router_module
+from switchable.ffn.attached import attach_loss, penalise, teach
 from switchable.ffn.convert import layers_of
-from switchable.ffn.router import Router, attach_loss, expert_mass, router_loss, stride
+from switchable.ffn.router import Router, expert_mass, router_loss, stride
 
 
 def test_expert_mass_by_hand() -> None:
@@ -70,6 +71,44 @@ def test_an_attached_loss_is_minimised_with_the_main_one() -> None:
     assert y.grad is not None
     assert w.grad is not None
     assert (float(y.grad), float(w.grad)) == (5.0, 3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_router_is_taught_the_gradient_of_its_loss_whatever_is_multiplied_in_half(
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x_TD, y_TD = (torch.randn(n, 16, generator=generator).to(dtype) for n in (12, 24))
+    mass_TE = torch.rand(12, 8, generator=generator)
+    mass_TE[3] = 0.0  # a silent token
+    router = Router(16, 8).to(dtype)
+    nn.init.normal_(router.weight, generator=generator)
+    y_TD.requires_grad_()
+    factor = torch.ones((), dtype=torch.promote_types(dtype, torch.float32))
+
+    def gradients(out: Tensor, scale: float) -> tuple[Tensor, ...]:
+        factor.data.fill_(scale)
+        return torch.autograd.grad(out.sum(), (y_TD, router.weight, router.bias))
+
+    for scale in (0.25, 1024.0):  # a GradScaler's is large, so that small numbers survive in half precision
+        true = gradients(attach_loss(1 * y_TD, router_loss(router(x_TD), mass_TE), factor), scale)
+        with torch.autocast("cpu", torch.bfloat16):
+            taught = teach(1 * y_TD, router(x_TD), mass_TE, factor)
+        found = gradients(taught, scale)
+        for ours, wanted in zip(found, true, strict=True):
+            assert ours.dtype == wanted.dtype
+            own = {} if dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-5, "atol": 1e-6 * scale}
+            torch.testing.assert_close(ours, wanted, **own)
+
+
+def test_a_penalty_adds_the_slope_of_the_mean_of_the_sums_to_what_comes_back() -> None:
+    hidden = torch.tensor([[[0.0, 2.0, -3.0], [1.0, 0.0, 4.0]]], requires_grad=True)
+    factor = torch.tensor(1.0)
+    passed = penalise(hidden, 0.1, factor)
+    assert torch.equal(passed, hidden)
+    factor.data.fill_(2.0)
+    (gradient,) = torch.autograd.grad(passed, hidden, torch.full_like(hidden, 5.0), create_graph=True)
+    assert torch.equal(gradient, torch.tensor([[[5.0, 5.1, 4.9], [5.1, 5.0, 5.1]]]))  # 2 · 0.1 / 2 tokens
 
 
 def test_the_penalty_on_activations_by_hand(switchable_gpt2: nn.Module) -> None:

@@ -30,8 +30,7 @@ def usable(features: Mapping[str, bool]) -> set[str]:
 
     If the system refuses AMX's registers to this process, a warning is logged that says so.
     """
-    limit = LIMITS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), max(LEVELS.values()))
-    names = {name for name, level in LEVELS.items() if features.get(name) and level <= limit}
+    names = {name for name in LEVELS if features.get(name) and not beyond_limit(name)}
     if names >= TILES:
         refusal = ask_for_tiles()
         if refusal is not None:
@@ -40,6 +39,13 @@ def usable(features: Mapping[str, bool]) -> set[str]:
                 "bfloat16 is multiplied without AMX, since the system refuses its registers: %s", refusal
             )
     return names
+
+
+def beyond_limit(name: str) -> bool:
+    """Whether the limit leaves out an instruction set, by LLVM's name; those that `LEVELS` lacks go with their kind."""
+    limit = LIMITS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), max(LEVELS.values()))
+    kinds = {"avx512": 2, "avx10": 3, "amx": 4}
+    return LEVELS.get(name, max((kinds[kind] for kind in kinds if name.startswith(kind)), default=0)) > limit
 
 
 def ask_for_tiles() -> str | None:

@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from switchable.compute.cpu.amx import AMX
-from switchable.compute.cpu.instructions import TILES, usable
+from switchable.compute.cpu.instructions import TILES, beyond_limit, usable
 
 I1, I32, I64, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 Values = Sequence[ir.Value]
@@ -49,6 +49,8 @@ class Machine:
 def this_machine() -> Machine | None:
     """Return the machine that we run on; None if it has no fused multiply-add on vectors."""
     features = llvm.get_host_cpu_features()
+    for name in features:
+        features[name] = features[name] and not beyond_limit(name)  # else LLVM would use them on its own
     names = usable(features)
     if platform.machine().lower() in ("arm64", "aarch64"):
         vector_bytes, registers = 16, 32
