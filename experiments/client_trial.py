@@ -31,8 +31,7 @@ from switchable import ConversionReport, InputError, SwitchConfig, convert, in_m
 from switchable.ffn.convert import layers_of
 from switchable.ffn.families import d_in
 from switchable.ffn.layer import SwitchableFFN
-from switchable.store.export import write
-from switchable.store.pretrained import SHARD_SIZE
+from switchable.store.pretrained import save_plain
 from switchable.switching.controller import Controller
 
 STEPS, MEASURED = 40, 5
@@ -209,7 +208,7 @@ def tried(model: Any, plain: Any, batch: Mapping[str, Any], reference: Seen, rel
     check("gradients, all experts", apart[1], CLOSE)
     _train(model, batch, check)
     with tempfile.TemporaryDirectory() as folder:
-        write(model, None, "dense", Path(folder), SHARD_SIZE)
+        save_plain(Path(folder), model)
         again, told = type(plain).from_pretrained(folder, output_loading_info=True, local_files_only=True)
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in told[kind]]
     if wrong or layers_of(again):

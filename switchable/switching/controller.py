@@ -116,6 +116,8 @@ class Controller:
         self.probe = as_batches(probe)
         self.probe_tokens = tokens_of(model, self.probe, precision)
         """Tokens on which everything is measured."""
+        self.tokens = self.probe_tokens // len(self.probe)
+        """Tokens of a forward pass: as in the probe, unless the loop that trains says otherwise."""
         self.steps_done = 0
         self.schedule.skips = self._skips
         self.state: ScheduleState = self.schedule.initial(len(self.layers))
@@ -127,13 +129,12 @@ class Controller:
     def time_layers(self) -> None:
         """Time each layer's ways to multiply, if the recipe weighs them and they are not known: `step` does it too."""
         if self.schedule.weighs and not self.schedule.costs:
-            tokens = self.probe_tokens // len(self.probe)
-            self.schedule.costs = costs_of_layers(self.layers, tokens, self.precision)
+            self.schedule.costs = costs_of_layers(self.layers, self.tokens, self.precision)
 
     def _skips(self, layer: int, share: float) -> bool:
         ssd = self.layers[layer].ssd
         with self.precision():
-            return skips(ssd, input_like(ssd, self.probe_tokens // len(self.probe)), share)
+            return skips(ssd, input_like(ssd, self.tokens), share)
 
     @property
     def mode(self) -> str:

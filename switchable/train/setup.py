@@ -102,14 +102,16 @@ def set_up(
     distribute(model, train)
     probe = vars(parts).pop("probe")
     replica = Replica(model, train, parts.device)
+    controller = variant.controller(
+        model, probe, train.steps, config.switch, train.seed, variant.schedule, precision=replica.autocast
+    )
+    controller.tokens = micro_rows(train) * train.sequence_length
     return Job(
         **vars(parts),
         config=config,
         replica=replica,
         optimizer=build_optimizer(model, train),
-        controller=variant.controller(
-            model, probe, train.steps, config.switch, train.seed, variant.schedule, precision=replica.autocast
-        ),
+        controller=controller,
     )
 
 

@@ -101,7 +101,7 @@ def test_dense_active_is_the_cheaper_dense_model_of_the_readme(corpus: Path, tmp
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "switchable pretrain --recipe dense --activation-l1 1e-4 " in readme
     flags = {
-        "data": [str(corpus)], "vocab_size": 300, "d_model": 64, "num_layers": 2, "steps": 24, "batch_size": 4,
+        "data": [str(corpus)], "vocab_size": 300, "d_model": 64, "num_layers": 2, "steps": 24, "batch_size": 16,
         "sequence_length": 32, "learning_rate": 1e-2, "eval_tokens": 256, "probe_tokens": 128, "threads": 1,
         "monitor_every": 4, "log_every": 1, "precision": "float32",
     }  # fmt: skip
