@@ -171,7 +171,7 @@ def settled(config: SwitchConfig, d_ff: int, activation: str, precision: str = "
     if is_set(given["num_experts"]):
         experts = given["num_experts"]
     table |= {"num_experts": experts, "experts_per_token": max(1, experts * chosen // most)}
-    if activation not in PENALISED:
+    if (activation, precision) != PENALISED:
         table["activation_l1"] = 0.0
     values = table | {name: value for name, value in given.items() if is_set(value)}
     return SwitchConfig(recipe=config.recipe, **values)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"\nnum_experts is the most: experts get at least {LEAST_NEURONS['float32']} neurons, "
         f"{LEAST_NEURONS['bfloat16']} in bfloat16. experts_per_token keeps its share.\n"
-        f"activation_l1 is for {', '.join(PENALISED)}; other activations get 0.\n"
+        f"activation_l1 is for {PENALISED[0]} in {PENALISED[1]}; others get 0.\n"
         "With auto, what a run measures at its start also decides (docs/method.md)."
     )
     return 0
