@@ -3,8 +3,7 @@
 `config.json` names for the Auto class a class in a file beside it, `auto_map`, which is transformers' way for models
 with code of their own. That file gets the class from here. Without the word transformers opens the plain dense model.
 
-Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, ... -> here. (`transformers serve`
-takes the class of that name from transformers itself, and so the dense model.)
+Flow: `store/export.py` writes the file -> `pipeline`, lm-eval, `transformers serve`, ... -> here.
 """
 
 from __future__ import annotations

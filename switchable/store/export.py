@@ -46,6 +46,8 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 """Classes that look at a config's `auto_map`, with those that they open."""
+SERVES = "AutoModelForDecision"
+"""What `transformers serve` tries first for any model: the only one by which it reads `auto_map`."""
 CODE = "modeling_switchable"
 """Module of a sparse folder that transformers reads where it may."""
 
@@ -136,6 +138,7 @@ def _name_class(folder: Path, model: nn.Module) -> None:
     name, config = class_name(model), read_json(folder / "config.json")
     found = {auto: kinds.get(type(model.config), None) for auto, kinds in AUTO_CLASSES.items()}
     autos = [auto for auto, kind in found.items() if getattr(kind, "__name__", None) == name]
+    autos += [SERVES] if "AutoModelForCausalLM" in autos else []
     write_json(folder / "config.json", config | {"auto_map": dict.fromkeys(autos, f"{CODE}.{name}")})
     lines = (
         f"from switchable.integrations.auto_model import sparse_class\n\n{name} = sparse_class({name!r})\n"

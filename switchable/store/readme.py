@@ -20,9 +20,9 @@ TEXTS = {
     "sparse": (
         SPARSE,
         "It is a plain dense checkpoint too: transformers' `from_pretrained` opens it without switchable. Told "
-        "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`), `pipeline` and "
-        "the Auto classes open it in sparse mode, by the two lines of modeling_switchable.py. `transformers serve` "
-        "opens the dense model whatever it is told: it takes the class named in config.json from transformers itself.",
+        "`trust_remote_code=True` (lm-eval: `--model_args pretrained={name},trust_remote_code=True`; `transformers "
+        "serve --trust-remote-code`), `pipeline` and the Auto classes open it in sparse mode, by the two lines of "
+        "modeling_switchable.py.",
     ),
 }
 """What a folder holds -> the lines, and what else to know."""
