@@ -116,7 +116,7 @@ def _multiplied(layer: SwitchableFFN, way: str, run: Callable[[], object], *, le
 
 def decided(layer: HalfLayer, kind: str) -> tuple[str, str]:
     """Return how a run with recipe `auto` multiplies such a layer early in training, and the numbers compared."""
-    half = lambda: torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast")  # noqa: E731
+    half = partial(torch.autocast, "cpu", torch.bfloat16, enabled=kind == "autocast")
     controller = Controller(
         layer.wholes[kind], layer.leaves_of(kind)["x"].detach()[None], 1000, precision=half
     )

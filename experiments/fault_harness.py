@@ -22,22 +22,8 @@ SECONDS = 120.0
 INTERVAL = 4
 """Steps between checkpoints."""
 WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "red",
-    "dog",
-    "run",
-    "over",
-    "hill",
-    "fish",
-]
+    "the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "dog", "run", "over", "hill", "fish",
+]  # fmt: skip
 
 
 def configuration(corpus: Path, steps: int) -> RunConfig:

@@ -47,26 +47,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 small documents."""
     folder = tmp_path_factory.mktemp("corpus")
     words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "one",
-        "red",
-        "dog",
-        "run",
-        "over",
-        "the",
-        "hill",
-        "to",
-        "find",
-        "some",
-        "fish",
-    ]
+        "the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "dog", "run", "over", "the",
+        "hill", "to", "find", "some", "fish",
+    ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for i in range(60):
         picks = torch.randint(0, len(words), (300,), generator=generator).tolist()
