@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from experiments import ending
-from experiments.bert_twins import report, table
 from experiments.recipe import QUESTIONS, compare, configure, folder_name, line
+from experiments.twins import report, table
 from switchable.config import check, from_dict, read_yaml, to_dict
 from switchable.errors import InputError
 
@@ -95,21 +95,12 @@ def test_a_variant_against_its_dense_run() -> None:
 
 
 def test_twins_by_hand_and_without_a_sparse_mode() -> None:
-    def score(mode: str, value: float) -> dict[str, object]:
-        return {"mode": mode, "value": value, "examples": 100}
-
-    found = {"ssd": [[score("dense", 0.7)], [score("dense", 0.9)]], "dense": [[score("dense", 0.5)]]}
-    figures = report(found)
-    assert figures["ssd_dense"] == pytest.approx({"accuracy": 0.8, "stderr": 0.04})  # sqrt(0.8 * 0.2 / 100)
-    assert figures["dense_dense"] == pytest.approx({"accuracy": 0.5, "stderr": 0.05})
-    assert figures["difference"] == pytest.approx(0.3)
-    assert figures["stderr"] == pytest.approx((0.04**2 + 0.05**2) ** 0.5)
-    assert json.loads(json.dumps(figures, allow_nan=False))["ssd_sparse"] is None
-    assert table(figures)[1:] == [
-        "ssd    dense   0.8000 ± 0.0400",
-        "ssd    sparse  — (the run was never sparse)",
-        "dense  dense   0.5000 ± 0.0500",
-        "SSD - dense: +0.3000 ± 0.0640",
+    figures = report({"dense_dense": [0.5, 0.7], "ssd_dense": [0.6, 1.0], "ssd_sparse": [0.5, None]})
+    # Above by 0.1 and 0.3: their deviation is sqrt(0.02), that of their mean sqrt(0.02 / 2).
+    assert figures["ssd_dense_above"] == pytest.approx({"mean": 0.2, "stderr": 0.1})
+    assert json.loads(json.dumps(figures, allow_nan=False))["ssd_sparse_above"] is None
+    assert [line.split() for line in table({"sst2": figures})][1] == [
+        *["sst2", "0.6000", "+0.2000", "±", "0.1000", "never", "sparse"]
     ]
 
 
