@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 
 from switchable.compute.cpu.active.active import skips_idle_neurons
+from switchable.compute.cpu.limits import has_tiles
 from switchable.compute.measured import CLEARLY, FFN, Costs, Line, active_break_even, bfloat16_speedup, costs
-from switchable.recipes import AUTO, RECIPES
+from switchable.recipes import AUTO, LEAST_NEURONS, RECIPES, TILE_NEURONS
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
 from switchable.settings import SwitchConfig, is_set
 
@@ -67,6 +68,12 @@ def active_limit(model: ModelConfig, train: TrainConfig, recipe: str) -> float:
     if ffn is None or train.precision == "float32" or not skips_here(model, train):
         return float(limit)
     return float(min(limit, math.floor(20 * active_break_even(ffn, train.precision)) / 20))
+
+
+def least_neurons(train: TrainConfig) -> int:
+    """Return how many neurons an expert of a run has at least."""
+    tiles = train.precision == "bfloat16" and (device_of(train) != "cpu" or has_tiles())
+    return TILE_NEURONS if tiles else LEAST_NEURONS
 
 
 def skips_here(model: ModelConfig, train: TrainConfig, share: float = 0.0) -> bool:

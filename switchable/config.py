@@ -22,7 +22,7 @@ from switchable.data.tokenizers import check_vocab_size
 from switchable.errors import InputError, divisors_near, nearest
 from switchable.gone import refuse_gone, upgraded
 from switchable.options import build
-from switchable.recipes import AUTO
+from switchable.recipes import AUTO, LEAST_NEURONS
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
 from switchable.settings import SwitchConfig, is_set, settled
 
@@ -53,7 +53,13 @@ class RunConfig:
 
 def settled_for(switch: SwitchConfig, model: ModelConfig, train: TrainConfig) -> SwitchConfig:
     """Return the settings of switching, each with its value, for a model and how it is trained."""
-    return settled(switch, d_ff(model), model.activation, precision=train.precision)
+    least = LEAST_NEURONS
+    if train.precision != "float32":
+        # Here: the settings of a run are read and checked before torch is loaded.
+        from switchable.choices import least_neurons
+
+        least = least_neurons(train)
+    return settled(switch, d_ff(model), model.activation, least)
 
 
 def check(config: RunConfig) -> None:

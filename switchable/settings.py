@@ -159,19 +159,22 @@ def is_set(value: object) -> bool:
     return value is not BY_RECIPE
 
 
-def settled(config: SwitchConfig, d_ff: int, activation: str, precision: str = "float32") -> SwitchConfig:
+def settled(
+    config: SwitchConfig, d_ff: int, activation: str, least_neurons: int = LEAST_NEURONS
+) -> SwitchConfig:
     """Return a configuration in which every setting has its value, for a model with FFNs of `d_ff` neurons.
 
-    `activation` is a name in transformers' `ACT2FN`. Raises InputError for settings that do not fit together.
+    `activation` is a name in transformers' `ACT2FN`; experts get `least_neurons` or more. Raises InputError for
+    settings that do not fit together.
     """
     table = dict(RECIPES[config.recipe])
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
     most, chosen = table["num_experts"], table["experts_per_token"]
-    (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // LEAST_NEURONS[precision])), count=1)
+    (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // least_neurons)), count=1)
     if is_set(given["num_experts"]):
         experts = given["num_experts"]
     table |= {"num_experts": experts, "experts_per_token": max(1, experts * chosen // most)}
-    if (activation, precision) != PENALISED:
+    if activation != PENALISED:
         table["activation_l1"] = 0.0
     values = table | {name: value for name, value in given.items() if is_set(value)}
     return SwitchConfig(recipe=config.recipe, **values)

@@ -93,12 +93,36 @@ def test_what_is_asked_for_by_name_stands(clock: Any) -> None:
     assert (switch.recipe, switch.active_below, switch.min_dense_fraction) == ("early", 0.2, 0.1)
 
 
-def test_groups_are_of_32_neurons_or_more_in_bfloat16() -> None:
+@pytest.mark.parametrize(
+    ("precision", "device", "amx", "experts", "chosen"),
+    [
+        ("float32", "cpu", True, 128, 21),  # groups of 8
+        ("bfloat16", "cpu", False, 128, 21),
+        ("bfloat16", "cpu", True, 32, 5),
+        ("bfloat16", "cuda", False, 32, 5),
+    ],
+)
+def test_groups_are_of_32_neurons_or_more_where_bfloat16_is_multiplied_by_tiles(
+    clock: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    device: str,
+    amx: bool,
+    experts: int,
+    chosen: int,
+) -> None:
+    clock()
+    monkeypatch.setattr(choices, "has_tiles", lambda: amx)
+    values = {"precision": precision, "device": device, "recipe": "auto", "d_model": 256}
+    switch = load(None, values).switch
+    assert (switch.num_experts, switch.experts_per_token) == (experts, chosen)
+    assert load(None, values | {"num_experts": 64}).switch.experts_per_token == 10
+
+
+def test_large_groups_keep_their_share_of_the_experts() -> None:
     for d_ff, experts in {1024: (32, 5), 3072: (96, 15), 8192: (128, 21), 16: (1, 1)}.items():
-        found = settled(SwitchConfig("late"), d_ff, "relu2", precision="bfloat16")
+        found = settled(SwitchConfig("late"), d_ff, "relu2", least_neurons=32)
         assert (found.num_experts, found.experts_per_token) == experts
-    given = settled(SwitchConfig("late", num_experts=64), 1024, "relu2", precision="bfloat16")
-    assert (given.num_experts, given.experts_per_token) == (64, 10)
 
 
 def test_the_break_even_is_on_a_line_through_two_shares(monkeypatch: pytest.MonkeyPatch) -> None:

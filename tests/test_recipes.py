@@ -82,7 +82,7 @@ def test_penalties_are_for_what_they_were_measured_on() -> None:
     assert (late().activation_l1, late(activation="relu").activation_l1) == (1e-4, 0.0)
     assert late(activation="relu", activation_l1=1e-5).activation_l1 == 1e-5
     assert settled(SwitchConfig("dense"), 256, "relu2").activation_l1 == 0.0
-    assert settled(SwitchConfig("auto"), 256, "relu2", "bfloat16").activation_l1 == 0.0
+    assert settled(SwitchConfig("auto"), 256, "relu2").activation_l1 == 1e-4
 
 
 def test_what_depends_on_the_model_waits_for_it(make_gpt2: Any) -> None:

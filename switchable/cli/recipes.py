@@ -16,7 +16,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES
+    from switchable.recipes import LEAST_NEURONS, PENALISED, RECIPES, TILE_NEURONS
     from switchable.settings import SwitchConfig
 
     if args.json:
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         cells = "".join(f"{_cell(table[name]):>9}" for table in RECIPES.values())
         print(f"{name:24}{cells}   {helps[name]}")
     print(
-        f"\nnum_experts is the most: experts get at least {LEAST_NEURONS['float32']} neurons, "
-        f"{LEAST_NEURONS['bfloat16']} in bfloat16. experts_per_token keeps its share.\n"
-        f"activation_l1 is for {PENALISED[0]} in {PENALISED[1]}; others get 0.\n"
+        f"\nnum_experts is the most: experts get at least {LEAST_NEURONS} neurons, {TILE_NEURONS} where bfloat16 is "
+        "multiplied by tiles (AMX, GPUs). experts_per_token keeps its share.\n"
+        f"activation_l1 is for {PENALISED}; others get 0. In bfloat16 it is paid from a tenth of the run on.\n"
         "With auto, what a run measures at its start also decides (docs/method.md)."
     )
     return 0

@@ -28,7 +28,7 @@ from switchable.options import checked
 from switchable.ranks import is_main, reshard
 from switchable.settings import SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
-from switchable.switching.costs import costs_of_layers, from_plain, plain
+from switchable.switching.costs import costs_of_layers, from_plain, in_bfloat16, plain
 from switchable.switching.measures import Precision
 from switchable.switching.monitor import Found, LayerMeasures, measure
 from switchable.switching.optimizers import check_state, check_trained, optimizers_in
@@ -120,6 +120,8 @@ class Controller:
         """Tokens of a forward pass: as in the probe, unless the loop that trains says otherwise."""
         self.steps_done = 0
         self.schedule.skips = self._skips
+        if in_bfloat16(self.layers[0], precision):
+            self.schedule.penalised_from = self.schedule.young_until
         self.state: ScheduleState = self.schedule.initial(len(self.layers))
         self.last: list[Found | None] = [None] * len(self.layers)
         self.switches = 0

@@ -44,6 +44,12 @@ def costs_of_layers(
     )
 
 
+def in_bfloat16(layer: SwitchableFFN, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Return whether a layer multiplies in bfloat16 in that context."""
+    with precision():
+        return _dtype(layer.ssd.up_projection.weight) == torch.bfloat16
+
+
 def _costs(ssd: SSD, tokens: int, dtype: torch.dtype, can_skip: bool) -> Costs:
     device, activation = ssd.up_projection.weight.device.type, ssd.settings.activation
     ffn = FFN(ssd.d_model, ssd.d_ff, activation, ssd.gate_projection is not None, tokens, device)

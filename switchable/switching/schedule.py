@@ -30,14 +30,11 @@ from switchable.switching.state import Change, Decision, ScheduleState
 SAVES = 1.5
 """How many times as long as its sparse step a layer's dense step must take for it to take part early: that costs 0.008
 nats more than late sparse steps, which 4 to 5 % more tokens win back (docs/recipe.md); FFNs are a third of a step."""
-
 SETTLE_FRACTION = 0.1
 """The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
 (82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right."""
-
 ACTIVATION_TARGET = 0.12
 """Activation ratio down to which the penalty on activations is paid, per layer."""
-
 NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
 NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
 
@@ -56,6 +53,8 @@ class Schedule:
         """Of each layer, where the recipe weighs them."""
         self.skips: Callable[[int, float], bool] = lambda _layer, _share: True
         """Whether a layer that is to leave out idle neurons does so here, with such a share of active ones."""
+        self.penalised_from = 0
+        """The step from which the penalty on activations is paid: in bfloat16 not while the model is young."""
 
     @property
     def weighs(self) -> bool:
@@ -70,8 +69,12 @@ class Schedule:
     @property
     def joins_from(self) -> int:
         """The first step from which a layer may take part."""
-        early = RECIPES["early"]["min_dense_fraction"] if self.weighs else 1.0
-        return min(self.dense_until, round(early * self.total_steps))
+        return min(self.dense_until, self.young_until if self.weighs else self.total_steps)
+
+    @property
+    def young_until(self) -> int:
+        """The first step at which a model is old enough for sparse steps, and in bfloat16 for a penalty."""
+        return round(float(RECIPES["early"]["min_dense_fraction"]) * self.total_steps)
 
     @property
     def dense_from(self) -> int:
@@ -84,7 +87,7 @@ class Schedule:
             takes_part=(False,) * num_layers,
             experts_per_token=(self.config.experts_per_token,) * num_layers,
             multiplies_active=(False,) * num_layers,
-            activation_l1=(self.config.activation_l1,) * num_layers,
+            activation_l1=(0.0 if self.penalised_from else self.config.activation_l1,) * num_layers,
             why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
             activation_ratio=(1.0,) * num_layers,
         )
@@ -171,7 +174,7 @@ class Schedule:
         every measurement to the end; whether its dense steps multiply active neurons only, and whether its activations
         are penalised, always does.
         """
-        before, state = state, self._followed(state, measures)
+        before, state = state, self._followed(step, state, measures)
         if self.config.never_sparse or step >= self.dense_from:
             return Decision(state, (False,) * len(measures), self._changes(step, before, state, measures))
         takes_part = self._who_takes_part(step, state, measures)
@@ -184,9 +187,10 @@ class Schedule:
         state = replace(state, takes_part=takes_part, why_dense=why, began=began)
         return Decision(state, regroup, self._changes(step, before, state, measures))
 
-    def _followed(self, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
+    def _followed(self, step: int, state: ScheduleState, measures: Sequence[LayerMeasures]) -> ScheduleState:
         """Return the state with what follows from any measurement."""
         config = self.config
+        penalty = config.activation_l1 if step >= self.penalised_from else 0.0
         # Where costs decide, no other limit is asked.
         ratios = tuple(0.0 if self.weighs else m.activation_ratio for m in measures)
         return replace(
@@ -198,9 +202,7 @@ class Schedule:
                 for layer, (m, ratio) in enumerate(zip(measures, ratios, strict=True))
             ),
             gains=tuple(self._gain(layer, m) for layer, m in enumerate(measures)) if self.weighs else (),
-            activation_l1=tuple(
-                config.activation_l1 if m.activation_ratio > ACTIVATION_TARGET else 0.0 for m in measures
-            ),
+            activation_l1=tuple(penalty * (m.activation_ratio > ACTIVATION_TARGET) for m in measures),
         )
 
     def _few_active(self, layer: int, measured: LayerMeasures) -> bool:
@@ -226,8 +228,8 @@ class Schedule:
 
     def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:
         early = self._is_early(step)
-        found = missed(self.config, [measured], LEAVE_FACTOR, early)
-        return not (found or (early and self._costly(layer, measured, LEAVE_FACTOR)))
+        costly = early and self._costly(layer, measured, LEAVE_FACTOR)
+        return not (costly or missed(self.config, [measured], LEAVE_FACTOR, early))
 
     def _kept_out(self, step: int, layer: int, measured: LayerMeasures) -> list[str]:
         """Return what keeps a layer from joining after a measurement."""
@@ -260,10 +262,9 @@ class Schedule:
         self, step: int, before: ScheduleState, now: ScheduleState, measures: Sequence[LayerMeasures]
     ) -> tuple[Change, ...]:
         """Return which layers do something else from now on, each with the numbers that were compared."""
-        pairs = enumerate(zip(before.ways, now.ways, strict=True))
         return tuple(
             Change(layer, was, is_now, self._why(step, layer, was, is_now, measures[layer]))
-            for layer, (was, is_now) in pairs
+            for layer, (was, is_now) in enumerate(zip(before.ways, now.ways, strict=True))
             if was != is_now
         )
 
@@ -286,14 +287,13 @@ class Schedule:
         return told
 
     def _who_is_regrouped(
-        self, step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]
+        self, _step: int, state: ScheduleState, takes_part: Sequence[bool], measures: Sequence[LayerMeasures]
     ) -> tuple[bool, ...]:
         """Return which layers are given the structure just found: those that do not take part yet.
 
         One that joins goes on with the structure on which its router has learned and its K was measured, if it has one
         already.
         """
-        del step  # a baseline's answer depends on it
         return tuple(
             not part and not (joins and m.pattern_similarity is not None)  # None: measured for the first time
             for part, joins, m in zip(state.takes_part, takes_part, measures, strict=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import pytest
+import torch
 
-from switchable import InputError, SwitchConfig
+from switchable import Controller, InputError, SwitchConfig, convert
 from switchable.compare.baselines import PaperSchedule, SparseSchedule, StaticSchedule
 from switchable.settings import settled
 from switchable.switching.monitor import LayerMeasures
@@ -121,6 +124,25 @@ def test_activations_are_penalised_wherever_more_than_the_target_are_active(neve
     for step in (5, 50, 95):
         found = schedule.decide(step, begin, [measured(0.121, 0.9), measured(0.12, 0.0)])
         assert found.state.activation_l1 == (1e-4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("autocast", "weights", "first"), [(False, "float32", 0), (True, "float32", 10), (False, "bfloat16", 10)]
+)
+def test_in_bfloat16_activations_are_penalised_from_a_tenth_of_the_run_on(
+    make_gpt2: Any, autocast: bool, weights: str, first: int
+) -> None:
+    model = make_gpt2("relu2").to(getattr(torch, weights))
+    convert(model, SwitchConfig("late", activation_l1=1e-4))
+    half = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+    controller = Controller(model, torch.ones(1, 8, dtype=torch.int64), 100, precision=half)
+    begin = controller.state
+    assert set(begin.activation_l1) == {0.0 if first else 1e-4}
+    assert {layer.ssd.activation_l1 for layer in controller.layers} == set(begin.activation_l1)
+    measures = [measured(0.5, 0.9)] * len(controller.layers)
+    for step in (9, 10):
+        found = controller.schedule.decide(step, begin, measures).state.activation_l1
+        assert set(found) == {1e-4 if step >= first else 0.0}
 
 
 def test_modes_alternate_and_the_last_phase_is_dense() -> None:

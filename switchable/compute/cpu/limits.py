@@ -46,6 +46,12 @@ def has_pairs() -> bool:
     return machine is not None and machine.pairs
 
 
+def has_tiles() -> bool:
+    """Return whether the processor multiplies bfloat16 by tiles (AMX)."""
+    machine = this_machine()
+    return machine is not None and machine.amx is not None
+
+
 def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
     """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
     number = expert_ids_TK.numel()
