@@ -23,7 +23,7 @@ from dataclasses import replace
 from switchable.compute.measured import Costs
 from switchable.recipes import AUTO, RECIPES
 from switchable.settings import SwitchConfig
-from switchable.switching.limits import LEAVE_FACTOR, experts_needed, missed, moves
+from switchable.switching.limits import ACTIVATION_TARGET, LEAVE_FACTOR, experts_needed, missed, moves
 from switchable.switching.monitor import LayerMeasures
 from switchable.switching.state import Change, Decision, ScheduleState
 
@@ -33,8 +33,6 @@ nats more than late sparse steps, which 4 to 5 % more tokens win back (docs/reci
 SETTLE_FRACTION = 0.1
 """The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
 (82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right."""
-ACTIVATION_TARGET = 0.12
-"""Activation ratio down to which the penalty on activations is paid, per layer."""
 NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
 NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
 

@@ -37,7 +37,9 @@ ACTIVE = Costs(1024, 0.004, Line(0.0005, 0.01), Line(0.0, 0.004))
 
 def auto(of_layers: Sequence[Costs], **given: Any) -> Schedule:
     """The schedule of a thousand steps of a model with 1,024 neurons per layer."""
-    schedule = Schedule(settled(SwitchConfig("auto", **given), 1024, "relu2"), 1000)
+    schedule = Schedule(
+        settled(SwitchConfig("auto", **({"activation_l1": 0.0} | given)), 1024, "relu2"), 1000
+    )
     schedule.costs = tuple(of_layers)
     return schedule
 
@@ -103,6 +105,18 @@ def test_a_layer_joins_early_when_it_saves_clearly_and_leaves_when_it_no_longer_
     assert not joins(0.2, step=99)
     # However cheap: more than 30 % active neurons keep it out, more than 37.5 % put it out.
     assert (joins(0.3), joins(0.301), joins(0.37, inside), joins(0.38, inside)) == (True, False, True, False)
+    # A layer whose activations are penalised in dense steps is left to them: down to 12 %, and it leaves above 15 %.
+    schedule = auto([ACTIVE], activation_l1=1e-4)
+    assert (joins(0.12), joins(0.121), joins(0.15, inside), joins(0.151, inside)) == (
+        True,
+        False,
+        True,
+        False,
+    )
+    assert schedule.decide(200, start, [layer(0.2)]).state.why_dense == (
+        "at step 200: activation ratio 0.200, above what is penalised: 0.12",
+    )
+    schedule = auto([ACTIVE])
     # From 920 on sparse mode is taught, whatever it costs and however the pattern moves.
     assert joins(0.01, step=920, alike=0.0)
     assert joins(0.01, inside, step=920, alike=0.0)
@@ -191,6 +205,7 @@ def test_any_loop_times_its_layers_at_its_first_step(
 
 def auto_run(corpus: Path) -> RunConfig:
     own = {"mass_target": None, "active_below": 1.0, "min_dense_fraction": 0.8, "final_dense_fraction": 0.0}
+    own |= {"activation_l1": 0.0}  # many neurons of so young a model are active, and must not keep it out
     return small(corpus, train={"batch_size": 32}, switch={"recipe": "auto", **own})
 
 
