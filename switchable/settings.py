@@ -73,8 +73,8 @@ class SwitchConfig:
     )
     activation_l1: float = option(
         BY_RECIPE,
-        "penalty in dense steps, in layers where more than 12 % of the neurons are active: this times the sum of "
-        "|activations|, mean over tokens (nats)",
+        "penalty in dense steps (in bfloat16 from a tenth of the run on), in layers where more than 12 % of the "
+        "neurons are active: this times the sum of |activations|, mean over tokens (nats)",
         least=0,
         most=1000,
         usual="1e-4",

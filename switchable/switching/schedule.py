@@ -81,11 +81,13 @@ class Schedule:
 
     def initial(self, num_layers: int) -> ScheduleState:
         """Return the state at step 0: every layer dense."""
+        # What nobody measures has no other beginning.
+        waits = self.penalised_from and self.config.monitor_every
         return ScheduleState(
             takes_part=(False,) * num_layers,
             experts_per_token=(self.config.experts_per_token,) * num_layers,
             multiplies_active=(False,) * num_layers,
-            activation_l1=(0.0 if self.penalised_from else self.config.activation_l1,) * num_layers,
+            activation_l1=(0.0 if waits else self.config.activation_l1,) * num_layers,
             why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
             activation_ratio=(1.0,) * num_layers,
         )

@@ -139,6 +139,10 @@ def test_in_bfloat16_activations_are_penalised_from_a_tenth_of_the_run_on(
     begin = controller.state
     assert set(begin.activation_l1) == {0.0 if first else 1e-4}
     assert {layer.ssd.activation_l1 for layer in controller.layers} == set(begin.activation_l1)
+    unmeasured = SwitchConfig("dense", num_experts=8, activation_l1=1e-4, monitor_every=0)
+    assert set(Controller(model, controller.probe, 100, unmeasured, precision=half).state.activation_l1) == {
+        1e-4
+    }
     measures = [measured(0.5, 0.9)] * len(controller.layers)
     for step in (9, 10):
         found = controller.schedule.decide(step, begin, measures).state.activation_l1
