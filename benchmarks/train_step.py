@@ -30,8 +30,8 @@ from torch import Tensor
 
 from benchmarks._models import random_gpt2
 from switchable.ffn.convert import layers_of, set_mode
+from switchable.memory import keep_freed_memory
 from switchable.timing import processor, take_turns
-from switchable.train.memory import keep_freed_memory
 
 VOCABULARY, SEQUENCE, EXPERTS, K = 8192, 256, 32, 6
 PRECISIONS = {"float32": ("float32",), "bfloat16": ("float32", "autocast", "weights")}

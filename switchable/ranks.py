@@ -7,17 +7,19 @@ on all of them (a rank that left alone would keep the others waiting).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from switchable.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -126,12 +128,30 @@ def check_agreement(facts: dict[str, Any]) -> None:
 # --- parameters of which each rank holds a part (FSDP2: rows of dimension 0) ---
 
 
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Return whether each rank holds a part of a tensor, without loading what makes such tensors: 40 MB."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was called for a module, without loading it."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FSDPModule)
+
+
+def has_plain_type(tensor: Tensor) -> bool:
+    """Return whether a tensor is of torch's own types; libraries that quantise have types of theirs."""
+    return type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
+
+
 @contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
     """Within the `with` block the parameters of modules are whole, to be read, whichever unit shards them."""
     parts = dict.fromkeys(part for module in modules for part in module.modules())
-    sharded = [(part, n, p) for part in parts for n, p in part._parameters.items() if isinstance(p, DTensor)]
-    whole = {id(p): nn.Parameter(cast(DTensor, p).full_tensor()) for _, _, p in sharded}
+    sharded: list[tuple[nn.Module, str, Any]]
+    sharded = [(part, n, p) for part in parts for n, p in part._parameters.items() if is_sharded(p)]
+    whole = {id(p): nn.Parameter(p.full_tensor()) for _, _, p in sharded}
     for module, name, parameter in sharded:
         module._parameters[name] = whole[id(parameter)]
     try:
@@ -144,8 +164,8 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
 def reshard(model: nn.Module) -> None:
     """Put away the whole parameters that a forward pass leaves behind (by default those of `fully_shard`'s root)."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if is_unit(module):
+            cast(Any, module).reshard()
 
 
 def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
@@ -153,8 +173,10 @@ def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
 
     Raises InputError for a layout that we do not make: anything but rows over one dimension of ranks.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor, 0
+    from torch.distributed.tensor import Shard
+
     if len(tensor.placements) != 1 or tensor.placements[0] != Shard(0):
         raise InputError(f"a tensor is laid out as {tensor.placements}; shard with fully_shard over one mesh")
     mesh = tensor.device_mesh
@@ -165,7 +187,9 @@ def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, the same on every rank, into one that may be sharded."""
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
         # src_data_rank=None: every rank cuts its own part, nothing is sent.
         part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(part.to_local())
@@ -176,9 +200,9 @@ def assign(target: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def permute(tensor: Tensor, dim: int, perm: Tensor) -> None:
     """Reorder a tensor along `dim` in place: entry perm[i] becomes i. At most this one tensor is gathered for it."""
-    if isinstance(tensor, DTensor) and Shard(dim) in tensor.placements:
+    if is_sharded(tensor) and any(each.is_shard(dim) for each in tensor.placements):
         whole = tensor.full_tensor()
         assign(tensor, whole.index_select(dim, perm.to(whole.device)))
     else:
-        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        here = tensor.to_local() if is_sharded(tensor) else tensor
         here.copy_(here.index_select(dim, perm.to(here.device)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ffn_sweep, train_step
+from benchmarks import ffn_sweep, memory, train_step
 from benchmarks._ffn_layer import Shape
 from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.measured import Costs, Line
@@ -103,3 +104,16 @@ def test_nothing_is_timed_where_sparse_mode_computes_something_else(
     assert [error.partition(":")[0] for error in steps.errors()] == [
         name for name in steps.contenders() if name.startswith("sparse")
     ]
+
+
+def test_memory_of_a_process_is_told_in_megabytes_and_over_float32() -> None:
+    assert memory.report({"float32": 1000.0, "int8": 600.0, "int8_export": 400.0}) == {
+        "float32_mb": 1000.0, "int8_mb": 600.0, "int8_export_mb": 400.0,
+        "int8_over_float32": 0.6, "int8_export_over_float32": 0.4,
+    }  # fmt: skip
+
+
+def test_memory_is_that_of_processes_that_write(capfd: pytest.CaptureFixture[str]) -> None:
+    assert memory.main(["--d-model", "64", "--num-layers", "1", "--vocab-size", "512"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert 150 < found["int8_export_mb"] < found["float32_mb"] < 2000

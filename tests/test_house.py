@@ -18,7 +18,7 @@ PACKAGE = ROOT / "switchable"
 FLOORS = (
     ("versions",),
     ("errors",),
-    ("options", "files", "timing", "ranks", "progress"),
+    ("options", "files", "timing", "ranks", "progress", "memory"),
     ("recipes", "gone", "finite"),
     ("settings",),
     ("data", "structure"),
@@ -43,7 +43,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 26_565
+MOST_LINES = 26_945
 """What the package has now; lower it when code goes."""
 
 

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, and the same as one JSON line."""
     asked = given(BenchConfig, args)
     from switchable.evaluation.bench import measure
-    from switchable.store.load import load, trained_precision
+    from switchable.store.find import trained_precision
+    from switchable.store.load import load
 
     model, _ = load(args.folder)
     precision = asked.precision or trained_precision(args.folder)

@@ -66,12 +66,18 @@ def run(args: argparse.Namespace) -> int:
     from switchable.infer.precision import chosen_precision, multiplying_in
     from switchable.infer.sampling import Sampling
     from switchable.progress import say
-    from switchable.store.load import load_with_tokenizer
     from switchable.store.quantised import load_int8
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     quantised = load_int8(args.folder, args.mode, sampling) if args.weights == "int8" else None
-    model, tokenizer, stored = quantised or (*load_with_tokenizer(args.folder), None)
+    if quantised is None:
+        from switchable.store.load import (
+            load_with_tokenizer,  # transformers' models: half of a small process's memory
+        )
+
+        model, tokenizer, stored = *load_with_tokenizer(args.folder), None
+    else:
+        model, tokenizer, stored = quantised
     weights = args.weights or chosen_precision(model, asked)
     precision = "float32" if weights == "float32" else "bfloat16"
     set_mode(model, args.mode, args.experts_per_token, args.mass)

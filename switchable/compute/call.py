@@ -16,10 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
-RELU_TYPES = ("relu", "relu2")
-"""Activations that the fast backends compute themselves; relu2 is the square of ReLU."""
+from switchable.compute.activations import activation_named
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class FFNWeights:
 
     def activations(self, x_TD: Tensor, activation: str) -> Tensor:
         """Return act(x · upᵀ + up_bias) of all neurons; gated: act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)."""
-        act: Callable[[Tensor], Tensor] = ACT2FN[activation]
+        act: Callable[[Tensor], Tensor] = activation_named(activation)
         up_TF = linear(x_TD, self.up_FD, self.up_bias_F)
         if self.gate_FD is None:
             return act(up_TF)

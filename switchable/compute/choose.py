@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall, autocasts, compute_dtype
+from switchable.compute.activations import RELU_TYPES
+from switchable.compute.call import Backend, ExpertCall, autocasts, compute_dtype
 from switchable.compute.cpu.decode.compiled import MOST_TOKENS, fits, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
@@ -27,6 +28,7 @@ from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.sorted import SORTED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
+from switchable.compute.eager import eager
 from switchable.compute.reference import MASKED, REFERENCE
 from switchable.errors import InputError, nearest
 
@@ -104,7 +106,7 @@ def check_backend(name: str) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def choose(call: ExpertCall) -> Backend:
     """Return the backend that `auto` is for a call."""
     return next((backend for backend in _wished(call) if backend.supports(call) is None), REFERENCE)

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from switchable.data.encoding import encode_batch
 from switchable.errors import InputError, nearest
@@ -129,24 +129,24 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     path = Path(folder).expanduser()
     present = {file.name for file in tokenizer_files(path)}
-    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
+    import transformers  # each class is loaded where it is named
 
     options: dict[str, object] = {}
     if present & {"tokenizer.json", "tokenizer_config.json"}:
-        loader = AutoTokenizer
+        loader = transformers.AutoTokenizer
     elif {"vocab.json", "merges.txt"} <= present:
-        loader = GPT2Tokenizer
+        loader = transformers.GPT2Tokenizer
     elif "vocab.txt" in present:
         words = (path / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         lower = all(word == word.lower() for word in words if not word.startswith("["))
-        loader, options = BertTokenizer, {"do_lower_case": lower}
+        loader, options = transformers.BertTokenizer, {"do_lower_case": lower}
     elif "spiece.model" in present:
         if importlib.util.find_spec("sentencepiece") is None:
             raise InputError(
                 f"reading {path / 'spiece.model'} needs the package sentencepiece: "
                 "pip install 'switchable[sentencepiece]'"
             )
-        loader = T5Tokenizer
+        loader = transformers.T5Tokenizer
     else:
         raise InputError(
             f"no tokenizer in the folder {str(path)!r}; give one with tokenizer.json (from save_pretrained), "
@@ -154,7 +154,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         )
     try:
         options |= {"local_files_only": True, "trust_remote_code": False}
-        for kind in (loader, PreTrainedTokenizerFast):
+        for kind in (loader, transformers.PreTrainedTokenizerFast):
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(str(path), **options)
             if _follows(tokenizer, path / "tokenizer.json"):
                 return tokenizer
@@ -185,6 +185,25 @@ def _follows(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     own.no_padding()
     (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
     return bool(own.encode(SHOWS_RULES, add_special_tokens=False).ids == ids.tolist())
+
+
+def without_copies(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return a folder's tokenizer without the copies of its vocabulary that some classes keep: of GPT-2's 24 MB.
+
+    It is read from `tokenizer.json` alone, and taken if texts show no difference.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    other = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+    def shown(own: PreTrainedTokenizerBase) -> list[Any]:
+        each = [own(SHOWS_RULES, add_special_tokens=special)["input_ids"] for special in (False, True)]
+        texts = [own.decode(ids, skip_special_tokens=skip) for ids in each for skip in (False, True)]
+        return [each, texts, len(own), own.special_tokens_map, own.all_special_ids]
+
+    return other if shown(other) == shown(tokenizer) else tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -24,7 +24,8 @@ from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
-from switchable.store.load import find_model, load_with_tokenizer, run_config, trained_precision
+from switchable.store.find import find_model, run_config, trained_precision
+from switchable.store.load import load_with_tokenizer
 from switchable.train.setup import pick_device
 
 MASS = 0.9  # that speed is measured with, besides all K experts, where none is given

@@ -15,24 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchable.compute.eager import eager
 from switchable.ffn.router import mass_share
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # compiled, `factor` is read too early
+@eager  # compiled, `factor` is read too early
 def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
     """Pass `y` through unchanged and add `loss` to whatever is minimised downstream."""
     attached: Tensor = _AttachLoss.apply(y, loss, factor)  # type: ignore[no-untyped-call]
     return attached
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@eager
 def teach(y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor) -> Tensor:
     """Do what attaching `router_loss(scores, mass)` to `y` does."""
     taught: Tensor = _Teach.apply(y, scores_TE, mass_TE, factor)  # type: ignore[no-untyped-call]
     return taught
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@eager
 def penalise(hidden: Tensor, l1: float, factor: Tensor) -> Tensor:
     """Pass activations [..., F] through; l1 · the mean over tokens of Σ |a_i| is minimised besides."""
     rows = max(1, hidden.shape[:-1].numel())

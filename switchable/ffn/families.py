@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
-from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from switchable.compute.activations import is_known, names
 from switchable.errors import InputError
 from switchable.options import check
+from switchable.ranks import has_plain_type
 
 FUSED = ("gate-up", "up-gate", "gate-up-interleaved", "up-gate-interleaved")
 """How the rows of two projections lie in one: which comes first, in two halves or row by row."""
@@ -70,8 +70,8 @@ class Family:
         check(self)
         if (self.activation is None) != (self.activation_fn is not None):
             raise InputError("say activation (a module), or activation=None and activation_fn (its name)")
-        if self.activation_fn is not None and self.activation_fn not in ACT2FN:
-            raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(ACT2CLS)}")
+        if self.activation_fn is not None and not is_known(self.activation_fn):
+            raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(names())}")
         if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
             raise InputError(
                 f"fused={self.fused!r}; use one of {', '.join(FUSED)}, and one name for gate and up"
@@ -107,9 +107,6 @@ class Family:
 
 PROJECTIONS = (nn.Linear, Conv1D)
 """The modules that a projection may be. In annotations both are `nn.Linear`: they share `weight` and `bias`."""
-
-PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor)
-"""What a weight may be; libraries that quantise have types of their own."""
 
 HOW_TO_DESCRIBE = """describe the model in three lines:
     from switchable import Family, convert
@@ -185,7 +182,7 @@ def _check_plain_weight(name: str, projection: nn.Module | None) -> None:
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
     weight = getattr(projection, "weight", None)
-    floats = isinstance(weight, Tensor) and weight.is_floating_point() and type(weight) in PLAIN_TENSORS
+    floats = isinstance(weight, Tensor) and weight.is_floating_point() and has_plain_type(weight)
     if (isinstance(weight, Tensor) and not floats) or "quantized" in type(projection).__module__:
         raise InputError(f"{name} is quantised; load the model unquantised")
 
@@ -227,17 +224,3 @@ def d_in(projection: nn.Module) -> int:
     """Return the width of what a projection reads."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
     return weight.shape[0 if isinstance(projection, Conv1D) else 1]
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """Return the name in transformers' `ACT2FN` of an activation module, or None if it has none or has parameters."""
-    if list(module.parameters()):
-        return None
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
-    x = torch.linspace(-12, 12, 97, device="cpu")
-    for name, kind in ACT2CLS.items():
-        same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
-        if same_class and torch.allclose(ACT2FN[name](x), module(x)):  # settings count: a slope, a bound
-            return str(name)
-    return None

@@ -20,12 +20,12 @@ from itertools import combinations, groupby
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from switchable.compute.activations import names
 from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, PROJECTIONS, Family, candidates, d_in, refuse_adapter
 from switchable.ffn.homes import family_at
-from switchable.ffn.matching import ACTIVATIONS, NEAR, Match, consistent
+from switchable.ffn.matching import NEAR, Match, activations, consistent
 from switchable.ffn.recording import Call, Modules, close, distance, recorded, tolerance
 from switchable.ffn.trial import Trial
 
@@ -185,13 +185,13 @@ def _activation(name: str, match: Match, h: Tensor, gate: Tensor, up: Tensor | N
         (slope,) = torch.autograd.grad(h.sum(), gate, retain_graph=True, allow_unused=True)
     if slope is None:
         slope = torch.zeros_like(gate)
-    for activation in ACTIVATIONS:
+    for activation in activations():
         ours = match.hidden(gate, up, activation)
         (its,) = torch.autograd.grad(ours.sum(), gate)
         off[activation] = max(distance(ours, h), distance(its, slope))
     best = min(off, key=lambda each: off[each])
     if off[best] > tolerance(h):
-        value = min(ACTIVATIONS, key=lambda each: distance(match.hidden(gate, up, each), h))
+        value = min(activations(), key=lambda each: distance(match.hidden(gate, up, each), h))
         same = distance(match.hidden(gate, up, value), h) <= tolerance(h)
         raise InputError(
             f"the activation between {match.gate.name} and {name} "
@@ -234,6 +234,6 @@ def _setting(model: nn.Module) -> str:
     config = getattr(getattr(model, "config", None), "__dict__", {})
     texts = {name: value for name, value in config.items() if isinstance(value, str)}
     for name, value in texts.items():
-        if value.removeprefix("gated-") in ACT2FN and ("act" in name or "feed_forward" in name):
+        if value.removeprefix("gated-") in names() and ("act" in name or "feed_forward" in name):
             return str(name)
     return Family.activation_setting

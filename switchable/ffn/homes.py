@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from switchable.compute.activations import activation_name
 from switchable.errors import InputError
-from switchable.ffn.families import Family, activation_name, halves
+from switchable.ffn.families import Family, halves
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.matching import Match
 from switchable.ffn.recording import Call, close

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchable.compute.eager import eager
+
 
 class LossScale:
     """The factor of a model's loss, shared by its layers."""
@@ -36,7 +38,7 @@ class LossScale:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             self.now = torch.full((), self.unseen, dtype=dtype, device=weight.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @eager
     def _end(self, _model: nn.Module, _args: Any, inputs: Mapping[str, Any], output: Any) -> None:
         loss, now, share = _loss_in(output), self.now, _share(inputs)
 

@@ -6,31 +6,25 @@ Shapes: D d_model, F d_ff.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from torch import Tensor
-from transformers.activations import ACT2CLS, ACT2FN
 
+from switchable.compute.activations import activation_named, names
 from switchable.ffn.families import FUSED, PROJECTIONS, d_in, halves
 from switchable.ffn.recording import Call, close
 
 NEAR = 12
 """Projections called before the output projection among which the others are looked for."""
-ACTIVATIONS = (
-    "relu",
-    "relu2",
-    *(name for name in ACT2CLS if name not in ("relu", "relu2", "linear", "prelu", "xielu")),
-)
-"""Those without parameters, the likeliest first."""
+activation_once = cache(activation_named)
+"""Building one takes longer than calling it on a few numbers."""
 
 
-@cache
-def activation_named(name: str) -> Callable[[Tensor], Tensor]:
-    """Return an activation; building one takes longer than calling it on a few numbers."""
-    act: Callable[[Tensor], Tensor] = ACT2FN[name]
-    return act
+def activations() -> list[str]:
+    """Return the names of activations without parameters, the likeliest first."""
+    return [name for name in names() if name not in ("linear", "prelu", "xielu")]
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Match:
 
     def hidden(self, gate: Tensor, up: Tensor | None, activation: str | None = None) -> Tensor:
         """Return what the output projection should be given for what the others return."""
-        act = activation_named(activation or self.activation)
+        act = activation_once(activation or self.activation)
         if self.fused is not None:
             gate, up = halves(gate, self.fused, -1)
         after: Tensor = act(gate)
@@ -86,7 +80,7 @@ def _matches(down: Call, earlier: Sequence[Call]) -> Iterator[Match]:
     options += [(g, u, None) for g in single for u in single if g is not u and close(g.x, u.x)]
     options += [(c, None, fused) for c in near if c.y.shape[-1] == 2 * d_ff for fused in FUSED]
     for gate, up, fused in options:
-        for activation in ACTIVATIONS:
+        for activation in activations():
             match = Match(down, gate, up, fused, activation)
             few = match.hidden(_one(gate.y), None if up is None else _one(up.y))
             if close(few, _one(down.x)) and close(match.hidden(gate.y, None if up is None else up.y), down.x):

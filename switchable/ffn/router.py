@@ -32,6 +32,8 @@ class Router(nn.Linear):
 
     def __init__(self, d_model: int, num_experts: int, device: torch.device | None = None) -> None:
         super().__init__(d_model, num_experts, bias=True, device=device)
+        self.has_pairs = has_pairs()
+        """Whether the processor multiplies bfloat16. Asked here, since a compiled forward pass cannot ask it."""
 
     def reset_parameters(self) -> None:
         """Start at zero without drawing random numbers: `initialise` gives the rows their values."""
@@ -57,7 +59,7 @@ class Router(nn.Linear):
             return nnf.linear(x_TD, self.weight, self.bias)  # decoding feels every microsecond
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         multiplied = torch.get_autocast_dtype(x_TD.device.type) if half else x_TD.dtype
-        if torch.is_grad_enabled() or not (multiplied == torch.bfloat16 and x_TD.is_cpu and has_pairs()):
+        if torch.is_grad_enabled() or not (multiplied == torch.bfloat16 and x_TD.is_cpu and self.has_pairs):
             multiplied = dtype
         with torch.autocast(x_TD.device.type, enabled=False):
             own = (each.to(multiplied) for each in (x_TD, self.weight, self.bias))

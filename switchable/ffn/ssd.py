@@ -18,11 +18,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from switchable.compute.activations import activation_name, activation_named
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
-from switchable.ffn.families import Family, activation_name, halves, neurons_first
+from switchable.ffn.families import Family, halves, neurons_first
 from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
@@ -254,7 +254,7 @@ class SSD:
 def _activation_of(ffn: nn.Module, family: Family) -> nn.Module | None:
     """Return the activation, or None where its module stays among the FFN's children."""
     if family.activation is None:
-        return cast(nn.Module, ACT2FN[family.activation_fn])
+        return activation_named(cast(str, family.activation_fn))
     return ffn.get_submodule(family.activation) if family.in_layer else None
 
 

@@ -40,12 +40,13 @@ from switchable.finetune.config import FinetuneConfig
 from switchable.finite import check_finite
 from switchable.infer.loss import positions_of
 from switchable.infer.precision import multiplying_in
+from switchable.memory import keep_freed_memory
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
-from switchable.store.load import find_model, load, load_with_tokenizer, trained_precision
+from switchable.store.find import find_model, trained_precision
+from switchable.store.load import load, load_with_tokenizer
 from switchable.store.pretrained import load_config
-from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from switchable.ffn.convert import layers_of
+from switchable.ranks import is_unit
 
 PLAIN = """\
 from transformers import AutoTokenizer, {kind}
@@ -70,4 +70,4 @@ def engines(model: nn.Module) -> str:
 def class_name(model: nn.Module) -> str:
     """Return the name of a model's class in transformers."""
     # fully_shard gives a model a class of its own, derived from the model's.
-    return (type(model).__mro__[1] if isinstance(model, FSDPModule) else type(model)).__name__
+    return (type(model).__mro__[1] if is_unit(model) else type(model)).__name__

@@ -22,11 +22,10 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from switchable.errors import InputError
-from switchable.ranks import is_main, rows_here
+from switchable.ranks import is_main, is_sharded, rows_here
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -63,7 +62,7 @@ def copy_piece(tensor: Tensor) -> Piece:
     """Copy to the CPU what this rank has to write of a tensor: its rows of a sharded one; of others, rank 0 all."""
     rows, first = rows_here(tensor.detach())
     data = None
-    if is_main() or isinstance(tensor, DTensor):
+    if is_main() or is_sharded(tensor):
         # One copy, row by row whatever the strides of the tensor.
         data = torch.empty(rows.shape, dtype=rows.dtype).copy_(rows)
     return Piece(tuple(tensor.shape), tensor.dtype, data, first)
@@ -141,3 +140,14 @@ class TensorFile:
             rows.copy_(self._file.get_tensor(name))
         elif rows.shape[0]:
             rows.copy_(self._file.get_slice(name)[first : first + rows.shape[0]])
+
+
+def fill(model: nn.Module, tensors: Mapping[str, tuple[Path, str]]) -> None:
+    """Give a model parameters by their names, each a tensor of a file, which is opened anew for it.
+
+    Pages that were read count as the process's until their file is closed.
+    """
+    for name, (path, full) in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        tensor = TensorFile(path).tensor(full)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))

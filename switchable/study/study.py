@@ -21,7 +21,7 @@ from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
-from switchable.store.load import trained_precision
+from switchable.store.find import trained_precision
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.config import StudyConfig

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from switchable.errors import InputError
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import neuron_parameters
+from switchable.ranks import has_plain_type
 
 PLAIN = (bool, int, float, str, type(None))
 DEPTH = 4
@@ -123,7 +123,7 @@ def _is_understood(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Ten
     if isinstance(value, PLAIN) or (isinstance(value, Tensor) and value.numel() == 1):
         return True
     # A subclass may hold blocks with a common scale, and so may whole numbers: they cannot move one by one.
-    if type(value) not in (Tensor, nn.Parameter, DTensor) or not value.is_floating_point():
+    if not (isinstance(value, Tensor) and has_plain_type(value)) or not value.is_floating_point():
         return False
     if _is_stacked(optimizer, key, owner, params):
         return True

@@ -28,10 +28,10 @@ from switchable.ffn.convert import ConversionReport, convert
 from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.fill import check_prompt
 from switchable.infer.loss import positions_of
+from switchable.memory import keep_freed_memory
 from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
-from switchable.train.memory import keep_freed_memory
 from switchable.train.optim import build_optimizer
 from switchable.train.parallel import Replica, check_division, distribute, split
 

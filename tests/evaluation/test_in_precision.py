@@ -15,7 +15,8 @@ from switchable.cli import main
 from switchable.evaluation.config import EvalConfig
 from switchable.infer.loss import loss_in_mode
 from switchable.infer.precision import chosen_precision, multiplying_in
-from switchable.store.load import load, trained_precision
+from switchable.store.find import trained_precision
+from switchable.store.load import load
 from switchable.study.config import StudyConfig
 from switchable.study.study import study_run
 from switchable.train.pretrain import pretrain

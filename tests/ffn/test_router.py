@@ -11,7 +11,6 @@ from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
-from switchable.ffn import router as router_module
 from switchable.ffn.attached import attach_loss, penalise, teach
 from switchable.ffn.convert import layers_of
 from switchable.ffn.router import Router, expert_mass, router_loss, stride
@@ -181,7 +180,7 @@ def test_a_choice_by_products_of_bfloat16_catches_the_same_mass(
     assert scores(learns=True).dtype == scores(learns=False).dtype == torch.float32
     assert torch.equal(scores(learns=True), exact)
     for pairs in (False, True):
-        monkeypatch.setattr(router_module, "has_pairs", lambda pairs=pairs: pairs)
+        monkeypatch.setattr(half, "has_pairs", pairs)
         assert torch.equal(scores(learns=False), exact) != pairs
         # Experts change places whose scores differ by less than 1 in 256: they catch nearly the same.
         assert abs(caught(scores(learns=False)) - caught(exact)) < 5e-4

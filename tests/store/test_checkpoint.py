@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from switchable import InputError, set_mode
 from switchable.store import checkpoint, folders, tensorfile
-from switchable.store.load import find_model, load
+from switchable.store.find import find_model
+from switchable.store.load import load
 
 PLAIN = """
 import json, sys

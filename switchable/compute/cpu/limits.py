@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, ExpertCall
+from switchable.compute.activations import RELU_TYPES
+from switchable.compute.call import ExpertCall
 from switchable.compute.cpu.llvm import this_machine
+from switchable.compute.eager import eager
 from switchable.errors import InputError
 
 LANE_BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
@@ -29,7 +31,7 @@ def why_not_relu_on_cpu(call: ExpertCall) -> str | None:
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     """Return None if loops can be compiled here for rows of `d_model` numbers, or the reason why not."""
     machine = this_machine()
@@ -39,7 +41,6 @@ def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_pairs() -> bool:
     """Return whether the processor has an instruction for products of bfloat16, which torch's library uses too."""
     machine = this_machine()

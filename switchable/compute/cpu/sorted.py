@@ -32,9 +32,10 @@ from torch.autograd.function import once_differentiable
 from switchable.compute.call import Backend, ExpertCall, autocasts, compute_dtype
 from switchable.compute.cpu.limits import why_not_relu_on_cpu
 from switchable.compute.cpu.pairs import Chunk, SortedPairs
+from switchable.compute.eager import eager
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD."""
     x, weights = call.x_TD, call.weights

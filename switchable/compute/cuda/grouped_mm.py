@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
-from transformers.activations import ACT2FN
 
+from switchable.compute.activations import activation_named
 from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cuda.sort import sort_by_expert
 
@@ -75,7 +75,7 @@ def _run(call: ExpertCall) -> Tensor:
 
     x_RD = _take(x_TD.to(dtype), order_R, position_R, K)
     hidden_RI = project(x_RD, weights.up_FD, weights.up_bias_F)
-    act = ACT2FN[call.activation]
+    act = activation_named(call.activation)
     if weights.gate_FD is None:
         hidden_RI = act(hidden_RI)
     else:

@@ -6,7 +6,7 @@ head, N = H + 2G.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,23 @@ class Norm:
     def __init__(self, module: nn.Module):
         self.weight, bias = numbers(module.weight), getattr(module, "bias", None)  # type: ignore[arg-type]
         self.bias = None if bias is None else numbers(bias)
-        self.eps = float(getattr(module, "variance_epsilon", None) or module.eps)  # type: ignore[arg-type]
-        self.is_rms = not isinstance(module, nn.LayerNorm)
+        self.eps, self.is_rms = eps_of(module), is_rms(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of the last dimension, in x's dtype."""
         if self.is_rms:
             return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def eps_of(norm: nn.Module) -> float:
+    """Return what a norm adds to the variance."""
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)  # type: ignore[arg-type]
+
+
+def is_rms(norm: nn.Module) -> bool:
+    """Whether a norm leaves the mean where it is."""
+    return not isinstance(norm, nn.LayerNorm)
 
 
 MOST_PLAIN = 768
@@ -137,10 +146,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin).to(x.dtype)
 
 
-def angles_of(rotary: nn.Module, places: int) -> tuple[Tensor, Tensor]:
-    """Return cos and signed sin of all positions, [places, rotated], from a model's own module."""
-    with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1), torch.arange(places).unsqueeze(0))
-    sin = sin[0].clone()
-    sin[:, : sin.shape[1] // 2] *= -1
-    return cos[0], sin
+def angles_of(rotary: Any, places: int) -> tuple[Tensor, Tensor]:
+    """Return cos and signed sin of all positions, [places, rotated], from the frequencies of a model's own module."""
+    half = torch.arange(places).float().unsqueeze(1) * rotary.inv_freq.detach().float()
+    cos, sin = (each * rotary.attention_scaling for each in (half.cos(), half.sin()))
+    return torch.hstack([cos, cos]), torch.hstack([-sin, sin])

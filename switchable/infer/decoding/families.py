@@ -15,7 +15,7 @@ Settings that change the formula beyond this are refused (`why_not`): then trans
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -53,6 +53,35 @@ class Parts(NamedTuple):
     """Whether q, k and v of a head stand side by side, head after head."""
     parallel: bool = False
     """Whether the FFN reads what attention reads."""
+
+
+class Skeleton(nn.Module):
+    """Modules that are a model's parts and no more, built by `skeleton.py`.
+
+    Args:
+        config: with `max_position_embeddings`.
+        sizes: fields of `Parts` that are numbers.
+    """
+
+    tokens: nn.Embedding
+    positions: Tensor | None
+    rotary: nn.Module | None
+    layers: nn.ModuleList
+    norm: nn.Module | None
+    head: nn.Linear
+
+    def __init__(self, config: Any, sizes: Mapping[str, Any]):
+        super().__init__()
+        self.config, self.sizes = config, sizes
+
+    @property
+    def parts(self) -> Parts:
+        """What a decoder takes."""
+        blocks = []
+        for b in cast(Any, self.layers):
+            norms = None if b.q_norm is None else (b.q_norm, b.k_norm)
+            blocks.append(BlockParts((b.norm0, b.norm1), (b.qkv,), b.out, b.ffn, norms))
+        return Parts(self.tokens, self.positions, self.rotary, blocks, self.norm, self.head, **self.sizes)
 
 
 def _gpt2(model: Any) -> Parts:
@@ -158,6 +187,8 @@ ODD: tuple[tuple[str, Any, str], ...] = (
 
 def why_no_family(model: nn.Module) -> str | None:
     """Return None, or why a model is none that we decode: words that follow "it"."""
+    if isinstance(model, Skeleton):
+        return None
     config, name = cast(Any, model.config), type(model).__name__
     if name not in FAMILIES:
         return f"is a {name}, none of {', '.join(FAMILIES)}"
@@ -177,7 +208,7 @@ def why_no_family(model: nn.Module) -> str | None:
 
 def parts_of(model: nn.Module) -> Parts:
     """Return the parts of a model that `why_no_family` has nothing against."""
-    return FAMILIES[type(model).__name__](model)
+    return model.parts if isinstance(model, Skeleton) else FAMILIES[type(model).__name__](model)
 
 
 def child(module: nn.Module, path: str) -> nn.Linear:

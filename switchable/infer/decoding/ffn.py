@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
+from switchable.compute.activations import activation_named
 from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
@@ -90,7 +90,7 @@ class Dense:
     """An FFN with any activation, all of it."""
 
     def __init__(self, up: Matrix, down: Matrix, gate: Matrix | None, activation: str):
-        self.up, self.down, self.gate, self.act = up, down, gate, ACT2FN[activation]
+        self.up, self.down, self.gate, self.act = up, down, gate, activation_named(activation)
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
         """Return add + FFN(x)."""

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchable.compute.call import RELU_TYPES, ExpertCall, FFNWeights, compute_dtype, why_not_dtype
+from switchable.compute.activations import RELU_TYPES
+from switchable.compute.call import ExpertCall, FFNWeights, compute_dtype, why_not_dtype
 from switchable.compute.cpu.active.library import ActiveLibrary, active_library
 from switchable.compute.cpu.experts.packing import multiplied
 from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.compute.eager import eager
 
 MOST_ACTIVE = {torch.bfloat16: 0.2}
 """Share of active neurons from which dense products are as fast, where their library is so much faster: the break-even
@@ -80,7 +82,7 @@ def skips_idle_neurons(
     return as_it_is and share < MOST_ACTIVE.get(dtype, 1.0) and why_no_loops(d_model, dtype) is None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def active(
     x_TD: Tensor,
     weights: FFNWeights,

@@ -29,7 +29,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, FFNWeights
+from switchable.compute.activations import RELU_TYPES
+from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
 from switchable.compute.cpu.decode.rows import TYPES

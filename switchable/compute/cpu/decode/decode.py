@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall
+from switchable.compute.activations import RELU_TYPES, activation_named
+from switchable.compute.call import Backend, ExpertCall
 from switchable.compute.cpu.decode.compiled import fits, prepare_call
 from switchable.compute.cpu.limits import check_ids
+from switchable.compute.eager import eager
 
 LARGEST_SHARE = 0.75
 """Most expert visits (T·K) per expert for which reading selected rows is faster; measured on 2 cores, D 256 to 768."""
@@ -55,7 +56,7 @@ def _compiles(call: ExpertCall) -> bool:
     return x_TD.dtype is torch.float32 and fits(len(x_TD), call.weights, call.num_experts, call.activation)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 
@@ -87,9 +88,9 @@ def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:
     hidden_N = _project(x_D, weights.up_FD, weights.up_bias_F, ids_K, experts)
     if weights.gate_FD is not None:
         switch_N = _project(x_D, weights.gate_FD, weights.gate_bias_F, ids_K, experts)
-        hidden_N = ACT2FN[activation](switch_N).mul_(hidden_N)
+        hidden_N = activation_named(activation)(switch_N).mul_(hidden_N)
     else:
-        hidden_N = hidden_N.relu_() if activation == "relu" else ACT2FN[activation](hidden_N)
+        hidden_N = hidden_N.relu_() if activation == "relu" else activation_named(activation)(hidden_N)
     down_FD = weights.down_FD.detach()  # a parameter would make embedding_bag prepare a backward all the same
     picked_ND = _gathered(down_FD, ids_K, experts, COPIED_DOWN_BYTES)
     if picked_ND is not None:

@@ -31,6 +31,7 @@ from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_
 from switchable.compute.cpu.experts.library import Library, Pairs, library
 from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
 from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.compute.eager import eager
 
 
 def supports(call: ExpertCall) -> str | None:
@@ -42,7 +43,7 @@ def supports(call: ExpertCall) -> str | None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 

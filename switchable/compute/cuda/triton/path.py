@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchable.compute.call import RELU_TYPES, Backend, ExpertCall, compute_dtype, why_not_dtype
+from switchable.compute.activations import RELU_TYPES
+from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cuda.sort import Rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from support import small_run
 
-from switchable.train import memory, setup
+from switchable import memory
+from switchable.train import setup
 
 FAULTS = """
 import resource, torch
-from switchable.train.memory import keep_freed_memory
+from switchable.memory import keep_freed_memory
 kept = keep_freed_memory() if {keep} else False
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,7 +32,7 @@ def has_glibc() -> bool:
 
 def faults(keep: bool) -> tuple[bool, int]:
     """Whether memory is kept, and the page faults of 60 MiB after 64 were freed."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     run = subprocess.run(
         [sys.executable, "-c", FAULTS.format(keep=keep)], cwd=root, capture_output=True, text=True, check=True
     )
