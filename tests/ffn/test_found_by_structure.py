@@ -149,7 +149,7 @@ def test_an_output_kept_for_the_exit_survives_checkpointing_threads_and_compilin
     inputs = [torch.randn(5, 8, generator=torch.Generator().manual_seed(s)) for s in range(16)]
     with torch.no_grad():
         expected = [layer(x) for x in inputs]
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for y, wanted in zip(
                 pool.map(lambda x: _without_gradients(layer, x), inputs), expected, strict=True
             ):
