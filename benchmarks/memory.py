@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks._models import random_gpt2
+from switchable.data.corpora import documents
+from switchable.data.tokenizers import load_tokenizer, train_bpe
+from switchable.store.checkpoint import save
+from switchable.store.export import export
+
+MEASURED = """
+import sys
+from switchable.cli import main
+status = main(sys.argv[1:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+"""Linux alone. What `wait4` says of a process is at least what its parent has."""
 GENERATE = (
     "generate",
     "--prompt",
@@ -43,15 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
-        # In a process of its own: what it takes must not count as that of those that are started after it.
         sizes = (args.d_model, args.num_layers, args.vocab_size)
-        builder = multiprocessing.get_context("spawn").Process(
-            target=_build, args=(Path(place), *sizes, args.tokenizer)
-        )
-        builder.start()
-        builder.join()
-        if builder.exitcode:
-            return 2
+        _build(Path(place), *sizes, args.tokenizer)
         found = {
             "float32": peak_mb(place + "/run", "float32"),
             "int8": peak_mb(place + "/run", "int8"),
@@ -71,22 +76,14 @@ def report(found: dict[str, float]) -> dict[str, float]:
 
 def peak_mb(folder: str, weights: str) -> float:
     """Return the most resident memory of a process that writes, in MB of 10^6 bytes."""
-    call = [sys.executable, "-m", "switchable", *GENERATE, folder, "--weights", weights]
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"benchmarks.memory: {' '.join(call)} failed")
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    call = [sys.executable, "-c", MEASURED, *GENERATE, folder, "--weights", weights]
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"benchmarks.memory: {' '.join(call[2:])} failed")
+    return int(done.stdout.splitlines()[-1]) * 1024 / 1e6
 
 
 def _build(place: Path, d_model: int, num_layers: int, vocab_size: int, tokenizer_folder: str | None) -> None:
-    from benchmarks._models import random_gpt2
-    from switchable.data.corpora import documents
-    from switchable.data.tokenizers import load_tokenizer, train_bpe
-    from switchable.store.checkpoint import save
-    from switchable.store.export import export
-
     if tokenizer_folder is None:
         tokenizer = train_bpe(documents([]), min(vocab_size, 4096))
     else:
