@@ -176,14 +176,16 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 def _follows(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     """Whether a tokenizer gives the ids of its `tokenizer.json`, if there is one, on a text that shows the rules."""
+    (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
     if not file.is_file():
+        if len(set(ids.tolist())) < 2 and not set(TOKENIZER_FILES[4:]) & set(os.listdir(file.parent)):
+            raise ValueError("its vocabulary is missing, e.g. tokenizer.json")
         return True
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_buffer(file.read_bytes())
     own.no_truncation()
     own.no_padding()
-    (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
     return bool(own.encode(SHOWS_RULES, add_special_tokens=False).ids == ids.tolist())
 
 

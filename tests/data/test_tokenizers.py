@@ -150,3 +150,30 @@ def test_long_words_are_trained_on_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
         ("abcd", ["abcd", ""]),
     ):
         assert list(tokenizers._without_long_words(text)) == pieces
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "BertTokenizer", "TokenizersBackend"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind: str, tmp_path: Path) -> None:
+    settings = {"tokenizer_class": kind, "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=r"cannot be loaded .*save it again with save_pretrained"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_copies_is_taken_where_texts_show_no_difference(tmp_path: Path) -> None:
+    tokenizers.train_bpe(["hello there, hello again"] * 3, 280).save_pretrained(str(tmp_path))
+    settings = tmp_path / "tokenizer_config.json"
+    known = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps(known | {"tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
+    own = tokenizers.load_tokenizer(tmp_path)
+    assert type(own).__name__ == "GPT2Tokenizer"
+    assert (
+        tokenizers.without_copies(own, tmp_path) is own
+    )  # its class has a bos of which the file says nothing
+    own.save_pretrained(str(tmp_path))
+    slim = tokenizers.without_copies(own, tmp_path)
+    assert type(slim).__name__ == "TokenizersBackend"
+    text = "hello, there 12\n"
+    assert slim(text)["input_ids"] == own(text)["input_ids"]
+    own.add_special_tokens({"eos_token": "<|another|>"})
+    assert tokenizers.without_copies(own, tmp_path) is own
