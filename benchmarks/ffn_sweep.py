@@ -123,7 +123,9 @@ def decided(layer: HalfLayer, kind: str) -> tuple[str, str]:
     controller.time_layers()
     experts, chosen = layer.shape.E, layer.shape.K
     mass = (0.0,) * (chosen - 1) + (1.0,) * (experts - chosen + 1)
-    sparse = LayerMeasures(ACTIVE, 1.0, mass, 1.0, 1.0, experts_per_token=chosen, pattern_similarity=1.0)
+    sparse = LayerMeasures(
+        ACTIVE, 1.0, mass, mass, 1.0, 1.0, experts_per_token=chosen, pattern_similarity=1.0
+    )
     decision = controller.schedule.decide(controller.schedule.joins_from, controller.state, [sparse])
     (cost,), (way,) = controller.schedule.costs, decision.state.ways
     return way, cost.told(ACTIVE, chosen / experts)

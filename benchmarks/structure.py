@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from switchable.cli.flags import default_cache
+from switchable.compute.estimate import expert_mass
 from switchable.config import objective_of, read_stored
 from switchable.data.batches import validation_batches
 from switchable.data.objectives import CausalLM
@@ -31,7 +32,7 @@ from switchable.data.tokens import prepare
 from switchable.errors import InputError
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.router import Router, expert_mass, router_loss
+from switchable.ffn.router import Router, router_loss
 from switchable.store.load import load
 from switchable.structure.features import features
 from switchable.structure.groups import cluster_layers, permutation_from_labels

@@ -186,7 +186,7 @@ def test_the_clock_times_the_same_function_forward_and_backward(
 
     monkeypatch.setattr(measured, "take_turns", take_turns)
     ffn, state = FFN(16, 64, "relu2", gated, 70, "cpu", 1), torch.get_rng_state()
-    assert sparse_speedup(ffn, 8, 8, "float32") == 5 / 6  # len("dense") / len("sparse")
+    assert sparse_speedup(ffn, 8, 8, "float32", gated) == 5 / 6  # len("dense") / len("sparse")
     torch.testing.assert_close(seen["sparse"], seen["dense"], rtol=1e-4, atol=1e-4)
     assert bfloat16_speedup(ffn) == 5 / 4
     assert (seen["dense"].dtype, seen["half"].dtype) == (torch.float32, torch.bfloat16)
@@ -205,7 +205,7 @@ def test_a_resumed_run_does_as_its_start_chose_whatever_this_machine_would_choos
         "precision bfloat16: it is what precision auto is here (an FFN of this model, dense, is 2.00 times"
         in said
     )
-    assert "experts and the router are " in said
+    assert "experts and their choice by 8 bits are " in said
     assert "step 3: sparse steps begin in 2 layers: 3 of 8 experts" in said
     clock(half=0.5)
     left = {"precision": "auto", "recipe": "auto"}

@@ -62,7 +62,7 @@ def test_pretrain(said: Say, corpus: Path, tmp_path: Path, family: str) -> None:
     assert precision.startswith(
         "precision float32: it is what precision auto is here (an FFN of this model, "
     )
-    assert speed.startswith("3 of 8 experts and the router are ")
+    assert speed.startswith("3 of 8 experts and their choice by 8 bits are ")
     assert " times as fast as a dense FFN here, forward and backward" in speed
     assert recipe.startswith(
         "recipe early: from step 3 on at the earliest 2 sparse steps to each dense one; changed: "

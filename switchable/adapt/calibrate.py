@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from switchable.compute.estimate import expert_mass
 from switchable.ffn.convert import in_mode, layers_of
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.router import expert_mass, mass_share, router_loss
+from switchable.ffn.router import mass_share, router_loss
 from switchable.switching.measures import Batch, show
 
 MEMORY_BYTES = 2**30

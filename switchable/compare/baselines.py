@@ -42,6 +42,7 @@ class StaticSchedule(Schedule):
     """Sparse ever after, once some layer has joined; the structure stands."""
 
     name = "static"
+    estimates = False
 
     @property
     def dense_from(self) -> int:
@@ -80,6 +81,7 @@ class PaperSchedule(Schedule):
     """
 
     name = "paper"
+    estimates = False
     DENSE_PHASE = 0.025
 
     def __init__(self, config: SwitchConfig, total_steps: int) -> None:

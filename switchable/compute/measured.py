@@ -26,6 +26,7 @@ from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.active.active import active
 from switchable.compute.cpu.topk import top_experts
+from switchable.compute.estimate import estimated_mass
 from switchable.timing import Times, take_turns
 
 CLEARLY = 1.2
@@ -80,7 +81,7 @@ class Costs(NamedTuple):
     active: Line | None
     """By the share of active neurons; None where they cannot be multiplied alone."""
     sparse: Line
-    """By the share of the experts, K/E; the router included."""
+    """By the share of the experts, K/E; choosing them by products in 8 bits included."""
 
     def active_at(self, ratio: float) -> float:
         """Return the seconds with a share of the neurons active, if those can be multiplied alone; else infinity."""
@@ -102,7 +103,7 @@ def costs(ffn: FFN, num_experts: int, precision: str, skips: bool) -> Costs:
     ks = [max(1, num_experts // part) for part in PARTS]
     timed = []
     for k, share in zip(ks, SHARES, strict=True):
-        ways = {"sparse": _sparse(ffn, num_experts, k), **({"active": _skipping(ffn)} if skips else {})}
+        ways = {"sparse": _sparse(ffn, num_experts, k, True), **({"active": _skipping(ffn)} if skips else {})}
         timed.append(_timed(ffn, ways, precision, share))
     dense = timed[0].median("dense")
 
@@ -125,9 +126,14 @@ def bfloat16_speedup(ffn: FFN) -> float:
 
 
 @functools.cache
-def sparse_speedup(ffn: FFN, num_experts: int, experts_per_token: int, precision: str) -> float:
-    """Return how many times as fast a sparse FFN with its router is as a dense one, both in `precision`."""
-    ways = {"sparse": _sparse(ffn, num_experts, experts_per_token)}
+def sparse_speedup(
+    ffn: FFN, num_experts: int, experts_per_token: int, precision: str, estimates: bool
+) -> float:
+    """Return how many times as fast a sparse FFN is as a dense one, both in `precision`.
+
+    Choosing the experts, by the router or with `estimates` by products in 8 bits, is included.
+    """
+    ways = {"sparse": _sparse(ffn, num_experts, experts_per_token, estimates)}
     return _timed(ffn, ways, precision).ratio("dense", "sparse")
 
 
@@ -152,12 +158,16 @@ def _skipping(ffn: FFN) -> Way:
     return lambda x_TD, weights: active(x_TD, weights, ffn.activation).y_TD
 
 
-def _sparse(ffn: FFN, num_experts: int, experts_per_token: int) -> Way:
+def _sparse(ffn: FFN, num_experts: int, experts_per_token: int, estimates: bool) -> Way:
     router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, device=ffn.device)
     router_ED = (1e3 * router_ED).sin().view(num_experts, -1)
 
     def sparse(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-        ids_TK = top_experts(linear(x_TD.detach(), router_ED).float(), experts_per_token)
+        if estimates:
+            scores_TE = estimated_mass(x_TD, weights, ffn.activation, num_experts)
+        else:
+            scores_TE = linear(x_TD.detach(), router_ED).float()
+        ids_TK = top_experts(scores_TE, experts_per_token)
         return expert_ffn(ExpertCall(x_TD, weights, ids_TK, num_experts, ffn.activation))
 
     return sparse

@@ -28,7 +28,7 @@ from switchable.finite import check_finite
 from switchable.options import checked
 from switchable.settings import SwitchConfig, settled
 
-MODES = ("mode", "experts_per_token", "mass", "router_learns", "multiplies_active")
+MODES = ("mode", "experts_per_token", "mass", "router_learns", "multiplies_active", "estimates")
 """What decides how an FFN is multiplied."""
 PerLayer = int | Sequence[int | None] | None
 NOT_SWITCHABLE = (

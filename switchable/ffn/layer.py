@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switchable.compute.call import ExpertCall
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.topk import top_experts
+from switchable.compute.estimate import estimated_mass, expert_mass
 from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
@@ -29,11 +30,13 @@ from switchable.ffn.attached import attach_loss, penalise, teach
 from switchable.ffn.decoding import decoded
 from switchable.ffn.description import SavedRouter
 from switchable.ffn.plain import check_plain
-from switchable.ffn.router import Router, expert_mass, stride
+from switchable.ffn.router import Router, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
 
 SPARSE_TOKEN_FRACTION = 1 / 16
 """Fraction of a sparse step's tokens that train the router. All neurons are computed for them, forward only."""
+ESTIMATED_TOKEN_FRACTION = 1 / 8
+"""The same where the mass of all tokens is estimated anyway."""
 
 
 class SwitchableFFN(nn.Module):
@@ -116,11 +119,9 @@ class SwitchableFFN(nn.Module):
             return done_BSD
         if not torch.compiler.is_compiling():  # `set_mode` has looked already
             check_plain(self.ssd)
-        y_TD = self._mixed(x_BSD.reshape(-1, self.ssd.d_model))
-        bias = self.ssd.down_projection.bias
-        if bias is not None:
-            y_TD = y_TD + bias.to(y_TD.dtype)
-        y_BSD = y_TD.view(x_BSD.shape)
+        if self.ssd.estimates and self._trains:
+            return self._sparse_by_estimate(x_BSD)
+        y_BSD = self._whole(self._mixed(x_BSD.reshape(-1, self.ssd.d_model)), x_BSD)
         if self.ssd.router_learns and self._trains:
             # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
             seen = x_BSD[..., :: stride(SPARSE_TOKEN_FRACTION), :].detach().contiguous()
@@ -128,6 +129,29 @@ class SwitchableFFN(nn.Module):
                 hidden = self.ssd.activations(seen)
             y_BSD = self._taught(y_BSD, seen, hidden)
         return y_BSD
+
+    def _sparse_by_estimate(self, x_BSD: Tensor) -> Tensor:
+        """Return the output of the experts that have most mass by products in 8 bits; the router learns that mass."""
+        ssd = self.ssd
+        mass_TE = estimated_mass(
+            x_BSD.detach().reshape(-1, ssd.d_model), ssd.weights, ssd.settings.activation, ssd.num_experts
+        )
+        ids_TK = top_experts(mass_TE, ssd.experts_per_token)
+        y_BSD = self._whole(self._experts(x_BSD.reshape(-1, ssd.d_model), ids_TK), x_BSD)
+        if not ssd.router_learns:
+            return y_BSD
+        every = stride(ESTIMATED_TOKEN_FRACTION)
+        mass_BSE = mass_TE.view(*x_BSD.shape[:-1], ssd.num_experts)
+        return self._teach(
+            y_BSD, x_BSD[..., ::every, :], mass_BSE[..., ::every, :].reshape(-1, ssd.num_experts)
+        )
+
+    def _whole(self, y_TD: Tensor, x_BSD: Tensor) -> Tensor:
+        """Return what the experts write, with the bias of the output projection, in the shape of the input."""
+        bias = self.ssd.down_projection.bias
+        if bias is not None:
+            y_TD = y_TD + bias.to(y_TD.dtype)
+        return y_TD.view(x_BSD.shape)
 
     def _mixed(self, x_TD: Tensor) -> Tensor:
         """Return the sum of what each token's experts write, without the bias of the output projection.
@@ -158,8 +182,12 @@ class SwitchableFFN(nn.Module):
         ssd = self.ssd
         with torch.no_grad():
             mass_TE = expert_mass(hidden_BSF.reshape(-1, ssd.d_ff), ssd.weights.down_FD, ssd.num_experts)
-        scores_TE = self.router(x_BSD.detach().reshape(-1, ssd.d_model))
-        taught: Tensor = teach(y, scores_TE, mass_TE, ssd.loss_scale.now)
+        return self._teach(y, x_BSD, mass_TE)
+
+    def _teach(self, y: Tensor, x_BSD: Tensor, mass_TE: Tensor) -> Tensor:
+        """Return y; whatever is learned from it, the router learns the mass of tokens."""
+        scores_TE = self.router(x_BSD.detach().reshape(-1, self.ssd.d_model))
+        taught: Tensor = teach(y, scores_TE, mass_TE, self.ssd.loss_scale.now)
         return taught
 
     def extra_repr(self) -> str:

@@ -66,13 +66,6 @@ class Router(nn.Linear):
             return nnf.linear(*own).to(dtype)
 
 
-def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
-    """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
-    norms_F: Tensor = down_FD.float().norm(dim=1)
-    mass_TEI = (hidden_TF * norms_F).abs_().view(len(hidden_TF), num_experts, -1)
-    return mass_TEI.sum(dim=-1).float()
-
-
 def mass_share(mass_TE: Tensor) -> Tensor:
     """Return each expert's share of a token's activation mass; zeros where no neuron of the token is active."""
     return mass_TE / mass_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass_TE.dtype).tiny)

@@ -114,6 +114,8 @@ class SSD:
         self.mass = 1.0
         """Below 1, a token computes the fewest of its K experts whose shares, as the router estimates them, add up to
         this part of its activation mass (`compute/cpu/topk.py`)."""
+        self.estimates = False
+        """Whether sparse steps of training choose experts by products in 8 bits, without the router."""
         self.router_learns = not settings.config.never_sparse
         """Whether the router is trained in steps with gradients."""
         self.multiplies_active = False

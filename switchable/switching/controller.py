@@ -225,6 +225,7 @@ class Controller:
             # A twin's sparse mode is the model's; in which mode it is, is its owner's choice.
             for each in (layer, *others):
                 each.ssd.takes_part, each.ssd.why_dense = state.takes_part[i], state.why_dense[i]
+                each.ssd.estimates = state.estimates
                 each.ssd.set_experts_per_token(state.experts_per_token[i])
         set_mode(self.model, self.mode)
 

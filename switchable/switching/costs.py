@@ -2,7 +2,7 @@
 
     dense     every neuron                                     seconds
     active    a dense step from the active neurons alone       seconds = base + slope · activation ratio
-    sparse    K of E experts, and the router                   seconds = base + slope · K/E
+    sparse    K of E experts, chosen by products in 8 bits     seconds = base + slope · K/E
 
 All forward and backward, in turns (`compute/measured.py`). Layers of one shape are timed once. What was found belongs
 to the run: it lies in every checkpoint, so that a resumed run takes the same steps on any machine.

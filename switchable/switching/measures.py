@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchable.compute.estimate import expert_mass
 from switchable.ffn.convert import in_mode, layers_of
 from switchable.ffn.layer import SwitchableFFN
-from switchable.ffn.router import expert_mass
 from switchable.ranks import reshard
 
 Batch = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class LayerMeasures:
     """Share of the activation mass in the router's K experts, 0 to 1."""
     mass_by_k: tuple[float, ...]
     """The same for the router's first 1, 2, ..., E experts."""
+    best_by_k: tuple[float, ...]
+    """The same for each token's best 1, 2, ..., E experts."""
     mass_best: float
     """Share of the activation mass in the best K experts, 0 to 1."""
     load_imbalance: float
@@ -50,6 +52,11 @@ class LayerMeasures:
     """Jaccard index of the sets of active neurons now and last time, mean over tokens, 0 to 1; None the first time."""
     routing_changed: float | None = None
     """Share of tokens whose set of K experts is another than last time, 0 to 1; None at first and if K was another."""
+
+    @property
+    def estimated(self) -> LayerMeasures:
+        """The measures as they are when products in 8 bits choose, which catch what the best experts hold."""
+        return replace(self, mass_by_k=self.best_by_k, mass_caught=self.mass_best)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:
         activation_ratio=seen.activation_ratio,
         mass_caught=seen.mass_caught,
         mass_by_k=tuple(seen.mass_router),
+        best_by_k=tuple(seen.mass_best),
         mass_best=seen.mass_best_k,
         load_imbalance=seen.load_imbalance,
         experts_per_token=seen.chosen,

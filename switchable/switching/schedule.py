@@ -16,28 +16,24 @@ Source of the phases: Zhang et al. 2024 (SSD); of the short returns: our measure
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from switchable.compute.measured import Costs
-from switchable.recipes import AUTO, RECIPES
 from switchable.settings import SwitchConfig
 from switchable.switching.limits import ACTIVATION_TARGET, LEAVE_FACTOR, experts_needed, missed, moves
 from switchable.switching.monitor import LayerMeasures
 from switchable.switching.state import Change, Decision, ScheduleState
+from switchable.switching.timetable import Timetable
 
 SAVES = 1.5
 """How many times as long as its sparse step a layer's dense step must take for it to take part early: that costs 0.008
 nats more than late sparse steps, which 4 to 5 % more tokens win back (docs/recipe.md); FFNs are a third of a step."""
-SETTLE_FRACTION = 0.1
-"""The share of the steps before a layer may join in which its structure stands, so that its router learns it: after 4 %
-(82 of 2,332 steps) K by mass came out a half too large, after 18 % (382 of 2,082) right."""
 NEVER_SPARSE = "it is trained all dense (min_dense_fraction=1, as in recipe dense)"
 NOT_MEASURED = "no measurement was due yet while layers may join (monitor_every, final_dense_fraction)"
 
 
-class Schedule:
+class Schedule(Timetable):
     """The schedule of one run of so many optimizer steps; `config` has a value for every setting."""
 
     name = "ssd"
@@ -46,38 +42,13 @@ class Schedule:
     """Dense steps at each return."""
 
     def __init__(self, config: SwitchConfig, total_steps: int) -> None:
-        self.config, self.total_steps = config, total_steps
+        super().__init__(config, total_steps)
         self.costs: tuple[Costs, ...] = ()
         """Of each layer, where the recipe weighs them."""
         self.skips: Callable[[int, float], bool] = lambda _layer, _share: True
         """Whether a layer that is to leave out idle neurons does so here, with such a share of active ones."""
         self.penalised_from = 0
         """The step from which the penalty on activations is paid: in bfloat16 not while the model is young."""
-
-    @property
-    def weighs(self) -> bool:
-        """Whether costs decide, so that `costs` must be given before the first measurement."""
-        return self.config.recipe == AUTO
-
-    @property
-    def dense_until(self) -> int:
-        """The first step (counted from 0) that may be sparse; where costs decide, whatever it costs."""
-        return round(self.config.min_dense_fraction * self.total_steps)
-
-    @property
-    def joins_from(self) -> int:
-        """The first step from which a layer may take part."""
-        return min(self.dense_until, self.young_until if self.weighs else self.total_steps)
-
-    @property
-    def young_until(self) -> int:
-        """The first step at which a model is old enough for sparse steps, and in bfloat16 for a penalty."""
-        return round(float(RECIPES["early"]["min_dense_fraction"]) * self.total_steps)
-
-    @property
-    def dense_from(self) -> int:
-        """The first step (counted from 0) of the last dense phase; `total_steps` if there is none."""
-        return self.total_steps - round(self.config.final_dense_fraction * self.total_steps)
 
     def initial(self, num_layers: int) -> ScheduleState:
         """Return the state at step 0: every layer dense."""
@@ -90,6 +61,7 @@ class Schedule:
             activation_l1=(0.0 if waits else self.config.activation_l1,) * num_layers,
             why_dense=(NEVER_SPARSE if self.config.never_sparse else NOT_MEASURED,) * num_layers,
             activation_ratio=(1.0,) * num_layers,
+            estimates=self.estimates_at(0),
         )
 
     def mode_at(self, step: int, state: ScheduleState) -> str:
@@ -104,39 +76,6 @@ class Schedule:
         if step >= self.dense_from:
             return "final dense"
         return "dense" if state.began is None or not any(state.takes_part) else "alternating"
-
-    def is_measured(self, steps_done: int, state: ScheduleState) -> bool:  # noqa: ARG002 - a baseline needs it
-        """Return whether a measurement is due after so many steps, at least one.
-
-        Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by
-        `monitor_growth`: the pattern changes fast in a young model and slowly later on, and clustering costs as much as
-        a few steps. One more is due when the first dense phase may end, so that no layer has to wait, in place of any
-        shortly before: a layer that got a new structure there would join with a router that has not learned it yet.
-        """
-        return self.measured_until(steps_done) > self.measured_until(steps_done - 1)
-
-    def measured_until(self, steps_done: int) -> int:
-        """Return how many measurements are due in the first so many steps (see `is_measured`)."""
-        every, until = self.config.monitor_every, self.dense_until
-        if not every:
-            return 0
-        kept_free = 0 if self.config.never_sparse or until == 0 else max(every, SETTLE_FRACTION * until)
-        before = max(0, math.floor(until - kept_free))
-        if not kept_free or steps_done <= before:
-            return self._due_numbers(steps_done // every)
-        due = self._due_numbers(before // every)
-        if steps_done >= until:
-            due += 1 + self._due_numbers(steps_done // every) - self._due_numbers(until // every)
-        return due
-
-    def _due_numbers(self, most: int) -> int:
-        """Return how many of 1 to `most` are due: each is the least that exceeds the one before by `monitor_growth`."""
-        growth = self.config.monitor_growth
-        found = most if growth == 1 else min(most, int(1 / (growth - 1)))  # up to there all are
-        due = found + 1
-        while due <= most:
-            found, due = found + 1, max(due + 1, math.ceil(due * growth - 1e-9))
-        return found
 
     def sparse_until(self, steps_done: int, state: ScheduleState) -> int:
         """Return how many of the first so many steps are sparse, if the state is this one all the time."""
@@ -174,6 +113,8 @@ class Schedule:
         every measurement to the end; whether its dense steps multiply active neurons only, and whether its activations
         are penalised, always does.
         """
+        if self.estimates_at(step):
+            measures = [each.estimated for each in measures]
         before, state = state, self._followed(step, state, measures)
         if self.config.never_sparse or step >= self.dense_from:
             return Decision(state, (False,) * len(measures), self._changes(step, before, state, measures))
@@ -197,6 +138,7 @@ class Schedule:
             state,
             experts_per_token=tuple(experts_needed(config, m) for m in measures),
             activation_ratio=ratios,
+            estimates=self.estimates_at(step),
             multiplies_active=tuple(
                 self._few_active(layer, m) and self.skips(layer, ratio)
                 for layer, (m, ratio) in enumerate(zip(measures, ratios, strict=True))
@@ -227,25 +169,21 @@ class Schedule:
         )
 
     def _stays(self, step: int, layer: int, measured: LayerMeasures) -> bool:
-        early = self._is_early(step)
-        costly = early and self._costly(layer, measured, LEAVE_FACTOR)
+        early = self.estimates_at(step)
+        costly = early and self.weighs and self._costly(layer, measured, LEAVE_FACTOR)
         return not (costly or missed(self.config, [measured], LEAVE_FACTOR, early))
 
     def _kept_out(self, step: int, layer: int, measured: LayerMeasures) -> list[str]:
         """Return what keeps a layer from joining after a measurement."""
-        early = self._is_early(step)
+        early = self.estimates_at(step)
         found = missed(self.config, [measured], early=early)
         if early or not self.weighs:
             found += moves(self.config, [measured])
-        if early:
+        if early and self.weighs:
             found += self._costly(layer, measured)
         if step < self.joins_from:
             found.append(f"no layer joins before step {self.joins_from} (min_dense_fraction)")
         return found
-
-    def _is_early(self, step: int) -> bool:
-        """Whether layers take part to save time; from `dense_until` on they do to be taught, whatever it costs."""
-        return self.weighs and step < self.dense_until
 
     def _costly(self, layer: int, measured: LayerMeasures, slack: float = 1.0) -> list[str]:
         """Return how little time a layer's sparse steps save, if it is too little to take them for its sake."""
@@ -278,7 +216,7 @@ class Schedule:
         if now == "sparse":
             told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
             told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
-            if self.weighs and not self._is_early(step):
+            if self.weighs and not self.estimates_at(step):
                 told += f"; from step {self.dense_until} on sparse mode is taught"
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"

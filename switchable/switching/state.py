@@ -18,6 +18,8 @@ class ScheduleState:
     """Whether each layer multiplies only its active neurons in dense steps."""
     activation_l1: tuple[float, ...]
     """Each layer's penalty on activations, in nats per unit."""
+    estimates: bool = False
+    """Whether sparse steps choose experts by products in 8 bits; else the router does."""
     began: int | None = None
     """The step at which alternating began; None before."""
     why_dense: tuple[str, ...] = field(default=(), compare=False)

@@ -25,7 +25,7 @@ from switchable.switching.monitor import LayerMeasures
 
 FILES = "events.out.tfevents."  # prefix of the names by which TensorBoard knows its files
 
-_MEASURES = [f.name for f in fields(LayerMeasures) if f.name != "mass_by_k"]
+_MEASURES = [f.name for f in fields(LayerMeasures) if not f.name.endswith("_by_k")]
 CHARTS = {
     "loss": {"loss": ["Multiline", ["train/loss", "eval/val_loss_"]]},
     "layers": {name: ["Multiline", [f"{name}/"]] for name in ("sparse_steps", "active_steps", *_MEASURES)},

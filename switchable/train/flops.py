@@ -4,6 +4,7 @@ The dense model is *counted* (torch's FlopCounterMode over one real forward and 
 its matmuls), so any architecture is covered. What a sparse step saves is then exact arithmetic, per token and layer,
 forward + backward = 3 x forward, a multiply-add being 2 operations:
 
+    choosing by products in 8 bits     (P - 1) · 2·D·F / 2  +  r · (2 · 2·D·E + 2·F)     such a product counts half
     dense FFN      3 · 2·P·D·F             P projections: 2, of a gated FFN 3
     sparse FFN     3 · 2·P·D·(K/E)·F  +  router 2·D·E, and what it learns there
     active neurons     2·D·F + (3·P - 1) · 2·D·a·F     a = share of the activations that are not zero, as counted there
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchable.ffn.convert import kept_modes
-from switchable.ffn.layer import SPARSE_TOKEN_FRACTION, SwitchableFFN
+from switchable.ffn.layer import ESTIMATED_TOKEN_FRACTION, SPARSE_TOKEN_FRACTION, SwitchableFFN
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StepFlops:
     expert: tuple[float, ...]  # per layer: one of its experts, computed for every token
     router: tuple[float, ...]  # per layer: its router in a sparse step
     router_learning: tuple[float, ...]  # per layer: training the router in a dense step
+    estimate: tuple[float, ...]
+    """Per layer: what stands for `router` where experts are chosen by products in 8 bits."""
     ffn_input: tuple[float, ...]
     """Per layer: the part of `ffn_dense` spent in the input projection, and the gate if there is one."""
 
@@ -50,15 +53,27 @@ class StepFlops:
 
         return StepFlops(**{name: more(value) for name, value in vars(self).items()})
 
-    def step(self, experts: Sequence[int | None], active: Sequence[float | None] | None = None) -> float:
+    def step(
+        self,
+        experts: Sequence[int | None],
+        active: Sequence[float | None] | None = None,
+        estimates: bool = False,
+    ) -> float:
         """Return the FLOPs of a step, given each layer's experts per token (None where it is dense).
 
+        `estimates` says that these are chosen by products in 8 bits, each of which counts half.
         `active` is the share of the activations that was not zero, of each layer that multiplied only active neurons;
         None for the others. Left out, there are no such layers.
         """
         total = self.dense
         shares = active or [None] * len(experts)
-        layers = (self.ffn_dense, self.ffn_input, self.expert, self.router, self.router_learning)
+        layers = (
+            self.ffn_dense,
+            self.ffn_input,
+            self.expert,
+            self.estimate if estimates else self.router,
+            self.router_learning,
+        )
         for k, share, *cost in zip(experts, shares, *layers, strict=True):
             dense, read, expert, router, learning = cost
             if k is not None:
@@ -93,6 +108,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
         expert=tuple(ffn_dense(layer) / layer.ssd.num_experts * n for layer, n in each),
         router=tuple(router_sparse(layer) * n for layer, n in each),
         router_learning=tuple(router_learning(layer) * n for layer, n in each),
+        estimate=tuple(estimate(layer) * n for layer, n in each),
         ffn_input=tuple(ffn_dense(layer) * (1 - 1 / projections(layer)) * n for layer, n in each),
     )
 
@@ -112,8 +128,18 @@ def router_sparse(layer: SwitchableFFN) -> float:
     forward = layer.router_passes * 2 * layer.ssd.d_model * layer.ssd.num_experts
     if not layer.ssd.router_learns:
         return forward
-    inputs = 2.0 * (projections(layer) - 1) * layer.ssd.d_model * layer.ssd.d_ff
-    return forward + SPARSE_TOKEN_FRACTION * (inputs + _router_loss(layer))
+    return forward + SPARSE_TOKEN_FRACTION * (_inputs(layer) + _router_loss(layer))
+
+
+def estimate(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token of choosing experts by products in 8 bits, and of what the router learns from them."""
+    learning = ESTIMATED_TOKEN_FRACTION * _router_loss(layer) if layer.ssd.router_learns else 0.0
+    return _inputs(layer) / 2 + learning
+
+
+def _inputs(layer: SwitchableFFN) -> float:
+    """Return the FLOPs per token of an FFN's products before the activation, forward."""
+    return 2.0 * (projections(layer) - 1) * layer.ssd.d_model * layer.ssd.d_ff
 
 
 def router_learning(layer: SwitchableFFN) -> float:

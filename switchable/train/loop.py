@@ -104,14 +104,14 @@ class Trainer:
             self.log.measure(measurement)
         counters.cpu_seconds += time.process_time() - cpu
         if measurement and measurement.step == controller.state.began and is_main() and self.log.shows:
-            self.log.say(sparse_begins(job.config, measurement))
+            self.log.say(sparse_begins(job.config, measurement, controller.state.estimates))
 
     def _count(self, mode: str, experts: tuple[int | None, ...], seconds: float) -> None:
         counters, sparse = self.counters, mode == "sparse"
         counters.steps += 1
         shares = active_shares(self.job)
         self.log.ways = counters.count_ways(experts, shares)
-        flops = self.flops.step(experts, shares)
+        flops = self.flops.step(experts, shares, self.job.controller.state.estimates)
         counters.flops += flops
         counters.sparse_steps += sparse
         counters.window_steps += 1

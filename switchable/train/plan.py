@@ -103,7 +103,9 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, activation_ratio: 
     sharded = world_size > 1 and train.parallel == "fsdp"
     others = (world_size - 1) / world_size
     passes = 2 * train.gradient_accumulation_steps + 1 if sharded else 2
-    sparse = flops.step([None, *([switch.experts_per_token] * (len(layers) - 1))])
+    schedule = Schedule(switch, train.steps)
+    estimates = schedule.estimates_at(schedule.joins_from)
+    sparse = flops.step([None, *([switch.experts_per_token] * (len(layers) - 1))], estimates=estimates)
     spent, sparse_steps = _schedule(config, flops, len(layers), activation_ratio, ids.numel())
     return Plan(
         parameters=every - routers,
@@ -141,7 +143,9 @@ def _schedule(
     def cost(mode: str, state: ScheduleState) -> float:
         parts = zip(state.takes_part, state.experts_per_token, strict=True)
         shares = [ratio if active else None for active in state.multiplies_active]
-        return flops.step([k if part and mode == "sparse" else None for part, k in parts], shares)
+        return flops.step(
+            [k if part and mode == "sparse" else None for part, k in parts], shares, state.estimates
+        )
 
     state, done, spent, sparse_steps = schedule.initial(layers), 0, 0.0, 0
 
@@ -154,7 +158,8 @@ def _schedule(
         done, sparse_steps = end, sparse_steps + sparse
 
     # Equal measurements decide alike up to these steps: once one changes nothing, the next ones do not either.
-    for end in (schedule.joins_from - 1, schedule.dense_until - 1, schedule.dense_from - 1, train.steps):
+    changes = schedule.joins_from, schedule.dense_until, schedule.routed_from, schedule.dense_from
+    for end in (*(step - 1 for step in sorted(changes)), train.steps):
         before: ScheduleState | None = None
         while done < end and state != before:
             measured = schedule.measured_until
@@ -169,7 +174,9 @@ def _schedule(
 
 def _measured(ratio: float, caught: float, enough: int, experts: int) -> LayerMeasures:
     by_k = (0.0,) * (enough - 1) + (1.0,) * (experts - enough + 1)
-    return LayerMeasures(ratio, caught, by_k, 1.0, 1.0, experts_per_token=enough, pattern_similarity=1.0)
+    return LayerMeasures(
+        ratio, caught, by_k, by_k, 1.0, 1.0, experts_per_token=enough, pattern_similarity=1.0
+    )
 
 
 def estimates(

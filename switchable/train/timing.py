@@ -63,14 +63,19 @@ def warm_up(job: Job) -> None:
     A run that was resumed would have paid for that several times. Nothing that is computed later changes.
     """
     switch = job.config.switch
-    ways = [("dense", False), ("dense", True), ("sparse", False)]
+    ways = [
+        ("dense", False, False),
+        ("dense", True, False),
+        ("sparse", False, False),
+        ("sparse", False, True),
+    ]
     with kept_modes(job.model) as layers, torch.random.fork_rng():
         job.model.train()
-        for mode, active in ways:
+        for mode, active, estimates in ways:
             if (active and not switch.active_below) or (mode == "sparse" and switch.never_sparse):
                 continue
             for layer in layers:
-                layer.ssd.mode, layer.ssd.multiplies_active = mode, active
+                layer.ssd.mode, layer.ssd.multiplies_active, layer.ssd.estimates = mode, active, estimates
             job.replica.forward_backward(job.batch(0))
             job.optimizer.zero_grad(set_to_none=True)
         for layer in layers:

@@ -71,8 +71,10 @@ def _speed(job: Job) -> list[str]:
     """Say what recipe auto weighs, or from where on idle neurons are left out, and how fast sparse steps begin."""
     config, costs = job.config, job.controller.schedule.costs
     if not costs:
-        never = config.switch.never_sparse
-        return ([] if never else sparse_speed(config, config.switch.experts_per_token)) + _limit(job)
+        schedule = job.controller.schedule
+        estimates = schedule.estimates_at(schedule.joins_from)
+        speed = sparse_speed(config, config.switch.experts_per_token, estimates)
+        return ([] if config.switch.never_sparse else speed) + _limit(job)
     ways = (
         f"{costs[0].told(share, 1 / part)} with {share:.0%} of the neurons active or 1/{part} of the experts"
         for share, part in zip(SHARES, PARTS, strict=True)
@@ -80,22 +82,26 @@ def _speed(job: Job) -> list[str]:
     return [f"an FFN on {costs[0].tokens} tokens takes here, forward and backward: {'; '.join(ways)}"]
 
 
-def sparse_speed(config: RunConfig, experts_per_token: float) -> list[str]:
-    """Say how fast sparse steps are beside dense ones, with so many experts for each token, on average over layers."""
+def sparse_speed(config: RunConfig, experts_per_token: float, estimates: bool) -> list[str]:
+    """Say how fast sparse steps are beside dense ones, with so many experts for each token, on average over layers.
+
+    `estimates` says that experts are chosen by products in 8 bits.
+    """
     ffn, switch = timed_ffn(config.model, config.train), config.switch
     if ffn is None:
         return []
     few = round(experts_per_token)
-    speedup = sparse_speedup(ffn, switch.num_experts, few, config.train.precision)
-    found = f"{few} of {switch.num_experts} experts and the router are {speedup:.2f} times as fast as a dense FFN here"
+    speedup = sparse_speedup(ffn, switch.num_experts, few, config.train.precision, estimates)
+    choice = "their choice by 8 bits" if estimates else "the router"
+    found = f"{few} of {switch.num_experts} experts and {choice} are {speedup:.2f} times as fast as a dense FFN here"
     why = "sparse steps are slower than dense ones: recipe auto takes them only at the end, to teach sparse mode"
     return [f"{found}, forward and backward{'' if speedup >= 1 else f'; {why}'}"]
 
 
-def sparse_begins(config: RunConfig, measured: Measurement) -> str:
+def sparse_begins(config: RunConfig, measured: Measurement, estimates: bool) -> str:
     """Say that sparse steps begin, and how fast they are with the experts that layers were found to need."""
     parts = [k for k, part in zip(measured.experts_per_token, measured.takes_part, strict=True) if part]
-    speed = sparse_speed(config, sum(parts) / len(parts))
+    speed = sparse_speed(config, sum(parts) / len(parts), estimates)
     return ": ".join([f"step {measured.step}: sparse steps begin in {len(parts)} layers", *speed])
 
 
@@ -110,6 +116,8 @@ def _recipe(job: Job) -> str:
     when = f"{taught} at the earliest {switch.sparse_steps} sparse steps to each dense one"
     if schedule.weighs:
         when += f"; already from step {schedule.joins_from:,} on in layers where that is clearly cheaper here"
+    if schedule.estimates_at(schedule.joins_from):
+        when += ", experts chosen by products in 8 bits, in the last steps by the router"
     return f"recipe {switch.recipe}: {'no step is sparse' if switch.never_sparse else when}{changed}"
 
 

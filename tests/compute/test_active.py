@@ -15,7 +15,7 @@ from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.active import active as module
 from switchable.compute.cpu.active import library as active_library
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.ffn.router import expert_mass
+from switchable.compute.estimate import expert_mass
 
 pytestmark = needs_instructions
 

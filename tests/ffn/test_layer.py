@@ -12,8 +12,9 @@ from support import HomeMade, relative_error
 from torch import Tensor, nn
 
 from switchable import Family, InputError, SwitchConfig, convert, in_mode, set_mode
+from switchable.compute.estimate import estimated_mass
 from switchable.ffn.convert import is_router_parameter, layers_of, shown_mode
-from switchable.ffn.layer import SPARSE_TOKEN_FRACTION
+from switchable.ffn.layer import ESTIMATED_TOKEN_FRACTION, SPARSE_TOKEN_FRACTION
 
 Make = Callable[..., nn.Module]
 
@@ -93,6 +94,52 @@ def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
         assert torch.equal(taught[other], grad), other
     model.eval()
     assert torch.equal(model(input_ids=tokens).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_training_step_takes_the_experts_of_most_mass_without_the_router(family: str) -> None:
+    model = make(family).train()
+    for dropout in (each for each in model.modules() if isinstance(each, nn.Dropout)):
+        dropout.p = 0.0
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0]
+    ssd = layer.ssd
+    ssd.estimates = True
+    x = torch.randn(4, 24, ssd.d_model, requires_grad=True)
+    y = layer(x)
+    # By hand: the neurons of the three experts that hold most mass, as 8 bits tell it.
+    hidden = ssd.activations(x)
+    mass = estimated_mass(x.detach().view(-1, ssd.d_model), ssd.weights, ssd.settings.activation, 8)
+    kept = torch.zeros_like(mass).scatter(1, mass.topk(3).indices, 1.0).repeat_interleave(ssd.d_ff // 8, 1)
+    expected = ssd.write(hidden * kept.view_as(hidden))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    model_parameters = [p for n, p in layer.named_parameters() if not is_router_parameter(f".{n}")]
+    names = [x, *model_parameters]
+    given, wanted = (torch.autograd.grad(out.square().sum(), names) for out in (y, expected))
+    for one, other in zip(given, wanted, strict=True):
+        assert relative_error(one, other) < 1e-4
+    with torch.no_grad():  # what nothing is learned from goes by the router, which knows nothing yet
+        layer.router.weight.zero_()
+        layer.router.bias.copy_(torch.arange(8.0))
+        assert relative_error(layer(x), expected) > 1e-2
+
+
+def test_the_router_learns_the_mass_that_a_training_step_chose_by(make_gpt2: Make, tokens: Tensor) -> None:
+    """Every eighth token teaches it, as in a dense step; of 8 bits is only what it learns."""
+    model = make_gpt2(layers=1)
+    config = SwitchConfig(num_experts=8, experts_per_token=8, router_token_fraction=ESTIMATED_TOKEN_FRACTION)
+    convert(model, config)
+    (layer,) = layers_of(model)
+    _, dense = loss_and_gradients(model, tokens)
+    set_mode(model, "sparse")
+    layer.ssd.estimates = True
+    _, taught = loss_and_gradients(model, tokens)
+    for name, grad in dense.items():
+        assert relative_error(taught[name], grad) < (0.02 if is_router_parameter(name) else 1e-5), name
+    layer.ssd.router_learns = False
+    _, alone = loss_and_gradients(model, tokens)
+    assert not any(map(is_router_parameter, alone))
 
 
 def test_a_layer_that_does_not_take_part_stays_dense(switchable_gpt2: nn.Module) -> None:

@@ -11,9 +11,10 @@ from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import SwitchConfig, convert
+from switchable.compute.estimate import expert_mass
 from switchable.ffn.attached import attach_loss, penalise, teach
 from switchable.ffn.convert import layers_of
-from switchable.ffn.router import Router, expert_mass, router_loss, stride
+from switchable.ffn.router import Router, router_loss, stride
 
 
 def test_expert_mass_by_hand() -> None:

@@ -39,12 +39,21 @@ def changed(kind: type[Schedule] = Schedule, steps: int = 100, **changes: object
 def measured(ratio: float, alike: float | None, caught: float = 0.8) -> LayerMeasures:
     """A layer of which so many neurons are active, in a pattern that is so much like the one before."""
     by_k = (0.5, 0.8, 0.95, 1.0)
-    return LayerMeasures(ratio, caught, by_k, 0.95, 1.5, experts_per_token=2, pattern_similarity=alike)
+    return LayerMeasures(
+        ratio,
+        caught,
+        by_k,
+        (0.4, caught, 0.95, 1.0),
+        caught,
+        1.5,
+        experts_per_token=2,
+        pattern_similarity=alike,
+    )
 
 
 def alternating(*takes_part: bool, k: int = CONFIG.experts_per_token) -> ScheduleState:
     layers = len(takes_part)
-    return ScheduleState(takes_part, (k,) * layers, (False,) * layers, (0.0,) * layers, began=10)
+    return ScheduleState(takes_part, (k,) * layers, (False,) * layers, (0.0,) * layers, True, began=10)
 
 
 def test_dense_until_stable_sparse_and_allowed() -> None:
@@ -63,7 +72,7 @@ def test_dense_until_stable_sparse_and_allowed() -> None:
 def test_who_joins_keeps_the_structure_that_its_router_knows() -> None:
     later = measured(0.1, 0.5)
     measures = [later, measured(0.4, 0.5), measured(0.1, None)]
-    decision = changed(stability_threshold=0.0).decide(10, HUNDRED.initial(3), measures)
+    decision = changed(stability_threshold=0.0).decide(75, HUNDRED.initial(3), measures)
     assert decision.state.takes_part == (True, False, True)
     # The last one has only now been measured for the first time.
     assert decision.regroup == (False, True, True)
@@ -94,16 +103,41 @@ def test_a_layer_joins_only_when_its_experts_catch_enough_of_the_mass() -> None:
 
 def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
     # The router's first 1, 2, 3, 4 experts catch 0.5, 0.8, 0.95 and 1.
-    four = {"num_experts": 4, "experts_per_token": 2}
+    four = {"num_experts": 4, "experts_per_token": 2, "final_dense_fraction": 0.0}
     half = changed(mass_target=0.8, **four)
-    decision = half.decide(10, half.initial(1), [measured(0.9, 0.9)])
-    assert decision.state == alternating(True, k=2)  # 2 of 4 experts, however many neurons fire
+    state = half.decide(92, half.initial(1), [measured(0.9, 0.9)]).state
+    assert (state.takes_part, state.experts_per_token) == ((True,), (2,))  # however many neurons fire
     strict = changed(mass_target=0.9, **four)  # 3 of 4 are more than 0.65
-    assert strict.decide(10, strict.initial(1), [measured(0.1, 0.9)]).state.takes_part == (False,)
-    kept = strict.decide(90, decision.state, [measured(0.9, 0.9)]).state
-    assert kept == alternating(True, k=3)  # K follows to the end, the rest stands
+    assert strict.decide(92, strict.initial(1), [measured(0.1, 0.9)]).state.takes_part == (False,)
+    kept = strict.decide(96, state, [measured(0.9, 0.9)]).state
+    assert kept == dataclasses.replace(state, experts_per_token=(3,))  # K follows to the end, the rest stands
     fixed = HUNDRED.decide(10, HUNDRED.initial(1), [measured(0.1, 0.9)])
     assert fixed.state.experts_per_token == (6,)
+
+
+def test_early_a_layer_joins_that_needs_a_third_of_its_experts_at_most() -> None:
+    # Products in 8 bits tell which experts hold most of the mass.
+    schedule = changed(mass_target=0.9, num_experts=4, experts_per_token=2)
+    for ratio, joins in ((0.3, True), (0.31, False)):
+        one = dataclasses.replace(measured(ratio, 0.9), best_by_k=(0.9, 0.95, 1.0, 1.0))
+        assert schedule.decide(10, schedule.initial(1), [one]).state.takes_part == (joins,)
+    two = dataclasses.replace(measured(0.1, 0.9), best_by_k=(0.89, 0.95, 1.0, 1.0))
+    assert schedule.decide(10, schedule.initial(1), [two]).state.why_dense == (
+        "at step 10: mass_target=0.9 takes 0.50 of its experts, above 0.33",
+    )
+
+
+def test_products_in_8_bits_choose_until_the_router_does_in_the_last_steps() -> None:
+    schedule = changed(mass_target=0.9, num_experts=4, experts_per_token=2, final_dense_fraction=0.0)
+    measures = [dataclasses.replace(measured(0.1, 0.9), best_by_k=(0.99, 0.99, 0.99, 1.0))]
+    state = schedule.decide(10, schedule.initial(1), measures).state
+    assert (state.takes_part, state.experts_per_token, state.estimates) == ((True,), (1,), True)
+    assert schedule.decide(91, state, measures).state == state
+    state = schedule.decide(92, state, measures).state  # 0.92 of the run, where sparse steps of `late` begin
+    assert (state.experts_per_token, state.estimates) == ((3,), False)
+    assert ScheduleState.from_plain(state.plain()) == state
+    for never in (changed(min_dense_fraction=0.92), changed(PaperSchedule)):
+        assert not never.decide(10, never.initial(1), measures).state.estimates
 
 
 @pytest.mark.parametrize("never_sparse", [False, True])
@@ -180,7 +214,7 @@ def test_a_static_schedule_is_sparse_ever_after_and_its_structure_stands() -> No
     joined = static.decide(10, static.initial(2), [measured(0.4, 0.9), measured(0.1, 0.9)])
     assert joined.regroup == (True, False)
     state = joined.state
-    assert state == alternating(False, True)
+    assert state == dataclasses.replace(alternating(False, True), estimates=False)
     assert [static.mode_at(s, state) for s in (9, 10, 50, 99)] == ["dense", "sparse", "sparse", "sparse"]
     assert static.phase_at(99, state) == "sparse"
     later = static.decide(90, state, [measured(0.1, 0.9), measured(0.9, 0.0)])
@@ -205,7 +239,7 @@ def test_layers_that_join_together_go_by_their_means() -> None:
     passing = [measured(0.5, 0.9), measured(0.1, 0.1)]
     assert paper.decide(9, start, passing).state == start
     state = paper.decide(10, start, passing).state
-    assert state == alternating(True, True)
+    assert state == dataclasses.replace(alternating(True, True), estimates=False)
     assert paper.decide(20, state, [measured(0.9, 0.0)] * 2).state == state  # none leaves
 
 
@@ -240,15 +274,15 @@ def test_measurements_thin_out_as_the_run_grows() -> None:
 
 
 def test_groupings_from_scratch_are_tried_only_where_they_matter() -> None:
-    settings = {"min_dense_fraction": 0.8, "monitor_every": 50, "stability_threshold": 0.0}
+    settings = {"min_dense_fraction": 0.92, "monitor_every": 50, "stability_threshold": 0.0}
     nobody_asks = changed(steps=1000, **settings)
     everyone, one_waits = alternating(True, True), alternating(True, False)
     measured = [step for step in range(1, 1001) if nobody_asks.is_measured(step, everyone)]
-    assert measured == [*range(50, 750, 50), 800, 850, 900, 950, 1000]
-    # The structure found after 700 steps is the one with which layers join after 800.
-    assert [step for step in measured if nobody_asks.groups_afresh(step, everyone)] == [700]
+    assert measured == [*range(50, 850, 50), 920, 950, 1000]
+    # The structure found after 800 steps is the one with which layers join after 920.
+    assert [step for step in measured if nobody_asks.groups_afresh(step, everyone)] == [800]
     waiting = [step for step in measured if nobody_asks.groups_afresh(step, one_waits)]
-    assert waiting == [700, 850, 900, 950, 1000]  # a layer that joins late gets a structure as good
+    assert waiting == [800, 950, 1000]  # a layer that joins late gets a structure as good
     for other in (
         changed(steps=1000, **settings | {"stability_threshold": 0.1}),
         changed(PaperSchedule, **settings),

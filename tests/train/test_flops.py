@@ -33,6 +33,10 @@ def test_a_step_by_hand(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     sparse_ffn = 3 * 4 * D * F * K / E + 2 * D * E + TAUGHT
     learning = 0.5 * (4 * D * E + 2 * F)
     assert flops.step((None, None)) == flops.dense + T * 2 * learning
+    # By products in 8 bits: the input projection's at half price, and an eighth of the tokens teaches the router.
+    chosen = 2 * D * F / 2 + 0.125 * (4 * D * E + 2 * F)
+    sparse = flops.dense + T * L * (12 * D * F * (K / E - 1) + chosen)
+    assert flops.step((K, K), estimates=True) == pytest.approx(sparse, rel=1e-12)
     assert flops.step((None, K)) == flops.dense + T * (learning - 3 * 4 * D * F + sparse_ffn)
     # The input projection's forward pass in full, of the other five products a quarter.
     active = 2 * D * F + 5 * 2 * D * 0.25 * F
@@ -67,6 +71,7 @@ def test_a_gated_ffn_has_three_projections() -> None:
     assert skipped == pytest.approx(T * 0.75 * 8 * 2 * D * F)
     taught = SPARSE_TOKEN_FRACTION * (2 * 2 * D * F + 4 * D * E + 2 * F)
     assert flops.router == (T * (2 * D * E + taught),) * L
+    assert flops.estimate == (T * (2 * 2 * D * F / 2 + 0.125 * (4 * D * E + 2 * F)),) * L
     assert flops.measurement(T) * 3 == pytest.approx(flops.dense + L * T * 3 * 4 * D * F)
     heads = 2 * 2 * D * D + 2 * 2 * D * (D // 2)  # q and output; k and v of one head of two
     forward = L * (heads + 2 * S * D * 2 + 6 * D * F) + 2 * D * V

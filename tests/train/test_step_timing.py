@@ -97,6 +97,7 @@ def test_warming_up_makes_every_kind_of_step_and_changes_nothing(watched: Any) -
         ("dense", True, False),
         ("dense", True, True),
         ("sparse", True, False),
+        ("sparse", True, False),  # experts chosen by the router, and by 8 bits
     ]
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
