@@ -64,7 +64,8 @@ class Timetable:
         Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by
         `monitor_growth`: the pattern changes fast in a young model and slowly later on, and clustering costs as much as
         a few steps. One more is due when the first dense phase may end, so that no layer has to wait, in place of any
-        shortly before: a layer that got a new structure there would join with a router that has not learned it yet.
+        shortly before: a layer that got a new structure there would join with a router that has not learned it yet. And
+        one when the router begins to choose, which needs another K.
         """
         return self.measured_until(steps_done) > self.measured_until(steps_done - 1)
 
