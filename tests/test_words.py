@@ -65,7 +65,8 @@ def test_pretrain(said: Say, corpus: Path, tmp_path: Path, family: str) -> None:
     assert speed.startswith("3 of 8 experts and their choice by 8 bits are ")
     assert " times as fast as a dense FFN here, forward and backward" in speed
     assert recipe.startswith(
-        "recipe early: from step 3 on at the earliest 2 sparse steps to each dense one; changed: "
+        "recipe early: from step 3 on at the earliest 2 sparse steps to each dense one, experts chosen by products in "
+        "8 bits, in the last steps by the router; changed: "
     )
     assert "sparse_steps=2, min_dense_fraction=0.25" in recipe
     layers = 4 if family == "t5" else 2

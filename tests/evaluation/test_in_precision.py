@@ -22,12 +22,15 @@ from switchable.study.study import study_run
 from switchable.train.pretrain import pretrain
 from switchable.train.setup import set_up
 
+SEED = 1
+"""With which the two precisions come to losses that differ clearly."""
+
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(
     request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[str, Any]]:
-    out, config = tmp_path_factory.mktemp("run"), small_run(corpus, precision=request.param)
+    out, config = tmp_path_factory.mktemp("run"), small_run(corpus, precision=request.param, seed=SEED)
     return request.param, out / "run", pretrain(config, out / "run", out / "cache", quiet=True)
 
 
@@ -43,7 +46,7 @@ def test_the_runs_last_losses_are_found_again_in_its_precision_only(
             found = [loss_in_mode(model, batches, mode) for mode in ("dense", "sparse")]
         reported = [figures["val_loss_dense"], figures["val_loss_sparse"]]
         # In bfloat16 the run's attention is `eager`, which rounds elsewhere.
-        close = pytest.approx(reported, rel=1e-7 if precision == "float32" else 1e-5)
+        close = pytest.approx(reported, rel=1e-7 if precision == "float32" else 4e-6)
         assert (found == close) == (given == precision)
 
 

@@ -107,10 +107,9 @@ def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
 
     A row of zeros has scale 0.
     """
-    rounded_ND, scale_N = (
-        torch.empty_like(weight_ND, dtype=torch.int8),
-        weight_ND.new_empty(len(weight_ND), dtype=torch.float32),
-    )
+    device = weight_ND.device
+    rounded_ND = torch.empty(weight_ND.shape, dtype=torch.int8, device=device)
+    scale_N = torch.empty(len(weight_ND), device=device)
     for first in range(0, len(weight_ND), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         scale_N[some] = weight_ND[some].abs().amax(1).float() / LARGEST
