@@ -31,7 +31,7 @@ GONE: dict[str, Gone] = {
     "router_objective": Gone("routers learn the activation mass", ("mass",)),
     "router_gate_gradient": Gone("routers learn the activation mass alone", (False,)),
     "router_noise": Gone("it did not help", (0,)),
-    "router_sparse_fraction": Gone("it is always 1/16", (0.0625,)),
+    "router_sparse_fraction": Gone("it is always 1/16, in early sparse steps 1/8", (0.0625,)),
     "commitment": Gone("it did not help", (0,)),
     "gate": Gone(
         "experts are not scaled; a mixture of experts is `switchable compare --methods moe`", ("unit",)
@@ -42,7 +42,7 @@ GONE: dict[str, Gone] = {
     "regroup_below": Gone("a structure in use stands", (0,)),
     "dense_steps": Gone("each return is one dense step", (1,)),
     "activation_target": Gone("it is always 0.12", (0.12,), needs="activation_l1"),
-    "max_expert_fraction": Gone("it is always 0.65", (0.65,), needs="mass_target"),
+    "max_expert_fraction": Gone("it is always 0.65, in early sparse steps 1/3", (0.65,), needs="mass_target"),
     "schedule": Gone(
         "use recipe dense to train all dense; static and sparse are methods of `switchable compare`",
         ("ssd", "dense"),

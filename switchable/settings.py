@@ -88,8 +88,8 @@ class SwitchConfig:
     )
     max_activation_ratio: float = fraction(
         BY_RECIPE,
-        "without a mass_target, and early in recipe auto: largest activation ratio at which a layer counts as sparse; "
-        "others stay dense",
+        "without a mass_target, and while products in 8 bits choose: largest activation ratio at which a layer counts "
+        "as sparse; others stay dense",
         flag=False,
     )
     min_mass_caught: float = fraction(

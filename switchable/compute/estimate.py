@@ -3,7 +3,7 @@
     mass_e = Σ_{i in e} |a_i| · ‖down_i‖,      a from x and `up` (and the gate), rounded to 8 bits by rows
 
 No router has to have learned anything. The choice catches the activation mass that the best one does, to three digits
-(docs/log/quality.md), and in training it costs a twelfth of the FFN's products, at half their price.
+(docs/log/quality.md). In training it costs one product more beside six (gated: two beside nine), at half their price.
 
 Shapes: T tokens, D d_model, F d_ff, E experts.
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from switchable import Family, InputError, SwitchConfig, convert, in_mode, set_mode
 from switchable.compute.estimate import estimated_mass
 from switchable.ffn.convert import is_router_parameter, layers_of, shown_mode
-from switchable.ffn.layer import ESTIMATED_TOKEN_FRACTION, SPARSE_TOKEN_FRACTION
+from switchable.ffn.layer import ESTIMATED_TOKEN_FRACTION, SPARSE_TOKEN_FRACTION, SwitchableFFN
 
 Make = Callable[..., nn.Module]
 
@@ -73,16 +73,23 @@ def test_fewer_experts_differ_and_leave_unselected_ones_without_gradient(
     assert per_neuron[[0, 1, 2, 3, 4, 6, 7]].abs().max() == 0
 
 
+def all_experts_after_a_dense_step(
+    make_gpt2: Make, tokens: Tensor, router_token_fraction: float
+) -> tuple[nn.Module, SwitchableFFN, dict[str, Tensor]]:
+    """A model in sparse mode, its layer, and the gradients of a dense step in which so many tokens teach the router."""
+    model = make_gpt2(layers=1)
+    settings = {"num_experts": 8, "experts_per_token": 8, "router_token_fraction": router_token_fraction}
+    convert(model, SwitchConfig(**settings))
+    _, dense = loss_and_gradients(model, tokens)
+    set_mode(model, "sparse")
+    return model, layers_of(model)[0], dense
+
+
 def test_a_few_tokens_of_a_sparse_step_teach_the_router_what_a_dense_step_would(
     make_gpt2: Make, tokens: Tensor
 ) -> None:
     """With all experts on, both modes see the same tokens: their routers' gradients are the same, and no others."""
-    model = make_gpt2(layers=1)
-    config = SwitchConfig(num_experts=8, experts_per_token=8, router_token_fraction=SPARSE_TOKEN_FRACTION)
-    convert(model, config)
-    (layer,) = layers_of(model)
-    _, dense = loss_and_gradients(model, tokens)
-    set_mode(model, "sparse")
+    model, layer, dense = all_experts_after_a_dense_step(make_gpt2, tokens, SPARSE_TOKEN_FRACTION)
     layer.ssd.router_learns = False
     _, alone = loss_and_gradients(model, tokens)
     layer.ssd.router_learns = True
@@ -127,12 +134,7 @@ def test_a_training_step_takes_the_experts_of_most_mass_without_the_router(famil
 
 def test_the_router_learns_the_mass_that_a_training_step_chose_by(make_gpt2: Make, tokens: Tensor) -> None:
     """Every eighth token teaches it, as in a dense step; of 8 bits is only what it learns."""
-    model = make_gpt2(layers=1)
-    config = SwitchConfig(num_experts=8, experts_per_token=8, router_token_fraction=ESTIMATED_TOKEN_FRACTION)
-    convert(model, config)
-    (layer,) = layers_of(model)
-    _, dense = loss_and_gradients(model, tokens)
-    set_mode(model, "sparse")
+    model, layer, dense = all_experts_after_a_dense_step(make_gpt2, tokens, ESTIMATED_TOKEN_FRACTION)
     layer.ssd.estimates = True
     _, taught = loss_and_gradients(model, tokens)
     for name, grad in dense.items():
