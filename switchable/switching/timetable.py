@@ -45,9 +45,13 @@ class Timetable:
 
     @property
     def routed_from(self) -> int:
-        """The step from which on the router chooses experts, so that the model learns it: sparse mode is its choice."""
-        late = round(float(RECIPES["late"]["min_dense_fraction"]) * self.total_steps)
-        return self.dense_until if self.weighs else late
+        """The step from which on the router chooses experts, so that the model learns it: sparse mode is its choice.
+
+        The last sparse steps, as many as recipe `late` has; all of them where those are the ones that cost weighs in.
+        """
+        learned = round((1 - float(RECIPES["late"]["min_dense_fraction"])) * self.total_steps)
+        last = max(0, self.dense_from - learned)
+        return min(last, self.dense_until) if self.weighs else last
 
     def estimates_at(self, step: int) -> bool:
         """Return whether sparse steps from this one to the next measurement choose experts by products in 8 bits."""

@@ -79,14 +79,8 @@ def test_it_switches_as_the_controller_says(whole: tuple[Path, Trainer]) -> None
     ]
     assert controller.switches >= 6
     measured = [line for line in trained.state.log_history if "switchable_activation_ratio" in line]
-    assert [line["step"] for line in measured] == [
-        4,
-        8,
-        12,
-        16,
-        18,
-        20,
-    ]  # 18: from 0.92 on the router chooses
+    # 14: 8 % of the steps before the last dense phase, the router chooses from there on.
+    assert [line["step"] for line in measured] == [4, 8, 12, 14, 16, 20]
     assert len(measured[0]["switchable_mass_caught"]) == 2
 
 

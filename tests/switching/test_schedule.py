@@ -39,15 +39,9 @@ def changed(kind: type[Schedule] = Schedule, steps: int = 100, **changes: object
 def measured(ratio: float, alike: float | None, caught: float = 0.8) -> LayerMeasures:
     """A layer of which so many neurons are active, in a pattern that is so much like the one before."""
     by_k = (0.5, 0.8, 0.95, 1.0)
+    router_by_k = (0.4, caught, 0.95, 1.0)
     return LayerMeasures(
-        ratio,
-        caught,
-        by_k,
-        (0.4, caught, 0.95, 1.0),
-        caught,
-        1.5,
-        experts_per_token=2,
-        pattern_similarity=alike,
+        ratio, caught, by_k, router_by_k, caught, 1.5, experts_per_token=2, pattern_similarity=alike
     )
 
 
@@ -138,6 +132,11 @@ def test_products_in_8_bits_choose_until_the_router_does_in_the_last_steps() -> 
     assert ScheduleState.from_plain(state.plain()) == state
     for never in (changed(min_dense_fraction=0.92), changed(PaperSchedule)):
         assert not never.decide(10, never.initial(1), measures).state.estimates
+    # As many sparse steps are left to it before a last dense phase.
+    assert [changed(final_dense_fraction=share).routed_from for share in (0.05, 0.2, 0.95)] == [87, 72, 0]
+    auto = partial(changed, recipe="auto", min_dense_fraction=0.92)
+    assert [auto(final_dense_fraction=share).routed_from for share in (0.0, 0.05)] == [92, 87]
+    assert changed(recipe="auto").routed_from == 10  # those that come by the clock are for it
 
 
 @pytest.mark.parametrize("never_sparse", [False, True])
