@@ -45,10 +45,7 @@ class Timetable:
 
     @property
     def routed_from(self) -> int:
-        """The step from which on the router chooses experts, so that the model learns it: sparse mode is its choice.
-
-        The last sparse steps, as many as recipe `late` has; all of them where those are the ones that cost weighs in.
-        """
+        """The step from which on the router chooses, for as many steps as `late` has: sparse mode is to be learned."""
         learned = round((1 - float(RECIPES["late"]["min_dense_fraction"])) * self.total_steps)
         last = max(0, self.dense_from - learned)
         return min(last, self.dense_until) if self.weighs else last
@@ -67,9 +64,8 @@ class Timetable:
 
         Measurements are at multiples of `monitor_every`, the next one not before the steps have grown by
         `monitor_growth`: the pattern changes fast in a young model and slowly later on, and clustering costs as much as
-        a few steps. One more is due when the first dense phase may end, so that no layer has to wait, in place of any
-        shortly before: a layer that got a new structure there would join with a router that has not learned it yet. And
-        one when the router begins to choose, which needs another K.
+        a few steps. One more is due when the router begins to choose, which needs another K, and one when the first
+        dense phase may end, in place of any shortly before: a layer would join with a router new to its structure.
         """
         return self.measured_until(steps_done) > self.measured_until(steps_done - 1)
 
