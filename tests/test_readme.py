@@ -39,8 +39,6 @@ def test_the_commands_in_their_order(
     shutil.copytree(ROOT / "configs", "configs")
     assert len(COMMANDS) >= 12
     for command in COMMANDS:
-        if "configs/parity.yaml" in command:
-            continue  # six runs; the next one is the same with two
         _bring("runs/dense/final", "path/to/checkpoint")
         _bring("runs/mine/final", "other-run/step-1")
         arguments = shlex.split(command)[1:]
