@@ -21,6 +21,9 @@ from switchable.recipes import AUTO, LEAST_NEURONS, RECIPES, TILE_NEURONS
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, d_ff
 from switchable.settings import SwitchConfig, is_set
 
+MOST_TIMED = 2**29
+"""Weights of an FFN that is timed on a CPU: a larger one takes minutes, and more memory than many a machine has."""
+
 
 def chosen(model: ModelConfig, train: TrainConfig, switch: SwitchConfig) -> tuple[TrainConfig, SwitchConfig]:
     """Return the settings with a name for precision `auto`, and with the limit below which active neurons pay."""
@@ -37,18 +40,22 @@ def device_of(train: TrainConfig) -> str:
 
 
 def timed_ffn(model: ModelConfig, train: TrainConfig) -> FFN | None:
-    """Return an FFN of the run for the clock; None if the device is not here (a run may be planned for another)."""
+    """Return an FFN of the run for the clock; None if it is too large, or the device not here (a run may be planned)."""
     device = device_of(train)
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         return None
     tokens = train.batch_size * train.sequence_length // train.gradient_accumulation_steps
     gated = BUILDABLE[model.family].gated
+    if device == "cpu" and (3 if gated else 2) * model.d_model * d_ff(model) > MOST_TIMED:
+        return None
     return FFN(model.d_model, d_ff(model), model.activation, gated, tokens, device, train.threads)
 
 
 def auto_precision(model: ModelConfig, train: TrainConfig) -> tuple[str, str]:
     """Return what precision `auto` is here, and why."""
     ffn, device = timed_ffn(model, train), device_of(train)
+    if ffn is None and device == "cpu":
+        return "float32", f"an FFN of this size, more than {MOST_TIMED:,} weights, is not timed"
     if ffn is None or device == "cuda":
         has = device == "cuda" and (ffn is None or torch.cuda.is_bf16_supported(including_emulation=False))
         unknown = ("float32", f"{device} is not known to have bfloat16")

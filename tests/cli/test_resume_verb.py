@@ -21,10 +21,10 @@ def test_resume_with_other_settings_is_refused(here: Command) -> None:
     )
 
 
-def test_resume_with_changed_text_is_refused(here: Command, base: Path, tmp_path: Path) -> None:
+def test_resume_with_changed_text_is_refused(here: Command, tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " + "with words " * 50)
-    first = run(base, "pretrain", "small.yaml", "--data", str(tmp_path), "--out", "changing")
+    first = here("pretrain", "small.yaml", "--data", str(tmp_path), "--out", "changing")
     assert first.returncode == 0, first.stderr
     (tmp_path / "0.txt").write_text("something else " * 50)
     refused(
@@ -38,7 +38,7 @@ def test_resume_with_changed_text_is_refused(here: Command, base: Path, tmp_path
 def test_a_damaged_checkpoint_is_named_and_the_good_one_used_when_asked_for(
     here: Command, base: Path, corpus: Path
 ) -> None:
-    done = run(base, "pretrain", "small.yaml", "--data", str(corpus), "--out", "damaged")
+    done = here("pretrain", "small.yaml", "--data", str(corpus), "--out", "damaged")
     assert done.returncode == 0, done.stderr
     newest = base / "damaged/checkpoints/step-000012/model.safetensors"
     content = bytearray(newest.read_bytes())
