@@ -91,18 +91,15 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
         yield _layer_table(study)
     if len(study.steps) > 1:
         yield _step_table(study)
-    for title, values, folded in (
-        ("The run's figures", study.summary, False),
-        ("Probe", study.probe, True),
-        ("Configuration", study.config, True),
-        ("Versions", study.versions, True),
-    ):
-        rows = [
-            _figure_row(*item) if values is study.summary else [item[0], _text(item[1])]
-            for item in values.items()
-        ]
-        if rows:
-            yield {"title": title, "head": [], "rows": rows, "caption": "", "folded": folded}
+    if study.summary:
+        rows = [_figure_row(*item) for item in study.summary.items()]
+        yield {"title": "The run's figures", "head": [], "rows": rows, "caption": "", "folded": False}
+    for title, values in (
+        ("Probe", study.probe), ("Configuration", study.config), ("Versions", study.versions),
+    ):  # fmt: skip
+        if values:
+            rows = [[key, _text(value)] for key, value in values.items()]
+            yield {"title": title, "head": [], "rows": rows, "caption": "", "folded": True}
 
 
 def _figure_row(key: str, value: Any) -> list[str]:
