@@ -34,7 +34,7 @@ from transformers import (
 from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
-from switchable.evaluation.ways import multiplying, ways
+from switchable.evaluation.ways import Way, multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.finetune.config import FinetuneConfig
 from switchable.finite import check_finite
@@ -77,10 +77,12 @@ def finetune(
     model, tokenizer = load_classifier(run, len(glue.TASKS[config.task].labels))
     k = () if config.experts_per_token is None else (config.experts_per_token,)
     way = ways(model, (config.mode,), k if config.mode == "sparse" else ())[0]
+    set_mode(model, way.mode, way.experts_per_token)
+    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(model))
+    scored = ways(model, (), k if can_be_sparse else ())  # an impossible K is refused before the training
     precision = config.precision or trained_precision(run) or "float32"
     trainer = _trainer(model, tokenizer, config, device, precision, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
-    set_mode(model, way.mode, way.experts_per_token)
     say(
         f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
         f"head, trained {way} for {config.epochs:g} epochs in {precision} on {device}; "
@@ -92,7 +94,7 @@ def finetune(
             outcome = trainer.train()
         check_finite(model, "the fine-tuned model", "lower --learning-rate")
         with in_float32(model):  # what was rounded back and will be saved, multiplied like before
-            scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
+            scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, scored)
     result = {
         "model": str(run),
         "task": config.task,
@@ -216,12 +218,11 @@ def _encode(
     ]
 
 
-def _scores(trainer: Trainer, dev: list[dict[str, Any]], task: str, k: tuple[int, ...]) -> list[Score]:
-    """Score the dev set in every way, in sparse mode with K experts if K is given; the task's own metric first."""
+def _scores(trainer: Trainer, dev: list[dict[str, Any]], task: str, found_ways: Sequence[Way]) -> list[Score]:
+    """Score the dev set in every way; the task's own metric first."""
     labels = np.array([example["labels"] for example in dev])
     scores: list[Score] = []
-    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(trainer.model))
-    for way in ways(trainer.model, (), k if can_be_sparse else ()):
+    for way in found_ways:
         with multiplying(trainer.model, way):
             logits = trainer.predict(dev).predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
