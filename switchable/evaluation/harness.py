@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import importlib.util
 import logging
 import math
@@ -50,11 +51,17 @@ def resolve_tasks(names: Sequence[str]) -> list[Any]:
     return tasks
 
 
-def _check_known(name: str) -> None:
+@functools.cache
+def _manager(own: bool) -> Any:
+    """Return lm-eval's manager of tasks, which knows its `own` ones only if told to: to read them takes seconds."""
     with quiet_harness():
         from lm_eval.tasks import TaskManager
 
-        known = set(TaskManager().all_tasks)
+        return TaskManager(include_defaults=own)
+
+
+def _check_known(name: str) -> None:
+    known = set(_manager(own=True).all_tasks)
     if name in NAMES and name not in known:
         raise InputError(f"task {name!r} needs its data: --tasks {name}=PATH")
     if name not in known:
@@ -78,9 +85,8 @@ def task_scores(
     with quiet_harness():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+        manager = _manager(own=any(isinstance(task, str) for task in tasks))
         live = HFLM(pretrained=model, batch_size=batch_size, **_tokenizing(model, tokenizer))
         for way in found_ways:
             with multiplying(model, way):
