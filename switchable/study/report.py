@@ -30,7 +30,6 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
     """Write the report of a study, completely or not at all."""
     points: dict[str, Any] = {}
     figures = [_figure(picture, points) for picture in pictures_of(study)]
-    names = {i: layer.name for i, layer in enumerate(study.layers)}
     chosen = shown_layers(study) if any(figure["per_layer"] for figure in figures) else []
     templates = jinja2.PackageLoader("switchable.study", "page")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -42,8 +41,8 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
         problems=study.problems,
         notes=study.notes,
         figures=figures,
-        layers_shown=[{"number": i, "name": names.get(i, "")} for i in chosen],
-        has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
+        layers_shown=[{"number": i, "name": study.layers[i].name} for i in chosen],
+        has_mean=bool(study.pairs),
         regrouped=bool(study.regroupings()),
         tables=list(_tables(study)),
         data={"points": points},

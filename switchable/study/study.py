@@ -127,6 +127,8 @@ def _fill(
 def _probe(config: StudyConfig, run: RunDir | None, last: Path, model: PreTrainedModel) -> Probe:
     if run is not None and config.text is None:
         return load_probe(run.probe, config.probe_tokens)
+    if model.main_input_name != "input_ids":
+        raise InputError(f"{last} is a {type(model).__name__}, which reads no text; give a model of text")
     tokenizer = find_tokenizer(config.tokenizer, last)
     tokens = config.probe_tokens or DEFAULT_TOKENS
     return probe_from_text(config.text or (), tokenizer, model, tokens, config.sequence_length)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.models import make
 from study.runs import names
 from support import tiny_gpt2
 from torch import nn
@@ -98,6 +99,12 @@ def test_names_that_tell_the_same_step_twice_are_taken_in_their_order(series: Pa
     found = listed_sources([str(folder) for folder in folders])
     assert found == dict(enumerate(folders))
     assert list(listed_sources([f"{series}/step*"])) == [3, 20, 100]
+
+
+def test_a_model_that_reads_no_text_is_refused(series: Path, corpus: Path, tmp_path: Path) -> None:
+    make("vit").save_pretrained(tmp_path / "vit")
+    with pytest.raises(InputError, match="vit is a ViTForImageClassification, which reads no text"):
+        study_checkpoints([str(tmp_path / "vit")], settings(corpus, tokenizer=str(series)))
 
 
 def test_too_little_text_is_refused(series: Path, tmp_path: Path) -> None:
