@@ -44,8 +44,8 @@ from switchable.memory import keep_freed_memory
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
-from switchable.store.find import find_model, trained_precision
-from switchable.store.load import load, load_with_tokenizer
+from switchable.store.find import find_model, load_tokenizer_of, trained_precision
+from switchable.store.load import load
 from switchable.store.pretrained import load_config
 from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
@@ -117,20 +117,22 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
 
     InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
-    body, tokenizer = load_with_tokenizer(run)
-    before = layers_of(body)
-    if not before:
-        raise InputError(NOT_SWITCHABLE)
+    folder = find_model(run)
+    settings, tokenizer = load_config(folder), load_tokenizer_of(folder)
+    if tokenizer is None:
+        raise InputError(f"{run} holds no tokenizer; give the folder of the run instead")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = load_config(find_model(run))
     if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     model, _ = load(run, kind, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
-    for new in layers_of(model):
+    layers = layers_of(model)
+    if not layers:
+        raise InputError(NOT_SWITCHABLE)
+    for layer in layers:
         # The routers of a model that was trained all dense have nothing to learn.
-        new.ssd.router_learns = any(layer.ssd.takes_part for layer in before)
+        layer.ssd.router_learns = any(each.ssd.takes_part for each in layers)
     return model, tokenizer
 
 
