@@ -11,7 +11,7 @@ the number of experts that a mass leaves them is the true one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -106,23 +106,18 @@ def speeds(
                 sampling.generate(model, prompt_1S, new, min_new_tokens=new, pad_token_id=0)
 
     calls = {str(way): partial(write, way) for way in found_ways}
-    with (
-        nullcontext()
-        if why_not is None
-        else multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
-    ):
+    precision: AbstractContextManager[Any] = nullcontext()
+    by = "our own decoding"
+    if why_not is not None:
+        precision = multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
+        by = f"transformers' generate (for our own decoding it {why_not})"
+    with precision:
         seconds = take_turns(calls, SECONDS, turns=TURNS).seconds
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
-    rows = zip(found_ways, experts, strict=True)
     found = []
-    for way, mean in rows:
+    for way, mean in zip(found_ways, experts, strict=True):
         fast, median, slow = (new / each for each in quantiles(seconds[str(way)], n=4))
         found.append(Speed(way, losses[way], median, (slow, fast), mean))
-    by = (
-        "our own decoding"
-        if why_not is None
-        else f"transformers' generate (for our own decoding it {why_not})"
-    )
     return found, f"one sequence, {prompt_1S.shape[1]} + {new} tokens, weights in {weights}, by {by}"
 
 
