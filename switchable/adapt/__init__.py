@@ -1,1 +1,1 @@
-"""See the modules of this folder."""
+"""AN EXISTING CHECKPOINT BECOMES SWITCHABLE: grouped, its routers calibrated, measured."""

@@ -37,19 +37,18 @@ def calibrate(
     learning_rate: float,
     seed: int = 0,
     advance: Callable[[int], object] = lambda _: None,
-) -> int:
+) -> None:
     """Train the routers of a converted model on model inputs without labels; nothing else changes, its modes neither.
 
     `learning_rate` is AdamW's at the start, `seed` orders the tokens, and `advance` is told of batches done: each
     counts once when it is shown to the model and once in every epoch.
-    Returns the optimizer steps that each router took, at most.
     """
     layers = layers_of(model)
     pieces = list(_pieces(batches, layers))
     generator = torch.Generator().manual_seed(seed)
     routers = [p for layer in layers for p in layer.router.parameters()]
     optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
-    done = steps = 0
+    done = 0
     with in_mode(model, "dense"):
         model.eval()
         for piece in pieces:
@@ -57,10 +56,9 @@ def calibrate(
             for epoch in range(EPOCHS):
                 share = (done + len(piece) * epoch / EPOCHS) / len(batches)
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - share)
-                steps += _epoch(layers, seen, optimizer, generator)
+                _epoch(layers, seen, optimizer, generator)
                 advance(len(piece))
             done += len(piece)
-    return steps
 
 
 def _pieces(batches: Sequence[Batch], layers: Sequence[SwitchableFFN]) -> Iterator[Sequence[Batch]]:
@@ -95,15 +93,13 @@ def _epoch(
     seen: Sequence[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> int:
-    """Go once through what was recorded, all layers side by side; return the number of steps."""
+) -> None:
+    """Go once through what was recorded, all layers side by side."""
     orders = [torch.split(torch.randperm(len(x), generator=generator), MINIBATCH) for x, _ in seen]
-    steps = max(len(order) for order in orders)
-    for step in range(steps):
+    for step in range(max(len(order) for order in orders)):
         optimizer.zero_grad()
         for layer, (x_TD, share_TE), order in zip(layers, seen, orders, strict=True):
             if step < len(order):  # encoder and decoder see different numbers of tokens
                 rows = order[step].to(x_TD.device)
                 torch.autograd.backward(router_loss(layer.router(x_TD[rows].float()), share_TE[rows].float()))
         optimizer.step()
-    return steps

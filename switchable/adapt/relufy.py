@@ -6,11 +6,8 @@ model is worse at first, learns back most of it in a small part of its pre-train
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -50,20 +47,20 @@ def with_relu(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
 
 def train_on(
     model: nn.Module, batch: Callable[[int], Batch], steps: int, peak: float, advance: Callable[[int], object]
-) -> float:
+) -> None:
     """Train all weights of a plain model for some steps; it is in evaluation mode afterwards.
 
     `batch` gives the model inputs with labels of a step, `peak` is the learning rate's, `advance` is told 1 after each
-    step. Returns the mean loss over the last tenth of the steps, nats per token.
+    step.
 
     Raises:
         InputError: the loss or a weight is no longer finite.
     """
-    config = TrainConfig(steps=steps, learning_rate=peak, weight_decay=0.0)
-    config = dataclasses.replace(config, warmup_fraction=WARMUP, decay_fraction=DECAY)
+    config = TrainConfig(
+        steps=steps, learning_rate=peak, weight_decay=0.0, warmup_fraction=WARMUP, decay_fraction=DECAY
+    )
     optimizer = build_optimizer(model, config)
     model.train()
-    last: list[torch.Tensor] = []
     for step in range(steps):
         set_learning_rate(optimizer, step, config)
         loss = model(**batch(step)).loss
@@ -71,11 +68,8 @@ def train_on(
         clip_gradients(optimizer, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = [*last, loss.detach()][-max(1, steps // 10) :]
         advance(1)
     model.eval()
     check_finite(model, "the model trained on with ReLU", LOWER)
-    mean = float(torch.stack(last).mean())
-    if not math.isfinite(mean):
-        raise InputError(f"the loss became {mean} while training with ReLU; {LOWER}")
-    return mean
+    if not loss.isfinite():
+        raise InputError(f"the loss became {float(loss)} while training with ReLU; {LOWER}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable.adapt.calibrate import EPOCHS, calibrate
 from switchable.adapt.config import AdaptConfig
@@ -104,8 +104,7 @@ def adapt(
         plain = model_of(load_config(source))
     if row_of(plain) is None:
         plain = load_pretrained(source)
-    if config.relufy:
-        with_relu(load_config(source), families_of(plain)[0][0])
+    relu = with_relu(load_config(source), families_of(plain)[0][0]) if config.relufy else None
     convert(plain, switch)
     neurons = sum(layer.ssd.d_ff for layer in layers_of(plain))
     del plain
@@ -117,8 +116,8 @@ def adapt(
     text, tokenizer = _text(model, source, data, config, device, cache, quiet)
     _say_what(model, source, text, config, out, quiet)
     figures: dict[str, Any] = {"model": str(source), "out": str(out), "precision": chosen_precision(model)}
-    if config.relufy:
-        model = _relufy(model, source, text, config, figures, quiet)
+    if relu is not None:
+        model = _relufy(model, source, relu, text, config, figures, quiet)
     say(str(convert(model, switch)), not quiet)
     _group(model, text, config, quiet)
     _choose_layers(model, text, config)
@@ -180,12 +179,12 @@ def _text(
 
 
 def _relufy(
-    model: nn.Module, source: Path, text: _Text, config: AdaptConfig, figures: dict[str, Any], quiet: bool
-) -> nn.Module:
-    """Return the model with ReLU, trained on."""
+    model: nn.Module, source: Path, relu: PreTrainedConfig, text: _Text, config: AdaptConfig, figures: dict[str, Any],
+    quiet: bool,
+) -> nn.Module:  # fmt: skip
+    """Return the model with ReLU, as the config `relu` says, trained on."""
     before = validation_loss(model, text.validation, not quiet)
-    family = families_of(model)[0][0]
-    model = load_pretrained(source, with_relu(load_config(source), family)).to(text.device)
+    model = load_pretrained(source, relu).to(text.device)
     family = families_of(model)[0][0]
     activation, *_ = facts_of(find_ffns(model, family)[0][1], family, "the FFN")
     if not activation.startswith("relu"):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import importlib.util
+import io
 import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,17 @@ def resolve_tasks(names: Sequence[str]) -> list[Any]:
     return tasks
 
 
-def _check_known(name: str) -> None:
+@functools.cache
+def _manager(own: bool) -> Any:
+    """Return lm-eval's manager of tasks, which knows its `own` ones only if told to: to read them takes seconds."""
     with quiet_harness():
         from lm_eval.tasks import TaskManager
 
-        known = set(TaskManager().all_tasks)
+        return TaskManager(include_defaults=own)
+
+
+def _check_known(name: str) -> None:
+    known = set(_manager(own=True).all_tasks)
     if name in NAMES and name not in known:
         raise InputError(f"task {name!r} needs its data: --tasks {name}=PATH")
     if name not in known:
@@ -67,20 +75,19 @@ def _check_known(name: str) -> None:
 
 def task_scores(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Any], found_ways: Iterable[Way],
-    batch_size: int, limit: int | None = None,
+    batch_size: int, limit: int | None = None, show: bool = True,
 ) -> list[Score]:  # fmt: skip
     """Return every metric of every task of `resolve_tasks` in every way, of at most `limit` examples per task.
 
-    The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time. Raises
-    InputError if the data of one of lm-eval's tasks cannot be had.
+    The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time. With
+    `show` lm-eval says how far it is. Raises InputError if the data of one of its tasks cannot be had.
     """
     scores: list[Score] = []
-    with quiet_harness():
+    with quiet_harness(show):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+        manager = _manager(own=any(isinstance(task, str) for task in tasks))
         live = HFLM(pretrained=model, batch_size=batch_size, **_tokenizing(model, tokenizer))
         for way in found_ways:
             with multiplying(model, way):
@@ -125,13 +132,14 @@ def _scores(found: dict[str, Any], way: Way) -> list[Score]:
 
 
 @contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Keep lm-eval's prints out of our output, and its log to errors; its level is put back afterwards."""
+def quiet_harness(show: bool = True) -> Iterator[None]:
+    """Keep lm-eval's prints on stderr, or nowhere without `show`, and its log to errors; its level is put back."""
+    out = sys.stderr if show else io.StringIO()
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(out), redirect_stderr(out):
             yield
     finally:
         logger.setLevel(level)

@@ -100,7 +100,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
             scores = text_scores(model, text, objective, length, found_ways, config.batch_size, show)
     if tasks:
         with multiplying_in(model, precision):
-            scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit)
+            scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit, show)
     if config.speed:
         found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, config.weights or precision)
         say(f"speed: {how}", show)

@@ -11,7 +11,7 @@ the number of experts that a mass leaves them is the true one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from switchable.compute.cpu.topk import top_experts
 from switchable.evaluation.scores import Score
 from switchable.evaluation.ways import Way, multiplying
 from switchable.ffn.convert import layers_of
+from switchable.ffn.ssd import SSD
 from switchable.infer.decoding.decoder import Decoder
 from switchable.infer.generate import decoding
 from switchable.infer.loss import positions_of
@@ -86,11 +87,11 @@ def speeds(
     Returns:
         The speeds, and what wrote, in words.
     """
-    positions = positions_of(model) or PROMPT + NEW
+    positions = positions_of(model) or COUNTED
     device = next(model.parameters()).device
     prompt_1S = torch.tensor(ids[: max(1, min(PROMPT, positions // 2))], device=device)[None]
     new = min(NEW, positions - prompt_1S.shape[1])
-    text_1S = torch.tensor(ids[: min(COUNTED, positions_of(model) or COUNTED)], device=device)[None]
+    text_1S = torch.tensor(ids[: min(COUNTED, positions)], device=device)[None]
     experts = [mean_experts(model, way, text_1S) for way in found_ways]
     sampling = Sampling(max_new_tokens=new, temperature=0)
     hardest = max(found_ways, key=lambda way: (way.mode == "sparse", way.mass < 1))
@@ -105,23 +106,18 @@ def speeds(
                 sampling.generate(model, prompt_1S, new, min_new_tokens=new, pad_token_id=0)
 
     calls = {str(way): partial(write, way) for way in found_ways}
-    with (
-        nullcontext()
-        if why_not is None
-        else multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
-    ):
+    precision: AbstractContextManager[Any] = nullcontext()
+    by = "our own decoding"
+    if why_not is not None:
+        precision = multiplying_in(model, "float32" if weights == "float32" else "bfloat16")
+        by = f"transformers' generate (for our own decoding it {why_not})"
+    with precision:
         seconds = take_turns(calls, SECONDS, turns=TURNS).seconds
     losses = {s.way: s.value for s in scores if s.task == "text" and s.metric.startswith("loss")}
-    rows = zip(found_ways, experts, strict=True)
     found = []
-    for way, mean in rows:
+    for way, mean in zip(found_ways, experts, strict=True):
         fast, median, slow = (new / each for each in quantiles(seconds[str(way)], n=4))
         found.append(Speed(way, losses[way], median, (slow, fast), mean))
-    by = (
-        "our own decoding"
-        if why_not is None
-        else f"transformers' generate (for our own decoding it {why_not})"
-    )
     return found, f"one sequence, {prompt_1S.shape[1]} + {new} tokens, weights in {weights}, by {by}"
 
 
@@ -135,24 +131,16 @@ def _decode(decoder: Decoder, prompt_1S: Tensor, new: int) -> None:
 def mean_experts(model: nn.Module, way: Way, input_ids: Tensor) -> float | None:
     """Return how many experts a token computes in a way, on average over tokens and sparse layers; None if dense."""
     counts: list[float] = []
-    with multiplying(model, way):
-        sparse = [layer for layer in layers_of(model) if layer.ssd.mode == "sparse"]
 
-        def count(ssd: Any, scores_TE: Tensor) -> None:
-            ids_TK = top_experts(scores_TE, ssd.experts_per_token, ssd.mass)
-            counts.append(float((ids_TK < ssd.num_experts).sum(-1).double().mean()))
+    def count(ssd: SSD, _router: nn.Module, _x: object, scores_TE: Tensor) -> None:
+        ids_TK = top_experts(scores_TE, ssd.experts_per_token, ssd.mass)
+        counts.append(float((ids_TK < ssd.num_experts).sum(-1).double().mean()))
 
-        hooks = [
-            layer.router.register_forward_hook(
-                lambda _module, _x, scores_TE, ssd=layer.ssd: count(ssd, scores_TE)
-            )
-            for layer in sparse
-        ]
-        try:
-            model(input_ids=input_ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with multiplying(model, way), ExitStack() as hooks:
+        for layer in layers_of(model):
+            if layer.ssd.mode == "sparse":
+                hooks.enter_context(layer.router.register_forward_hook(partial(count, layer.ssd)))
+        model(input_ids=input_ids)
     return sum(counts) / len(counts) if counts else None
 
 

@@ -34,7 +34,7 @@ from transformers import (
 from switchable.data import glue
 from switchable.errors import InputError
 from switchable.evaluation.scores import Score, accuracy, matthews
-from switchable.evaluation.ways import multiplying, ways
+from switchable.evaluation.ways import Way, multiplying, ways
 from switchable.ffn.convert import NOT_SWITCHABLE, layers_of, set_mode
 from switchable.finetune.config import FinetuneConfig
 from switchable.finite import check_finite
@@ -44,8 +44,8 @@ from switchable.memory import keep_freed_memory
 from switchable.progress import progress_bar, say
 from switchable.store import checkpoint
 from switchable.store.export import check_output
-from switchable.store.find import find_model, trained_precision
-from switchable.store.load import load, load_with_tokenizer
+from switchable.store.find import find_model, load_tokenizer_of, trained_precision
+from switchable.store.load import load
 from switchable.store.pretrained import load_config
 from switchable.train.optim import in_float32
 from switchable.train.setup import pick_device
@@ -77,10 +77,12 @@ def finetune(
     model, tokenizer = load_classifier(run, len(glue.TASKS[config.task].labels))
     k = () if config.experts_per_token is None else (config.experts_per_token,)
     way = ways(model, (config.mode,), k if config.mode == "sparse" else ())[0]
+    set_mode(model, way.mode, way.experts_per_token)
+    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(model))
+    scored = ways(model, (), k if can_be_sparse else ())  # an impossible K is refused before the training
     precision = config.precision or trained_precision(run) or "float32"
     trainer = _trainer(model, tokenizer, config, device, precision, quiet)
     trainer.train_dataset = _encode(train[: config.max_train_examples], tokenizer, model, config.max_length)
-    set_mode(model, way.mode, way.experts_per_token)
     say(
         f"{config.task}: {len(trainer.train_dataset):,} examples to train on, {len(dev):,} to score; {run} under a new "
         f"head, trained {way} for {config.epochs:g} epochs in {precision} on {device}; "
@@ -92,7 +94,7 @@ def finetune(
             outcome = trainer.train()
         check_finite(model, "the fine-tuned model", "lower --learning-rate")
         with in_float32(model):  # what was rounded back and will be saved, multiplied like before
-            scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, k)
+            scores = _scores(trainer, _encode(dev, tokenizer, model, config.max_length), config.task, scored)
     result = {
         "model": str(run),
         "task": config.task,
@@ -115,20 +117,22 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
 
     InputError: no model there, a damaged one, no tokenizer, or no classification head for this kind of model.
     """
-    body, tokenizer = load_with_tokenizer(run)
-    before = layers_of(body)
-    if not before:
-        raise InputError(NOT_SWITCHABLE)
+    folder = find_model(run)
+    settings, tokenizer = load_config(folder), load_tokenizer_of(folder)
+    if tokenizer is None:
+        raise InputError(f"{run} holds no tokenizer; give the folder of the run instead")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = load_config(find_model(run))
     if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     model, _ = load(run, kind, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
-    for new in layers_of(model):
+    layers = layers_of(model)
+    if not layers:
+        raise InputError(NOT_SWITCHABLE)
+    for layer in layers:
         # The routers of a model that was trained all dense have nothing to learn.
-        new.ssd.router_learns = any(layer.ssd.takes_part for layer in before)
+        layer.ssd.router_learns = any(each.ssd.takes_part for each in layers)
     return model, tokenizer
 
 
@@ -216,12 +220,11 @@ def _encode(
     ]
 
 
-def _scores(trainer: Trainer, dev: list[dict[str, Any]], task: str, k: tuple[int, ...]) -> list[Score]:
-    """Score the dev set in every way, in sparse mode with K experts if K is given; the task's own metric first."""
+def _scores(trainer: Trainer, dev: list[dict[str, Any]], task: str, found_ways: Sequence[Way]) -> list[Score]:
+    """Score the dev set in every way; the task's own metric first."""
     labels = np.array([example["labels"] for example in dev])
     scores: list[Score] = []
-    can_be_sparse = any(layer.ssd.takes_part for layer in layers_of(trainer.model))
-    for way in ways(trainer.model, (), k if can_be_sparse else ()):
+    for way in found_ways:
         with multiplying(trainer.model, way):
             logits = trainer.predict(dev).predictions
         logits = logits[0] if isinstance(logits, tuple) else logits

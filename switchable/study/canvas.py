@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -100,12 +99,6 @@ def _rendered(picture: Picture, kind: str) -> bytes:
     with mpl.rc_context(STYLE):
         picture.figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
-
-
-def layer_style(index: int, count: int) -> dict[str, Any]:
-    """Return colour (dark to light) and marker of a layer's line."""
-    colour = colormaps["viridis"](0.9 * index / max(1, count - 1))
-    return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "ms": 4, "lw": 1.2}
 
 
 def step_axis(axes: Axes, steps: Sequence[float], regrouped: Sequence[float] = ()) -> None:

@@ -72,7 +72,7 @@ def _sparsity(study: Study) -> str:
 
 
 def _pattern(study: Study) -> str:
-    if len(study.steps) > 1 and "pattern" in study.pairs:
+    if study.pairs:
         matrix, steps = study.mean_pairs("pattern"), study.steps
         last = float(matrix[-1, -2])
         between = f"between the last two checkpoints (steps {steps[-2]:,} and {steps[-1]:,})"
@@ -107,9 +107,9 @@ def _neurons(study: Study) -> str:
 
 def _experts(study: Study) -> str:
     """The experts of those layers that take part in sparse mode, each with its own K."""
+    sparse = [r for r in study.results[-1] if r.takes_part] if study.results else []
     if study.results:
-        last = study.results[-1]
-        rows = [(r.experts_per_token, len(r.load), r.mass_caught) for r in last if r.takes_part]
+        rows = [(r.experts_per_token, len(r.load), r.mass_caught) for r in sparse]
     elif study.records("measure"):
         m = study.records("measure")[-1]
         each = zip(m["experts_per_token"], m["layers"], m["takes_part"], strict=True)
@@ -121,11 +121,12 @@ def _experts(study: Study) -> str:
         return "No layer takes part in sparse mode."
     ks, experts, caught = zip(*rows, strict=True)
     share = mean([k / e for k, e in zip(ks, experts, strict=True)])
-    if study.results:
-        best = mean([r.mass_best_k for r in last if r.takes_part])
-        more = f", where the best possible choice would catch {_percent(best)} and a random choice {_percent(share)}"
-        busiest = max(r.load_imbalance for r in last if r.takes_part)
-        more += f"; the busiest expert has {busiest:.1f} times the mean load"
+    if sparse:
+        best, busiest = mean([r.mass_best_k for r in sparse]), max(r.load_imbalance for r in sparse)
+        more = (
+            f", where the best possible choice would catch {_percent(best)} and a random choice {_percent(share)}; "
+            f"the busiest expert has {busiest:.1f} times the mean load"
+        )
     return (
         f"{len(rows)} of {study.num_layers} layers take part in sparse mode: there the router's {spread(ks)} of "
         f"{experts[0]} experts ({_percent(share)} of the neurons) catch {_percent(mean(caught))} of the activation "

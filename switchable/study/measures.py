@@ -5,7 +5,7 @@ neuron is kept, so that memory is bounded whatever the model's width and depth. 
 the model is left as it was.
 
     probe -> measure_model(model) -> per layer: LayerStudy (numbers, goes into the report)
-                                              + Fingerprint (bits, compared between checkpoints by similarity.py)
+                                              + pattern (bits, compared between checkpoints by similarity.py)
 
 What counts as an active neuron: a_i ≠ 0 for ReLU and its kin. Other activations are never exactly zero; there a neuron
 is active on a token if it is among the fewest that give 99 % of the output (`needed_neurons`).
@@ -71,20 +71,13 @@ class LayerStudy:
         return self.mass_best[self.experts_per_token - 1]
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What of a layer is compared between checkpoints, in the neurons' first order."""
-
-    pattern_TW: Tensor  # which neurons are active on which tokens, packed (`patterns.pack`)
-    neurons: int  # F
-
-
 def measure_model(
     model: nn.Module, probe: Probe, pattern_tokens: int | None = None
-) -> list[tuple[LayerStudy, Fingerprint]]:
+) -> list[tuple[LayerStudy, Tensor]]:
     """Measure every switchable FFN of a converted model on a probe, in one pass without gradients; modes are kept.
 
-    Patterns are kept of `pattern_tokens` tokens at most, evenly spaced; None: of all.
+    Returns of each FFN its measures, and which neurons are active on which tokens, in the neurons' first order, packed
+    (`patterns.pack`): of `pattern_tokens` tokens at most, evenly spaced; None: of all.
     """
     layers = layers_of(model)
     meters = [_Meter(layer, probe.tokens, pattern_tokens) for layer in layers]
@@ -155,7 +148,7 @@ class _Meter:
         """The tokens among the next `count` whose number is a multiple of `every`."""
         return slice(-self.sums.tokens % every, count, every)
 
-    def result(self, layer: SwitchableFFN) -> tuple[LayerStudy, Fingerprint]:
+    def result(self, layer: SwitchableFFN) -> tuple[LayerStudy, Tensor]:
         sums, load_E = self.sums, self.sums.load_E.double()
         assert sums.tokens, "the probe never reached the layer"
         ratio_T = torch.cat(self.kept["ratios"])
@@ -173,4 +166,4 @@ class _Meter:
             load=(load_E / load_E.sum()).tolist(),
             load_imbalance=sums.load_imbalance,
         )
-        return study, Fingerprint(torch.cat(self.kept["patterns"]), layer.ssd.d_ff)
+        return study, torch.cat(self.kept["patterns"])

@@ -7,15 +7,16 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from switchable.study.canvas import (
     DENSE,
+    MARKERS,
     SPARSE,
     TRAIN,
     Picture,
-    layer_style,
     legend_above,
     mark_regroupings,
     plain_axes,
@@ -120,7 +121,7 @@ def layer_lines(
     """A measure over training, a line per layer; with `at_k` no line joins measurements of different K."""
     chosen = [dict(zip(*each, strict=True)) for each in study.series("experts_per_token")] if at_k else []
     for i, (steps, values) in enumerate(series):
-        style = _line(i, len(series))
+        style = _layer_style(i, len(series))
         k_at = chosen[i] if at_k else {}
         for k, points in groupby(zip(steps, values, strict=True), key=lambda point: k_at.get(point[0])):
             which = f"layer {i}" if k is None else f"layer {i}, K = {k:.0f}"
@@ -135,10 +136,12 @@ def layer_lines(
     legend_above(axes)
 
 
-def _line(i: int, count: int) -> dict[str, Any]:
-    """Return a layer's style and its name in the legend, which of many layers has the first and the last."""
+def _layer_style(i: int, count: int) -> dict[str, Any]:
+    """Return a layer's colour (dark to light), marker and name in the legend: of many, only the first and the last."""
     named = count <= LEGEND_LAYERS or i in (0, count - 1)
-    return {"label": f"layer {i}" if named else None, **layer_style(i, count)}
+    colour = colormaps["viridis"](0.9 * i / max(1, count - 1))
+    look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.2}
+    return look | {"label": f"layer {i}" if named else None}
 
 
 def heat_map(study: Study, kind: str, layer: int | None, picture: Picture, axes: Axes) -> None:

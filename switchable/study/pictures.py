@@ -14,7 +14,7 @@ from pathlib import Path
 
 from switchable.study import panels
 from switchable.study.canvas import Draw, draw_picture, write_picture
-from switchable.study.result import SIMILARITIES, Study
+from switchable.study.result import Study
 
 MAX_LAYERS = 16
 """Deeper models are shown at so many layers, evenly spaced; tables and study.json have them all."""
@@ -50,8 +50,7 @@ def shown_layers(study: Study) -> list[int]:
 
 def pictures_of(study: Study) -> list[PictureOf]:
     """Return the pictures that can be drawn from what a study has."""
-    found = [*_over_training(study), *_similarity(study), *_experts(study)]
-    return [picture for picture in found if picture.panels]
+    return [*_over_training(study), *_similarity(study), *_experts(study)]
 
 
 def write_files(study: Study, folder: Path) -> list[str]:
@@ -140,11 +139,12 @@ def _one(name: str, title: str, caption: str, *draws: Draw) -> PictureOf:
 
 def _curves(study: Study, *names: str) -> list[PictureOf]:
     """Return those of the pictures that have more than a point to show."""
-    return [
-        _one(name, title, caption, *(_curve(study, *row, top) for row in labels.items()))
-        for name, (title, caption, labels, top) in ((name, CURVES[name]) for name in names)
-        if _points(study, next(iter(labels))) > 1
-    ]
+    found = []
+    for name in names:
+        title, caption, labels, top = CURVES[name]
+        if _points(study, next(iter(labels))) > 1:
+            found.append(_one(name, title, caption, *(_curve(study, *row, top) for row in labels.items())))
+    return found
 
 
 def _per_layer(study: Study, name: str, title: str, caption: str, draw: Callable[..., None]) -> PictureOf:
@@ -166,11 +166,11 @@ SIMILARITY_CAPTIONS = {
 
 def _similarity(study: Study) -> list[PictureOf]:
     found = []
-    for kind in SIMILARITIES if len(study.steps) > 1 and study.pairs else ():
+    for kind in study.pairs:
         maps = [None, *shown_layers(study)]  # the mean over layers first
         shown = tuple((layer, partial(panels.heat_map, study, kind, layer)) for layer in maps)
         found.append(PictureOf(f"similarity_{kind}", *SIMILARITY_CAPTIONS[kind], shown))
-    if len(study.steps) > 2 and study.pairs:
+    if study.pairs and len(study.steps) > 2:
         series, what = study.neighbours("pattern"), "checkpoint"
     elif _points(study, "pattern_similarity") > 1:
         series, what = study.series("pattern_similarity"), "measurement"

@@ -30,7 +30,6 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
     """Write the report of a study, completely or not at all."""
     points: dict[str, Any] = {}
     figures = [_figure(picture, points) for picture in pictures_of(study)]
-    names = {i: layer.name for i, layer in enumerate(study.layers)}
     chosen = shown_layers(study) if any(figure["per_layer"] for figure in figures) else []
     templates = jinja2.PackageLoader("switchable.study", "page")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -42,8 +41,8 @@ def write_report(study: Study, path: Path, heading: str = "Activation study") ->
         problems=study.problems,
         notes=study.notes,
         figures=figures,
-        layers_shown=[{"number": i, "name": names.get(i, "")} for i in chosen],
-        has_mean=any(image["layer"] == "mean" for figure in figures for image in figure["images"]),
+        layers_shown=[{"number": i, "name": study.layers[i].name} for i in chosen],
+        has_mean=bool(study.pairs),
         regrouped=bool(study.regroupings()),
         tables=list(_tables(study)),
         data={"points": points},
@@ -91,18 +90,15 @@ def _tables(study: Study) -> Iterable[dict[str, Any]]:
         yield _layer_table(study)
     if len(study.steps) > 1:
         yield _step_table(study)
-    for title, values, folded in (
-        ("The run's figures", study.summary, False),
-        ("Probe", study.probe, True),
-        ("Configuration", study.config, True),
-        ("Versions", study.versions, True),
-    ):
-        rows = [
-            _figure_row(*item) if values is study.summary else [item[0], _text(item[1])]
-            for item in values.items()
-        ]
-        if rows:
-            yield {"title": title, "head": [], "rows": rows, "caption": "", "folded": folded}
+    if study.summary:
+        rows = [_figure_row(*item) for item in study.summary.items()]
+        yield {"title": "The run's figures", "head": [], "rows": rows, "caption": "", "folded": False}
+    for title, values in (
+        ("Probe", study.probe), ("Configuration", study.config), ("Versions", study.versions),
+    ):  # fmt: skip
+        if values:
+            rows = [[key, _text(value)] for key, value in values.items()]
+            yield {"title": title, "head": [], "rows": rows, "caption": "", "folded": True}
 
 
 def _figure_row(key: str, value: Any) -> list[str]:

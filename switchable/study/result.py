@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy.typing as npt
 from switchable.study.measures import LayerStudy
 
 Series = list[tuple[list[float], list[float]]]  # per layer: steps and values
-SIMILARITIES = ("pattern", "coactivation")
 
 
 @dataclass(frozen=True)
@@ -58,27 +56,24 @@ class Study:
 
     def series(self, name: str) -> Series:
         """Return a measure over training: at the checkpoints, and where the run itself measured it."""
-        found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
-        for record in self.records("measure"):
-            for i, values in enumerate(record["layers"][: self.num_layers]):
-                if values.get(name) is not None:
-                    found[i][record["step"]] = values[name]
-        for step, layers in zip(self.steps, self.results, strict=True):
-            for i, layer in enumerate(layers):
-                if hasattr(layer, name):
-                    found[i][step] = getattr(layer, name)
-        return _sorted(found)
+        recorded = [(r["step"], [layer.get(name) for layer in r["layers"]]) for r in self.records("measure")]
+        return self._over_training(name, recorded)
 
     def experts_in_use(self) -> Series:
         """Return the K of each layer from each checkpoint and each of the run's measurements on."""
+        recorded = [(r["step"], r["experts_per_token"]) for r in self.records("measure")]
+        return self._over_training("experts_per_token", recorded)
+
+    def _over_training(self, name: str, recorded: Sequence[tuple[float, Sequence[float | None]]]) -> Series:
+        """Put together what the run recorded, a value per layer and step, and what was measured at its checkpoints."""
+        studied = zip(self.steps, self.results, strict=True)
+        measured = [(step, [getattr(layer, name, None) for layer in layers]) for step, layers in studied]
         found: list[dict[float, float]] = [{} for _ in range(self.num_layers)]
-        given = [(r["step"], r["experts_per_token"]) for r in self.records("measure")]
-        measured = zip(self.steps, self.results, strict=True)
-        given += [(step, [layer.experts_per_token for layer in layers]) for step, layers in measured]
-        for step, ks in given:
-            for values, k in zip(found, ks, strict=True):
-                values[step] = k
-        return _sorted(found)
+        for step, values in (*recorded, *measured):
+            for by_step, value in zip(found, values, strict=True):
+                if value is not None:
+                    by_step[step] = value
+        return [(sorted(by_step), [by_step[step] for step in sorted(by_step)]) for by_step in found]
 
     def regroupings(self, layer: int | None = None) -> list[int]:
         """Return the steps at which the neurons of a layer were regrouped; None: of any layer."""
@@ -109,10 +104,6 @@ class Study:
         return plain | {"pairs": {kind: [m.tolist() for m in found] for kind, found in self.pairs.items()}}
 
 
-def _sorted(layers: Sequence[Mapping[float, float]]) -> Series:
-    return [(sorted(values), [values[step] for step in sorted(values)]) for values in layers]
-
-
 def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """Return (first step, last step, share of sparse steps) of every stretch of lines that had sparse steps.
 
@@ -132,5 +123,5 @@ def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, fl
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of nothing."""
-    return sum(values) / len(values) if values else math.nan
+    """Return the mean."""
+    return sum(values) / len(values)

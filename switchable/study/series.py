@@ -5,14 +5,14 @@
                        neurons grouped by weights, each layer starting from the grouping of the checkpoint before,
                        and the router of the paper's authors (the mean of an expert's neurons). Files stay as they are.
 
-What cannot be read is left out with the reason (`Skipped`), so that the rest can be shown.
+What cannot be read is an InputError with the reason, so that the study can leave it out and show the rest.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,39 +33,24 @@ from switchable.store.pretrained import load_pretrained
 from switchable.store.rundir import RunDir, steps_in
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers
+from switchable.study.result import LayerShape
 from switchable.switching.switch import group_anew
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, ImportError)
 """What libraries raise for a file that is cut off, missing or not what its name says."""
 
 
-class Skipped(Exception):
-    """A checkpoint that cannot be studied; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to study."""
-
-    path: Path
-    step: int  # optimizer steps done; where the name does not tell, its place in the series
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it was written by this package, with experts and routers."""
-        return bool(descriptions(self.path))
-
-
-def run_sources(run: RunDir) -> list[Source]:
-    """Return the checkpoints that a run still has, in order of their steps."""
+def run_sources(run: RunDir) -> dict[int, Path]:
+    """Return the checkpoints that a run still has by their steps, ascending."""
     found = steps_in(run.checkpoints) | steps_in(run.snapshots)
-    return [Source(found[step], step) for step in sorted(found)]
+    return dict(sorted(found.items()))
 
 
-def listed_sources(patterns: Sequence[str]) -> list[Source]:
-    """Return the checkpoints of a list of folders or patterns such as `runs/x/step*`, in order of their steps.
+def listed_sources(patterns: Sequence[str]) -> dict[int, Path]:
+    """Return the checkpoints of a list of folders or patterns such as `runs/x/step*` by their steps, ascending.
 
-    Raises InputError where there is nothing, and for folders without a model.
+    Where the names do not tell the steps, or the same one twice, it is their places in the list. Raises InputError
+    where there is nothing, and for folders without a model.
     """
     folders: list[Path] = []
     for pattern in patterns:
@@ -84,8 +69,10 @@ def listed_sources(patterns: Sequence[str]) -> list[Source]:
             "Hugging Face form"
         )
     numbers = [re.findall(r"\d+", f.name) for f in models]
-    steps = [int(n[-1]) for n in numbers] if all(numbers) else range(len(models))
-    return sorted(map(Source, models, steps), key=lambda source: source.step)
+    steps = [int(n[-1]) for n in numbers if n]
+    if len(set(steps)) < len(models):
+        steps = list(range(len(models)))
+    return dict(sorted(zip(steps, models, strict=True)))
 
 
 class Loader:
@@ -99,32 +86,36 @@ class Loader:
         self, num_experts: int | None, experts_per_token: int | None, device: torch.device, progress: bool
     ) -> None:
         self.num_experts, self.experts_per_token, self.device = num_experts, experts_per_token, device
+        self.shape: list[LayerShape] = []  # of the first model
+        self.orderless: list[Path] = []  # checkpoints that do not tell which neuron is which
         self._progress = progress
         self._labels: list[Tensor] | None = None
-        self._shape: list[tuple[str, int, int, int]] | None = None
 
-    def load(self, source: Source) -> PreTrainedModel:
-        """Return a checkpoint's model; Skipped if it cannot be read, or is not of the first one's shape."""
+    def load(self, path: Path) -> PreTrainedModel:
+        """Return a checkpoint's model; InputError if it cannot be read, or is not of the first one's shape."""
         try:
-            model = self._ours(source) if source.is_ours else self._other(source)
-        except InputError as error:
-            raise Skipped(str(error)) from None
+            described = descriptions(path)
+            model = self._ours(path) if described else self._other(path)
+        except InputError:
+            raise
         except UNREADABLE as error:
             first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise Skipped(f"{source.path} cannot be read ({first_line})") from None
+            raise InputError(f"{path} cannot be read ({first_line})") from None
         model.config.use_cache = False
-        self._check_shape(source, model)
+        self._check_shape(path, model)
+        if not all("neuron_ids" in layer for layer in described.values()):
+            self.orderless.append(path)
         return model.eval().to(self.device)
 
-    def _ours(self, source: Source) -> PreTrainedModel:
-        model, _ = load(source.path)
+    def _ours(self, path: Path) -> PreTrainedModel:
+        model, _ = load(path)
         if self.experts_per_token is not None:
             for layer in layers_of(model):
                 layer.ssd.set_experts_per_token(self.experts_per_token)
         return model
 
-    def _other(self, source: Source) -> PreTrainedModel:
-        model = load_pretrained(source.path).float()
+    def _other(self, path: Path) -> PreTrainedModel:
+        model = load_pretrained(path).float()
         family = families_of(model)[0][0]
         name, ffn = find_ffns(model, family)[0]
         *_, d_ff = facts_of(ffn, family, name)
@@ -139,33 +130,28 @@ class Loader:
         group_anew(layers, self._labels)
         return model
 
-    def _check_shape(self, source: Source, model: PreTrainedModel) -> None:
+    def _check_shape(self, path: Path, model: PreTrainedModel) -> None:
         ssds = [layer.ssd for layer in layers_of(model)]
-        shape = [(ssd.name, ssd.d_model, ssd.d_ff, ssd.num_experts) for ssd in ssds]
-        self._shape = first = self._shape or shape
-        if len(shape) != len(first):
-            raise Skipped(f"{source.path} has {len(shape)} FFNs, the first checkpoint {len(first)}")
-        for (name, *is_), (other, *was) in zip(shape, first, strict=True):
-            if (name, is_) != (other, was):
-                raise Skipped(
-                    f"{source.path} is of another shape: {name} has d_model={is_[0]}, d_ff={is_[1]}, {is_[2]} experts; "
-                    f"in the first checkpoint {other} has {was[0]}, {was[1]}, {was[2]}"
+        shape = [
+            LayerShape(ssd.name, ssd.d_model, ssd.d_ff, ssd.num_experts, ssd.settings.activation)
+            for ssd in ssds
+        ]
+        self.shape = self.shape or shape
+        if len(shape) != len(self.shape):
+            raise InputError(f"{path} has {len(shape)} FFNs, the first checkpoint {len(self.shape)}")
+        for own, first in zip(shape, self.shape, strict=True):
+            if replace(own, activation=first.activation) != first:
+                raise InputError(
+                    f"{path} is of another shape: {own.name} has d_model={own.d_model}, d_ff={own.d_ff}, "
+                    f"{own.num_experts} experts; in the first checkpoint {first.name} has {first.d_model}, "
+                    f"{first.d_ff}, {first.num_experts}"
                 )
 
 
-def order_is_known(source: Source) -> bool:
-    """Whether the checkpoint tells which neuron is which (others than ours never move them)."""
-    try:
-        return all("neuron_ids" in layer for layer in descriptions(source.path).values())
-    except InputError:
-        return False
-
-
-def find_tokenizer(given: str | None, sources: Sequence[Source]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer given, or the one that lies with the checkpoints; InputError if there is none."""
+def find_tokenizer(given: str | None, last: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer given, or the one that lies with the last checkpoint; InputError if there is none."""
     if given is not None:
         return load_tokenizer(given)
-    last = sources[-1].path
     for place in (last, last.parent, last.parent.parent / "tokenizer"):
         if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
             return load_tokenizer(place)

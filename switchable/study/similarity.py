@@ -4,14 +4,14 @@
     co-activation  Pearson correlation of the entries above the diagonal of two co-activation matrices,
                    C_ij = correlation over tokens of "i is active" and "j is active"
 
-Both compare neuron by neuron and therefore need every pattern in the neurons' first order, which `Fingerprint`
-guarantees. Memory: the fingerprints (a bit per token and neuron; `tokens_within` keeps them below 512 MiB) and, one
-layer at a time, one co-activation matrix per checkpoint over at most 512 neurons, drawn once (all if F is smaller).
+Both compare neuron by neuron and therefore need every pattern in the neurons' first order, as `measure_model` returns
+it. Memory: the patterns (a bit per token and neuron; `tokens_within` keeps them below 512 MiB) and, one layer at a
+time, one co-activation matrix per checkpoint over at most 512 neurons, drawn once (all if F is smaller).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from switchable.progress import progress_bar
-from switchable.study.measures import Fingerprint
 from switchable.switching.patterns import jaccard, unpack
 
 MAX_BYTES = 512 * 2**20
@@ -34,26 +33,25 @@ def tokens_within(checkpoints: int, neurons: int) -> int:
 
 
 def compare_checkpoints(
-    fingerprints: Sequence[Sequence[Fingerprint]], progress: bool = False
+    patterns: Sequence[Sequence[Tensor]], neurons: Sequence[int], progress: bool = False
 ) -> dict[str, list[Matrix]]:
-    """Compare all pairs of checkpoints by fingerprints (per checkpoint, per layer) of the same tokens.
+    """Compare all pairs of checkpoints by the patterns (per checkpoint, per layer) of the same tokens.
 
-    Returns `"pattern"` and `"coactivation"`: per layer a symmetric matrix [checkpoints, checkpoints]
-    with 1 on the diagonal; NaN where a correlation is not defined.
+    `neurons` has each layer's F. Returns `"pattern"` and `"coactivation"`: per layer a symmetric matrix
+    [checkpoints, checkpoints] with 1 on the diagonal; NaN where a correlation is not defined.
     """
     found: dict[str, list[Matrix]] = {"pattern": [], "coactivation": []}
-    layers = list(zip(*fingerprints, strict=True))
-    for layer in progress_bar("comparing", "layer", show=progress, over=layers):
-        patterns = [f.pattern_TW for f in layer]
-        found["pattern"].append(_all_pairs(patterns, jaccard))
-        found["coactivation"].append(_coactivation_similarity(patterns, layer[0].neurons))
+    layers = list(zip(neurons, *patterns, strict=True))
+    for count, *of_layer in progress_bar("comparing", "layer", show=progress, over=layers):
+        found["pattern"].append(_pattern_similarity(of_layer))
+        found["coactivation"].append(_coactivation_similarity(of_layer, count))
     return found
 
 
-def _all_pairs(things: Sequence[Tensor], compare: Callable[[Tensor, Tensor], float]) -> Matrix:
-    matrix = np.eye(len(things))
-    for i, j in combinations(range(len(things)), 2):
-        matrix[i, j] = matrix[j, i] = compare(things[i], things[j])
+def _pattern_similarity(patterns: Sequence[Tensor]) -> Matrix:
+    matrix = np.eye(len(patterns))
+    for i, j in combinations(range(len(patterns)), 2):
+        matrix[i, j] = matrix[j, i] = jaccard(patterns[i], patterns[j])
     return matrix
 
 

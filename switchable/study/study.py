@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
 
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from switchable.config import read_yaml
 from switchable.errors import InputError
-from switchable.ffn.convert import layers_of
 from switchable.files import read_json, read_records
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
@@ -25,17 +23,9 @@ from switchable.store.find import trained_precision
 from switchable.store.probe import Probe, load_probe, probe_from_text
 from switchable.store.rundir import RunDir
 from switchable.study.config import StudyConfig
-from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, Fingerprint, measure_model
-from switchable.study.result import LayerShape, Study
-from switchable.study.series import (
-    Loader,
-    Skipped,
-    Source,
-    find_tokenizer,
-    listed_sources,
-    order_is_known,
-    run_sources,
-)
+from switchable.study.measures import EXACT_ZEROS, SAMPLED_TOKENS, measure_model
+from switchable.study.result import Study
+from switchable.study.series import Loader, find_tokenizer, listed_sources, run_sources
 from switchable.study.similarity import MAX_NEURONS, compare_checkpoints, tokens_within
 from switchable.train.setup import pick_device
 from switchable.versions import versions
@@ -93,81 +83,80 @@ def records_of_run(folder: Path) -> Study:
     )
 
 
-def _fill(study: Study, sources: list[Source], config: StudyConfig, run: RunDir | None, show: bool) -> Study:
+def _fill(
+    study: Study, sources: dict[int, Path], config: StudyConfig, run: RunDir | None, show: bool
+) -> Study:
     """Measure the checkpoints one after another and compare them."""
-    reach = f"steps {sources[0].step:,} to {sources[-1].step:,}" if len(sources) > 1 else str(sources[0].path)
+    first, last = min(sources), max(sources)
+    reach = f"steps {first:,} to {last:,}" if len(sources) > 1 else str(sources[last])
     say(f"study of {study.title}: {len(sources)} checkpoints ({reach})", show)
     loader = Loader(config.num_experts, config.experts_per_token, pick_device(config.device), show)
     probe: Probe | None = None
-    fingerprints: list[list[Fingerprint]] = []
-    pattern_tokens = 0
-    read: list[Source] = []
-    for source in progress_bar("measuring", "checkpoint", show=show, over=sources):
+    patterns: list[Sequence[Tensor]] = []
+    for step, path in progress_bar("measuring", "checkpoint", show=show, over=sources.items()):
         try:
-            model = loader.load(source)
-        except Skipped as skipped:
-            study.problems.append(f"left out: {skipped}")
+            model = loader.load(path)
+        except InputError as error:
+            study.problems.append(f"left out: {error}")
             continue
         if probe is None:
-            probe = _probe(config, run, sources, model)
-            pattern_tokens = tokens_within(len(sources), sum(layer.ssd.d_ff for layer in layers_of(model)))
+            probe = _probe(config, run, sources[last], model)
+            study.layers = loader.shape
+            pattern_tokens = tokens_within(len(sources), sum(layer.d_ff for layer in study.layers))
             _describe(study, model, probe, pattern_tokens)
-            precision = chosen_precision(model, config.precision, trained_precision(source.path))
+            precision = chosen_precision(model, config.precision, trained_precision(path))
             study.probe["precision"] = precision
             say(f"measured in {precision} on {probe.tokens:,} tokens: {probe.source}", show)
         with multiplying_in(model, precision):
-            results, prints = zip(*measure_model(model, probe, pattern_tokens), strict=True)
-        study.steps.append(source.step)
+            results, found = zip(*measure_model(model, probe, pattern_tokens), strict=True)
+        study.steps.append(step)
         study.results.append(list(results))
-        fingerprints.append(list(prints))
-        read.append(source)
-    if not read:
+        patterns.append(found)
+    if not study.steps:
         raise InputError(f"none of {len(sources)} checkpoints can be studied; {study.problems[-1]}")
-    if len(read) > 1:
-        unknown = [source for source in read if not order_is_known(source)]
-        if unknown:
-            study.problems.append(
-                f"{unknown[0].path} does not tell which neuron is which (written by an older version), so checkpoints "
-                "cannot be compared neuron by neuron"
-            )
-        else:
-            study.pairs = compare_checkpoints(fingerprints, show)
+    if len(study.steps) > 1 and loader.orderless:
+        study.problems.append(
+            f"{loader.orderless[0]} does not tell which neuron is which (written by an older version), so checkpoints "
+            "cannot be compared neuron by neuron"
+        )
+    elif len(study.steps) > 1:
+        study.pairs = compare_checkpoints(patterns, [layer.d_ff for layer in study.layers], show)
     return study
 
 
-def _probe(config: StudyConfig, run: RunDir | None, sources: Sequence[Source], model: nn.Module) -> Probe:
+def _probe(config: StudyConfig, run: RunDir | None, last: Path, model: PreTrainedModel) -> Probe:
     if run is not None and config.text is None:
         return load_probe(run.probe, config.probe_tokens)
-    tokenizer = find_tokenizer(config.tokenizer, sources)
+    if model.main_input_name != "input_ids":
+        raise InputError(f"{last} is a {type(model).__name__}, which reads no text; give a model of text")
+    tokenizer = find_tokenizer(config.tokenizer, last)
     tokens = config.probe_tokens or DEFAULT_TOKENS
     return probe_from_text(config.text or (), tokenizer, model, tokens, config.sequence_length)
 
 
-def _describe(study: Study, model: nn.Module, probe: Probe, pattern_tokens: int) -> None:
-    layers = [layer.ssd for layer in layers_of(model)]
-    names = [f.name for f in fields(LayerShape) if f.name != "activation"]
-    study.layers = [
-        LayerShape(**{name: getattr(ssd, name) for name in names}, activation=ssd.settings.activation)
-        for ssd in layers
-    ]
+def _describe(study: Study, model: PreTrainedModel, probe: Probe, pattern_tokens: int) -> None:
+    """Note what is measured on, and what the reader must know of the measures."""
     study.probe = {
         "tokens": probe.tokens,
         "sequence_length": probe.sequence_length,
         "text": probe.source,
-        "model type": cast(Any, model).config.model_type,
+        "model type": model.config.model_type,
     }
-    other = [shape.activation for shape in study.layers if shape.activation not in EXACT_ZEROS]
-    notes = {
-        f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most.": (
-            probe.tokens > pattern_tokens
-        ),
-        f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random.": (
-            max(shape.d_ff for shape in study.layers) > MAX_NEURONS
-        ),
-        f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens.": (
-            not other and probe.tokens > SAMPLED_TOKENS
-        ),
-        f"{study.layers[0].activation} is never exactly zero: a neuron counts as active on a token if it is "
-        "among the fewest that give 99 % of the output (docs/measures.md).": bool(other),
-    }
-    study.notes += [note for note, holds in notes.items() if holds]
+    if probe.tokens > pattern_tokens:
+        study.notes.append(
+            f"To bound memory, checkpoints are compared on {pattern_tokens:,} of the {probe.tokens:,} tokens at most."
+        )
+    if max(layer.d_ff for layer in study.layers) > MAX_NEURONS:
+        study.notes.append(
+            f"Co-activation matrices are compared on {MAX_NEURONS} neurons per layer, drawn once at random."
+        )
+    other = [layer.activation for layer in study.layers if layer.activation not in EXACT_ZEROS]
+    if other:
+        study.notes.append(
+            f"{other[0]} is never exactly zero: a neuron counts as active on a token if it is among the fewest that "
+            "give 99 % of the output (docs/measures.md)."
+        )
+    elif probe.tokens > SAMPLED_TOKENS:
+        study.notes.append(
+            f"The neurons needed for 99 % of the output are counted on about {SAMPLED_TOKENS} of the tokens."
+        )

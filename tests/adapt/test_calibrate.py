@@ -29,8 +29,7 @@ def test_calibration_trains_the_routers_and_nothing_else() -> None:
     before = {n: t.clone() for n, t in model.named_parameters()}
     caught = [row.mass_caught for row in layer_rows(model, batches)]
     seen: list[int] = []
-    steps = calibrate(model, batches, 3e-2, advance=seen.append)
-    assert steps == 4 * 8  # epochs x minibatches of 512 among 16 x 256 tokens
+    calibrate(model, batches, 3e-2, advance=seen.append)
     assert seen == [1] * 16 + [16] * 4  # shown, then four epochs
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, before[name]) != is_router_parameter(name), name

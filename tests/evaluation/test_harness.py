@@ -79,10 +79,12 @@ def test_the_command(
     out = tmp_path / "scores.json"
     code = main(
         ["eval", str(folder), "--tasks", f"sst2={glue}", f"cola={glue}", f"rte={glue}", "--data", str(corpus),
-         "--mode", "sparse", "--threads", "1", "--out", str(out)]
+         "--mode", "sparse", "--threads", "1", "--out", str(out), "--quiet"]
     )  # fmt: skip
-    printed = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    printed = shown.out.splitlines()
     assert code == 0
+    assert "requests" not in shown.err  # lm-eval's bars
     assert printed[0].split() == ["task", "metric", "examples", "sparse", "K=3"]
     result = json.loads(printed[-1])
     assert result == json.loads(out.read_text())

@@ -168,6 +168,7 @@ def test_the_command(trained: Runs, glue: Path, tmp_path: Path, capsys: pytest.C
         ({"--epochs": "0"}, ["epochs=0"]),
         ({"--batch-size": "0"}, ["batch_size=0"]),
         ({"--mode": "sparse", "--experts-per-token": "9"}, ["experts_per_token=9", "use 1 to 8"]),
+        ({"--mode": "dense", "--experts-per-token": "9"}, ["experts_per_token=9", "use 1 to 8"]),
     ],
 )
 def test_wrong_requests(
@@ -178,6 +179,7 @@ def test_wrong_requests(
         main(["finetune", str(trained("bert")[0]), *(part for pair in given.items() for part in pair)]) == 2
     )
     said = capsys.readouterr().err
+    assert "examples to train on" not in said
     for word in words:
         assert word in said
 

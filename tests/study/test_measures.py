@@ -125,9 +125,9 @@ def test_needed_neurons_by_hand() -> None:
 def test_measuring_leaves_the_model_as_it_was_and_fewer_patterns_can_be_kept(tokens: Tensor) -> None:
     model = shuffled().train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    (_, all_of_them), _ = measure_model(model, probe_of(tokens))
-    (_, some), _ = measure_model(model, probe_of(tokens), pattern_tokens=40)
-    assert torch.equal(some.pattern_TW, all_of_them.pattern_TW[::3])  # 96 tokens, every third
+    (_, all_TW), _ = measure_model(model, probe_of(tokens))
+    (_, some_TW), _ = measure_model(model, probe_of(tokens), pattern_tokens=40)
+    assert torch.equal(some_TW, all_TW[::3])  # 96 tokens, every third
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(layer._forward_pre_hooks for layer in layers_of(model))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from switchable import SwitchConfig, convert
 from switchable.ffn.convert import layers_of
 from switchable.store.probe import Probe
-from switchable.study.measures import Fingerprint, measure_model
-from switchable.study.similarity import compare_checkpoints, tokens_within
+from switchable.study.measures import measure_model
+from switchable.study.similarity import Matrix, compare_checkpoints, tokens_within
 from switchable.switching.patterns import jaccard, pack, routes_changed, unpack
 from switchable.switching.switch import regroup
 
@@ -40,9 +40,10 @@ def shuffle(model: nn.Module, seed: int, times: int = 1) -> nn.Module:
     return moved
 
 
-def fingerprints(model: nn.Module, tokens: Tensor) -> list[Fingerprint]:
+def compared(tokens: Tensor, *models: nn.Module) -> dict[str, list[Matrix]]:
     probe = Probe([{"input_ids": tokens}], "a test")
-    return [fingerprint for _, fingerprint in measure_model(model, probe)]
+    patterns = [[pattern for _, pattern in measure_model(model, probe)] for model in models]
+    return compare_checkpoints(patterns, [64, 64])
 
 
 def active_sets(model: nn.Module, tokens: Tensor, index: int) -> list[set[int]]:
@@ -59,7 +60,7 @@ def active_sets(model: nn.Module, tokens: Tensor, index: int) -> list[set[int]]:
 
 def test_pairs_equal_brute_force_whatever_was_regrouped(tokens: Tensor) -> None:
     models = [at_step(0), shuffle(at_step(1), 5, times=3), shuffle(at_step(2), 6)]
-    found = compare_checkpoints([fingerprints(m, tokens) for m in models])
+    found = compared(tokens, *models)
     for layer in range(2):
         sets = [active_sets(m, tokens, layer) for m in models]
         on = [[[float(i in s) for i in range(64)] for s in tokens_of] for tokens_of in sets]
@@ -85,13 +86,13 @@ def test_regrouping_alone_changes_no_pattern(tokens: Tensor) -> None:
     """The same function with its neurons elsewhere: the same pattern; and elsewhere is a real difference."""
     model = at_step(1)
     moved = shuffle(model, 7, times=2)
-    found = compare_checkpoints([fingerprints(model, tokens), fingerprints(moved, tokens)])
+    found = compared(tokens, model, moved)
     for layer in range(2):
         assert found["pattern"][layer][0, 1] == 1.0
         assert found["coactivation"][layer][0, 1] == pytest.approx(1.0, abs=1e-9)
     for layer in layers_of(moved):
         layer.ssd.neuron_ids_F = torch.arange(64)  # as if nobody had kept track
-    wrong = compare_checkpoints([fingerprints(model, tokens), fingerprints(moved, tokens)])
+    wrong = compared(tokens, model, moved)
     assert wrong["coactivation"][0][0, 1] < 0.5
 
 
@@ -127,7 +128,7 @@ def test_a_layer_whose_neurons_never_change_has_no_correlation(tokens: Tensor) -
     with torch.no_grad():
         layers_of(silent)[0].ssd.up_projection.weight.zero_()
         layers_of(silent)[0].ssd.up_projection.bias.fill_(-1.0)
-    found = compare_checkpoints([fingerprints(silent, tokens), fingerprints(at_step(1), tokens)])
+    found = compared(tokens, silent, at_step(1))
     assert np.isnan(found["coactivation"][0][0, 1])
     assert np.isfinite(found["pattern"][0]).all()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.models import make
 from study.runs import names
 from support import tiny_gpt2
 from torch import nn
@@ -16,6 +17,7 @@ from switchable import InputError
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
 from switchable.study.config import StudyConfig
+from switchable.study.series import listed_sources
 from switchable.study.study import study_checkpoints
 
 
@@ -88,6 +90,21 @@ def test_one_model_of_another_activation_is_studied(
     assert len(printed["findings"]) == 3
     assert not {"similarity_pattern", "activation_ratio"} & set(printed["pictures"])
     assert "gelu_new is never exactly zero" in (tmp_path / "out/report.html").read_text()
+
+
+def test_names_that_tell_the_same_step_twice_are_taken_in_their_order(series: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first-v2", tmp_path / "second-v2"]
+    for folder in folders:
+        shutil.copytree(series / "step3", folder)
+    found = listed_sources([str(folder) for folder in folders])
+    assert found == dict(enumerate(folders))
+    assert list(listed_sources([f"{series}/step*"])) == [3, 20, 100]
+
+
+def test_a_model_that_reads_no_text_is_refused(series: Path, corpus: Path, tmp_path: Path) -> None:
+    make("vit").save_pretrained(tmp_path / "vit")
+    with pytest.raises(InputError, match="vit is a ViTForImageClassification, which reads no text"):
+        study_checkpoints([str(tmp_path / "vit")], settings(corpus, tokenizer=str(series)))
 
 
 def test_too_little_text_is_refused(series: Path, tmp_path: Path) -> None:
