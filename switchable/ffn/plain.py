@@ -44,9 +44,9 @@ def check_plain(ssd: SSD) -> None:
 def own_forwards(ssd: SSD) -> frozenset[Any]:
     """Return forwards of classes that do what `nn.Linear`'s does, as casting weights; InputError if one does more."""
     found = set()
-    for path, module in ssd.called:
+    for path, module in ssd.projections:
         own = type(module).forward
-        if module is ssd.activation or own in FORWARDS or parametrize.is_parametrized(module):
+        if own in FORWARDS:
             continue
         if not _multiplies(cast(nn.Linear, module)):
             raise InputError(
@@ -93,7 +93,7 @@ def check_movable(ssd: SSD) -> None:
 
 def check_readable(ssd: SSD) -> None:
     """Raise InputError where it is hidden which way a weight lies: dense mode calls it, measures read the weight."""
-    for path, module in ssd.called[:-1]:  # the last is the activation
+    for path, module in ssd.projections:
         width = ssd.d_ff if path == ssd.settings.family.down else ssd.d_model
         hides = not isinstance(module, Conv1D) and any(isinstance(part, Conv1D) for part in module.modules())
         if hides or not isinstance(getattr(module, "weight", None), Tensor) or d_in(module) != width:
