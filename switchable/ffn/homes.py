@@ -39,7 +39,7 @@ def family_at(
     `seen` are calls in evaluation, `trained` calls in training, in which each dropout has a probability of its own.
     Raises InputError if a dropout cannot be found, or is used elsewhere too.
     """
-    paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
+    paths = [call.name for call in match.calls]
     search = _Search(model, match, seen, trained, _probability(match, trained))
     for home in _above(paths):
         family = _as_module(search, home)
@@ -121,8 +121,8 @@ def _as_module(search: _Search, home: str) -> Family | None:
 def _in_layer(search: _Search, home: str) -> Family | None:
     """Return the family if a layer does other things too; None if the dropout is not the FFN's alone."""
     match, named = search.match, vars(search.model.get_submodule(home))
-    for call in (match.down, match.gate, match.up):
-        if call is not None and not isinstance(call.module, nn.Linear):
+    for call in match.calls:
+        if not isinstance(call.module, nn.Linear):
             raise InputError(
                 f"{call.name} is a {type(call.module).__name__} within a layer; use nn.Linear there"
             )
