@@ -7,7 +7,7 @@ all experts on it must be the dense layer. A parametrization is no trouble: the 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -48,7 +48,7 @@ def own_forwards(ssd: SSD) -> frozenset[Any]:
         own = type(module).forward
         if own in FORWARDS:
             continue
-        if not _multiplies(cast(nn.Linear, module)):
+        if not _multiplies(module):
             raise InputError(
                 f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; "
                 f"{REMEDY.replace('stay in dense mode', 'use nn.Linear')}"

@@ -184,9 +184,9 @@ class SSD:
         return self._activation or self.part(cast(str, self.settings.family.activation))
 
     @property
-    def projections(self) -> list[tuple[str, nn.Module]]:
+    def projections(self) -> list[tuple[str, nn.Linear]]:
         """The projections by their paths, in the order in which they are called."""
-        return [(path, self.part(path)) for path in self.settings.family.projections]
+        return [(path, cast(nn.Linear, self.part(path))) for path in self.settings.family.projections]
 
     @property
     def called(self) -> list[tuple[str, nn.Module]]:

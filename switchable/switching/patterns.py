@@ -11,7 +11,6 @@ Shapes: T tokens, F neurons, W = ceil(F/8) bytes.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,7 +33,7 @@ def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
     A token on which no neuron fires in either pattern counts as 1: nothing differs.
     """
     a, b = a_TW.numpy(), b_TW.numpy()
-    both_T, either_T = _count(a & b), _count(a | b)
+    both_T, either_T = (np.bitwise_count(bits).sum(axis=1, dtype=np.int64) for bits in (a & b, a | b))
     index_T = np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1.0)
     return float(index_T.mean())
 
@@ -46,8 +45,3 @@ def routes_changed(a_TK: Tensor, b_TK: Tensor) -> float | None:
         return None
     kept_T = (a_TK[:, :, None] == b_TK[:, None, :]).sum(dim=(1, 2))
     return float((kept_T < k).double().mean())
-
-
-def _count(packed_TW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    count_T: npt.NDArray[np.int64] = np.bitwise_count(packed_TW).sum(axis=1, dtype=np.int64)
-    return count_T
