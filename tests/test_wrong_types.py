@@ -78,11 +78,18 @@ def test_family(given: dict[str, Any]) -> None:
         ({"probe": 3}, "probe=3 must be token ids"),
         ({"probe": []}, r"probe=\[\] must be token ids"),
         ({"probe": [[1, 2]]}, "must be token ids, a batch of model inputs, or several"),
+        ({"copies": nn.Linear(1, 1)}, "copies=Linear.* must be a Sequence"),
     ],
 )
 def test_controller(switchable_gpt2: nn.Module, tokens: Tensor, given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Controller(switchable_gpt2, **{"probe": tokens, "total_steps": 10, **given})
+
+
+def test_a_controllers_state_of_a_model_with_other_layers(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    controller = Controller(switchable_gpt2, tokens, 10)
+    with pytest.raises(InputError, match="that of 1 switchable FFNs, and the model has 2"):
+        controller.load_state_dict(controller.state_dict() | {"takes_part": [False]})
 
 
 def test_a_controller_steps_after_an_optimizer(switchable_gpt2: nn.Module, tokens: Tensor) -> None:

@@ -111,7 +111,8 @@ class Controller:
         check = check_readable if self.schedule.config.never_sparse else check_movable
         for layer in self.layers:
             check(layer.ssd)
-        self.copies, self.twins = tuple(copies), twins(self.layers, copies)
+        self.copies = tuple(checked("copies", copies, Sequence))
+        self.twins = twins(self.layers, self.copies)
         copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self.probe = as_batches(probe)
         self.probe_tokens = tokens_of(model, self.probe, precision)
@@ -247,13 +248,18 @@ class Controller:
         """Continue where `state_dict` was taken.
 
         Raises:
-            InputError: it was taken with another schedule.
+            InputError: it was taken with another schedule, or of a model with more or fewer FFNs.
         """
         name = state.get("schedule", "ssd")  # which version 0.1 did not write
         if name != self.schedule.name:
             raise InputError(
                 f"this run has schedule {name!r}, not {self.schedule.name!r}: it is a baseline of a comparison; go on "
                 "with it by the command that started it (switchable compare)"
+            )
+        found = len(state["takes_part"])
+        if found != len(self.layers):
+            raise InputError(
+                f"this state is that of {found} switchable FFNs, and the model has {len(self.layers)}"
             )
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
