@@ -23,10 +23,10 @@ from switchable.ffn.ssd import SSD
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-REMEDY = (
-    "merge it into the weight (peft: merge_and_unload(); torch's pruning: prune.remove), remove the hook, or stay in "
-    "dense mode"
+MERGE = (
+    "merge it into the weight (peft: merge_and_unload(); torch's pruning: prune.remove), remove the hook, or"
 )
+PASSED_BY = f"which sparse mode passes by; {MERGE} stay in dense mode"
 
 
 def check_plain(ssd: SSD) -> None:
@@ -36,9 +36,9 @@ def check_plain(ssd: SSD) -> None:
         if module is not ssd.activation and (
             type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
         ):
-            raise InputError(f"{where} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}")
+            raise InputError(f"{where} is a {type(module).__name__}, {PASSED_BY}")
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
-            raise InputError(f"{where} has hooks (or a mask), which sparse mode passes by; {REMEDY}")
+            raise InputError(f"{where} has hooks (or a mask), {PASSED_BY}")
 
 
 def own_forwards(ssd: SSD) -> frozenset[Any]:
@@ -50,8 +50,8 @@ def own_forwards(ssd: SSD) -> frozenset[Any]:
             continue
         if not _multiplies(module):
             raise InputError(
-                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; "
-                f"{REMEDY.replace('stay in dense mode', 'use nn.Linear')}"
+                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; {MERGE} "
+                "use nn.Linear"
             )
         found.add(own)
     return frozenset(found)
