@@ -14,10 +14,10 @@ from torch import nn
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
 from switchable.ffn.agreement import check_same_function, families_of, put_in_place
+from switchable.ffn.attached import LossScale
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import of_several_names, store_by_neuron
-from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
 from switchable.ffn.recording import kept
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from switchable.compute.activations import activation_name, activation_named
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
+from switchable.ffn.attached import LossScale
 from switchable.ffn.families import Family, halves, neurons_first
-from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
