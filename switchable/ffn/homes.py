@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -61,12 +62,10 @@ def family_at(
 
 def _above(paths: Sequence[str]) -> Iterator[str]:
     """The paths of what holds all of some modules, innermost first."""
-    parts = [path.split(".")[:-1] for path in paths]
-    common = 0
-    while all(len(each) > common and each[common] == parts[0][common] for each in parts):
-        common += 1
-    for length in range(common, -1, -1):
-        yield ".".join(parts[0][:length])
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    for length in range(len(common), -1, -1):
+        yield ".".join(common[:length])
 
 
 def _of(calls: Sequence[Call], name: str) -> list[Call]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -203,20 +203,17 @@ def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _features(model: nn.Module, name: str) -> Tensor | None:
-    """An image or a piece of sound, of the size that the config says."""
-    config = getattr(model, "config", None)
-    shapes: dict[str, Callable[[Any], tuple[int, ...]]] = {
-        "pixel_values": lambda c: (1, c.num_channels, c.image_size, c.image_size),
-        "input_features": lambda c: (1, c.num_mel_bins, 2 * c.max_source_positions),
-        "input_values": lambda _: (1, 4000),
-    }
-    if name not in shapes:
-        return None
+    """An image or a piece of sound, of the size that the config says; None if it does not, or for another input."""
+    config: Any = getattr(model, "config", None)
     try:
-        shape = shapes[name](config)
+        if name == "pixel_values":
+            size = config.image_size
+            return _noise(1, config.num_channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        if name == "input_features":
+            return _noise(1, config.num_mel_bins, 2 * config.max_source_positions)
     except (AttributeError, TypeError):
         return None
-    return _noise(*shape)
+    return _noise(1, 4000) if name == "input_values" else None
 
 
 def _ids(model: nn.Module, length: int) -> Tensor:
