@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.store.probe import Probe
-from switchable.switching.measures import LayerSums, show
-from switchable.switching.patterns import pack
+from switchable.switching.measures import LayerSums, pack, show
 
 EXACT_ZEROS = ("relu", "relu2", "relu6")
 """Activations (names in `ACT2FN`) that are exactly zero for an inactive neuron."""
@@ -75,7 +74,7 @@ class LayerStudy:
 class Fingerprint:
     """What of a layer is compared between checkpoints, in the neurons' first order."""
 
-    pattern_TW: Tensor  # which neurons are active on which tokens, packed (`patterns.pack`)
+    pattern_TW: Tensor  # which neurons are active on which tokens, packed (`pack`)
     neurons: int  # F
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from switchable.progress import progress_bar
 from switchable.study.measures import Fingerprint
-from switchable.switching.patterns import jaccard, unpack
+from switchable.switching.measures import jaccard, unpack
 
 MAX_BYTES = 512 * 2**20
 MAX_NEURONS = 512
