@@ -51,6 +51,8 @@ def test_what_is_no_model() -> None:
             {"config": SwitchConfig(num_experts=8, experts_per_token=2), "family": "gpt2"},
             "family='gpt2' must be a Family",
         ),
+        ({"family": []}, r"family=\[\] describes no FFN"),
+        ({"example_inputs": 3}, "example_inputs=3 must be a Sequence"),
     ],
 )
 def test_convert(given: dict[str, Any], said: str) -> None:

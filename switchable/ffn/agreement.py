@@ -45,6 +45,8 @@ def families_of(
             return families, trial, others
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
+    if not families:
+        raise InputError(f"family={given} describes no FFN; {HOW_TO_DESCRIBE}")
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
     try:
         return families, None if trusted else Trial(model, example_inputs), {}

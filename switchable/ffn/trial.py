@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.families import PROJECTIONS, d_in
 from switchable.ffn.recording import Modules, recorded
+from switchable.options import checked
 
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
@@ -172,7 +173,9 @@ def _random_state(model: nn.Module) -> Iterator[None]:
 def _as_arguments(given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(given, Mapping):
         return (), dict(given)
-    return ((given,) if isinstance(given, Tensor) else tuple(given)), {}
+    if isinstance(given, Tensor):
+        return (given,), {}
+    return tuple(checked("example_inputs", given, Sequence)), {}
 
 
 def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
