@@ -93,11 +93,10 @@ def _as_module(search: _Search, home: str) -> Family | None:
     """Return the family if a module is the FFN and nothing else."""
     match, trained, module = search.match, search.trained, search.model.get_submodule(home)
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    names = [name for name, _ in module.named_children()]
-    taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name in names)
+    taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name, _ in module.named_children())
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     own_calls, its_calls, ends = _of(search.seen, home), _of(search.seen, match.down.name), _of(trained, home)
-    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls or not ends:
+    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not ends:
         return None
     if not all(
         c.alone and close(c.x, g.x) and close(c.y, d.y)
@@ -143,10 +142,9 @@ def _is_it(value: object, probability: float) -> bool:
 
 def _dropout_module(search: _Search, home: str) -> str | None:
     """Return the path, from a module, of the dropout with the probability in it."""
-    for name, module in search.model.get_submodule(home).named_modules():
-        if isinstance(module, nn.Dropout) and _is_it(module.p, search.probability):
-            return str(name)
-    return None
+    modules = search.model.get_submodule(home).named_modules()
+    fits = (n for n, m in modules if isinstance(m, nn.Dropout) and _is_it(m.p, search.probability))
+    return next(fits, None)
 
 
 def _family(
