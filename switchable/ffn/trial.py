@@ -186,12 +186,13 @@ def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     by_name = first in known and known[first].kind is not inspect.Parameter.POSITIONAL_ONLY
     device = next(model.parameters()).device
     rest = {"use_cache": False} if "use_cache" in known else {}
+    two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
     for make in (_features, lambda *_: _ids(model, TOKENS), lambda *_: _ids(model, 8 * TOKENS), _rows):
         value = make(model, first)
         if value is None:
             continue
         batch = {first: value}
-        if "decoder_input_ids" in known and getattr(model.config, "is_encoder_decoder", True):
+        if "decoder_input_ids" in known and two_sides:
             batch["decoder_input_ids"] = _ids(model, TOKENS - 2)
         for masked in (False, True):
             if masked:
