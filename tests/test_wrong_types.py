@@ -77,6 +77,7 @@ def test_family(given: dict[str, Any]) -> None:
         ({"seed": -1}, "seed=-1 is out of range; use a whole number from 0 to 4294967295"),
         ({"seed": 0.5}, "seed=0.5 must be a whole number"),
         ({"config": 3}, "config=3 must be a SwitchConfig"),
+        ({"config": SwitchConfig(num_experts=4)}, "num_experts=4, and the model was converted with 8"),
         ({"probe": 3}, "probe=3 must be token ids"),
         ({"probe": []}, r"probe=\[\] must be token ids"),
         ({"probe": [[1, 2]]}, "must be token ids, a batch of model inputs, or several"),
