@@ -51,6 +51,8 @@ def test_what_is_no_model() -> None:
             {"config": SwitchConfig(num_experts=8, experts_per_token=2), "family": "gpt2"},
             "family='gpt2' must be a Family",
         ),
+        ({"family": []}, r"family=\[\] describes no FFN"),
+        ({"example_inputs": 3}, "example_inputs=3 must be a Sequence"),
     ],
 )
 def test_convert(given: dict[str, Any], said: str) -> None:
@@ -75,14 +77,22 @@ def test_family(given: dict[str, Any]) -> None:
         ({"seed": -1}, "seed=-1 is out of range; use a whole number from 0 to 4294967295"),
         ({"seed": 0.5}, "seed=0.5 must be a whole number"),
         ({"config": 3}, "config=3 must be a SwitchConfig"),
+        ({"config": SwitchConfig(num_experts=4)}, "num_experts=4, and the model was converted with 8"),
         ({"probe": 3}, "probe=3 must be token ids"),
         ({"probe": []}, r"probe=\[\] must be token ids"),
         ({"probe": [[1, 2]]}, "must be token ids, a batch of model inputs, or several"),
+        ({"copies": nn.Linear(1, 1)}, "copies=Linear.* must be a Sequence"),
     ],
 )
 def test_controller(switchable_gpt2: nn.Module, tokens: Tensor, given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Controller(switchable_gpt2, **{"probe": tokens, "total_steps": 10, **given})
+
+
+def test_a_controllers_state_of_a_model_with_other_layers(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
+    controller = Controller(switchable_gpt2, tokens, 10)
+    with pytest.raises(InputError, match="that of 1 switchable FFNs, and the model has 2"):
+        controller.load_state_dict(controller.state_dict() | {"takes_part": [False]})
 
 
 def test_a_controller_steps_after_an_optimizer(switchable_gpt2: nn.Module, tokens: Tensor) -> None:

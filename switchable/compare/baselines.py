@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from switchable.compute.cpu.topk import top_experts
+from switchable.ffn.attached import attach_loss
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.ssd import FFNSettings
 from switchable.ranks import gathered
@@ -155,7 +156,8 @@ class MixtureFFN(_ScaledFFN):
         y_TD = self._scaled(x_TD, ids_TK, chosen * scores_TE.gather(-1, ids_TK).softmax(dim=-1))
         if not self._trains:
             return y_TD
-        return self._attach(y_TD, LOAD_BALANCE * load_balance_loss(scores_TE, ids_TK))
+        loss = LOAD_BALANCE * load_balance_loss(scores_TE, ids_TK)
+        return attach_loss(y_TD, loss, self.ssd.loss_scale.now)
 
 
 class PaperFFN(_ScaledFFN):

@@ -1,9 +1,9 @@
 """Training in dense mode at the cost of the active neurons: `compute/cpu/active` for a switchable FFN.
 
-The layer's function and gradient stay the dense ones. The router learns from what the loops have at hand, each expert's
-activation mass.
+The layer's function and gradient stay the dense ones. The loops have each expert's activation mass at hand, from which
+the router learns.
 
-Shapes: B batch, S sequence, T = B·S tokens, D d_model, F d_ff, E experts.
+Shapes: B batch, S sequence, T = B·S tokens, D d_model, E experts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from switchable.compute.cpu.active.active import active, has_active
-from switchable.ffn.attached import teach
-from switchable.ffn.router import Router, stride
 from switchable.ffn.ssd import SSD
 
 LEAST_TOKENS = 512
@@ -40,8 +38,11 @@ def input_like(ssd: SSD, tokens: int) -> Tensor:
     return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(tokens, ssd.d_model)
 
 
-def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
-    """Map [..., D] to [..., D] as dense mode does, up to rounding; `applies` must hold."""
+def forward(ssd: SSD, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return y_TD as dense mode does, up to rounding and without the last bias; and mass_TE if the router learns.
+
+    `applies` must hold.
+    """
     x_TD = x_BSD.reshape(-1, ssd.d_model)
     factor, penalty = ssd.loss_scale.now, ssd.activation_l1 / len(x_TD)
     found = active(
@@ -53,13 +54,4 @@ def forward(ssd: SSD, router: Router, x_BSD: Tensor) -> Tensor:
     )
     ssd.active_count.entries += found.entries
     ssd.active_count.tokens += len(x_TD)
-    y_TD, bias = found.y_TD, ssd.down_projection.bias
-    if found.mass_TE is not None:
-        every = stride(ssd.settings.config.router_token_fraction)
-        mass_TE = found.mass_TE.view(*x_BSD.shape[:-1], -1)[..., ::every, :].flatten(0, -2)
-        scores_TE = router(x_BSD[..., ::every, :].detach().flatten(0, -2))
-        taught_TD = teach(y_TD, scores_TE, mass_TE, factor)
-        # What a loss hangs on must not be added to in place.
-        y_TD = taught_TD.clone() if bias is None else taught_TD
-    y_BSD: Tensor = (y_TD if bias is None else y_TD + bias.to(y_TD.dtype)).view(x_BSD.shape)
-    return y_BSD
+    return found.y_TD, found.mass_TE

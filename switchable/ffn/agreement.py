@@ -7,6 +7,7 @@ as a whole model: outputs in evaluation, outputs and gradients in training with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from switchable.errors import InputError
 from switchable.ffn.families import HOW_TO_DESCRIBE, Family
 from switchable.ffn.finder import find_families, named, refuse_others
 from switchable.ffn.layer import SwitchableFFN
+from switchable.ffn.placement import put_into_layer
 from switchable.ffn.recording import distance, kept, tolerance
 from switchable.ffn.table import row_of
 from switchable.ffn.trial import FAILURES, Inputs, Trial, module_state
@@ -43,6 +45,8 @@ def families_of(
             return families, trial, others
     listed = given if isinstance(given, list | tuple) else [given or row]
     families = [checked("family", each, Family) for each in listed]
+    if not families:
+        raise InputError(f"family={given} describes no FFN; {HOW_TO_DESCRIBE}")
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
     try:
         return families, None if trusted else Trial(model, example_inputs), {}
@@ -72,17 +76,17 @@ def check_same_function(ffn: nn.Module, layer: SwitchableFFN) -> None:
 
 
 def put_in_place(
-    trial: Trial | None, layers: Sequence[SwitchableFFN], place: Sequence[Callable[[], Callable[[], None]]]
+    model: nn.Module, built: Sequence[tuple[str, nn.Module, SwitchableFFN]], trial: Trial | None
 ) -> None:
-    """Put FFNs in place, each by one of `place`, which returns what undoes it.
+    """Put switchable FFNs in a model; each comes with the name of the module that held the projections, and the module.
 
-    Raises InputError, with all undone, if a trial of the model without them shows that it computes something else then.
+    Raises InputError, with all undone, if a trial shows that the model computes something else with them.
     """
     before = None if trial is None else trial.answers()
-    undo = [each() for each in place]
+    undo = [_place(model, *each) for each in built]
     if trial is None or before is None:
         return
-    ssds = [layer.ssd for layer in layers]
+    ssds = [layer.ssd for _, _, layer in built]
     problem = None
     with kept(ssds, "activation_l1", "router_learns"):
         for ssd in ssds:
@@ -101,6 +105,14 @@ def put_in_place(
         f"and up in the right places, and is there a part that is not described (a norm, a factor, a dropout)? "
         f"{HOW_TO_DESCRIBE}"
     )
+
+
+def _place(model: nn.Module, name: str, ffn: nn.Module, layer: SwitchableFFN) -> Callable[[], None]:
+    """Put a switchable FFN in its place; return what undoes it."""
+    if layer.ssd.settings.family.in_layer:
+        return put_into_layer(ffn, layer.ssd.settings.family, layer)
+    model.set_submodule(name, layer)
+    return partial(model.set_submodule, name, ffn)
 
 
 def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from torch import nn
 
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
 from switchable.ffn.agreement import check_same_function, families_of, put_in_place
+from switchable.ffn.attached import LossScale
 from switchable.ffn.families import Family, find_ffns
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import of_several_names, store_by_neuron
-from switchable.ffn.loss_scale import LossScale
-from switchable.ffn.placement import put_into_layer
 from switchable.ffn.plain import check_movable, check_plain, own_forwards
 from switchable.ffn.recording import kept
 from switchable.ffn.ssd import FFNSettings, facts_of, settings_of
@@ -105,8 +103,7 @@ def convert(
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
     families, trial, others = families_of(model, family, example_inputs, trusted)
-    found = [(name, ffn, each) for each in families for name, ffn in find_ffns(model, each)]
-    found = _in_order(model, found)
+    found = _in_order(model, [(*each, family) for family in families for each in find_ffns(model, family)])
     name, ffn, first_family = found[0]
     activation, _, d_ff = facts_of(ffn, first_family, name)
     config = settled(config, d_ff, activation)
@@ -114,8 +111,8 @@ def convert(
         (name, ffn, _switchable(ffn, settings_of(ffn, each, name, config), layer_type))
         for name, ffn, each in found
     ]
+    put_in_place(model, built, trial)
     layers = [layer for _, _, layer in built]
-    put_in_place(trial, layers, [partial(_place, model, *each) for each in built])
     scale, first, shared = LossScale(), layers[0].ssd, of_several_names(model)
     if neuron_major is None:
         neuron_major = first.reads_FD.is_cpu and not config.never_sparse
@@ -136,14 +133,6 @@ def _in_order(
     if len(by_name) != len(found):
         raise InputError("two of the families given mean the same FFN; give each FFN one")
     return [by_name[name] for name, _ in model.named_modules() if name in by_name]
-
-
-def _place(model: nn.Module, name: str, ffn: nn.Module, layer: SwitchableFFN) -> Callable[[], None]:
-    """Put a switchable FFN in its place; return what undoes it."""
-    if layer.ssd.settings.family.in_layer:
-        return put_into_layer(ffn, layer.ssd.settings.family, layer)
-    model.set_submodule(name, layer)
-    return partial(model.set_submodule, name, ffn)
 
 
 def _switchable(ffn: nn.Module, settings: FFNSettings, layer_type: type[SwitchableFFN]) -> SwitchableFFN:
@@ -190,14 +179,13 @@ def set_mode(
         raise InputError(
             f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"
         )
-    for layer, k in zip(found, each, strict=True):
-        if k is not None:
-            layer.ssd.check_experts_per_token(k)
+    ks = [layer.ssd.experts_per_token if k is None else k for layer, k in zip(found, each, strict=True)]
+    for layer, k in zip(found, ks, strict=True):
+        layer.ssd.check_experts_per_token(k)
     if mode == "sparse":
         check_sparse(model)
-    for layer, k in zip(found, each, strict=True):
-        if k is not None:
-            layer.ssd.experts_per_token = k
+    for layer, k in zip(found, ks, strict=True):
+        layer.ssd.experts_per_token = k
         if mass is not None:
             layer.ssd.mass = mass
         layer.ssd.mode = mode if layer.ssd.takes_part else "dense"

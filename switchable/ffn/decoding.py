@@ -55,13 +55,13 @@ class PreparedLayer:
         self.numbers, self.experts, self.mass = x_BSD.numel(), ssd.experts_per_token, ssd.mass
         self.threads = torch.get_num_threads()
         layer, home = ssd.holders[0], ssd.holders[-1]
-        *projections, _activation = ssd.called
         called = [ssd.router, *(module for _, module in ssd.called)]
-        owners = [module._parameters for module in (*(module for _, module in projections), ssd.router)]
+        owners = [module._parameters for module in (*(each for _, each in ssd.projections), ssd.router)]
         self.held: list[tuple[dict[str, Any], str, object]] = []
         """Where what was found of modules and parameters is held, and no forward of a module's own."""
-        for start, path in (*((home, path) for path, _ in projections), (layer, "router")):
-            self.held += _path(start, path)
+        for path in ssd.settings.family.projections:
+            self.held += _path(home, path)
+        self.held.append((layer._modules, "router", ssd.router))
         self.held += [(vars(module), "forward", None) for module in called]
         self.held += [(own, name, own[name]) for own in owners for name in own]
         self.tensors = [
@@ -71,9 +71,8 @@ class PreparedLayer:
         self.hooks = [each for each in hooks if not each]
         # A parametrised or wrapped projection keeps its weight elsewhere: what it computes is not known here.
         plain = all("weight" in owner and "bias" in owner for owner in owners)
-        plain = plain and not ssd.router._forward_pre_hooks and not ssd.router._forward_hooks
         self.call = None
-        if plain:
+        if plain and not ssd.router._forward_pre_hooks and not ssd.router._forward_hooks:
             self.call = prepare_call(
                 self.numbers // ssd.d_model,
                 ssd.weights,

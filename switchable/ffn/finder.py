@@ -46,7 +46,7 @@ def find_families(model: nn.Module, trial: Trial) -> tuple[list[Family], dict[st
     """
     modules, seen = named(model), trial.seen
     matches, others = consistent(seen)
-    _refuse_adapters(seen, (call for m in matches.values() for call in (m.down, m.gate, m.up)))
+    _refuse_adapters(seen, (call for match in matches.values() for call in match.calls))
     if not matches:
         raise InputError(f"no FFN found: {_why_not(seen)}. {candidates(model)}; {HOW_TO_DESCRIBE}")
     _check_whole(model, matches, seen)
@@ -60,10 +60,10 @@ def find_families(model: nn.Module, trial: Trial) -> tuple[list[Family], dict[st
     return _gathered(model, found), {_place(name): why for name, why in others.items()}
 
 
-def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call | None]) -> None:
+def _refuse_adapters(seen: Sequence[Call], projections: Iterable[Call]) -> None:
     modules = {call.name: call.module for call in seen}
     for call in projections:
-        around = "" if call is None else call.name.rpartition(".")[0]
+        around = call.name.rpartition(".")[0]
         refuse_adapter(around, modules.get(around))
 
 
@@ -160,11 +160,10 @@ def _confirmed(trial: Trial, modules: Modules, matches: Mapping[str, Match]) -> 
     generator = torch.Generator().manual_seed(0)
     instead: dict[str, Tensor] = {}
     for match in matches.values():
-        for call in (match.gate, match.up):
-            if call is not None:
-                numbers = torch.rand(call.y.shape[-1], generator=generator) * 2 - 1
-                wide = call is match.gate
-                instead[call.name] = (numbers * (WIDE if wide else 2.0)).to(call.y).requires_grad_(wide)
+        for call in match.calls[1:]:  # but the output projection's
+            numbers = torch.rand(call.y.shape[-1], generator=generator) * 2 - 1
+            wide = call is match.gate
+            instead[call.name] = (numbers * (WIDE if wide else 2.0)).to(call.y).requires_grad_(wide)
     downs = [(name, module) for name, module in modules if name in matches or name in instead]
     found = {}
     with trial.undisturbed(), recorded(downs, instead) as calls:

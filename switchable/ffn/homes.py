@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def family_at(
     `seen` are calls in evaluation, `trained` calls in training, in which each dropout has a probability of its own.
     Raises InputError if a dropout cannot be found, or is used elsewhere too.
     """
-    paths = [c.name for c in (match.down, match.gate, match.up) if c is not None]
+    paths = [call.name for call in match.calls]
     search = _Search(model, match, seen, trained, _probability(match, trained))
     for home in _above(paths):
         family = _as_module(search, home)
@@ -61,12 +62,10 @@ def family_at(
 
 def _above(paths: Sequence[str]) -> Iterator[str]:
     """The paths of what holds all of some modules, innermost first."""
-    parts = [path.split(".")[:-1] for path in paths]
-    common = 0
-    while all(len(each) > common and each[common] == parts[0][common] for each in parts):
-        common += 1
-    for length in range(common, -1, -1):
-        yield ".".join(parts[0][:length])
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    for length in range(len(common), -1, -1):
+        yield ".".join(common[:length])
 
 
 def _of(calls: Sequence[Call], name: str) -> list[Call]:
@@ -94,11 +93,10 @@ def _as_module(search: _Search, home: str) -> Family | None:
     """Return the family if a module is the FFN and nothing else."""
     match, trained, module = search.match, search.trained, search.model.get_submodule(home)
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    names = [name for name, _ in module.named_children()]
-    taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name in names)
+    taken = any(name in RESERVED or hasattr(SwitchableFFN, name) for name, _ in module.named_children())
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     own_calls, its_calls, ends = _of(search.seen, home), _of(search.seen, match.down.name), _of(trained, home)
-    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not own_calls or not ends:
+    if not home or own or taken or hooks or len(own_calls) != len(its_calls) or not ends:
         return None
     if not all(
         c.alone and close(c.x, g.x) and close(c.y, d.y)
@@ -121,8 +119,8 @@ def _as_module(search: _Search, home: str) -> Family | None:
 def _in_layer(search: _Search, home: str) -> Family | None:
     """Return the family if a layer does other things too; None if the dropout is not the FFN's alone."""
     match, named = search.match, vars(search.model.get_submodule(home))
-    for call in (match.down, match.gate, match.up):
-        if call is not None and not isinstance(call.module, nn.Linear):
+    for call in match.calls:
+        if not isinstance(call.module, nn.Linear):
             raise InputError(
                 f"{call.name} is a {type(call.module).__name__} within a layer; use nn.Linear there"
             )
@@ -144,10 +142,9 @@ def _is_it(value: object, probability: float) -> bool:
 
 def _dropout_module(search: _Search, home: str) -> str | None:
     """Return the path, from a module, of the dropout with the probability in it."""
-    for name, module in search.model.get_submodule(home).named_modules():
-        if isinstance(module, nn.Dropout) and _is_it(module.p, search.probability):
-            return str(name)
-    return None
+    modules = search.model.get_submodule(home).named_modules()
+    fits = (n for n, m in modules if isinstance(m, nn.Dropout) and _is_it(m.p, search.probability))
+    return next(fits, None)
 
 
 def _family(

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from switchable.compute.call import ExpertCall
@@ -26,7 +27,7 @@ from switchable.compute.estimate import estimated_mass, expert_mass
 from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
-from switchable.ffn.attached import attach_loss, penalise, teach
+from switchable.ffn.attached import penalise, teach
 from switchable.ffn.decoding import decoded
 from switchable.ffn.description import SavedRouter
 from switchable.ffn.plain import check_plain
@@ -91,27 +92,26 @@ class SwitchableFFN(nn.Module):
         return y
 
     def _dense(self, x_BSD: Tensor) -> Tensor:
-        ssd = self.ssd
-        if self._trains and active_training.applies(ssd, x_BSD):
-            return active_training.forward(ssd, self.router, x_BSD)
-        hidden_BSF = ssd.activations(x_BSD)
-        trains, kept_BSF = self._trains, hidden_BSF
+        ssd, trains = self.ssd, self._trains
+        fraction = ssd.settings.config.router_token_fraction
+        if trains and active_training.applies(ssd, x_BSD):
+            y_TD, mass_TE = active_training.forward(ssd, x_BSD)
+            y_BSD = self._whole(y_TD, x_BSD)
+            return y_BSD if mass_TE is None else self._teach_some(y_BSD, x_BSD, mass_TE, fraction)
+        hidden_BSF = kept_BSF = ssd.activations(x_BSD)
         if trains and ssd.activation_l1:
-            kept_BSF = penalise(hidden_BSF, ssd.activation_l1, ssd.loss_scale.now)
-        y_BSD = ssd.write(ssd.drop_hidden(kept_BSF, self.training))
+            kept_BSF = penalise(kept_BSF, ssd.activation_l1, ssd.loss_scale.now)
+        if dropout := ssd.hidden_dropout:
+            kept_BSF = nnf.dropout(kept_BSF, dropout, self.training)
+        y_BSD = ssd.write(kept_BSF)
         if trains and ssd.router_learns:
-            every = stride(ssd.settings.config.router_token_fraction)
+            every = stride(fraction)
             y_BSD = self._taught(y_BSD, x_BSD[..., ::every, :], hidden_BSF[..., ::every, :])
         return y_BSD
 
     @property
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
-
-    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
-        """Return y; whatever is learned from it, the loss is learned besides."""
-        attached: Tensor = attach_loss(y, loss, self.ssd.loss_scale.now)
-        return attached
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
         done_BSD = decoded(self.ssd, self.training, x_BSD)
@@ -140,11 +140,7 @@ class SwitchableFFN(nn.Module):
         y_BSD = self._whole(self._experts(x_BSD.reshape(-1, ssd.d_model), ids_TK), x_BSD)
         if not ssd.router_learns:
             return y_BSD
-        every = stride(ESTIMATED_TOKEN_FRACTION)
-        mass_BSE = mass_TE.view(*x_BSD.shape[:-1], ssd.num_experts)
-        return self._teach(
-            y_BSD, x_BSD[..., ::every, :], mass_BSE[..., ::every, :].reshape(-1, ssd.num_experts)
-        )
+        return self._teach_some(y_BSD, x_BSD, mass_TE, ESTIMATED_TOKEN_FRACTION)
 
     def _whole(self, y_TD: Tensor, x_BSD: Tensor) -> Tensor:
         """Return what the experts write, with the bias of the output projection, in the shape of the input."""
@@ -184,11 +180,16 @@ class SwitchableFFN(nn.Module):
             mass_TE = expert_mass(hidden_BSF.reshape(-1, ssd.d_ff), ssd.weights.down_FD, ssd.num_experts)
         return self._teach(y, x_BSD, mass_TE)
 
+    def _teach_some(self, y: Tensor, x_BSD: Tensor, mass_TE: Tensor, fraction: float) -> Tensor:
+        """Do what `_teach` does for a fraction of the tokens, given the mass of all."""
+        every = stride(fraction)
+        mass_BSE = mass_TE.view(*x_BSD.shape[:-1], -1)
+        return self._teach(y, x_BSD[..., ::every, :], mass_BSE[..., ::every, :].flatten(0, -2))
+
     def _teach(self, y: Tensor, x_BSD: Tensor, mass_TE: Tensor) -> Tensor:
         """Return y; whatever is learned from it, the router learns the mass of tokens."""
         scores_TE = self.router(x_BSD.detach().reshape(-1, self.ssd.d_model))
-        taught: Tensor = teach(y, scores_TE, mass_TE, self.ssd.loss_scale.now)
-        return taught
+        return teach(y, scores_TE, mass_TE, self.ssd.loss_scale.now)
 
     def extra_repr(self) -> str:
         """Say mode, K and E, and the mass, as in `mode=sparse, experts=6/32, mass=0.9`."""

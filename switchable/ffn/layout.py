@@ -32,9 +32,8 @@ from switchable.ffn.layer import SwitchableFFN
 
 def neuron_parameters(layer: SwitchableFFN) -> Iterator[tuple[Tensor, int]]:
     """Yield every parameter with a neuron axis, and which dimension that is; a fused projection's has 2F entries."""
-    ssd = layer.ssd
-    reads = dict.fromkeys(each for each in (ssd.gate_projection, ssd.up_projection) if each is not None)
-    for projection, output in (*((each, False) for each in reads), (ssd.down_projection, True)):
+    for path, projection in layer.ssd.projections:
+        output = path == layer.ssd.settings.family.down
         yield projection.weight, neuron_dim(projection, output)
         if projection.bias is not None and not output:
             yield projection.bias, 0

@@ -39,6 +39,11 @@ class Match:
     fused: str | None
     activation: str
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Those of all its projections, the output projection's first."""
+        return tuple(call for call in (self.down, self.gate, self.up) if call is not None)
+
     def hidden(self, gate: Tensor, up: Tensor | None, activation: str | None = None) -> Tensor:
         """Return what the output projection should be given for what the others return."""
         act = activation_once(activation or self.activation)
@@ -59,9 +64,9 @@ def consistent(seen: Sequence[Call]) -> tuple[dict[str, Match], dict[str, str]]:
             found[down.name].append(match)
     alike, others = {}, {}
     for name, each in found.items():
-        parts = {(m.gate.name, m.up.name if m.up else None, m.fused) for m in each}
-        used = [counts[c.name] for c in (each[0].down, each[0].gate, each[0].up) if c is not None]
-        if len(parts) == 1 and set(used) == {len(each)}:
+        parts = {(*(call.name for call in match.calls), match.fused) for match in each}
+        used = {counts[call.name] for call in each[0].calls}
+        if len(parts) == 1 and used == {len(each)}:
             alike[name] = each[0]
         elif counts[name] == len(each):
             others[name] = (

@@ -25,16 +25,14 @@ The FFN itself, with the router, becomes one more child of the layer, `switchabl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from switchable.errors import InputError
-
-if TYPE_CHECKING:
-    from switchable.ffn.families import Family
+from switchable.ffn.families import Family
 
 CHILD = "switchable_ffn"
 """The name of the FFN among the layer's children."""
@@ -75,7 +73,7 @@ class Entrance(Held):
         """Return the FFN's output, or keep it and return zeros."""
         ffn: Any = self._ffn[0]
         if not torch.compiler.is_compiling():
-            _check_held(ffn.ssd.name, ffn.ssd.called[:-1])  # the last is the activation
+            _check_held(ffn.ssd)
         y: Tensor = ffn(x)
         if self._kept is None:
             return y
@@ -83,13 +81,13 @@ class Entrance(Held):
         return x.new_zeros(*(1 for _ in x.shape[:-1]), self.out_features)
 
 
-def _check_held(name: str, projections: Sequence[tuple[str, nn.Module]]) -> None:
+def _check_held(ssd: Any) -> None:
     """Raise InputError for what was put around a projection since: layer and FFN would call it for different things."""
-    for path, module in projections:
+    for path, module in ssd.projections:
         if not isinstance(module, Held):
             raise InputError(
-                f"{name}.{path} has become a {type(module).__name__}, which neither mode can call there; put adapters "
-                "on other modules, or merge them into the weight (peft: merge_and_unload())"
+                f"{ssd.name}.{path} has become a {type(module).__name__}, which neither mode can call there; put "
+                "adapters on other modules, or merge them into the weight (peft: merge_and_unload())"
             )
 
 
@@ -127,11 +125,12 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable[[], None]:
     """Exchange what the layer's forward calls (see the module's text); return what undoes it."""
     kept = PerThread() if family.activation is None or family.fused is not None else None
+    projections = {path: cast(nn.Linear, layer.get_submodule(path)) for path in family.projections}
     first = family.gate or family.up
-    instead: dict[str, nn.Module] = {first: Entrance(_linear(layer, first), ffn, kept)}
+    instead: dict[str, nn.Module] = {first: Entrance(projections[first], ffn, kept)}
     if first != family.up:
-        instead[family.up] = Factor(_linear(layer, family.up))
-    instead[family.down] = Exit(_linear(layer, family.down), kept)
+        instead[family.up] = Factor(projections[family.up])
+    instead[family.down] = Exit(projections[family.down], kept)
     if family.activation is not None and kept is None:
         instead[family.activation] = nn.Identity()
     before = {path: layer.get_submodule(path) for path in instead}
@@ -161,9 +160,3 @@ def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable
 
 def _stay_away(_ffn: nn.Module, _args: object) -> None:
     """Do nothing: it is enough to be there."""
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} was checked to be nn.Linear"
-    return module

@@ -7,7 +7,7 @@ all experts on it must be the dense layer. A parametrization is no trouble: the 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -23,10 +23,10 @@ from switchable.ffn.ssd import SSD
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-REMEDY = (
-    "merge it into the weight (peft: merge_and_unload(); torch's pruning: prune.remove), remove the hook, or stay in "
-    "dense mode"
+MERGE = (
+    "merge it into the weight (peft: merge_and_unload(); torch's pruning: prune.remove), remove the hook, or"
 )
+PASSED_BY = f"which sparse mode passes by; {MERGE} stay in dense mode"
 
 
 def check_plain(ssd: SSD) -> None:
@@ -36,22 +36,22 @@ def check_plain(ssd: SSD) -> None:
         if module is not ssd.activation and (
             type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
         ):
-            raise InputError(f"{where} is a {type(module).__name__}, which sparse mode passes by; {REMEDY}")
+            raise InputError(f"{where} is a {type(module).__name__}, {PASSED_BY}")
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
-            raise InputError(f"{where} has hooks (or a mask), which sparse mode passes by; {REMEDY}")
+            raise InputError(f"{where} has hooks (or a mask), {PASSED_BY}")
 
 
 def own_forwards(ssd: SSD) -> frozenset[Any]:
     """Return forwards of classes that do what `nn.Linear`'s does, as casting weights; InputError if one does more."""
     found = set()
-    for path, module in ssd.called:
+    for path, module in ssd.projections:
         own = type(module).forward
-        if module is ssd.activation or own in FORWARDS or parametrize.is_parametrized(module):
+        if own in FORWARDS:
             continue
-        if not _multiplies(cast(nn.Linear, module)):
+        if not _multiplies(module):
             raise InputError(
-                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; "
-                f"{REMEDY.replace('stay in dense mode', 'use nn.Linear')}"
+                f"{ssd.name}.{path} ({type(module).__name__}) is more than its weight and bias; {MERGE} "
+                "use nn.Linear"
             )
         found.add(own)
     return frozenset(found)
@@ -93,7 +93,7 @@ def check_movable(ssd: SSD) -> None:
 
 def check_readable(ssd: SSD) -> None:
     """Raise InputError where it is hidden which way a weight lies: dense mode calls it, measures read the weight."""
-    for path, module in ssd.called[:-1]:  # the last is the activation
+    for path, module in ssd.projections:
         width = ssd.d_ff if path == ssd.settings.family.down else ssd.d_model
         hides = not isinstance(module, Conv1D) and any(isinstance(part, Conv1D) for part in module.modules())
         if hides or not isinstance(getattr(module, "weight", None), Tensor) or d_in(module) != width:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from switchable.compute.activations import activation_name, activation_named
 from switchable.compute.call import FFNWeights
 from switchable.errors import InputError, divisors_near
+from switchable.ffn.attached import LossScale
 from switchable.ffn.families import Family, halves, neurons_first
-from switchable.ffn.loss_scale import LossScale
 from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
 from switchable.settings import SwitchConfig
@@ -185,11 +184,14 @@ class SSD:
         return self._activation or self.part(cast(str, self.settings.family.activation))
 
     @property
+    def projections(self) -> list[tuple[str, nn.Linear]]:
+        """The projections by their paths, in the order in which they are called."""
+        return [(path, cast(nn.Linear, self.part(path))) for path in self.settings.family.projections]
+
+    @property
     def called(self) -> list[tuple[str, nn.Module]]:
         """What dense mode calls, each by its path: projections and activation."""
-        family = self.settings.family
-        projections = ((path, self.part(path)) for path in family.projections)
-        return [*projections, (family.activation or "", self.activation)]
+        return [*self.projections, (self.settings.family.activation or "", self.activation)]
 
     @property
     def hidden_dropout(self) -> float:
@@ -203,15 +205,17 @@ class SSD:
     def weights(self) -> FFNWeights:
         """The parameters, neuron by neuron (views)."""
         up, gate, fused = self.up_projection, self.gate_projection, self.settings.family.fused
-        reads: list[Tensor | None] = [neurons_first(up, output=False), up.bias]
-        under: list[Tensor | None] = [None, None]
+        up_FD, gate_FD = neurons_first(up, output=False), None
+        up_bias_F: Tensor | None = up.bias
+        gate_bias_F: Tensor | None = None
         if fused is not None:
-            both = [(None, None) if each is None else halves(each, fused, 0) for each in reads]
-            under, reads = ([pair[k] for pair in both] for k in (0, 1))
+            gate_FD, up_FD = halves(up_FD, fused, 0)
+            if up_bias_F is not None:
+                gate_bias_F, up_bias_F = halves(up_bias_F, fused, 0)
         elif gate is not None:
-            under = [neurons_first(gate, output=False), gate.bias]
+            gate_FD, gate_bias_F = neurons_first(gate, output=False), gate.bias
         down_FD = neurons_first(self.down_projection, output=True)
-        return FFNWeights(cast(Tensor, reads[0]), down_FD, reads[1], *under)
+        return FFNWeights(up_FD, down_FD, up_bias_F, gate_FD, gate_bias_F)
 
     @property
     def reads_FD(self) -> Tensor:
@@ -246,11 +250,6 @@ class SSD:
         """Two inputs, always the same, on which it shows whether the FFN computes what it did."""
         weight = self.up_projection.weight
         return torch.linspace(-1, 1, 2 * self.d_model).sin().view(2, -1).to(weight.device, weight.dtype)
-
-    def drop_hidden(self, hidden: Tensor, training: bool) -> Tensor:
-        """Return activations after the dropout between the projections, if there is one."""
-        dropout = self.hidden_dropout
-        return nnf.dropout(hidden, dropout, training) if dropout else hidden
 
 
 def _activation_of(ffn: nn.Module, family: Family) -> nn.Module | None:

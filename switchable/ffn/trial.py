@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.families import PROJECTIONS, d_in
 from switchable.ffn.recording import Modules, recorded
+from switchable.options import checked
 
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
@@ -172,7 +173,9 @@ def _random_state(model: nn.Module) -> Iterator[None]:
 def _as_arguments(given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(given, Mapping):
         return (), dict(given)
-    return ((given,) if isinstance(given, Tensor) else tuple(given)), {}
+    if isinstance(given, Tensor):
+        return (given,), {}
+    return tuple(checked("example_inputs", given, Sequence)), {}
 
 
 def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -183,12 +186,13 @@ def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     by_name = first in known and known[first].kind is not inspect.Parameter.POSITIONAL_ONLY
     device = next(model.parameters()).device
     rest = {"use_cache": False} if "use_cache" in known else {}
+    two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
     for make in (_features, lambda *_: _ids(model, TOKENS), lambda *_: _ids(model, 8 * TOKENS), _rows):
         value = make(model, first)
         if value is None:
             continue
         batch = {first: value}
-        if "decoder_input_ids" in known and getattr(model.config, "is_encoder_decoder", True):
+        if "decoder_input_ids" in known and two_sides:
             batch["decoder_input_ids"] = _ids(model, TOKENS - 2)
         for masked in (False, True):
             if masked:
@@ -203,20 +207,17 @@ def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _features(model: nn.Module, name: str) -> Tensor | None:
-    """An image or a piece of sound, of the size that the config says."""
-    config = getattr(model, "config", None)
-    shapes: dict[str, Callable[[Any], tuple[int, ...]]] = {
-        "pixel_values": lambda c: (1, c.num_channels, c.image_size, c.image_size),
-        "input_features": lambda c: (1, c.num_mel_bins, 2 * c.max_source_positions),
-        "input_values": lambda _: (1, 4000),
-    }
-    if name not in shapes:
-        return None
+    """An image or a piece of sound, of the size that the config says; None if it does not, or for another input."""
+    config: Any = getattr(model, "config", None)
     try:
-        shape = shapes[name](config)
+        if name == "pixel_values":
+            size = config.image_size
+            return _noise(1, config.num_channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        if name == "input_features":
+            return _noise(1, config.num_mel_bins, 2 * config.max_source_positions)
     except (AttributeError, TypeError):
         return None
-    return _noise(*shape)
+    return _noise(1, 4000) if name == "input_values" else None
 
 
 def _ids(model: nn.Module, length: int) -> Tensor:

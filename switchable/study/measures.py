@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from switchable.ffn.convert import layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.store.probe import Probe
-from switchable.switching.measures import LayerSums, show
-from switchable.switching.patterns import pack
+from switchable.switching.measures import LayerSums, pack, show
 
 EXACT_ZEROS = ("relu", "relu2", "relu6")
 """Activations (names in `ACT2FN`) that are exactly zero for an inactive neuron."""
@@ -77,7 +76,7 @@ def measure_model(
     """Measure every switchable FFN of a converted model on a probe, in one pass without gradients; modes are kept.
 
     Returns of each FFN its measures, and which neurons are active on which tokens, in the neurons' first order, packed
-    (`patterns.pack`): of `pattern_tokens` tokens at most, evenly spaced; None: of all.
+    (`switching.measures.pack`): of `pattern_tokens` tokens at most, evenly spaced; None: of all.
     """
     layers = layers_of(model)
     meters = [_Meter(layer, probe.tokens, pattern_tokens) for layer in layers]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from switchable.progress import progress_bar
-from switchable.switching.patterns import jaccard, unpack
+from switchable.switching.measures import jaccard, unpack
 
 MAX_BYTES = 512 * 2**20
 MAX_NEURONS = 512

@@ -26,7 +26,7 @@ from switchable.ffn.convert import layers_of, set_mode, why_dense
 from switchable.ffn.plain import check_movable, check_readable
 from switchable.options import checked
 from switchable.ranks import is_main, reshard
-from switchable.settings import SwitchConfig, settled
+from switchable.settings import BY_RECIPE, SwitchConfig, settled
 from switchable.switching.copies import copied_tensors, describe_anew, twins
 from switchable.switching.costs import costs_of_layers, from_plain, in_bfloat16, plain
 from switchable.switching.measures import Precision
@@ -80,9 +80,9 @@ class Controller:
             in a loop that trains so.
 
     Raises:
-        InputError: a wrong type, a model that is not converted, total_steps not positive, a copy of another model,
-            adapters on an FFN that is to be regrouped or measured, or a probe that the model fails with or that
-            misses an FFN.
+        InputError: a wrong type, a model that is not converted, or into other experts than `config` asks for,
+            total_steps not positive, a copy of another model, adapters on an FFN that is to be regrouped or measured,
+            or a probe that the model fails with or that misses an FFN.
     """
 
     def __init__(
@@ -104,6 +104,11 @@ class Controller:
         self.precision = precision
         first = self.layers[0].ssd.settings
         given: SwitchConfig | None = checked("config", config, SwitchConfig | None)
+        if given is not None and given.num_experts not in (BY_RECIPE, first.config.num_experts):
+            raise InputError(
+                f"config has num_experts={given.num_experts}, and the model was converted with "
+                f"{first.config.num_experts}; give convert and Controller the same"
+            )
         self.schedule = schedule(
             first.config if given is None else settled(given, first.d_ff, first.activation),
             checked("total_steps", total_steps, int, least=1),
@@ -111,7 +116,8 @@ class Controller:
         check = check_readable if self.schedule.config.never_sparse else check_movable
         for layer in self.layers:
             check(layer.ssd)
-        self.copies, self.twins = tuple(copies), twins(self.layers, copies)
+        self.copies = tuple(checked("copies", copies, Sequence))
+        self.twins = twins(self.layers, self.copies)
         copied_tensors(model, self.copies)  # found out now, not at the first regrouping
         self.probe = as_batches(probe)
         self.probe_tokens = tokens_of(model, self.probe, precision)
@@ -247,13 +253,18 @@ class Controller:
         """Continue where `state_dict` was taken.
 
         Raises:
-            InputError: it was taken with another schedule.
+            InputError: it was taken with another schedule, or of a model with more or fewer FFNs.
         """
         name = state.get("schedule", "ssd")  # which version 0.1 did not write
         if name != self.schedule.name:
             raise InputError(
                 f"this run has schedule {name!r}, not {self.schedule.name!r}: it is a baseline of a comparison; go on "
                 "with it by the command that started it (switchable compare)"
+            )
+        found = len(state["takes_part"])
+        if found != len(self.layers):
+            raise InputError(
+                f"this state is that of {found} switchable FFNs, and the model has {len(self.layers)}"
             )
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]

@@ -10,8 +10,7 @@ to the run: it lies in every checkpoint, so that a resumed run takes the same st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from switchable.ffn.active_training import input_like, skips
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.ssd import SSD
 from switchable.ranks import from_main
+from switchable.switching.measures import Precision
 
 
-def costs_of_layers(
-    layers: Sequence[SwitchableFFN], tokens: int, precision: Callable[[], AbstractContextManager[Any]]
-) -> tuple[Costs, ...]:
+def costs_of_layers(layers: Sequence[SwitchableFFN], tokens: int, precision: Precision) -> tuple[Costs, ...]:
     """Time the ways of every layer, on rank 0 for all.
 
     Args:
@@ -44,7 +42,7 @@ def costs_of_layers(
     )
 
 
-def in_bfloat16(layer: SwitchableFFN, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
+def in_bfloat16(layer: SwitchableFFN, precision: Precision) -> bool:
     """Return whether a layer multiplies in bfloat16 in that context."""
     with precision():
         return _dtype(layer.ssd.up_projection.weight) == torch.bfloat16

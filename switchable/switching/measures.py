@@ -5,10 +5,13 @@
     mass by k           Σ mass of k experts / Σ mass of all,   mass_e = Σ_{i in e} |a_i| ‖down_i‖,
                         the k that the router puts first, or the best k of each token; k = 1, 2, ..., E
     load imbalance      busiest expert's share of the choices x E (1 = all alike)
+    pattern similarity  Jaccard index |A ∩ B| / |A ∪ B| of the active neurons now and last time, mean over the tokens
+    routing changed     share of tokens whose set of K experts is not last time's; where K is last time's
 
-Sums are kept in float64. What grows with the tokens is not kept here.
+Sums are kept in float64, and nothing in them grows with the tokens. Patterns have a bit for each neuron of each token,
+in the neurons' first order (`layer.ssd.neuron_ids_F`): two of them can be compared, whoever moved neurons in between.
 
-Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token.
+Shapes: T tokens, D d_model, F d_ff, E experts, K experts per token, W = ceil(F/8) bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,3 +133,35 @@ def _see(
     observer: Observer, layer: SwitchableFFN, args: tuple[Tensor, ...], named: Mapping[str, Tensor]
 ) -> None:
     observer(layer, *args, *named.values())
+
+
+def pack(active_TF: Tensor, neuron_ids_F: Tensor) -> Tensor:
+    """Return the pattern of neurons in their present order as bits, uint8 [T, W], in their first order, on the CPU."""
+    row_of_F = np.argsort(neuron_ids_F.cpu().numpy())
+    first_TF = np.take(active_TF.cpu().numpy(), row_of_F, axis=1)
+    return torch.from_numpy(np.packbits(first_TF, axis=1))
+
+
+def unpack(packed_TW: Tensor, neurons: int) -> Tensor:
+    """Return the pattern of `pack` as bool [T, neurons], in the neurons' first order."""
+    return torch.from_numpy(np.unpackbits(packed_TW.numpy(), axis=1, count=neurons).view(np.bool_))
+
+
+def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
+    """Return the Jaccard index of two packed patterns of the same tokens, mean over the tokens.
+
+    A token on which no neuron fires in either pattern counts as 1: nothing differs.
+    """
+    a, b = a_TW.numpy(), b_TW.numpy()
+    both_T, either_T = (np.bitwise_count(bits).sum(axis=1, dtype=np.int64) for bits in (a & b, a | b))
+    index_T = np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1.0)
+    return float(index_T.mean())
+
+
+def routes_changed(a_TK: Tensor, b_TK: Tensor) -> float | None:
+    """Return the share of tokens whose set of K experts is another one; None if K is another: then every set is."""
+    k = a_TK.shape[1]
+    if b_TK.shape[1] != k:
+        return None
+    kept_T = (a_TK[:, :, None] == b_TK[:, None, :]).sum(dim=(1, 2))
+    return float((kept_T < k).double().mean())

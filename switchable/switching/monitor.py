@@ -1,11 +1,7 @@
 """What the schedule decides on: a no-grad pass over fixed probe tokens, apart from training.
 
-To what `measures.py` defines come, per layer:
-
-    pattern similarity  Jaccard index of the sets of active neurons now and last time, mean over the tokens
-    routing changed     share of tokens whose set of K experts is not last time's; where K is last time's
-
-The training forward holds no measuring code; the layers are watched through hooks that live for this pass only.
+The training forward holds no measuring code; the layers are watched through hooks that live for this pass only. What is
+measured is defined in `measures.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +18,15 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers, groups_layer
-from switchable.switching.measures import Inputs, LayerSums, Precision, show
-from switchable.switching.patterns import jaccard, pack, routes_changed
+from switchable.switching.measures import (
+    Inputs,
+    LayerSums,
+    Precision,
+    jaccard,
+    pack,
+    routes_changed,
+    show,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Found:
     labels_F: Tensor
     """The best structure, for the neurons in their present order."""
     pattern_TW: Tensor
-    """Which neurons fire on which tokens (`patterns.pack`)."""
+    """Which neurons fire on which tokens (`measures.pack`)."""
     route_TK: Tensor
     """The experts chosen for each token."""
 

@@ -47,7 +47,9 @@ def _look_for_optimizers(thing: Any, found: dict[int, Any], depth: int) -> None:
     else:
         inside = list(getattr(thing, "__dict__", {}).values())
         # A wrapper that passes on the state of what it wraps is no second optimizer.
-        if hasattr(thing, "param_groups") and all(thing.state is not each.state for each in found.values()):
+        if hasattr(thing, "param_groups") and all(
+            _state(thing) is not _state(each) for each in found.values()
+        ):
             found[id(thing)] = thing
     for each in inside:
         _look_for_optimizers(each, found, depth - 1)
@@ -113,8 +115,14 @@ def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tens
                     yield value, at
 
 
+def _state(optimizer: Any) -> Mapping[Any, Any]:
+    """What an optimizer keeps of each parameter; one that remembers nothing may have no `state`."""
+    state: Mapping[Any, Any] = getattr(optimizer, "state", {})
+    return state
+
+
 def _entries(optimizer: Any, owner: Tensor) -> Mapping[Any, Any]:
-    entries = getattr(optimizer, "state", {}).get(owner, {})
+    entries = _state(optimizer).get(owner, {})
     return entries if isinstance(entries, Mapping) else {"": entries}
 
 
@@ -158,8 +166,8 @@ def _broadcasts(value: Tensor, owner: Tensor) -> bool:
 def _outside_groups(optimizer: Any) -> dict[str, Any]:
     """What an optimizer keeps neither in a group nor with a parameter."""
     own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "defaults")}
-    state = getattr(optimizer, "state", {})
-    return {**own, **{str(key): value for key, value in state.items() if not isinstance(key, Tensor)}}
+    rest = {str(key): value for key, value in _state(optimizer).items() if not isinstance(key, Tensor)}
+    return {**own, **rest}
 
 
 def _check_elsewhere(kept: Mapping[str, Any], least: int, optimizer: Any) -> None:

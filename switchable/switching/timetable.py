@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from switchable.recipes import AUTO, RECIPES
 from switchable.settings import SwitchConfig
@@ -71,30 +70,23 @@ class Timetable:
 
     def measured_until(self, steps_done: int) -> int:
         """Return how many measurements are due in the first so many steps (see `is_measured`)."""
-        every, until = self.config.monitor_every, self.dense_until
-        kept_free = 0 if self.config.never_sparse or until == 0 else max(every, SETTLE_FRACTION * until)
-        found = partial(_due, every, self.config.monitor_growth, until, kept_free)
-        routed = self.routed_from
-        if steps_done < routed or not every or not self.estimates_at(self.joins_from):
-            return found(steps_done)
-        return found(routed - 1) + 1 + found(steps_done) - found(routed)
+        routed, due = self.routed_from, self._due
+        if steps_done < routed or not self.config.monitor_every or not self.estimates_at(self.joins_from):
+            return due(steps_done)
+        return due(routed - 1) + 1 + due(steps_done) - due(routed)
 
-
-def _due(every: int, growth: float, dense_until: int, kept_free: float, steps_done: int) -> int:
-    """Return how many measurements are due in the first so many steps.
-
-    They are at multiples of `every`, the next one not before the steps have grown by `growth`. One is due at
-    `dense_until`, in place of any in the `kept_free` steps before. `every` 0: none.
-    """
-    if not every:
-        return 0
-    before = max(0, math.floor(dense_until - kept_free))
-    if not kept_free or steps_done <= before:
-        return _numbers(steps_done // every, growth)
-    found = _numbers(before // every, growth)
-    if steps_done >= dense_until:
-        found += 1 + _numbers(steps_done // every, growth) - _numbers(dense_until // every, growth)
-    return found
+    def _due(self, steps_done: int) -> int:
+        """Return how many measurements are due, but for the one when the router begins to choose."""
+        every, growth, until = self.config.monitor_every, self.config.monitor_growth, self.dense_until
+        if not every:
+            return 0
+        if self.config.never_sparse or until == 0:
+            return _numbers(steps_done // every, growth)
+        before = max(0, math.floor(until - max(every, SETTLE_FRACTION * until)))
+        found = _numbers(min(steps_done, before) // every, growth)
+        if steps_done >= until:
+            found += 1 + _numbers(steps_done // every, growth) - _numbers(until // every, growth)
+        return found
 
 
 def _numbers(most: int, growth: float) -> int:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,29 @@ def test_the_models_own_batch_is_taken_where_none_can_be_made() -> None:
     model = TwoInputs()
     for given in ((ids(), ids()), {"left": ids(), "right": ids()}):
         assert convert(copy.deepcopy(model), CONFIG, example_inputs=given).converted == 2
+
+
+def test_two_sides_need_no_config() -> None:
+    class TwoSides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make(Projections)
+
+        def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+            return torch.cat([self.inner(input_ids)[0], self.inner(decoder_input_ids)[0]], dim=1)
+
+    assert convert(TwoSides(), CONFIG).converted == 2
+
+
+def test_an_image_need_not_be_square() -> None:
+    class Pixels(nn.Sequential):
+        config = SimpleNamespace(num_channels=1, image_size=(4, 8))
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return pixel_values + self[0](pixel_values)
+
+    model = Pixels(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
+    assert convert(model, CONFIG).converted == 1
 
 
 @pytest.mark.parametrize("name", ["InLayer", "Gated", "FusedInLayer"])

@@ -15,7 +15,7 @@ from switchable.ffn.convert import layers_of
 from switchable.store.probe import Probe
 from switchable.study.measures import measure_model
 from switchable.study.similarity import Matrix, compare_checkpoints, tokens_within
-from switchable.switching.patterns import jaccard, pack, routes_changed, unpack
+from switchable.switching.measures import jaccard, pack, routes_changed, unpack
 from switchable.switching.switch import regroup
 
 

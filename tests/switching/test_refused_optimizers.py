@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ def test_frozen_routers_are_refused(switchable_gpt2: nn.Module, tokens: Tensor) 
     controller = Controller(switchable_gpt2, tokens, total_steps=20, config=CONFIG)
     with pytest.raises(InputError, match=r"router of .* is frozen .* modules_to_save"):
         controller.step(torch.optim.AdamW(switchable_gpt2.parameters()))
+
+
+def test_an_optimizer_without_memory_may_step_beside_another(
+    switchable_gpt2: nn.Module, tokens: Tensor
+) -> None:
+    first, *rest = switchable_gpt2.parameters()
+    plain, adamw = SimpleNamespace(param_groups=[{"params": [first]}]), torch.optim.AdamW(rest)
+    for given in ((plain, adamw), (adamw, plain)):
+        assert Controller(switchable_gpt2, tokens, total_steps=20, config=CONFIG).step(*given)
 
 
 def test_frozen_ffns_need_no_optimizer(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
