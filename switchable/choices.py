@@ -40,7 +40,7 @@ def device_of(train: TrainConfig) -> str:
 
 
 def timed_ffn(model: ModelConfig, train: TrainConfig) -> FFN | None:
-    """Return an FFN of the run for the clock; None if it is too large, or the device not here (a run may be planned)."""
+    """Return an FFN of the run for the clock; None if it is too large, or if the device is not here."""
     device = device_of(train)
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         return None

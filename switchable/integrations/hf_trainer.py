@@ -44,14 +44,14 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     Args:
         probe: fixed model inputs on which everything is measured: token ids [B, S], a batch, or several batches.
-        config: the settings of switching, the same as given to `convert`; default `SwitchConfig()`.
+        config: the settings of the schedule; default: those given to `convert`.
         seed: seed of the clustering.
     """
 
     def __init__(
         self, probe: ProbeInputs | None = None, config: SwitchConfig | None = None, seed: int = 0
     ) -> None:
-        self.probe, self.config, self.seed = probe, config or SwitchConfig(), seed
+        self.probe, self.config, self.seed = probe, config, seed
         self._in_step = False
         self.controller: Controller | None = None
         """The controller, from the beginning of training on."""

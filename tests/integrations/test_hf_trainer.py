@@ -53,9 +53,8 @@ def trainer(out: Path, model: nn.Module | None = None, **changes: Any) -> Traine
         "dataloader_pin_memory": False,
     } | changes  # fmt: skip
     arguments = TrainingArguments(output_dir=str(out), **settings)
-    return Trainer(
-        model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[Losses(IDS[:8], CONFIG)]
-    )
+    # The settings are those given to `convert`.
+    return Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[Losses(IDS[:8])])
 
 
 def callback(of: Trainer) -> Losses:
