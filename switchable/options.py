@@ -154,6 +154,15 @@ def coerced(value: Any, hint: Any) -> Any:
     return number if isinstance(value, str) or number == value else value
 
 
+def refuse_without_sparse(modes: Sequence[str], **given: object) -> None:
+    """Raise InputError if a setting of sparse mode is given and sparse mode is not among the modes asked for."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, ())]
+    if names and "sparse" not in modes:
+        raise InputError(
+            f"{' and '.join(names)} would change nothing in dense mode; add --mode sparse, or leave it out"
+        )
+
+
 def refuse_more_than_memory(wanted: float, what: str) -> None:
     """Raise InputError if `what` takes more bytes than this machine has, before anything is allocated."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -69,7 +69,9 @@ def test_a_run_for_a_device_that_is_not_here_is_planned_in_bfloat16(monkeypatch:
 
 
 def test_an_ffn_that_would_take_minutes_is_not_timed() -> None:
-    config = load(None, {"d_model": 32_768, "num_layers": 1, "device": "cpu"})  # 2 * 4 * 32,768^2 = 2^33 weights
+    config = load(
+        None, {"d_model": 32_768, "num_layers": 1, "device": "cpu"}
+    )  # 2 * 4 * 32,768^2 = 2^33 weights
     assert config.train.precision == "float32"
     assert "more than 536,870,912 weights, is not timed" in auto_precision(config.model, config.train)[1]
 

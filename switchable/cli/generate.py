@@ -9,7 +9,7 @@ from pathlib import Path
 
 from switchable.cli.flags import add_dataclass_flags, given
 from switchable.errors import InputError
-from switchable.options import Precision
+from switchable.options import Precision, refuse_without_sparse
 
 HELP = "write text with a trained model, dense or sparse"
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--weights {args.weights} and --precision {asked} differ; give --weights alone, sums are float32 anyway"
         )
+    refuse_without_sparse([args.mode], experts_per_token=args.experts_per_token, mass=args.mass)
     if "" in args.stop:
         raise InputError("--stop '' would end every text at once; give one character or more")
     from switchable.ffn.convert import set_mode, shown_mode

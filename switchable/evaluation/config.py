@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchable.options import Precision, option
+from switchable.options import Precision, option, refuse_without_sparse
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,8 @@ class EvalConfig(Precision):
     limit: int | None = option(None, "examples per task at most", least=1)
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
     threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode:
+            refuse_without_sparse(self.mode, experts_per_token=self.experts_per_token, mass=self.mass)

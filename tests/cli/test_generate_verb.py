@@ -45,4 +45,8 @@ def test_generate_refuses_what_it_cannot_do(here: Command) -> None:
     both = ("--weights", "int8", "--precision", "float32")
     refused(here("generate", "run", *both), "--weights int8 and --precision float32 differ")
     refused(here("generate", "run", "--stop", ""), "--stop '' would end every text at once")
-    refused(here("generate", "run", "--mass", "1.5"), "mass=1.5 is out of range")
+    refused(here("generate", "run", "--mode", "sparse", "--mass", "1.5"), "mass=1.5 is out of range")
+    refused(
+        here("generate", "run", "--experts-per-token", "2", "--mass", "0.9"),
+        "--experts-per-token and --mass would change nothing in dense mode; add --mode sparse",
+    )

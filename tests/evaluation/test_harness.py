@@ -102,6 +102,10 @@ def test_the_command(
         (["--tasks", "lambada={data}/nothing"], ["no LAMBADA data"]),
         (["--data", "{data}/nothing.txt"], ["nothing.txt"]),
         (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
+        (
+            ["--data", "{data}", "--mode", "dense", "--mass", "0.9"],
+            ["--mass would change nothing in dense mode"],
+        ),
         (["--data", "{data}", "--batch-size", "0"], ["batch_size=0"]),
     ],
 )
