@@ -84,16 +84,15 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder. A folder is renamed first: nobody sees half of it under its own name."""
-    if path.is_dir() and not path.name.startswith(TEMPORARY):
+    """Remove a file, a link or a folder. A folder is renamed first: nobody sees half of it under its own name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith(TEMPORARY):
         doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        path = doomed
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        path = path.rename(doomed)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from support import small_run
 from switchable import InputError
 from switchable.cli import main
 from switchable.config import to_dict
-from switchable.files import check_apart, check_writable
+from switchable.files import check_apart, check_writable, whole_folder
 from switchable.store.folders import verify
 from switchable.store.rundir import RunDir
 
@@ -46,6 +46,15 @@ def test_what_is_read_is_never_where_is_written(tmp_path: Path) -> None:
             check_apart(tmp_path / out, [str(tmp_path / source)])
     for out, source in (("ab", "a"), ("new", "a"), ("a", "nothing/there"), ("c/a", "a")):
         check_apart(tmp_path / out, [tmp_path / source])
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    with whole_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+    assert files(tmp_path) == {"link/new": b""}
 
 
 @pytest.fixture
