@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from switchable.data.encoding import encode_batch
+from switchable.data.encoding import encode
 from switchable.errors import InputError, nearest
 from switchable.files import read_json, write_json
 
@@ -176,7 +176,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 def _follows(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     """Whether a tokenizer gives the ids of its `tokenizer.json`, if there is one, on a text that shows the rules."""
-    (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
+    (ids,) = encode(tokenizer, [SHOWS_RULES])
     if not file.is_file():
         if len(set(ids.tolist())) < 2 and not set(TOKENIZER_FILES[4:]) & set(os.listdir(file.parent)):
             raise ValueError("its vocabulary is missing, e.g. tokenizer.json")
