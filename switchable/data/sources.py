@@ -155,9 +155,9 @@ def _resolve_folder(folder: Path, found: Sources) -> None:
             except NotText as why:
                 skipped[str(path)] = why.reason
     if any(file.form != "text" for file in files):
-        notes = [f for f in files if f.form == "text" and _suffix(f.path) not in (".txt", ".text")]
-        skipped |= {str(file.path): "beside JSON or Parquet only .txt is read" for file in notes}
-        files = [file for file in files if file not in notes]
+        notes = {f.path for f in files if f.form == "text" and _suffix(f.path) not in (".txt", ".text")}
+        skipped |= {str(f.path): "beside JSON or Parquet only .txt is read" for f in files if f.path in notes}
+        files = [f for f in files if f.path not in notes]
     if not files:
         raise InputError(
             f"empty corpus: the folder {str(folder)!r} holds no text, JSON lines or Parquet file"
@@ -175,12 +175,10 @@ def _below(root: Path) -> list[Path]:
 
     paths: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        paths += [Path(folder, name) for name in names]
-        paths += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-        closed = [name for name in subfolders if name.startswith(".")]
-        paths += [Path(folder, name) for name in closed]
+        closed = [name for name in subfolders if name.startswith(".") or Path(folder, name).is_symlink()]
+        paths += [Path(folder, name) for name in (*names, *closed)]
         subfolders[:] = [name for name in subfolders if name not in closed]
-    return sorted(dict.fromkeys(paths))
+    return sorted(paths)
 
 
 class NotText(InputError):
