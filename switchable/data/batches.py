@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from switchable.data.arrays import Ints
+from switchable.arrays import Ints
 from switchable.data.objectives import Objective
 from switchable.errors import InputError
 from switchable.files import read_json

@@ -33,10 +33,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from switchable.arrays import Floats, Ints
 from switchable.errors import InputError, divisors_near
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 GRID_BITS = 36  # of a float64's 53: the rest is room for the sums of 2 E costs along a path, for E up to 2^14
 MAX_PRICE = 2.0**46  # on the grid; prices only start the search, so a limit costs time at worst

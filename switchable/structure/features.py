@@ -68,8 +68,6 @@ def coactivation_features(active_TF: Tensor, width: int = 64) -> Tensor:
 
 def mixed_features(weight_FD: Tensor, coactive_FR: Tensor) -> Tensor:
     """Return both kinds of rows side by side, so that their cosines count half each."""
-    _check_matrix("weight_FD", weight_FD, "(neurons, width)")
-    _check_matrix("coactive_FR", coactive_FR, "(neurons, width)")
     rows, others = len(weight_FD), len(coactive_FR)
     if rows != others:
         raise InputError(f"{rows} rows of weights, {others} of co-activation; give one each per neuron")

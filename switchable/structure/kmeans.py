@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from switchable.arrays import Floats
 from switchable.errors import InputError, divisors_near
 from switchable.options import checked
 from switchable.structure.assignment import balanced_assignment
@@ -88,7 +87,7 @@ class _Lloyd:
 
     def __init__(self, rows_ND: Tensor, clusters: int) -> None:
         self.rows_ND, self.clusters, self.iterations = rows_ND, clusters, 0
-        self.prices_E: npt.NDArray[np.float64] | None = None
+        self.prices_E: Floats | None = None
         self._total = _squares(rows_ND)
 
     def run(self, labels_N: Tensor, tol: float) -> tuple[Tensor, float]:
@@ -150,9 +149,7 @@ def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, seed: int) -> Te
     return best_N
 
 
-def _assign(
-    rows_ND: Tensor, centers_ED: Tensor, prices_E: npt.NDArray[np.float64] | None
-) -> tuple[Tensor, npt.NDArray[np.float64]]:
+def _assign(rows_ND: Tensor, centers_ED: Tensor, prices_E: Floats | None) -> tuple[Tensor, Floats]:
     """Return the best balanced labels for these centres. The N x E costs go to the host, to the solver."""
     cost_NE = (centers_ED.square().sum(1) - 2 * (rows_ND @ centers_ED.T)).cpu().numpy()
     solved = balanced_assignment(cost_NE, prices_E)

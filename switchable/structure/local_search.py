@@ -29,9 +29,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from switchable.arrays import Floats, Ints
 
 SUBSPACE_STEPS = 2
 SEEDING_TRIALS = 4
@@ -124,7 +125,7 @@ def resplit_pairs(
     return torch.empty_like(labels_N).scatter_(0, members_EI.flatten(), labels_EI.flatten())
 
 
-def _closest_pairs(distance_EE: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _closest_pairs(distance_EE: Floats) -> Ints:
     """Return disjoint pairs (a, b), greedily the closest first; infinite distances are no pairs.
 
     Those that are each other's nearest are pairs in the greedy order too: take them all at once, and look again.
