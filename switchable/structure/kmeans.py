@@ -28,6 +28,7 @@ from switchable.arrays import Floats
 from switchable.errors import InputError, divisors_near
 from switchable.options import checked
 from switchable.structure.assignment import balanced_assignment
+from switchable.structure.features import unit_rows
 from switchable.structure.local_search import few_threads, resplit_pairs, seed_centers, sketch
 
 SKETCH_WIDTHS = (64, 256)  # as wide as there are clusters, within these limits
@@ -168,8 +169,7 @@ def _centers(rows_ND: Tensor, labels_N: Tensor, clusters: int) -> Tensor:
 def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
     """Check the rows; return them in float32, divided by their norms and centred.
 
-    Centring changes no distance and keeps float32 accurate when all rows share a large part; the division by the
-    largest entry keeps squares of very large or small rows in range.
+    Centring changes no distance and keeps float32 accurate when all rows share a large part.
     """
     if not isinstance(rows, Tensor) or rows.is_complex() or rows.ndim != 2 or rows.shape[1] == 0:
         given = f"{tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
@@ -188,10 +188,7 @@ def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
             f"{int(bad_N.sum())} of {count} rows hold NaN, infinite or (in float32) overflowing values,"
             f" the first is row {int(bad_N.nonzero()[0])}; give finite rows (has the training diverged?)"
         )
-    peak_N1 = peak_N[:, None]
-    rows_ND = rows_ND.float() / torch.where(peak_N1 > 0, peak_N1, 1)
-    norm_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
-    rows_ND /= torch.where(norm_N1 > 0, norm_N1, 1)
+    rows_ND = unit_rows(rows_ND)
     return rows_ND.sub_(rows_ND.mean(0))
 
 
