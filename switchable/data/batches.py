@@ -127,9 +127,8 @@ def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
 def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
     """Return a loss (nats per token, ends of text included) in bits per UTF-8 byte, whatever the tokenizer.
 
-    loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only some of it
-    was
-    evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts. Raises ValueError if there are none.
+    loss / ln 2 · tokens / bytes. Only the ratio of tokens and bytes counts: those of the whole validation split will do
+    where some of it was evaluated (`Split.tokens`, `Split.text_bytes`). Raises ValueError if there are none.
     """
     if tokens <= 0 or bytes <= 0:
         raise ValueError(f"bits per byte needs tokens and bytes above 0, not {tokens} and {bytes}")

@@ -174,20 +174,17 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
 
 
 def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> None:
-    written = 0
-    try:
-        with whole_folder(folder) as partial:
-            try:
-                _build(config, partial, folder.name, objective, progress)
-            finally:
-                written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    except Exception as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
-            "removed again; free some space, give another folder, or read less (--max-text-mb)"
-        ) from error
+    with whole_folder(folder) as partial:
+        try:
+            _build(config, partial, folder.name, objective, progress)
+        except Exception as error:
+            if not is_no_space(error):
+                raise
+            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            raise InputError(
+                f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
+                "removed again; free some space, give another folder, or read less (--max-text-mb)"
+            ) from error
 
 
 def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:

@@ -51,9 +51,10 @@ def tokenise(
     end = np.array([end_of_text(tokenizer).id], np.int64)
     pieces, text_bytes, tokens = [end], 0, 0
     for text in documents:
-        pieces += [*encode(tokenizer, [text]), end]
+        (ids,) = encode(tokenizer, [text])
+        pieces += [ids.astype(np.int64), end]
         text_bytes += len(text.encode())
-        tokens += len(pieces[-2]) + 1
+        tokens += len(ids) + 1
         if most_tokens is not None and tokens >= most_tokens:
             break
     if text_bytes == 0:
