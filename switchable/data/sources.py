@@ -147,13 +147,11 @@ def _resolve_folder(folder: Path, found: Sources) -> None:
         relative = path.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts):
             skipped[str(path)] = "hidden"
-        elif not path.is_file():
-            skipped[str(path)] = "not a file"
-        else:
-            try:
-                files.append(look_at(path))
-            except NotText as why:
-                skipped[str(path)] = why.reason
+            continue
+        try:
+            files.append(look_at(path))
+        except NotText as why:
+            skipped[str(path)] = why.reason
     if any(file.form != "text" for file in files):
         notes = {f.path for f in files if f.form == "text" and _suffix(f.path) not in (".txt", ".text")}
         skipped |= {str(f.path): "beside JSON or Parquet only .txt is read" for f in files if f.path in notes}
@@ -196,6 +194,8 @@ def _suffix(path: Path) -> str:
 
 def look_at(path: Path) -> SourceFile:
     """Return what a file is; NotText if it is none of the forms, InputError if it cannot be read or unpacked."""
+    if not path.is_file():  # a pipe gives its text once, and text is read several times
+        raise NotText(path, "not a file")
     packing = packing_of(path)
     with opened(path, packing) as file:
         head = file.read(HEAD_BYTES)
