@@ -153,15 +153,20 @@ def test_where_nothing_can_be_made_is_found_before_any_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "empty").mkdir()
     check_writable(tmp_path / "new" / "deeper" / "file")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr("switchable.store.load.load_pretrained", lambda *_: pytest.fail("work was begun"))
     text = ["--data", str(corpus)]
     for verb in (
         ["eval", str(run), *text], ["study", str(run)], ["export", str(run), "--to", "dense"],
         ["finetune", str(run), *text], ["convert", str(run), *text], ["compare", str(run / "config.yaml")],
     ):  # fmt: skip
+        if verb[0] != "compare":  # which makes a folder for each run in --out
+            assert main([*verb, "--out", "."]) == 2
+            assert "'.' has no name of its own" in capsys.readouterr().err
         for out in (tmp_path / "file" / "x", Path("/proc/nothing/x")):
             assert main([*verb, "--out", str(out)]) == 2, (verb, out)
             assert f"{out}" in (said := capsys.readouterr().err)
