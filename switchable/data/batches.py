@@ -1,14 +1,13 @@
 """Token file -> the batch of a given index: `Batches(tokens, objective, ...).batch(index)`.
 
-Last room of TEXT -> TOKENS -> BATCHES. A batch is a pure function of (seed, index): a run resumes from the
-one integer it has reached, and nothing else has to be saved. How an index becomes windows of the file:
+A batch is a pure function of (seed, index): a run resumes from the one integer it has reached. How an index becomes
+windows of the file:
 
     epoch e, window w:  tokens[offset_e + S · w : offset_e + S · (w + 1)],   w = order_e[position]
 
-with a fresh random offset (below S) and a fresh random order per epoch, both from the raw output of PCG64,
-which NumPy promises not to change. The windows of all epochs stand in one endless row; batch i is the B
-windows from i · B on. So every epoch shows each window once, and a batch may hold the end of one epoch and
-the start of the next. The file is mapped into memory, never copied.
+with a fresh random offset (below S) and a fresh random order per epoch, both from the raw output of PCG64, which NumPy
+promises not to change. The windows of all epochs stand in one endless row; batch i is the B windows from i · B on. So
+every epoch shows each window once, and a batch may hold the end of one epoch and the start of the next.
 
 The objective makes model inputs of windows (`objectives/`), from the number of each in that endless row.
 """

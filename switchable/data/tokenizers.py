@@ -1,12 +1,11 @@
 """Text -> token ids: a byte-level BPE trained on the spot, or any tokenizer given as a folder.
 
-Used by `tokens.py`. The BPE is GPT-2's recipe (Radford et al. 2019; Sennrich et al. 2016): 256 byte symbols,
-the special tokens of the objective, then the most frequent pair of symbols is merged until the vocabulary is full.
-Any UTF-8 text comes back unchanged, and the same documents give the same vocabulary for any number of threads.
+The BPE is GPT-2's recipe (Radford et al. 2019; Sennrich et al. 2016): 256 byte symbols, the special tokens of the
+objective, then the most frequent pair of symbols is merged until the vocabulary is full. Any UTF-8 text comes back
+unchanged, and the same documents give the same vocabulary for any number of threads.
 
-Text is text: where a document spells out a special token such as `<|endoftext|>`, its characters are encoded,
-never the special token's id, so that the only ends of text in a token file are those that we put there.
-Everything is read from and saved to a folder in Hugging Face form; no network, no code from the folder.
+Text is text: where a document spells out a special token such as `<|endoftext|>`, its characters are encoded, never the
+special token's id. Folders are in Hugging Face form; no network, no code from them.
 """
 
 from __future__ import annotations

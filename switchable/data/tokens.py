@@ -1,6 +1,6 @@
 """Documents -> two flat token files and their `meta.json`: `prepare(config, cache_dir)`.
 
-Second room of TEXT -> TOKENS -> BATCHES. Two streaming passes over the corpus, in bounded memory:
+Two streaming passes over the corpus, in bounded memory:
 
 1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer (`split.py`);
 2. tokenize: write each document's tokens and one end of text to `train.bin` or `val.bin`.

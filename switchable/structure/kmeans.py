@@ -1,20 +1,17 @@
 """Balanced k-means: N rows into E clusters of exactly I = N/E rows, each close to its cluster's mean.
 
-Lloyd's two steps in turn: with the centres fixed, the best *balanced* assignment (exact, see
-`assignment.py`); with the assignment fixed, the means. For equal sizes a centre's squared norm counts
-equally often whatever the assignment, so that only the inner products matter, one matrix product:
+Lloyd's two steps in turn: with the centres fixed, the best *balanced* assignment (exact, see `assignment.py`); with the
+assignment fixed, the means. One matrix product gives the costs:
 
     inertia = sum_n ||x_n - mu(n)||^2 = sum_n ||x_n||^2 - I * sum_e ||mu_e||^2
     cost[n, e] = ||mu_e||^2 - 2 x_n . mu_e
 
-A fresh fit starts on a narrow sketch of the rows with k-means++, then alternates pairwise re-splits there
-with Lloyd's iterations at full width (`local_search.py`). A fit from labels goes straight to Lloyd's
-iterations. Each iteration hands its prices to the next assignment, which then has little left to do.
+A fresh fit starts on a narrow sketch of the rows with k-means++, then alternates pairwise re-splits there with Lloyd's
+iterations at full width (`local_search.py`). A fit from labels goes straight to Lloyd's iterations. Each iteration
+hands its prices to the next assignment, which then has little left to do.
 
-Zhang et al. (MoEfication, 2022) group an FFN's neurons by balanced k-means on the rows of its input
-projection; their assignment is an auction. `features.py` says what the rows are, `groups.py`
-does all layers of a model.
-Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
+Source: Zhang et al. 2022 (MoEfication) group an FFN's neurons by balanced k-means on the rows of its input projection;
+their assignment is an auction. Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
 """
 
 from __future__ import annotations

@@ -1,26 +1,20 @@
 """Where balanced k-means starts, and how it leaves a poor local optimum: both on a sketch of the rows.
 
-The sketch: the rows in the span of their R leading principal directions (subspace iteration, Halko,
-Martinsson and Tropp 2011). The centres of k-means lie close to that span, so its distances are the ones
-that tell clusters apart, at R/D of the cost.
+The sketch: the rows in the span of their R leading principal directions (subspace iteration, Halko, Martinsson and
+Tropp 2011). The centres of k-means lie close to that span, so its distances tell clusters apart, at R/D of the cost.
 
-The start is k-means++ (Arthur and Vassilvitskii 2007), greedy: each next centre is
-the best of a few candidates.
+The start is k-means++ (Arthur and Vassilvitskii 2007), greedy: each next centre is the best of a few candidates.
 
-The search: Lloyd's iterations move rows one by one and cannot exchange whole lumps between clusters, which
-is what a balanced grouping often lacks. So take clusters in pairs, pool the 2 I rows of each pair and split
-the pool again by balanced 2-means, from the pool's main direction on; keep the new split if it is better.
-With the pool's sum fixed,
+The search: Lloyd's iterations move rows one by one and cannot exchange whole lumps between clusters. So take clusters
+in pairs, pool the 2 I rows of each pair and split the pool again by balanced 2-means, from the pool's main direction
+on; keep the new split if it is better. With the pool's sum fixed,
 
     inertia = constant - ||S_a - S_b||^2 / (2 I),        S = the sum of a cluster's rows,
 
-and the balanced split for a direction v = S_a - S_b is exactly "the I largest of x.v": a sort, no
-assignment problem. A round treats E/2 disjoint pairs in one batch, the closest pairs that have not been
-tried since either of their clusters changed. (Lloyd alone ends within 1 % of the best of many starts;
-figures are in docs/clustering.md.)
+and the balanced split for a direction v = S_a - S_b is exactly "the I largest of x.v": a sort, no assignment problem.
+A round treats E/2 disjoint pairs in one batch, the closest that were not tried since either of their clusters changed.
 
-Called by `kmeans.py`.
-Shapes: N rows, R sketch width, E clusters, I = N/E rows per cluster, P pairs, J = 2 I.
+Its gains: docs/clustering.md. Shapes: N rows, R sketch width, E clusters, I = N/E rows per cluster, P pairs, J = 2 I.
 """
 
 from __future__ import annotations
