@@ -57,6 +57,24 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     assert files(tmp_path) == {"link/new": b""}
 
 
+def test_what_is_replaced_is_deleted_when_the_new_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rmtree, seen = shutil.rmtree, []
+
+    def noting(path: Path, **how: Any) -> None:
+        seen.append(files(tmp_path))
+        rmtree(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    assert seen == [{"model/new": b"", ".tmp-old-model/old": b""}]
+    assert files(tmp_path) == {"model/new": b""}
+
+
 @pytest.fixture
 def run(trained: Trained, tmp_path: Path) -> Path:
     """A finished run of our own."""
