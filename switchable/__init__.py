@@ -41,18 +41,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "switchable.errors": ("InputError",),
-    "switchable.ffn.convert": ("ConversionReport", "convert", "in_mode", "set_mode"),
-    "switchable.ffn.families": ("Family",),
-    "switchable.settings": ("SwitchConfig",),
-    "switchable.store.load": ("load",),
-    "switchable.switching.controller": ("Controller",),
+    "Controller": "switchable.switching.controller",
+    "ConversionReport": "switchable.ffn.convert",
+    "Family": "switchable.ffn.families",
+    "InputError": "switchable.errors",
+    "SwitchConfig": "switchable.settings",
+    "convert": "switchable.ffn.convert",
+    "in_mode": "switchable.ffn.convert",
+    "load": "switchable.store.load",
+    "set_mode": "switchable.ffn.convert",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home (PEP 562)."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(home), name)
-    raise AttributeError(f"module 'switchable' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'switchable' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

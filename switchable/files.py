@@ -62,16 +62,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
-    """Flush a folder with all its files to disk and rename it to `path`; an older folder there is removed."""
+    """Flush a folder with all its files to disk and rename it to `path`; what was there is removed after that."""
     for below in temporary.rglob("*"):
         # Some libraries make files for their owner alone. The folder was made by the umask.
         if below.is_file():
             below.chmod(temporary.stat().st_mode & 0o666)
         flush(below)
     flush(temporary)
-    remove(path)
+    older = _put_aside(path)
     temporary.rename(path)
     flush(path.parent)
+    remove(older)
 
 
 def flush(path: Path) -> None:
@@ -84,16 +85,20 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder. A folder is renamed first: nobody sees half of it under its own name."""
-    if path.is_dir() and not path.name.startswith(TEMPORARY):
-        doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        path = doomed
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Remove a file, a link or a folder. A folder is renamed first: nobody sees half of it under its own name."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path if path.name.startswith(TEMPORARY) else _put_aside(path), ignore_errors=True)
+
+
+def _put_aside(path: Path) -> Path:
+    """Return the temporary name that what is at a path, if anything is, has from now on."""
+    aside = path.with_name(f"{TEMPORARY}old-{path.name}")
+    remove(aside)
+    if path.exists() or path.is_symlink():
+        path.rename(aside)
+    return aside
 
 
 def write_text(path: Path, text: str) -> None:
@@ -156,6 +161,10 @@ def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise InputError for a path at which nothing can be made; folders on the way to it may be missing."""
+    if not path.name:
+        raise InputError(
+            f"{str(path)!r} has no name of its own and is not replaced; choose another place with --out"
+        )
     try:
         place = next(above for above in path.absolute().parents if above.exists())
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "switchable"
 FLOORS = (
     ("versions",),
     ("errors",),
-    ("options", "files", "timing", "ranks", "progress", "memory"),
+    ("arrays", "options", "files", "timing", "ranks", "progress", "memory"),
     ("recipes", "gone", "finite"),
     ("settings",),
     ("data", "structure"),

@@ -91,9 +91,6 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="switchable", description=what, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"switchable {__version__}")
     places = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    verbs = {
-        name: places.add_parser(name, help=module.HELP, allow_abbrev=False) for name, module in VERBS.items()
-    }
     for name, module in VERBS.items():
-        module.add_arguments(verbs[name])
-    return parser, verbs
+        module.add_arguments(places.add_parser(name, help=module.HELP, allow_abbrev=False))
+    return parser, places.choices

@@ -40,11 +40,10 @@ def run(args: argparse.Namespace) -> int:
     config, data = given(EvalConfig, args), given(DataConfig, args)
     picture = args.folder / "speed.png"
     if args.out is not None:
+        _check_out(args.out)
         picture = args.out.with_name(f"{args.out.stem}-speed.png")
     if config.speed and args.folder.is_dir():
         check_writable(picture)
-    if args.out is not None:
-        _check_out(args.out)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
     from switchable.evaluation import speed

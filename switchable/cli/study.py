@@ -7,7 +7,7 @@ from pathlib import Path
 
 from switchable.cli.flags import RESERVED, add_dataclass_flags, add_out, given
 from switchable.errors import InputError
-from switchable.files import write_json
+from switchable.files import whole_folder, write_json
 
 HELP = "measure activation over a run, a series of checkpoints or one model; pictures and report.html"
 
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     config = given(StudyConfig, args)
     # What a user can get wrong by typing is refused above, before torch is loaded.
     from switchable.cli.output import finish
-    from switchable.files import whole_folder
     from switchable.progress import say
     from switchable.store.export import check_output
     from switchable.store.rundir import RunDir

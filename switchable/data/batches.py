@@ -1,14 +1,13 @@
 """Token file -> the batch of a given index: `Batches(tokens, objective, ...).batch(index)`.
 
-Last room of TEXT -> TOKENS -> BATCHES. A batch is a pure function of (seed, index): a run resumes from the
-one integer it has reached, and nothing else has to be saved. How an index becomes windows of the file:
+A batch is a pure function of (seed, index): a run resumes from the one integer it has reached. How an index becomes
+windows of the file:
 
     epoch e, window w:  tokens[offset_e + S · w : offset_e + S · (w + 1)],   w = order_e[position]
 
-with a fresh random offset (below S) and a fresh random order per epoch, both from the raw output of PCG64,
-which NumPy promises not to change. The windows of all epochs stand in one endless row; batch i is the B
-windows from i · B on. So every epoch shows each window once, and a batch may hold the end of one epoch and
-the start of the next. The file is mapped into memory, never copied.
+with a fresh random offset (below S) and a fresh random order per epoch, both from the raw output of PCG64, which NumPy
+promises not to change. The windows of all epochs stand in one endless row; batch i is the B windows from i · B on. So
+every epoch shows each window once, and a batch may hold the end of one epoch and the start of the next.
 
 The objective makes model inputs of windows (`objectives/`), from the number of each in that endless row.
 """
@@ -25,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from switchable.data.arrays import Ints
+from switchable.arrays import Ints
 from switchable.data.objectives import Objective
 from switchable.errors import InputError
 from switchable.files import read_json
@@ -127,9 +126,8 @@ def _tensors(arrays: dict[str, Ints]) -> dict[str, Tensor]:
 def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
     """Return a loss (nats per token, ends of text included) in bits per UTF-8 byte, whatever the tokenizer.
 
-    loss / ln 2 · tokens / bytes. Tokens and bytes may be those of the whole validation split although only some of it
-    was
-    evaluated (`Split.tokens`, `Split.text_bytes`): their ratio is what counts. Raises ValueError if there are none.
+    loss / ln 2 · tokens / bytes. Only the ratio of tokens and bytes counts: those of the whole validation split will do
+    where some of it was evaluated (`Split.tokens`, `Split.text_bytes`). Raises ValueError if there are none.
     """
     if tokens <= 0 or bytes <= 0:
         raise ValueError(f"bits per byte needs tokens and bytes above 0, not {tokens} and {bytes}")

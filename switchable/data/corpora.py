@@ -1,8 +1,7 @@
 """Where text comes from: `documents(sources)` streams the documents of a corpus, one string each.
 
-First room of TEXT -> TOKENS -> BATCHES. Only the document at hand is in memory, nothing but line ends is changed or
-reordered, and every run sees the same order: sources as given, files of a folder by sorted path, records as
-they stand. What a source may be:
+Only the document at hand is in memory, nothing but line ends is changed, and every run sees the same order: sources as
+given, files of a folder by sorted path, records as they stand. What a source may be:
 
     (nothing)                     the embedded default: the source text of the Python installation's library
     a text file                   one document, or several cut at `document_separator`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,37 +17,38 @@ PIECE_CHARS = 200_000  # longer texts are encoded in pieces, so that memory stay
 BATCH_CHARS = 2_000_000  # of text encoded at once
 
 
-def encode_batch(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: npt.DTypeLike = np.int64
-) -> list[npt.NDArray[np.integer]]:
-    """Return the token ids of each text, without any special token and without truncation or padding."""
-    encoded: list[list[npt.NDArray[np.integer]]] = [[] for _ in texts]
-    owners: list[int] = []
-    pieces: list[str] = []
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], dtype: npt.DTypeLike = np.int64
+) -> Iterator[npt.NDArray[np.integer]]:
+    """Yield the token ids of each text, without any special token and without truncation or padding.
 
-    def flush() -> None:
-        for owner, ids in zip(owners, _encode(tokenizer, pieces), strict=True):
-            encoded[owner].append(np.array(ids, dtype))
-        owners.clear()
-        pieces.clear()
+    Texts are read ahead, `BATCH_CHARS` or a little more at once.
+    """
+    pieces = ((number, piece) for number, text in enumerate(texts) for piece in _pieces(text))
 
-    waiting = 0
-    for owner, text in enumerate(texts):
-        for piece in _pieces(text):
-            owners.append(owner)
-            pieces.append(piece)
-            waiting += len(piece)
-            if waiting >= BATCH_CHARS:
-                flush()
-                waiting = 0
-    flush()
-    return [np.concatenate(parts) for parts in encoded]
+    def encoded() -> Iterator[tuple[int, list[int]]]:
+        while batch := list(_next(pieces)):
+            numbers, parts = zip(*batch, strict=True)
+            yield from zip(numbers, _encode(tokenizer, parts), strict=True)
+
+    for _, found in groupby(encoded(), key=itemgetter(0)):
+        yield np.concatenate([np.array(ids, dtype) for _, ids in found])
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:
+def _next(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The pieces to encode at once; none when all are done."""
+    chars = 0
+    for number, piece in pieces:
+        yield number, piece
+        chars += len(piece)
+        if chars >= BATCH_CHARS:
+            return
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
         yield from encoded["input_ids"]
         return
     backend.no_truncation()

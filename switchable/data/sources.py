@@ -147,17 +147,15 @@ def _resolve_folder(folder: Path, found: Sources) -> None:
         relative = path.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts):
             skipped[str(path)] = "hidden"
-        elif not path.is_file():
-            skipped[str(path)] = "not a file"
-        else:
-            try:
-                files.append(look_at(path))
-            except NotText as why:
-                skipped[str(path)] = why.reason
+            continue
+        try:
+            files.append(look_at(path))
+        except NotText as why:
+            skipped[str(path)] = why.reason
     if any(file.form != "text" for file in files):
-        notes = [f for f in files if f.form == "text" and _suffix(f.path) not in (".txt", ".text")]
-        skipped |= {str(file.path): "beside JSON or Parquet only .txt is read" for file in notes}
-        files = [file for file in files if file not in notes]
+        notes = {f.path for f in files if f.form == "text" and _suffix(f.path) not in (".txt", ".text")}
+        skipped |= {str(f.path): "beside JSON or Parquet only .txt is read" for f in files if f.path in notes}
+        files = [f for f in files if f.path not in notes]
     if not files:
         raise InputError(
             f"empty corpus: the folder {str(folder)!r} holds no text, JSON lines or Parquet file"
@@ -175,12 +173,10 @@ def _below(root: Path) -> list[Path]:
 
     paths: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        paths += [Path(folder, name) for name in names]
-        paths += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-        closed = [name for name in subfolders if name.startswith(".")]
-        paths += [Path(folder, name) for name in closed]
+        closed = [name for name in subfolders if name.startswith(".") or Path(folder, name).is_symlink()]
+        paths += [Path(folder, name) for name in (*names, *closed)]
         subfolders[:] = [name for name in subfolders if name not in closed]
-    return sorted(dict.fromkeys(paths))
+    return sorted(paths)
 
 
 class NotText(InputError):
@@ -198,6 +194,8 @@ def _suffix(path: Path) -> str:
 
 def look_at(path: Path) -> SourceFile:
     """Return what a file is; NotText if it is none of the forms, InputError if it cannot be read or unpacked."""
+    if not path.is_file():  # a pipe gives its text once, and text is read several times
+        raise NotText(path, "not a file")
     packing = packing_of(path)
     with opened(path, packing) as file:
         head = file.read(HEAD_BYTES)

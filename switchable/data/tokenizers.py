@@ -1,12 +1,11 @@
 """Text -> token ids: a byte-level BPE trained on the spot, or any tokenizer given as a folder.
 
-Used by `tokens.py`. The BPE is GPT-2's recipe (Radford et al. 2019; Sennrich et al. 2016): 256 byte symbols,
-the special tokens of the objective, then the most frequent pair of symbols is merged until the vocabulary is full.
-Any UTF-8 text comes back unchanged, and the same documents give the same vocabulary for any number of threads.
+The BPE is GPT-2's recipe (Radford et al. 2019; Sennrich et al. 2016): 256 byte symbols, the special tokens of the
+objective, then the most frequent pair of symbols is merged until the vocabulary is full. Any UTF-8 text comes back
+unchanged, and the same documents give the same vocabulary for any number of threads.
 
-Text is text: where a document spells out a special token such as `<|endoftext|>`, its characters are encoded,
-never the special token's id, so that the only ends of text in a token file are those that we put there.
-Everything is read from and saved to a folder in Hugging Face form; no network, no code from the folder.
+Text is text: where a document spells out a special token such as `<|endoftext|>`, its characters are encoded, never the
+special token's id. Folders are in Hugging Face form; no network, no code from them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from switchable.data.encoding import encode_batch
+from switchable.data.encoding import encode
 from switchable.errors import InputError, nearest
 from switchable.files import read_json, write_json
 
@@ -176,7 +175,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 def _follows(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     """Whether a tokenizer gives the ids of its `tokenizer.json`, if there is one, on a text that shows the rules."""
-    (ids,) = encode_batch(tokenizer, [SHOWS_RULES])
+    (ids,) = encode(tokenizer, [SHOWS_RULES])
     if not file.is_file():
         if len(set(ids.tolist())) < 2 and not set(TOKENIZER_FILES[4:]) & set(os.listdir(file.parent)):
             raise ValueError("its vocabulary is missing, e.g. tokenizer.json")

@@ -1,6 +1,6 @@
 """Documents -> two flat token files and their `meta.json`: `prepare(config, cache_dir)`.
 
-Second room of TEXT -> TOKENS -> BATCHES. Two streaming passes over the corpus, in bounded memory:
+Two streaming passes over the corpus, in bounded memory:
 
 1. scan: hash every document, find the split's threshold, keep a sample for the tokenizer (`split.py`);
 2. tokenize: write each document's tokens and one end of text to `train.bin` or `val.bin`.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -24,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from switchable.data import encoding, sources, tokenizers
+from switchable.data import sources, tokenizers
 from switchable.data.config import DataConfig
+from switchable.data.encoding import encode
 from switchable.data.split import Scan, hashed_documents, scan_corpus
 from switchable.errors import InputError
 from switchable.files import check_name, is_no_space, read_json, whole_folder, write_json
@@ -172,20 +174,17 @@ def _locked(folder: Path, progress: bool) -> AbstractContextManager[Any]:
 
 
 def _make(config: DataConfig, folder: Path, objective: str, progress: bool) -> None:
-    written = 0
-    try:
-        with whole_folder(folder) as partial:
-            try:
-                _build(config, partial, folder.name, objective, progress)
-            finally:
-                written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    except Exception as error:
-        if not is_no_space(error):
-            raise
-        raise InputError(
-            f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
-            "removed again; free some space, give another folder, or read less (--max-text-mb)"
-        ) from error
+    with whole_folder(folder) as partial:
+        try:
+            _build(config, partial, folder.name, objective, progress)
+        except Exception as error:
+            if not is_no_space(error):
+                raise
+            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            raise InputError(
+                f"no space left on the device: {written / 1e6:.1f} MB were written in {folder.parent} and "
+                "removed again; free some space, give another folder, or read less (--max-text-mb)"
+            ) from error
 
 
 def _build(config: DataConfig, folder: Path, fingerprint: str, objective: str, progress: bool) -> None:
@@ -231,12 +230,12 @@ class _SplitWriter:
         self.documents = self.text_bytes = self.tokens = 0
         self._file, self._digest = file, hashlib.sha256()
 
-    def write(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> None:
+    def write(self, text_bytes: int, ids: npt.NDArray[np.integer[Any]]) -> None:
         data = ids.tobytes()
         self._file.write(data)
         self._digest.update(data)
         self.documents += 1
-        self.text_bytes += len(text.encode())
+        self.text_bytes += text_bytes
         self.tokens += len(ids)
 
     def summary(self) -> dict[str, Any]:
@@ -250,23 +249,12 @@ def _tokenize(
 ) -> None:  # fmt: skip
     """Write every document, and the end of text after it, to its side; `sides` are (train, val)."""
     train, val = sides
-    waiting: list[tuple[str, _SplitWriter]] = []
-    waiting_bytes = 0
-
-    def flush() -> None:
-        encoded = encoding.encode_batch(tokenizer, [text for text, _ in waiting], end_1.dtype)
-        for ids, (text, side) in zip(encoded, waiting, strict=True):
-            side.write(text, np.append(ids, end_1))
-        bar.update(waiting_bytes)
-        waiting.clear()
-
-    for text, h, size in hashed_documents(config):
-        waiting.append((text, val if h < scan.threshold else train))
-        waiting_bytes += size
-        if waiting_bytes >= encoding.BATCH_CHARS:
-            flush()
-            waiting_bytes = 0
-    flush()
+    ahead, documents = itertools.tee(hashed_documents(config))
+    encoded = encode(tokenizer, (text for text, _, _ in ahead), end_1.dtype)
+    for (_, h, size), ids in zip(documents, encoded, strict=True):
+        side = val if h < scan.threshold else train
+        side.write(size, np.append(ids, end_1))
+        bar.update(size)
     counts = train.documents + val.documents, train.text_bytes + val.text_bytes
     if counts != (scan.documents, scan.text_bytes):
         raise InputError("the text changed while it was read; start again when nothing writes to it any more")

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from switchable.data.batches import validation_batches
-from switchable.data.encoding import encode_batch
+from switchable.data.encoding import encode
 from switchable.data.objectives import Objective
 from switchable.data.tokenizers import end_of_text
 from switchable.errors import InputError
@@ -51,9 +51,10 @@ def tokenise(
     end = np.array([end_of_text(tokenizer).id], np.int64)
     pieces, text_bytes, tokens = [end], 0, 0
     for text in documents:
-        pieces += [encode_batch(tokenizer, [text])[0].astype(np.int64), end]
+        (ids,) = encode(tokenizer, [text])
+        pieces += [ids.astype(np.int64), end]
         text_bytes += len(text.encode())
-        tokens += len(pieces[-2]) + 1
+        tokens += len(ids) + 1
         if most_tokens is not None and tokens >= most_tokens:
             break
     if text_bytes == 0:

@@ -1,27 +1,22 @@
 """The balanced assignment: N rows to E clusters of exactly I = N/E rows each, at the least total cost.
 
-The idea: give every cluster a price and let each row take its cheapest cluster, the least of
-`cost[n, e] + price[e]`. Whatever sizes come out, that assignment is optimal *for those sizes*. Two steps make
-the sizes equal:
+Every cluster has a price, and each row takes the cluster with the least `cost[n, e] + price[e]`. Whatever sizes come
+out, that assignment is optimal *for those sizes*. Two steps make the sizes equal:
 
-1. Prices: all clusters at once move their price to where their own demand would be I if the others stood
-   still (an auction in big steps). A few rounds leave a few rows in excess.
-2. Shortest paths: in the E x E graph whose edge a -> b weighs the least `cost[n, b] - cost[n, a]` over the
-   rows n of a, the shortest path from a cluster with too many rows to one with too few is the cheapest way
-   to move one row. Moving it keeps the assignment optimal for its new sizes, so the end is the exact optimum
-   (successive shortest paths, Ford and Fulkerson 1962, on E nodes in place of N + E; several paths at once
-   where they do not meet).
+1. Prices: all clusters at once move their price to where their own demand would be I if the others stood still (an
+   auction in big steps). A few rounds leave a few rows in excess.
+2. Shortest paths: in the E x E graph whose edge a -> b weighs the least `cost[n, b] - cost[n, a]` over the rows n of a,
+   the shortest path from a cluster with too many rows to one with too few is the cheapest way to move one row. The
+   assignment stays optimal for its new sizes, so the end is the exact optimum (successive shortest paths, Ford and
+   Fulkerson 1962, on E nodes in place of N + E; several paths at once where they do not meet).
 
-Costs are rounded to a grid of 2^-36 of their largest magnitude: below float32's own rounding, and then
-every sum of them is exact in float64, so there is no tolerance, no negative cycle and no endless loop. At
-the end the graph's distances are dual prices, and weak duality gives a certificate that needs no trust in
-the solver:
+Costs are rounded to a grid of 2^-36 of their largest magnitude, below float32's own rounding. Every sum of them is then
+exact in float64: there is no tolerance, no negative cycle and no endless loop. The graph's distances at the end are
+dual prices, which prove the result by weak duality (`lower_bound`):
 
     sum_n min_e (cost[n, e] + price[e]) - I * sum_e price[e]  <=  optimum  <=  cost of the assignment.
 
-Called by `kmeans.py` once per iteration, where the last iteration's prices make the next one cheap. It
-runs on the host in NumPy (N x E numbers; the D-wide work stays on the device).
-Shapes: N rows, E clusters, I = N/E rows per cluster, M rows of one cluster.
+All runs on the host in NumPy. Shapes: N rows, E clusters, I = N/E rows per cluster, M rows of one cluster.
 """
 
 from __future__ import annotations
@@ -33,10 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from switchable.arrays import Floats, Ints
 from switchable.errors import InputError, divisors_near
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 GRID_BITS = 36  # of a float64's 53: the rest is room for the sums of 2 E costs along a path, for E up to 2^14
 MAX_PRICE = 2.0**46  # on the grid; prices only start the search, so a limit costs time at worst

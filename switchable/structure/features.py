@@ -36,10 +36,19 @@ def features(weight_FD: Tensor, active_TF: Tensor, structure: str) -> Tensor:
 def weight_features(up_FD: Tensor) -> Tensor:
     """Return each neuron's row of the input projection divided by its norm (a zero row stays zero)."""
     _check_matrix("up_FD", up_FD, "(neurons, width)")
-    # Dividing by the largest entry first keeps the squares of very small or large weights in range.
-    up_FD = up_FD.detach().float()
-    peak_F1 = up_FD.abs().amax(1, keepdim=True)
-    return torch.nn.functional.normalize(up_FD / torch.where(peak_F1 > 0, peak_F1, 1), dim=1)
+    return unit_rows(up_FD)
+
+
+def unit_rows(rows_ND: Tensor) -> Tensor:
+    """Return rows in float32, each divided by its norm (a zero row stays zero).
+
+    The division by the largest entry before that keeps the squares of very small or large numbers in range.
+    """
+    rows_ND = rows_ND.detach().float()
+    peak_N1 = torch.linalg.vector_norm(rows_ND, torch.inf, dim=1, keepdim=True)
+    rows_ND = rows_ND / torch.where(peak_N1 > 0, peak_N1, 1)
+    norm_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
+    return rows_ND.div_(torch.where(norm_N1 > 0, norm_N1, 1))
 
 
 def coactivation_features(active_TF: Tensor, width: int = 64) -> Tensor:
@@ -68,8 +77,6 @@ def coactivation_features(active_TF: Tensor, width: int = 64) -> Tensor:
 
 def mixed_features(weight_FD: Tensor, coactive_FR: Tensor) -> Tensor:
     """Return both kinds of rows side by side, so that their cosines count half each."""
-    _check_matrix("weight_FD", weight_FD, "(neurons, width)")
-    _check_matrix("coactive_FR", coactive_FR, "(neurons, width)")
     rows, others = len(weight_FD), len(coactive_FR)
     if rows != others:
         raise InputError(f"{rows} rows of weights, {others} of co-activation; give one each per neuron")

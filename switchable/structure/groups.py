@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from switchable import ranks
+from switchable.arrays import Ints
 from switchable.errors import InputError
 from switchable.progress import progress_bar
 from switchable.structure.kmeans import BalancedKMeans
@@ -51,11 +51,14 @@ def cluster_layers(
     Under torch.distributed every rank must call it; a rank needs the rows of its own layers only (`groups_layer`),
     the others may be None. Every rank gets the same labels.
     """
-    if warm is not None and len(warm) != len(rows_per_layer):
-        raise InputError(f"{len(warm)} warm starts for {len(rows_per_layer)} layers; give one each, or None")
+    starts = [None] * len(rows_per_layer) if warm is None else warm
+    if len(starts) != len(rows_per_layer):
+        raise InputError(
+            f"{len(starts)} warm starts for {len(rows_per_layer)} layers; give one each, or None"
+        )
 
     def one(layer: int) -> Tensor:
-        rows_FD, start_F = rows_per_layer[layer], None if warm is None else warm[layer]
+        rows_FD, start_F = rows_per_layer[layer], starts[layer]
         assert rows_FD is not None, f"the rows of layer {layer} are missing on the rank that groups it"
         try:
             return _cluster_layer(rows_FD, num_experts, start_F, random_state + layer, fresh)
@@ -109,11 +112,10 @@ def _in_threads(one: Callable[[int], Tensor], layers: Sequence[int], show: bool)
 
 def match_labels(old_labels: Tensor, new_labels: Tensor, num_experts: int) -> Tensor:
     """Return the new labels renumbered so that as many neurons as possible keep their old label."""
-    old_F, new_F = _to_numpy("old_labels", old_labels), _to_numpy("new_labels", new_labels)
+    old_F = _checked("old_labels", old_labels, num_experts)
+    new_F = _checked("new_labels", new_labels, num_experts)
     if len(old_F) != len(new_F):
         raise InputError(f"labels of {len(old_F)} and {len(new_F)} neurons; give groupings of the same")
-    _check_range("old_labels", old_F, num_experts)
-    _check_range("new_labels", new_F, num_experts)
     overlap_EE = np.bincount(new_F * num_experts + old_F, minlength=num_experts**2)
     new_E, old_E = linear_sum_assignment(overlap_EE.reshape(num_experts, num_experts), maximize=True)
     number_E = np.empty(num_experts, dtype=np.int64)
@@ -126,8 +128,7 @@ def permutation_from_labels(labels_F: Tensor, num_experts: int) -> Tensor:
 
     A neuron that already stands among its expert's rows stays; the others fill the gaps in their order.
     """
-    labels = _to_numpy("labels_F", labels_F)
-    _check_range("labels_F", labels, num_experts)
+    labels = _checked("labels_F", labels_F, num_experts)
     sizes_E = np.bincount(labels, minlength=num_experts)
     if sizes_E.min() != sizes_E.max():
         raise InputError(
@@ -142,17 +143,15 @@ def permutation_from_labels(labels_F: Tensor, num_experts: int) -> Tensor:
     return torch.from_numpy(place_F).to(labels_F.device)
 
 
-def _to_numpy(name: str, labels: Tensor) -> npt.NDArray[np.int64]:
+def _checked(name: str, labels: Tensor, experts: int) -> Ints:
+    """Return labels on the host; InputError unless they are whole numbers, one per neuron, from 0 to experts - 1."""
     if not isinstance(labels, Tensor) or labels.ndim != 1 or not len(labels) or labels.is_floating_point():
         given = (labels.dtype, tuple(labels.shape)) if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"{name} is {given}; give a tensor of whole numbers, one per neuron")
-    whole: npt.NDArray[np.int64] = labels.detach().cpu().numpy().astype(np.int64)
-    return whole
-
-
-def _check_range(name: str, labels_F: npt.NDArray[np.int64], experts: int) -> None:
+    labels_F: Ints = labels.detach().cpu().numpy().astype(np.int64)
     if experts < 1 or labels_F.min() < 0 or labels_F.max() >= experts:
         raise InputError(
             f"{name} go from {labels_F.min()} to {labels_F.max()} with num_experts={experts}; labels are 0 to"
             f" num_experts - 1: give the number of experts they were made for"
         )
+    return labels_F

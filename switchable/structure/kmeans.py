@@ -1,34 +1,31 @@
 """Balanced k-means: N rows into E clusters of exactly I = N/E rows, each close to its cluster's mean.
 
-Lloyd's two steps in turn: with the centres fixed, the best *balanced* assignment (exact, see
-`assignment.py`); with the assignment fixed, the means. For equal sizes a centre's squared norm counts
-equally often whatever the assignment, so that only the inner products matter, one matrix product:
+Lloyd's two steps in turn: with the centres fixed, the best *balanced* assignment (exact, see `assignment.py`); with the
+assignment fixed, the means. One matrix product gives the costs:
 
     inertia = sum_n ||x_n - mu(n)||^2 = sum_n ||x_n||^2 - I * sum_e ||mu_e||^2
     cost[n, e] = ||mu_e||^2 - 2 x_n . mu_e
 
-A fresh fit starts on a narrow sketch of the rows with k-means++, then alternates pairwise re-splits there
-with Lloyd's iterations at full width (`local_search.py`). A fit from labels goes straight to Lloyd's
-iterations. Each iteration hands its prices to the next assignment, which then has little left to do.
+A fresh fit starts on a narrow sketch of the rows with k-means++, then alternates pairwise re-splits there with Lloyd's
+iterations at full width (`local_search.py`). A fit from labels goes straight to Lloyd's iterations. Each iteration
+hands its prices to the next assignment, which then has little left to do.
 
-Zhang et al. (MoEfication, 2022) group an FFN's neurons by balanced k-means on the rows of its input
-projection; their assignment is an auction. `features.py` says what the rows are, `groups.py`
-does all layers of a model.
-Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
+Source: Zhang et al. 2022 (MoEfication) group an FFN's neurons by balanced k-means on the rows of its input projection;
+their assignment is an auction. Shapes: N rows, D width, E clusters, I = N/E rows per cluster.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from switchable.arrays import Floats
 from switchable.errors import InputError, divisors_near
 from switchable.options import checked
 from switchable.structure.assignment import balanced_assignment
+from switchable.structure.features import unit_rows
 from switchable.structure.local_search import few_threads, resplit_pairs, seed_centers, sketch
 
 SKETCH_WIDTHS = (64, 256)  # as wide as there are clusters, within these limits
@@ -88,7 +85,7 @@ class _Lloyd:
 
     def __init__(self, rows_ND: Tensor, clusters: int) -> None:
         self.rows_ND, self.clusters, self.iterations = rows_ND, clusters, 0
-        self.prices_E: npt.NDArray[np.float64] | None = None
+        self.prices_E: Floats | None = None
         self._total = _squares(rows_ND)
 
     def run(self, labels_N: Tensor, tol: float) -> tuple[Tensor, float]:
@@ -150,9 +147,7 @@ def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, seed: int) -> Te
     return best_N
 
 
-def _assign(
-    rows_ND: Tensor, centers_ED: Tensor, prices_E: npt.NDArray[np.float64] | None
-) -> tuple[Tensor, npt.NDArray[np.float64]]:
+def _assign(rows_ND: Tensor, centers_ED: Tensor, prices_E: Floats | None) -> tuple[Tensor, Floats]:
     """Return the best balanced labels for these centres. The N x E costs go to the host, to the solver."""
     cost_NE = (centers_ED.square().sum(1) - 2 * (rows_ND @ centers_ED.T)).cpu().numpy()
     solved = balanced_assignment(cost_NE, prices_E)
@@ -171,8 +166,7 @@ def _centers(rows_ND: Tensor, labels_N: Tensor, clusters: int) -> Tensor:
 def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
     """Check the rows; return them in float32, divided by their norms and centred.
 
-    Centring changes no distance and keeps float32 accurate when all rows share a large part; the division by the
-    largest entry keeps squares of very large or small rows in range.
+    Centring changes no distance and keeps float32 accurate when all rows share a large part.
     """
     if not isinstance(rows, Tensor) or rows.is_complex() or rows.ndim != 2 or rows.shape[1] == 0:
         given = f"{tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
@@ -191,10 +185,7 @@ def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
             f"{int(bad_N.sum())} of {count} rows hold NaN, infinite or (in float32) overflowing values,"
             f" the first is row {int(bad_N.nonzero()[0])}; give finite rows (has the training diverged?)"
         )
-    peak_N1 = peak_N[:, None]
-    rows_ND = rows_ND.float() / torch.where(peak_N1 > 0, peak_N1, 1)
-    norm_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
-    rows_ND /= torch.where(norm_N1 > 0, norm_N1, 1)
+    rows_ND = unit_rows(rows_ND)
     return rows_ND.sub_(rows_ND.mean(0))
 
 

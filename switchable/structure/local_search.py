@@ -1,26 +1,20 @@
 """Where balanced k-means starts, and how it leaves a poor local optimum: both on a sketch of the rows.
 
-The sketch: the rows in the span of their R leading principal directions (subspace iteration, Halko,
-Martinsson and Tropp 2011). The centres of k-means lie close to that span, so its distances are the ones
-that tell clusters apart, at R/D of the cost.
+The sketch: the rows in the span of their R leading principal directions (subspace iteration, Halko, Martinsson and
+Tropp 2011). The centres of k-means lie close to that span, so its distances tell clusters apart, at R/D of the cost.
 
-The start is k-means++ (Arthur and Vassilvitskii 2007), greedy: each next centre is
-the best of a few candidates.
+The start is k-means++ (Arthur and Vassilvitskii 2007), greedy: each next centre is the best of a few candidates.
 
-The search: Lloyd's iterations move rows one by one and cannot exchange whole lumps between clusters, which
-is what a balanced grouping often lacks. So take clusters in pairs, pool the 2 I rows of each pair and split
-the pool again by balanced 2-means, from the pool's main direction on; keep the new split if it is better.
-With the pool's sum fixed,
+The search: Lloyd's iterations move rows one by one and cannot exchange whole lumps between clusters. So take clusters
+in pairs, pool the 2 I rows of each pair and split the pool again by balanced 2-means, from the pool's main direction
+on; keep the new split if it is better. With the pool's sum fixed,
 
     inertia = constant - ||S_a - S_b||^2 / (2 I),        S = the sum of a cluster's rows,
 
-and the balanced split for a direction v = S_a - S_b is exactly "the I largest of x.v": a sort, no
-assignment problem. A round treats E/2 disjoint pairs in one batch, the closest pairs that have not been
-tried since either of their clusters changed. (Lloyd alone ends within 1 % of the best of many starts;
-figures are in docs/clustering.md.)
+and the balanced split for a direction v = S_a - S_b is exactly "the I largest of x.v": a sort, no assignment problem.
+A round treats E/2 disjoint pairs in one batch, the closest that were not tried since either of their clusters changed.
 
-Called by `kmeans.py`.
-Shapes: N rows, R sketch width, E clusters, I = N/E rows per cluster, P pairs, J = 2 I.
+Its gains: docs/clustering.md. Shapes: N rows, R sketch width, E clusters, I = N/E rows per cluster, P pairs, J = 2 I.
 """
 
 from __future__ import annotations
@@ -29,9 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from switchable.arrays import Floats, Ints
 
 SUBSPACE_STEPS = 2
 SEEDING_TRIALS = 4
@@ -124,7 +119,7 @@ def resplit_pairs(
     return torch.empty_like(labels_N).scatter_(0, members_EI.flatten(), labels_EI.flatten())
 
 
-def _closest_pairs(distance_EE: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _closest_pairs(distance_EE: Floats) -> Ints:
     """Return disjoint pairs (a, b), greedily the closest first; infinite distances are no pairs.
 
     Those that are each other's nearest are pairs in the greedy order too: take them all at once, and look again.

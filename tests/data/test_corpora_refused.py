@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ def test_missing_file_suggests_the_nearest(tmp_path: Path) -> None:
     ):
         documents([str(tmp_path / "artcles.jsonl")])  # at once, not at the first document
     assert "nor a folder" in message([str(tmp_path / "nowhere" / "a.txt")])
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert f"{tmp_path / 'pipe'}: not a file; give UTF-8 text" in message([str(tmp_path / "pipe")])
+    (tmp_path / "a.txt").write_text("text")
+    assert list(documents([str(tmp_path)])) == ["text"]
 
 
 @pytest.mark.parametrize("name", ["missing", "data/missing.txt", "./owner/name", "tests/missing", "a/b/c"])

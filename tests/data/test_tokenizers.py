@@ -10,7 +10,7 @@ import pytest
 from support import shared
 from texts import config_for, documents_in, save_word_tokenizer, write_jsonl
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from switchable.data import encoding, tokenizers
 from switchable.data.batches import token_array
@@ -38,9 +38,18 @@ def test_bpe_round_trip_of_any_text(source: Path, tmp_path: Path, monkeypatch: p
     for piece in (encoding.PIECE_CHARS, 7):  # 7: documents cut in pieces, several batches
         monkeypatch.setattr(encoding, "PIECE_CHARS", piece)
         monkeypatch.setattr(encoding, "BATCH_CHARS", 10 * piece)
-        for text, ids in zip(texts, encoding.encode_batch(tokenizer, texts), strict=True):
+        for text, ids in zip(texts, encoding.encode(tokenizer, texts), strict=True):
             assert tokenizer.decode(ids.tolist()) == text
             assert data.end_of_text.id not in ids  # spelled out in a document, it is text
+
+
+def test_a_tokenizer_written_in_python_encodes_batches_that_end_with_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoding, "BATCH_CHARS", 3)
+    for texts in (["abc"], ["ab", "c", "", "def"], [""], []):
+        found = encoding.encode(ByT5Tokenizer(), texts)
+        assert [ids.tolist() for ids in found] == [[byte + 3 for byte in text.encode()] for text in texts]
 
 
 def test_pieces_prefer_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +71,7 @@ def test_vocabulary_of_a_small_corpus(tmp_path: Path) -> None:
 def test_gpt2_files() -> None:
     folder = shared("tokenizer_gpt2")
     tokenizer = tokenizers.load_tokenizer(folder)
-    (ids,) = encoding.encode_batch(tokenizer, ["Hello world"])
+    (ids,) = encoding.encode(tokenizer, ["Hello world"])
     assert ids.tolist() == [15496, 995]
     assert tokenizers.end_of_text(tokenizer) == ("<|endoftext|>", 50256, "eos")
     assert tokenizers.vocabulary_size(tokenizer) == 50257
@@ -126,7 +135,7 @@ def test_a_class_that_transformers_builds_by_its_own_rules(tmp_path: Path) -> No
         if name == "GPT2Tokenizer":  # transformers itself gives other ids
             assert AutoTokenizer.from_pretrained(str(tmp_path / "a"))("12345 hello")["input_ids"] != own
         tokenizer = tokenizers.load_tokenizer(tmp_path / "a")
-        assert encoding.encode_batch(tokenizer, ["12345 hello"])[0].tolist() == own
+        assert [ids.tolist() for ids in encoding.encode(tokenizer, ["12345 hello"])] == [own]
         assert tokenizers.end_of_text(tokenizer).token == "<|endoftext|>"
         tokenizer.save_pretrained(str(tmp_path / "b"))  # as a run keeps it: transformers reads that alike
         assert AutoTokenizer.from_pretrained(str(tmp_path / "b"))("12345 hello")["input_ids"] == own

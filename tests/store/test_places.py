@@ -18,7 +18,7 @@ from support import small_run
 from switchable import InputError
 from switchable.cli import main
 from switchable.config import to_dict
-from switchable.files import check_apart, check_writable
+from switchable.files import check_apart, check_writable, whole_folder
 from switchable.store.folders import verify
 from switchable.store.rundir import RunDir
 
@@ -46,6 +46,33 @@ def test_what_is_read_is_never_where_is_written(tmp_path: Path) -> None:
             check_apart(tmp_path / out, [str(tmp_path / source)])
     for out, source in (("ab", "a"), ("new", "a"), ("a", "nothing/there"), ("c/a", "a")):
         check_apart(tmp_path / out, [tmp_path / source])
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    with whole_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+    assert files(tmp_path) == {"link/new": b""}
+
+
+def test_what_is_replaced_is_deleted_when_the_new_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rmtree, seen = shutil.rmtree, []
+
+    def noting(path: Path, **how: Any) -> None:
+        seen.append(files(tmp_path))
+        rmtree(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    assert seen == [{"model/new": b"", ".tmp-old-model/old": b""}]
+    assert files(tmp_path) == {"model/new": b""}
 
 
 @pytest.fixture
@@ -144,15 +171,20 @@ def test_where_nothing_can_be_made_is_found_before_any_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "empty").mkdir()
     check_writable(tmp_path / "new" / "deeper" / "file")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr("switchable.store.load.load_pretrained", lambda *_: pytest.fail("work was begun"))
     text = ["--data", str(corpus)]
     for verb in (
         ["eval", str(run), *text], ["study", str(run)], ["export", str(run), "--to", "dense"],
         ["finetune", str(run), *text], ["convert", str(run), *text], ["compare", str(run / "config.yaml")],
     ):  # fmt: skip
+        if verb[0] != "compare":  # which makes a folder for each run in --out
+            assert main([*verb, "--out", "."]) == 2
+            assert "'.' has no name of its own" in capsys.readouterr().err
         for out in (tmp_path / "file" / "x", Path("/proc/nothing/x")):
             assert main([*verb, "--out", str(out)]) == 2, (verb, out)
             assert f"{out}" in (said := capsys.readouterr().err)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from switchable.data.arrays import Ints
+from switchable.arrays import Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.causal import CausalLM
 from switchable.data.objectives.masked import MaskedLM

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from switchable.data.arrays import Ints
+from switchable.arrays import Ints
 from switchable.data.objectives.masked import IGNORED
 from switchable.data.tokenizers import added_tokens
 from switchable.errors import InputError

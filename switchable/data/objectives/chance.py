@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from switchable.data.arrays import Floats, Ints
+from switchable.arrays import Floats, Ints
 
 STREAM = 0x6D61736B
 """Sets these numbers apart from those that order the windows, which come from the same seed."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from switchable.data.arrays import Bools, Floats, Ints
+from switchable.arrays import Bools, Floats, Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.chance import uniforms
 from switchable.data.objectives.words import WordParts, word_parts

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from switchable.data.arrays import Bools, Floats, Ints
+from switchable.arrays import Bools, Floats, Ints
 from switchable.data.config import ObjectiveConfig
 from switchable.data.objectives.chance import uniforms
 from switchable.errors import InputError
@@ -97,12 +97,11 @@ class SpanCorruption:
 
     def choose(self, rows_B: Ints, seed: int) -> Bools:
         """Return which tokens are cut out: [B, W]; every row begins with text that stays."""
-        noise, spans, kept = self.lengths.noise, self.lengths.spans, self.window - self.lengths.noise
+        spans, kept = self.lengths.spans, self.window - self.lengths.noise
         drawn = uniforms(seed, rows_B, self.window - 2)
         lengths_B2K = np.stack(
             [_compositions(drawn[:, : kept - 1], spans), _compositions(drawn[:, kept - 1 :], spans)], axis=2
         ).reshape(len(rows_B), 2 * spans)
-        assert lengths_B2K[:, 1::2].sum() == noise * len(rows_B)
         stops = np.cumsum(lengths_B2K, axis=1)[:, :-1]
         turns_BW = np.zeros((len(rows_B), self.window), np.int64)
         np.put_along_axis(turns_BW, stops, 1, 1)  # kept and cut text take turns

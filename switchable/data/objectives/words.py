@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from switchable.data.arrays import Bools, Ints
+from switchable.arrays import Bools, Ints
 from switchable.data.tokenizers import vocabulary_size
 
 if TYPE_CHECKING:
