@@ -18,7 +18,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.kernels import BFLOAT16
-from switchable.compute.cpu.llvm import I1, I32, I64, Values, Writer, i64, intrinsic
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
@@ -92,17 +92,15 @@ def _write_compressed(
     w: Writer, row: ir.Value, j: ir.Value, neurons: ir.Value, values: ir.Value, count: ir.Value
 ) -> ir.Value:
     """Write the entries among a vector of bfloat16s by AVX-512's own instruction; return the new count."""
-    b, lanes, module = w.b, w.lanes, w.function.module
-    flags, whole = ir.VectorType(I1, lanes), ir.VectorType(I32, lanes)
+    b, lanes = w.b, w.lanes
+    whole = ir.VectorType(I32, lanes)
     halves = b.load(w.at(row, j, BFLOAT16), align=2, typ=ir.VectorType(BFLOAT16, lanes))
     value = b.fpext(halves, w.vector)
     active = b.not_(b.fcmp_ordered("<=", value, w.zero()))
-    first = b.insert_element(ir.Constant(whole, ir.Undefined), b.trunc(j, I32), I32(0))
-    numbers = b.add(w.shuffle(first, [0] * lanes), ir.Constant(whole, list(range(lanes))))
+    numbers = b.add(w.broadcast(b.trunc(j, I32), lanes), ir.Constant(whole, list(range(lanes))))
     for vector, kind, place in ((value, "f", values), (numbers, "i", neurons)):
         name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}32"
-        compress = intrinsic(module, name, vector.type, [vector.type, vector.type, flags])
-        w.store(b.call(compress, [vector, w.zero(vector.type), active]), place)
+        w.store(w.call(name, vector.type, vector, w.zero(vector.type), active), place)
     bits = b.bitcast(active, ir.IntType(lanes))
     return w.add(count, b.zext(b.ctpop(bits), I64))
 

@@ -22,16 +22,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.rows import Rows
-from switchable.compute.cpu.llvm import (
-    I32,
-    I64,
-    POINTER,
-    Machine,
-    Values,
-    Writer,
-    intrinsic,
-    this_machine,
-)
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Machine, Values, Writer, this_machine
 from switchable.compute.cpu.tasks import Record, Run, Tasks
 
 TERMS = 8
@@ -147,9 +138,7 @@ def _scores(
 
 def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
     """Make exp(score - largest) of each score, and return their sum."""
-    repeated = w.shuffle(
-        w.b.insert_element(ir.Constant(w.vector, ir.Undefined), largest, I32(0)), [0] * w.lanes
-    )
+    repeated = w.broadcast(largest, w.lanes)
     for lane in range(w.lanes):  # what is behind the last score counts as nothing
         w.store(ir.Constant(w.number, -math.inf), w.at(scores, w.add(end, lane)))
 
@@ -164,7 +153,6 @@ def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest
 
 def _exponential(w: Writer, x: ir.Value) -> ir.Value:
     """exp of a vector of numbers that are not above 0."""
-    module = w.function.module
     kind, integers = x.type, ir.VectorType(I32, w.lanes)
 
     def constant(value: float) -> ir.Constant:
@@ -173,7 +161,7 @@ def _exponential(w: Writer, x: ir.Value) -> ir.Value:
     least = constant(LEAST_POWER)
     power = w.b.fmul(x, constant(1 / math.log(2)))
     power = w.b.select(w.b.fcmp_ordered("<", power, least), least, power)  # a NaN stays one
-    whole = w.b.call(intrinsic(module, f"llvm.rint.v{w.lanes}f32", kind, [kind]), [power])
+    whole = w.call(f"llvm.rint.v{w.lanes}f32", kind, power)
     rest = w.b.fsub(power, whole)
     value = constant(math.log(2) ** (TERMS - 1) / math.factorial(TERMS - 1))
     for k in reversed(range(TERMS - 1)):
@@ -202,6 +190,5 @@ def _sum(
         return [w.fma(share, value, before) for value, before in zip(own, sums, strict=True)]
 
     _, sums = w.loop(*between, 1, [w.zero()] * vectors, step)
-    one = w.b.fdiv(ir.Constant(w.number, 1.0), total)
-    scale = w.shuffle(w.b.insert_element(ir.Constant(w.vector, ir.Undefined), one, I32(0)), [0] * w.lanes)
+    scale = w.broadcast(w.b.fdiv(ir.Constant(w.number, 1.0), total), w.lanes)
     w.store_vectors([w.b.fmul(value, scale) for value in sums], out)
