@@ -96,32 +96,25 @@ class Tasks:
         b.position_at_end(ready)
 
     def run(self, code: Code, name: str, *tasks: int, **fields: Tensor | int | None) -> None:
-        """Do all tasks of a function with as many threads as torch uses, and wait for them.
-
-        Args:
-            code: compiled, with the function in it.
-            name: the function's.
-            tasks: how many there are in each of its stages.
-            fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function
-                expects them; None for 0.
-        """
-        Run(self, code, name, tasks, fields)()
+        """Do all tasks of a function once, and wait for them; the arguments are those of `Run`."""
+        Run(self, code, name, *tasks, **fields)()
 
 
 class Run:
     """A function and its record, to be called any number of times, by one Python thread at a time.
 
-    The memory that the record points to must live as long.
+    As many threads as torch uses do its tasks. The memory that the record points to must live as long.
+
+    Args:
+        kind: of record.
+        code: compiled, with the function in it.
+        name: the function's.
+        tasks: how many there are in each of its stages.
+        fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function expects
+            them; None for 0.
     """
 
-    def __init__(
-        self,
-        kind: Tasks,
-        code: Code,
-        name: str,
-        tasks: Sequence[int],
-        fields: Mapping[str, Tensor | int | None],
-    ):
+    def __init__(self, kind: Tasks, code: Code, name: str, *tasks: int, **fields: Tensor | int | None):
         self.code, self.places = code, kind.places
         record = self.record = kind.type()
         for stage, count in enumerate(tasks):

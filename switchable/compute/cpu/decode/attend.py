@@ -54,25 +54,24 @@ class AttendCall:
 
     def __init__(self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor):
         _, sequences, groups, places, size = cache.shape
-        code = _code(cache.dtype, size, cast(Machine, this_machine()))
-        fields = {"places": places, "groups": groups, "shared": heads // groups}
-        fields |= {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}  # type: ignore[dict-item]
-        tasks = sequences * groups
-        self.runs = {
-            threads: Run(ATTEND, code, "attend", (tasks if threads else 1,), fields)
-            for threads in (False, True)
-        }
-        self.tasks, self.bytes = tasks, 2 * tasks * size * cache.itemsize
+        code, tasks = _code(cache.dtype, size, cast(Machine, this_machine())), sequences * groups
+        sizes = {"places": places, "groups": groups, "shared": heads // groups}
+        memory = {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}
+        # One thread for one task; then it is given all of them.
+        self.alone, self.in_threads = (
+            Run(ATTEND, code, "attend", count, **sizes, **memory) for count in (1, tasks)
+        )
+        self.places = self.alone.places
+        self.alone.record[self.places["tasks"]] = tasks
+        self.bytes = 2 * tasks * size * cache.itemsize
         self.memory = (cache, first_B, scratch)
         self.shape = (sequences, heads * size)
-        self.places = self.runs[True].places
 
     def __call__(self, q_BHC: Tensor, end: int) -> Tensor:
         """Return y [B, H · C] for queries in float32, any strides but the last, over places before `end`."""
         y = torch.empty(self.shape)
-        run = self.runs[end * self.bytes >= WORTH_THREADS]
+        run = self.in_threads if end * self.bytes >= WORTH_THREADS else self.alone
         record, places = run.record, self.places
-        record[places["tasks"]] = self.tasks
         record[places["end"]] = end
         record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
         record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
