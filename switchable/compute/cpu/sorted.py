@@ -204,5 +204,4 @@ def _buffer(pairs: SortedPairs, like_TX: Tensor) -> Tensor:
 
 def _zeros_for_sums(like_TD: Tensor) -> Tensor:
     """Sums over experts are kept in float32 for the half precisions."""
-    half = like_TD.dtype in (torch.bfloat16, torch.float16)
-    return torch.zeros_like(like_TD, dtype=torch.float32 if half else like_TD.dtype)
+    return torch.zeros_like(like_TD, dtype=torch.promote_types(like_TD.dtype, torch.float32))
