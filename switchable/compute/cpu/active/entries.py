@@ -170,23 +170,35 @@ def _starts(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
     return w.at(record["starts"], w.mul(chunk, length), I32)
 
 
-def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first place of a neuron in a chunk's other order, and the first after it."""
-    length = w.add(record["neuron_count"], 2)
-    own = w.at(record["firsts"], w.add(w.mul(chunk, length), i), I32)
-    begin, end = (w.integer(w.at(own, further, I32)) for further in (0, 1))
-    return begin, end
+class NeuronPlace(NamedTuple):
+    """The entries of a neuron in a chunk: `begin` to `end` of the chunk's `order` and `tokens`."""
+
+    neuron: ir.Value
+    begin: ir.Value
+    end: ir.Value
+    order: ir.Value
+    tokens: ir.Value
+    values: ir.Value
+    """The chunk's, as `order` counts them."""
 
 
 def each_neuron(
-    w: Writer, record: Record, number: ir.Value, body: Callable[[ir.Value, ir.Value, ir.Value], None]
+    w: Writer, record: Record, number: ir.Value, body: Callable[[Record, NeuronPlace], None]
 ) -> None:
-    """body(chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
+    """body(record, place) for each chunk, and in it for each neuron of a task's range."""
     begin, end = w.share(record["neuron_count"], number, record["tasks"])
 
     def chunk(c: ir.Value) -> None:
         base = w.integer(w.at(record["base"], c, I64), I64)
-        w.range(begin, end, 1, lambda i: body(c, base, i))
+        firsts = w.at(record["firsts"], w.mul(c, w.add(record["neuron_count"], 2)), I32)
+        order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
+        values = w.at(record["values"], base)
+
+        def neuron(i: ir.Value) -> None:
+            first, after = (w.integer(w.at(firsts, at, I32)) for at in (i, w.add(i, 1)))
+            body(record, NeuronPlace(i, first, after, order, tokens, values))
+
+        w.range(begin, end, 1, neuron)
 
     w.each(record["chunks"], chunk)
 
