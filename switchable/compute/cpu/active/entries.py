@@ -22,12 +22,12 @@ from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
-ENTRIES = ("base", "starts", "neurons")
+ENTRIES = ("base", "starts", "neurons", "values")
 COLLECT = Tasks((*SIZES, "first_chunk"), ("starts", "neurons", "values", "rows"))
 """Reads `rows` [.., F], the tokens from `first_chunk` on; writes `starts` and, for each chunk as if all were active,
 `neurons` and `values` [.., S·F]. A task is a chunk."""
 TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
-"""Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
+"""Reads no `values`; writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
 
 
 def write_collect(w: Writer, *, paired: bool) -> None:
@@ -63,11 +63,7 @@ def write_collect(w: Writer, *, paired: bool) -> None:
                 def several(j: ir.Value, carried: Values) -> Values:
                     count = carried[0]
                     if paired:
-                        return [
-                            _write_compressed(
-                                w, row, j, w.at(neurons, count, I32), w.at(values, count), count
-                            )
-                        ]
+                        return [_write_compressed(w, row, j, neurons, values, count)]
                     for further in range(8):
                         count = neuron(row, w.add(j, further), count)
                     return [count]
@@ -91,9 +87,12 @@ def write_collect(w: Writer, *, paired: bool) -> None:
 def _write_compressed(
     w: Writer, row: ir.Value, j: ir.Value, neurons: ir.Value, values: ir.Value, count: ir.Value
 ) -> ir.Value:
-    """Write the entries among a vector of bfloat16s by AVX-512's own instruction; return the new count."""
-    b, lanes = w.b, w.lanes
-    whole = ir.VectorType(I32, lanes)
+    """Write the entries among a vector of bfloat16s behind the first `count`; return the new count.
+
+    AVX-512 has an instruction for it.
+    """
+    b, lanes, whole = w.b, w.lanes, ir.VectorType(I32, w.lanes)
+    neurons, values = w.at(neurons, count, I32), w.at(values, count)
     halves = b.load(w.at(row, j, BFLOAT16), align=2, typ=ir.VectorType(BFLOAT16, lanes))
     value = b.fpext(halves, w.vector)
     active = b.not_(b.fcmp_ordered("<=", value, w.zero()))
@@ -207,8 +206,7 @@ def each_token(w: Writer, record: Record, chunk: ir.Value, body: Callable[[Recor
     """body(record, place) for each block, and in it for each token of a chunk."""
     tokens, starts = _tokens_of(w, record, chunk), _starts(w, record, chunk)
     base = w.integer(w.at(record["base"], chunk, I64), I64)
-    neurons = w.at(record["neurons"], base, I32)
-    values = w.at(record["values"], base) if "values" in record.values else neurons
+    neurons, values = w.at(record["neurons"], base, I32), w.at(record["values"], base)
 
     def block(number: ir.Value) -> None:
         own = w.at(starts, w.mul(number, record["per_chunk"]), I32)

@@ -38,15 +38,15 @@ from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import I32, I64, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
-SUM = Tasks(SIZES, (*ENTRIES, "values", "weights", "y"))
+SUM = Tasks(SIZES, (*ENTRIES, "weights", "y"))
 """Reads `weights` [F, D], writes `y` [T, D]. A task is a chunk."""
-DOT = Tasks(SIZES, (*ENTRIES, "values", "weights", "x"))
+DOT = Tasks(SIZES, (*ENTRIES, "weights", "x"))
 """Reads `weights` [F, D] and `x` [T, D], writes `values` [A]. A task is a chunk."""
 WEIGHTS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "x", "gradient"))
 """Reads `x` [T, D], adds to `gradient` [F, D]. A task is a range of neurons."""
 TOTALS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "gradient"))
 """Adds to `gradient` [F]. A task is a range of neurons."""
-MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "values", "norms", "mass"))
+MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "norms", "mass"))
 """Reads `norms` [F], writes `mass` [T, G]. A task is a chunk."""
 
 
