@@ -63,7 +63,7 @@ class SortedPairs:
             ends = np.repeat(np.cumsum(counts), padding)
             order = np.insert(order, ends, order[ends - 1])
         tokens = order // max(expert_ids_TK.shape[1], 1)  # numpy divides by a scalar much faster than torch
-        chunks = list(_cut(counts, lanes))
+        chunks = _cut(counts, lanes)
         return cls(
             torch.from_numpy(tokens),
             chunks,
