@@ -19,7 +19,7 @@ from torch import Tensor
 
 from switchable.compute.activations import RELU_TYPES
 from switchable.compute.call import Backend, ExpertCall, autocasts, compute_dtype
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, fits, has_code
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
 from switchable.compute.cpu.experts.packing import multiplied
@@ -32,28 +32,8 @@ from switchable.compute.eager import eager
 from switchable.compute.reference import MASKED, REFERENCE
 from switchable.errors import InputError, nearest
 
-
-def _why_not_few(call: ExpertCall) -> str | None:
-    sets = call.x_TD.dtype == torch.float32 and fits(
-        len(call.x_TD), call.weights, call.num_experts, call.activation
-    )
-    if call.ragged and not sets:
-        return "takes tokens with different numbers of experts in compiled code alone, which there is none of"
-    return DECODE.supports(call)
-
-
-def _few(call: ExpertCall) -> Tensor:
-    """Compiled code reads a token's experts as a set: one of them, named again, stands for no other."""
-    ids_TK = call.expert_ids_TK
-    if call.ragged and ids_TK.numel():
-        own_TK = torch.where(ids_TK < call.num_experts, ids_TK, ids_TK.amin(1, keepdim=True))
-        call = call._replace(expert_ids_TK=own_TK, ragged=False)
-    return DECODE.run(call)
-
-
-FEW_TOKENS = Backend(DECODE.name, _why_not_few, _few)
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (REFERENCE, FUSED, SORTED, FEW_TOKENS, MASKED, GROUPED_MM, TRITON)
+    backend.name: backend for backend in (REFERENCE, FUSED, SORTED, DECODE, MASKED, GROUPED_MM, TRITON)
 }
 """By name; `auto` stands for what `choose` says."""
 
@@ -120,7 +100,7 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
     compiled = dtype == torch.float32 and has_code(d_model, experts, dtype, call.activation)
     if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16)):
-        return (FEW_TOKENS, MASKED)
+        return (DECODE, MASKED)
     loops = call.activation in RELU_TYPES and why_no_loops(d_model, dtype) is None
     gated, machine = call.weights.gate_FD is not None, this_machine()
     fewest, thick = FEWEST_FUSED, math.inf if gated else THICK

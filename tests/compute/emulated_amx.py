@@ -11,7 +11,7 @@ import ctypes
 from llvmlite import ir
 
 from switchable.compute.cpu.amx import ROWS, TILES
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Writer, intrinsic
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Writer
 
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
@@ -129,11 +129,11 @@ def _product(module: ir.Module) -> ir.Function:
         return found
     w = Writer(module, "amx_product", [POINTER] * 3, wide=False, lanes=ROWS)
     b, (total, left, right) = w.b, w.arguments
-    magnitude = intrinsic(module, f"llvm.fabs.v{ROWS}f32", FLOATS, [FLOATS])
     smallest = ir.Constant(FLOATS, [ir.Constant(ir.FloatType(), SMALLEST)] * ROWS)
 
     def flushed(values: ir.Value) -> ir.Value:
-        return b.select(b.fcmp_ordered("<", b.call(magnitude, [values]), smallest), w.zero(), values)
+        magnitude = w.call(f"llvm.fabs.v{ROWS}f32", FLOATS, values)
+        return b.select(b.fcmp_ordered("<", magnitude, smallest), w.zero(), values)
 
     def halves(words: ir.Value) -> list[ir.Value]:
         """The even and the odd numbers of a row, a bfloat16 being the upper half of a float32."""

@@ -121,8 +121,20 @@ def test_a_neuron_that_is_nan_reaches_the_output(gated: bool) -> None:
     assert not y_TD[[0, 2]].isnan().any()
 
 
-def test_an_id_outside_the_experts_is_refused() -> None:
-    found = problem(PLAIN)
-    found.ids[1, 1] = 6
-    with torch.no_grad(), pytest.raises(InputError, match=r"expert ids must be in 0\.\.5; found 0 to 6"):
+def test_a_token_without_experts_gives_zero() -> None:
+    found = problem(replace(PLAIN, ragged=True))
+    found.ids[1] = 6
+    with torch.no_grad():
+        y_TD = found.run("decode")
+        torch.testing.assert_close(y_TD, found.run("reference"))
+    assert y_TD[1].eq(0).all()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_an_id_outside_the_experts_is_refused(ragged: bool) -> None:
+    found = problem(replace(PLAIN, ragged=ragged))
+    most = 6 if ragged else 5  # a seventh stands for none
+    found.ids[1, 1] = most + 1
+    refusal = rf"expert ids must be in 0\.\.{most}; found 0 to {most + 1}"
+    with torch.no_grad(), pytest.raises(InputError, match=refusal):
         found.run("decode")

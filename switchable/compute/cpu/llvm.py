@@ -87,10 +87,6 @@ class Writer:
         self.number = ir.DoubleType() if wide else ir.FloatType()
         self.itemsize, self.lanes = 8 if wide else 4, lanes
         self.vector = self.vector_of(lanes)
-        self._fma = intrinsic(
-            module, f"llvm.fma.v{lanes}f{8 * self.itemsize}", self.vector, [self.vector] * 3
-        )
-        self._prefetch = intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
 
     def vector_of(self, lanes: int) -> ir.VectorType:
         """The type of a vector of another length."""
@@ -166,8 +162,8 @@ class Writer:
             near: whether they will be needed soon, and should come to the first-level cache.
         """
         for first in range(0, vectors * self.lanes, CACHE_LINE // self.itemsize):
-            line = self.at(address, first)
-            self.b.call(self._prefetch, [line, *(I32(value) for value in (0, 3 if near else 2, 1))])
+            line, level = self.at(address, first), I32(3 if near else 2)
+            self.call("llvm.prefetch.p0", ir.VoidType(), line, I32(0), level, I32(1))
 
     def integer(self, address: ir.Value, kind: ir.Type = I32) -> ir.Value:
         """Read an integer that is not negative."""
@@ -189,6 +185,11 @@ class Writer:
         numbers = self.load(address, self.vector_of(count))
         return self.shuffle(numbers, [lane % count for lane in range(self.lanes)])
 
+    def broadcast(self, value: ir.Value, lanes: int) -> ir.Value:
+        """A vector of one value, so many times."""
+        empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        return self.shuffle(self.b.insert_element(empty, value, I32(0)), [0] * lanes)
+
     def reduce_add(self, vector: ir.Value) -> ir.Value:
         """The sum of a vector's numbers, halves added first."""
         lanes = vector.type.count
@@ -205,7 +206,12 @@ class Writer:
 
     def fma(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
         """left · right + total, rounded once."""
-        return self.b.call(self._fma, [left, right, total])
+        return self.call(f"llvm.fma.v{self.lanes}f{8 * self.itemsize}", self.vector, left, right, total)
+
+    def call(self, name: str, result: ir.Type, *operands: ir.Value) -> ir.Value:
+        """Call a function of LLVM's own or of the C library."""
+        kind = ir.FunctionType(result, [operand.type for operand in operands])
+        return self.b.call(self.function.module.declare_intrinsic(name, fnty=kind), operands)
 
     def loop(
         self,
@@ -258,8 +264,3 @@ class Writer:
         for size in sizes:
             stop = self.sub(count, size - 1)
             first = self.range(first, stop, size, lambda index, size=size: body(index, size))  # type: ignore[misc]
-
-
-def intrinsic(module: ir.Module, name: str, result: ir.Type, arguments: Values) -> ir.Function:
-    """Return one of LLVM's own functions, declared once."""
-    return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)

@@ -29,8 +29,8 @@ class Chunk(NamedTuple):
     """Tokens of one expert that are multiplied at once."""
 
     expert: int
-    rows: slice
-    """Among the P sorted pairs; a multiple of the lanes."""
+    rows: int
+    """How many of the P sorted pairs; a multiple of the lanes."""
     tokens: int
     """Rows without the padding at the end."""
     first: bool
@@ -63,18 +63,18 @@ class SortedPairs:
             ends = np.repeat(np.cumsum(counts), padding)
             order = np.insert(order, ends, order[ends - 1])
         tokens = order // max(expert_ids_TK.shape[1], 1)  # numpy divides by a scalar much faster than torch
-        chunks = list(_cut(counts, lanes))
+        chunks = _cut(counts, lanes)
         return cls(
             torch.from_numpy(tokens),
             chunks,
             [expert for expert, count in enumerate(counts) if count == 0],
             lanes,
-            max((chunk.rows.stop - chunk.rows.start for chunk in chunks), default=0),
+            max((chunk.rows for chunk in chunks), default=0),
         )
 
     def parts(self, values_P: Tensor) -> tuple[Tensor, ...]:
         """One view per chunk."""
-        return values_P.split_with_sizes([chunk.rows.stop - chunk.rows.start for chunk in self.chunks])
+        return values_P.split_with_sizes([chunk.rows for chunk in self.chunks])
 
     def by_lane(self, values_RX: Tensor) -> Tensor:
         """A chunk's values with a dimension for lanes."""
@@ -87,11 +87,9 @@ def _lanes(mean_rows: int) -> int:
 
 
 def _cut(counts: list[int], lanes: int) -> list[Chunk]:
-    chunks, start, longest = [], 0, CHUNK_ROWS - CHUNK_ROWS % lanes
+    chunks, longest = [], CHUNK_ROWS - CHUNK_ROWS % lanes
     for expert, count in enumerate(counts):
         for done in range(0, count, longest):
             tokens = min(longest, count - done)
-            rows = tokens + -tokens % lanes
-            chunks.append(Chunk(expert, slice(start, start + rows), tokens, done == 0))
-            start += rows
+            chunks.append(Chunk(expert, tokens + -tokens % lanes, tokens, done == 0))
     return chunks

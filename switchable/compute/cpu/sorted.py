@@ -67,12 +67,10 @@ class _Plan(NamedTuple):
     num_experts: int
     squared: bool
 
-    def slices(self, matrix: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """Views [L, ·, ·] of a matrix's slices along `dim`, one per expert, the same for all lanes."""
-        rows, columns = matrix.shape
-        split = (self.num_experts, -1, columns) if dim == 0 else (rows, self.num_experts, -1)
-        slices = matrix.view(split).movedim(dim, 0).unsqueeze(1).expand(-1, self.pairs.lanes, -1, -1)
-        return slices.unbind(0)
+    def by_expert(self, matrix_FX: Tensor) -> Tensor:
+        """A view [E, L, I, X] of a matrix's slices, the same for all lanes."""
+        slices = matrix_FX.view(self.num_experts, 1, -1, matrix_FX.shape[1])
+        return slices.expand(-1, self.pairs.lanes, -1, -1)
 
 
 class _SortedExperts(torch.autograd.Function):
@@ -101,24 +99,24 @@ def _forward(
     pairs = plan.pairs
     x_buffer, hidden_buffer = _buffer(pairs, x_TD), _buffer(pairs, act_PI)
     y_TD = _zeros_for_sums(x_TD)
-    up_LDI, down_LID = plan.slices(up_FD.t(), 1), plan.slices(down_FD, 0)
-    bias_L1I = None if bias_F is None else plan.slices(bias_F.unsqueeze(0), 1)
+    up_ELDI, down_ELID = plan.by_expert(up_FD).mT, plan.by_expert(down_FD)
+    bias_EL1I = None if bias_F is None else plan.by_expert(bias_F.unsqueeze(1)).mT
     for chunk, tokens, act in zip(
         pairs.chunks, pairs.parts(pairs.tokens_P), pairs.parts(act_PI), strict=True
     ):
         e, rows = chunk.expert, len(tokens)
         x = torch.index_select(x_TD, 0, tokens, out=x_buffer[:rows])
         x_LND, act_LNI = pairs.by_lane(x), pairs.by_lane(act)
-        if bias_L1I is None:
-            torch.bmm(x_LND, up_LDI[e], out=act_LNI)
+        if bias_EL1I is None:
+            torch.bmm(x_LND, up_ELDI[e], out=act_LNI)
         else:
-            torch.baddbmm(bias_L1I[e], x_LND, up_LDI[e], out=act_LNI)
+            torch.baddbmm(bias_EL1I[e], x_LND, up_ELDI[e], out=act_LNI)
         act.relu_()
         if rows > chunk.tokens:
             act[chunk.tokens :] = 0  # the padding must add nothing
         hidden = torch.mul(act, act, out=hidden_buffer[:rows]) if plan.squared else act
-        torch.bmm(pairs.by_lane(hidden), down_LID[e], out=x_LND)
-        y_TD.index_add_(0, tokens, x if x.dtype == y_TD.dtype else x.to(y_TD.dtype))
+        torch.bmm(pairs.by_lane(hidden), down_ELID[e], out=x_LND)
+        y_TD.index_add_(0, tokens, x.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
@@ -134,7 +132,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     dup = _WeightGradient(up_FD, plan) if need_up else None
     ddown = _WeightGradient(down_FD, plan) if need_down else None
     dbias_F = torch.zeros_like(bias_F) if need_bias else None
-    up_LID, down_LDI = plan.slices(up_FD, 0), plan.slices(down_FD.t(), 1)
+    up_ELID, down_ELDI = plan.by_expert(up_FD), plan.by_expert(down_FD).mT
     for chunk, tokens, act in zip(
         pairs.chunks, pairs.parts(pairs.tokens_P), pairs.parts(act_PI), strict=True
     ):
@@ -142,7 +140,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         dy = torch.index_select(dy_TD, 0, tokens, out=out_buffer[:rows])
         dact = dact_buffer[:rows]
         dact_LNI = pairs.by_lane(dact)
-        torch.bmm(pairs.by_lane(dy), down_LDI[e], out=dact_LNI)
+        torch.bmm(pairs.by_lane(dy), down_ELDI[e], out=dact_LNI)
         if ddown is not None:
             hidden = torch.mul(act, act, out=hidden_buffer[:rows]) if plan.squared else act
             ddown.add(chunk, hidden, dy)
@@ -155,8 +153,8 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         if dup is not None:
             dup.add(chunk, dact, torch.index_select(x_TD, 0, tokens, out=in_buffer[:rows]))
         if dx_TD is not None:
-            torch.bmm(dact_LNI, up_LID[e], out=pairs.by_lane(dy))
-            dx_TD.index_add_(0, tokens, dy if dy.dtype == dx_TD.dtype else dy.to(dx_TD.dtype))
+            torch.bmm(dact_LNI, up_ELID[e], out=pairs.by_lane(dy))
+            dx_TD.index_add_(0, tokens, dy.to(dx_TD.dtype))
     return (
         None if dx_TD is None else dx_TD.to(x_TD.dtype),
         None if dup is None else dup.gradient,
@@ -204,5 +202,4 @@ def _buffer(pairs: SortedPairs, like_TX: Tensor) -> Tensor:
 
 def _zeros_for_sums(like_TD: Tensor) -> Tensor:
     """Sums over experts are kept in float32 for the half precisions."""
-    half = like_TD.dtype in (torch.bfloat16, torch.float16)
-    return torch.zeros_like(like_TD, dtype=torch.float32 if half else like_TD.dtype)
+    return torch.zeros_like(like_TD, dtype=torch.promote_types(like_TD.dtype, torch.float32))

@@ -13,6 +13,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from llvmlite import ir
@@ -25,24 +26,8 @@ ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """The type of a compiled function: takes the address of its record."""
 
 
-class Record:
-    """A record in compiled code: the fields' values by name.
-
-    Args:
-        writer: of a function whose only argument is the record's address.
-        places: every field's place.
-        addresses: names of the fields that hold addresses; the others hold whole numbers.
-    """
-
-    def __init__(self, writer: Writer, places: Mapping[str, int], addresses: Sequence[str]):
-        self.words = {name: writer.at(writer.arguments[0], i64(place), I64) for name, place in places.items()}
-        self.values = {
-            name: writer.b.load(word, typ=POINTER if name in addresses else I64)
-            for name, word in self.words.items()
-        }
-
-    def __getitem__(self, name: str) -> ir.Value:
-        return self.values[name]
+Record: TypeAlias = Mapping[str, ir.Value]
+"""A record in compiled code: the fields' values by name."""
 
 
 class Tasks:
@@ -63,65 +48,63 @@ class Tasks:
 
     def write(self, writer: Writer, *stages: Callable[[Record, ir.Value], None]) -> None:
         """Write one loop `while (task = next++) < tasks: stage(record, task)` per stage, and close the function."""
-        record = Record(writer, self.places, self.addresses)
+        b = writer.b
+        words = {name: writer.at(writer.arguments[0], i64(place), I64) for name, place in self.places.items()}
+        record = {
+            name: b.load(word, typ=POINTER if name in self.addresses else I64) for name, word in words.items()
+        }
         for number, stage in enumerate(stages):
-            if number:
-                self._wait(writer, record, number - 1)
-            self._write_stage(writer, record, number, stage)
-        writer.b.ret_void()
-
-    def _write_stage(
-        self, writer: Writer, record: Record, number: int, stage: Callable[[Record, ir.Value], None]
-    ) -> None:
-        b, suffix = writer.b, number or ""
-        again, work, out = (b.function.append_basic_block(name) for name in ("again", "work", "out"))
-        b.branch(again)
-        b.position_at_end(again)
-        task = b.atomic_rmw("add", record.words[f"next{suffix}"], i64(1), "monotonic")
-        b.cbranch(b.icmp_signed("<", task, record[f"tasks{suffix}"]), work, out)
-        b.position_at_end(work)
-        stage(record, task)
-        b.atomic_rmw("add", record.words[f"done{suffix}"], i64(1), "release")
-        b.branch(again)
-        b.position_at_end(out)
-
-    def _wait(self, writer: Writer, record: Record, number: int) -> None:
-        """Wait for the tasks that other threads are at: whoever began one is running, so this ends."""
-        b, suffix = writer.b, number or ""
-        wait, ready = (b.function.append_basic_block(name) for name in ("wait", "ready"))
-        b.branch(wait)
-        b.position_at_end(wait)
-        done = b.load_atomic(record.words[f"done{suffix}"], "acquire", 8, typ=I64)
-        b.cbranch(b.icmp_signed("<", done, record[f"tasks{suffix}"]), wait, ready)
-        b.position_at_end(ready)
+            begun, done, tasks = (f"{name}{number or ''}" for name in ("next", "done", "tasks"))
+            _do_all(b, words[begun], words[done], record[tasks], functools.partial(stage, record))
+            if number + 1 < len(stages):
+                _wait(b, words[done], record[tasks])
+        b.ret_void()
 
     def run(self, code: Code, name: str, *tasks: int, **fields: Tensor | int | None) -> None:
-        """Do all tasks of a function with as many threads as torch uses, and wait for them.
+        """Do all tasks of a function once, and wait for them; the arguments are those of `Run`."""
+        Run(self, code, name, *tasks, **fields)()
 
-        Args:
-            code: compiled, with the function in it.
-            name: the function's.
-            tasks: how many there are in each of its stages.
-            fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function
-                expects them; None for 0.
-        """
-        Run(self, code, name, tasks, fields)()
+
+def _do_all(
+    b: ir.IRBuilder, begun: ir.Value, done: ir.Value, tasks: ir.Value, stage: Callable[[ir.Value], None]
+) -> None:
+    """Write `while (task = begun++) < tasks: stage(task), done++`; both counts are given by their addresses."""
+    again, work, out = (b.function.append_basic_block(name) for name in ("again", "work", "out"))
+    b.branch(again)
+    b.position_at_end(again)
+    task = b.atomic_rmw("add", begun, i64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", task, tasks), work, out)
+    b.position_at_end(work)
+    stage(task)
+    b.atomic_rmw("add", done, i64(1), "release")
+    b.branch(again)
+    b.position_at_end(out)
+
+
+def _wait(b: ir.IRBuilder, done: ir.Value, tasks: ir.Value) -> None:
+    """Wait for the tasks that other threads are at: whoever began one is running, so this ends."""
+    wait, ready = (b.function.append_basic_block(name) for name in ("wait", "ready"))
+    b.branch(wait)
+    b.position_at_end(wait)
+    b.cbranch(b.icmp_signed("<", b.load_atomic(done, "acquire", 8, typ=I64), tasks), wait, ready)
+    b.position_at_end(ready)
 
 
 class Run:
     """A function and its record, to be called any number of times, by one Python thread at a time.
 
-    The memory that the record points to must live as long.
+    As many threads as torch uses do its tasks. The memory that the record points to must live as long.
+
+    Args:
+        kind: of record.
+        code: compiled, with the function in it.
+        name: the function's.
+        tasks: how many there are in each of its stages.
+        fields: the record's. Tensors stand for the addresses of their numbers, which must lie as the function expects
+            them; None for 0.
     """
 
-    def __init__(
-        self,
-        kind: Tasks,
-        code: Code,
-        name: str,
-        tasks: Sequence[int],
-        fields: Mapping[str, Tensor | int | None],
-    ):
+    def __init__(self, kind: Tasks, code: Code, name: str, *tasks: int, **fields: Tensor | int | None):
         self.code, self.places = code, kind.places
         record = self.record = kind.type()
         for stage, count in enumerate(tasks):

@@ -34,7 +34,6 @@ from switchable.compute.cpu.llvm import (
     Values,
     Writer,
     i64,
-    intrinsic,
     this_machine,
 )
 from switchable.compute.cpu.tasks import Record, Tasks
@@ -64,12 +63,8 @@ def top_experts(scores_TE: Tensor, experts_per_token: int, mass: float = 1.0) ->
     ):
         return _in_torch(scores_TE, experts_per_token, mass)
     ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64)
-    code, tasks, scores = (
-        _code(experts, experts_per_token, mass),
-        -(-tokens // TASK_TOKENS),
-        scores_TE.detach(),
-    )
-    TASKS.run(code, "select", tasks, scores=scores.contiguous(), ids=ids_TK, tokens=tokens)
+    code, tasks = _code(experts, experts_per_token, mass), -(-tokens // TASK_TOKENS)
+    TASKS.run(code, "select", tasks, scores=scores_TE.detach().contiguous(), ids=ids_TK, tokens=tokens)
     return ids_TK
 
 
@@ -110,8 +105,7 @@ def write_selection(
     vectors = [_ordered(w, w.load(w.at(scores, first), integers)) for first in range(0, experts, lanes)]
 
     def reaching(threshold: ir.Value) -> ir.Value:
-        one = b.insert_element(ir.Constant(integers, ir.Undefined), threshold, I32(0))
-        repeated, total = w.shuffle(one, [0] * lanes), I32(0)
+        repeated, total = w.broadcast(threshold, lanes), I32(0)
         for keys in vectors:
             bits = b.bitcast(w.compare(keys, ">=", repeated), ir.IntType(lanes))
             total = w.add(total, b.zext(b.ctpop(bits), I32))
@@ -173,7 +167,6 @@ def _drop(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int,
     """Write E in place of the experts that all those above them make up the mass without."""
     b, lanes, parts = w.b, min(experts & -experts, w.lanes), w.scratch(experts)
     vector, number = w.vector_of(lanes), w.number
-    exp = intrinsic(w.function.module, "expf", number, [number])
 
     def score(e: Index) -> ir.Value:
         return w.load(w.at(scores, e), number)
@@ -182,7 +175,7 @@ def _drop(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int,
         return [b.select(b.fcmp_ordered(">", score(e), highest[0]), score(e), highest[0])]
 
     def share(e: ir.Value, total: Values) -> Values:
-        part = b.call(exp, [b.fsub(score(e), highest)])
+        part = w.call("expf", number, b.fsub(score(e), highest))
         w.store(part, w.at(parts, e))
         return [b.fadd(total[0], part)]
 
@@ -193,8 +186,7 @@ def _drop(w: Writer, scores: ir.Value, ids: ir.Value, experts: int, chosen: int,
     def decide(k: ir.Value) -> None:
         place = w.at(ids, k, I64)
         own = score(b.load(place, typ=I64))
-        repeated = w.shuffle(b.insert_element(ir.Constant(vector, ir.Undefined), own, I32(0)), [0] * lanes)
-        above = w.zero(vector)
+        repeated, above = w.broadcast(own, lanes), w.zero(vector)
         for first in range(0, experts, lanes):
             better = b.fcmp_ordered(">", w.load(w.at(scores, first), vector), repeated)
             above = b.fadd(above, b.select(better, w.load(w.at(parts, first), vector), w.zero(vector)))

@@ -18,16 +18,16 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.kernels import BFLOAT16
-from switchable.compute.cpu.llvm import I1, I32, I64, Values, Writer, i64, intrinsic
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
-ENTRIES = ("base", "starts", "neurons")
+ENTRIES = ("base", "starts", "neurons", "values")
 COLLECT = Tasks((*SIZES, "first_chunk"), ("starts", "neurons", "values", "rows"))
 """Reads `rows` [.., F], the tokens from `first_chunk` on; writes `starts` and, for each chunk as if all were active,
 `neurons` and `values` [.., S·F]. A task is a chunk."""
 TRANSPOSE = Tasks(SIZES, (*ENTRIES, "firsts", "order", "tokens"))
-"""Writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
+"""Reads no `values`; writes `firsts` [C, F + 2], `order` and `tokens` [A]. A task is a chunk."""
 
 
 def write_collect(w: Writer, *, paired: bool) -> None:
@@ -63,11 +63,7 @@ def write_collect(w: Writer, *, paired: bool) -> None:
                 def several(j: ir.Value, carried: Values) -> Values:
                     count = carried[0]
                     if paired:
-                        return [
-                            _write_compressed(
-                                w, row, j, w.at(neurons, count, I32), w.at(values, count), count
-                            )
-                        ]
+                        return [_write_compressed(w, row, j, neurons, values, count)]
                     for further in range(8):
                         count = neuron(row, w.add(j, further), count)
                     return [count]
@@ -91,18 +87,19 @@ def write_collect(w: Writer, *, paired: bool) -> None:
 def _write_compressed(
     w: Writer, row: ir.Value, j: ir.Value, neurons: ir.Value, values: ir.Value, count: ir.Value
 ) -> ir.Value:
-    """Write the entries among a vector of bfloat16s by AVX-512's own instruction; return the new count."""
-    b, lanes, module = w.b, w.lanes, w.function.module
-    flags, whole = ir.VectorType(I1, lanes), ir.VectorType(I32, lanes)
+    """Write the entries among a vector of bfloat16s behind the first `count`; return the new count.
+
+    AVX-512 has an instruction for it.
+    """
+    b, lanes, whole = w.b, w.lanes, ir.VectorType(I32, w.lanes)
+    neurons, values = w.at(neurons, count, I32), w.at(values, count)
     halves = b.load(w.at(row, j, BFLOAT16), align=2, typ=ir.VectorType(BFLOAT16, lanes))
     value = b.fpext(halves, w.vector)
     active = b.not_(b.fcmp_ordered("<=", value, w.zero()))
-    first = b.insert_element(ir.Constant(whole, ir.Undefined), b.trunc(j, I32), I32(0))
-    numbers = b.add(w.shuffle(first, [0] * lanes), ir.Constant(whole, list(range(lanes))))
+    numbers = b.add(w.broadcast(b.trunc(j, I32), lanes), ir.Constant(whole, list(range(lanes))))
     for vector, kind, place in ((value, "f", values), (numbers, "i", neurons)):
         name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}32"
-        compress = intrinsic(module, name, vector.type, [vector.type, vector.type, flags])
-        w.store(b.call(compress, [vector, w.zero(vector.type), active]), place)
+        w.store(w.call(name, vector.type, vector, w.zero(vector.type), active), place)
     bits = b.bitcast(active, ir.IntType(lanes))
     return w.add(count, b.zext(b.ctpop(bits), I64))
 
@@ -172,23 +169,35 @@ def _starts(w: Writer, record: Record, chunk: ir.Value) -> ir.Value:
     return w.at(record["starts"], w.mul(chunk, length), I32)
 
 
-def places_of(w: Writer, record: Record, chunk: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first place of a neuron in a chunk's other order, and the first after it."""
-    length = w.add(record["neuron_count"], 2)
-    own = w.at(record["firsts"], w.add(w.mul(chunk, length), i), I32)
-    begin, end = (w.integer(w.at(own, further, I32)) for further in (0, 1))
-    return begin, end
+class NeuronPlace(NamedTuple):
+    """The entries of a neuron in a chunk: `begin` to `end` of the chunk's `order` and `tokens`."""
+
+    neuron: ir.Value
+    begin: ir.Value
+    end: ir.Value
+    order: ir.Value
+    tokens: ir.Value
+    values: ir.Value
+    """The chunk's, as `order` counts them."""
 
 
 def each_neuron(
-    w: Writer, record: Record, number: ir.Value, body: Callable[[ir.Value, ir.Value, ir.Value], None]
+    w: Writer, record: Record, number: ir.Value, body: Callable[[Record, NeuronPlace], None]
 ) -> None:
-    """body(chunk, base, neuron) for each chunk, and in it for each neuron of a task's range."""
+    """body(record, place) for each chunk, and in it for each neuron of a task's range."""
     begin, end = w.share(record["neuron_count"], number, record["tasks"])
 
     def chunk(c: ir.Value) -> None:
         base = w.integer(w.at(record["base"], c, I64), I64)
-        w.range(begin, end, 1, lambda i: body(c, base, i))
+        firsts = w.at(record["firsts"], w.mul(c, w.add(record["neuron_count"], 2)), I32)
+        order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
+        values = w.at(record["values"], base)
+
+        def neuron(i: ir.Value) -> None:
+            first, after = (w.integer(w.at(firsts, at, I32)) for at in (i, w.add(i, 1)))
+            body(record, NeuronPlace(i, first, after, order, tokens, values))
+
+        w.range(begin, end, 1, neuron)
 
     w.each(record["chunks"], chunk)
 
@@ -197,8 +206,7 @@ def each_token(w: Writer, record: Record, chunk: ir.Value, body: Callable[[Recor
     """body(record, place) for each block, and in it for each token of a chunk."""
     tokens, starts = _tokens_of(w, record, chunk), _starts(w, record, chunk)
     base = w.integer(w.at(record["base"], chunk, I64), I64)
-    neurons = w.at(record["neurons"], base, I32)
-    values = w.at(record["values"], base) if "values" in record.values else neurons
+    neurons, values = w.at(record["neurons"], base, I32), w.at(record["values"], base)
 
     def block(number: ir.Value) -> None:
         own = w.at(starts, w.mul(number, record["per_chunk"]), I32)

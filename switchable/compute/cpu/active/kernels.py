@@ -20,34 +20,33 @@ How entries stand in memory, and the shapes: `entries.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from llvmlite import ir
 
 from switchable.compute.cpu.active.entries import (
     ENTRIES,
     SIZES,
+    NeuronPlace,
     Place,
     each_neuron,
     each_token,
-    places_of,
     write_collect,
     write_transpose,
 )
 from switchable.compute.cpu.experts.kernels import Loops
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
+from switchable.compute.cpu.llvm import I32, I64, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
-SUM = Tasks(SIZES, (*ENTRIES, "values", "weights", "y"))
+SUM = Tasks(SIZES, (*ENTRIES, "weights", "y"))
 """Reads `weights` [F, D], writes `y` [T, D]. A task is a chunk."""
-DOT = Tasks(SIZES, (*ENTRIES, "values", "weights", "x"))
+DOT = Tasks(SIZES, (*ENTRIES, "weights", "x"))
 """Reads `weights` [F, D] and `x` [T, D], writes `values` [A]. A task is a chunk."""
 WEIGHTS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "x", "gradient"))
 """Reads `x` [T, D], adds to `gradient` [F, D]. A task is a range of neurons."""
 TOTALS = Tasks(("chunks", "neuron_count"), ("base", "firsts", "order", "tokens", "values", "gradient"))
 """Adds to `gradient` [F]. A task is a range of neurons."""
-MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "values", "norms", "mass"))
+MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "norms", "mass"))
 """Reads `norms` [F], writes `mass` [T, G]. A task is a chunk."""
 
 
@@ -64,19 +63,16 @@ class ActiveKernels(Loops):
         most, vectors = packing.machine.registers // 2 // packing.terms, self.words_D // self.L
         self.word_columns = max(v for v in range(1, most + 1) if vectors % v == 0)
         """Vectors of words of a row that stay in registers, as float32 twice as many where words are pairs."""
-        write_collect(self._writer("collect"), paired=self.paired)
-        write_transpose(self._writer("transpose"))
+        write_collect(self.writer("collect"), paired=self.paired)
+        write_transpose(self.writer("transpose"))
         self._write_sum()
         self._write_dot()
         self._write_weights()
         self._write_totals()
         self._write_mass()
 
-    def _writer(self, name: str) -> Writer:
-        return self.writer(name, [POINTER])
-
     def _write_sum(self) -> None:
-        w = self._writer("sum")
+        w = self.writer("sum")
 
         def token(record: Record, place: Place) -> None:
             def entry(e: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -88,7 +84,7 @@ class ActiveKernels(Loops):
         SUM.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
     def _write_dot(self) -> None:
-        w = self._writer("dot")
+        w = self.writer("dot")
         b = w.b
 
         def token(record: Record, place: Place) -> None:
@@ -120,41 +116,36 @@ class ActiveKernels(Loops):
         DOT.write(w, lambda record, chunk: each_token(w, record, chunk, token))
 
     def _write_weights(self) -> None:
-        w = self._writer("weights")
+        w = self.writer("weights")
 
-        def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
-            begin, end = places_of(w, record, chunk, i)
-            order, tokens = (w.at(record[name], base, I32) for name in ("order", "tokens"))
-            values = w.at(record["values"], base)
-
+        def neuron(record: Record, place: NeuronPlace) -> None:
             def entry(p: ir.Value) -> tuple[ir.Value, ir.Value]:
-                return w.at(values, w.integer(w.at(order, p, I32))), self._row(w, record["x"], tokens, p)
+                value = w.at(place.values, w.integer(w.at(place.order, p, I32)))
+                return value, self._row(w, record["x"], place.tokens, p)
 
-            self._add_rows(w, w.at(record["gradient"], w.mul(i, self.D)), begin, end, entry)
+            own = w.at(record["gradient"], w.mul(place.neuron, self.D))
+            self._add_rows(w, own, place.begin, place.end, entry)
 
-        WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, partial(neuron, record)))
+        WEIGHTS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
 
     def _write_totals(self) -> None:
-        w = self._writer("totals")
+        w = self.writer("totals")
         b = w.b
 
-        def neuron(record: Record, chunk: ir.Value, base: ir.Value, i: ir.Value) -> None:
-            begin, end = places_of(w, record, chunk, i)
-            place, order = w.at(record["gradient"], i), w.at(record["order"], base, I32)
-            values = w.at(record["values"], base)
-            before = b.load(place, typ=w.number)
+        def neuron(record: Record, place: NeuronPlace) -> None:
+            own = w.at(record["gradient"], place.neuron)
 
             def entry(p: ir.Value, carried: Values) -> Values:
-                value = b.load(w.at(values, w.integer(w.at(order, p, I32))), typ=w.number)
-                return [b.fadd(carried[0], value)]
+                value = w.at(place.values, w.integer(w.at(place.order, p, I32)))
+                return [b.fadd(carried[0], b.load(value, typ=w.number))]
 
-            _, (total,) = w.loop(begin, end, 1, [before], entry)
-            b.store(total, place)
+            _, (total,) = w.loop(place.begin, place.end, 1, [b.load(own, typ=w.number)], entry)
+            b.store(total, own)
 
-        TOTALS.write(w, lambda record, number: each_neuron(w, record, number, partial(neuron, record)))
+        TOTALS.write(w, lambda record, number: each_neuron(w, record, number, neuron))
 
     def _write_mass(self) -> None:
-        w = self._writer("mass")
+        w = self.writer("mass")
         b = w.b
 
         def token(record: Record, place: Place) -> None:

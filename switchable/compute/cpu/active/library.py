@@ -6,7 +6,7 @@ Shapes as in `entries.py`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
@@ -28,65 +28,33 @@ SCRATCH_BYTES = 1 << 28
 """Of dense products that exist at a time, unless a single chunk has more."""
 
 
-@dataclass
-class Entries:
+class Entries(NamedTuple):
     """The active entries of a matrix of activations (see `entries.py`)."""
 
     tokens: int
     width: int
     """F."""
-    per_block: int
     base: Tensor
     """[C], int64."""
-    starts: Tensor
-    """[C, B·S + 1], int32."""
     neurons: Tensor
     """[A], int32."""
     values: Tensor
     """[A]."""
+    fields: dict[str, Tensor | int]
+    """Those of every loop over entries."""
 
     @property
     def chunks(self) -> int:
         return len(self.base)
 
-    @property
-    def places(self) -> dict[str, Tensor | int]:
-        """Fields that every loop over entries takes."""
-        return {
-            "per_chunk": CHUNK_TOKENS,
-            "blocks": -(-self.width // self.per_block),
-            "per_block": self.per_block,
-            "neuron_count": self.width,
-            "token_count": self.tokens,
-            "base": self.base,
-            "starts": self.starts,
-            "neurons": self.neurons,
-        }
 
-
-@dataclass
-class ByNeuron:
+class ByNeuron(NamedTuple):
     """Entries in the order of their neurons."""
 
-    entries: Entries
-    firsts: Tensor
-    """[C, F + 2], int32."""
-    order: Tensor
-    """[A], int32."""
-    tokens: Tensor
-    """[A], int32."""
-
-    @property
-    def places(self) -> dict[str, Tensor | int]:
-        """Fields that every loop over neurons takes."""
-        return {
-            "chunks": self.entries.chunks,
-            "neuron_count": self.entries.width,
-            "base": self.entries.base,
-            "firsts": self.firsts,
-            "order": self.order,
-            "tokens": self.tokens,
-        }
+    width: int
+    """F."""
+    fields: dict[str, Tensor | int]
+    """Those of every loop over neurons."""
 
 
 class ActiveLibrary:
@@ -109,6 +77,8 @@ class ActiveLibrary:
         tokens, width = len(x_TD), len(up_FD)
         per_block = max(1, min(width, BLOCK_BYTES // (self.d_model * self.itemsize)))
         chunks, blocks = -(-tokens // CHUNK_TOKENS), -(-width // per_block)
+        sizes = {"per_chunk": CHUNK_TOKENS, "blocks": blocks, "per_block": per_block}
+        sizes |= {"neuron_count": width, "token_count": tokens}
         room = SCRATCH_BYTES // (CHUNK_TOKENS * width * (self.itemsize + self.sums.itemsize + 4))
         together = max(1, min(chunks, torch.get_num_threads(), room))
         rows, found, values = (
@@ -125,65 +95,59 @@ class ActiveLibrary:
             else:
                 torch.addmm(bias_F, part, up_FD.T, out=out)
             number = min(together, chunks - first)
-            sizes = {"blocks": blocks, "per_block": per_block, "neuron_count": width, "token_count": tokens}
             memory = {"starts": starts, "neurons": found, "values": values, "rows": rows}
-            COLLECT.run(
-                self.code, "collect", number, per_chunk=CHUNK_TOKENS, first_chunk=first, **sizes, **memory
-            )
+            COLLECT.run(self.code, "collect", number, first_chunk=first, **sizes, **memory)
             for c, count in enumerate(starts[first : first + number, -1].tolist()):
                 active_neurons.append(found[c, :count].clone())
                 active_values.append(values[c, :count].clone())
                 lengths.append(count)
-        return Entries(
-            tokens=tokens,
-            width=width,
-            per_block=per_block,
-            base=torch.tensor(lengths).cumsum(0)[:-1].contiguous(),
-            starts=starts,
-            neurons=torch.cat(active_neurons),
-            values=torch.cat(active_values),
-        )
+        base, neurons = torch.tensor(lengths).cumsum(0)[:-1].contiguous(), torch.cat(active_neurons)
+        memory = {"base": base, "starts": starts, "neurons": neurons}
+        return Entries(tokens, width, base, neurons, torch.cat(active_values), {**sizes, **memory})
 
     def sum(self, entries: Entries, values: Tensor, weights_FD: Tensor) -> Tensor:
         """Return y_TD, each token's entries times the neurons' rows."""
         y_TD = values.new_empty(entries.tokens, self.d_model)
-        SUM.run(self.code, "sum", entries.chunks, **entries.places, values=values, weights=weights_FD, y=y_TD)
+        SUM.run(self.code, "sum", entries.chunks, **entries.fields, values=values, weights=weights_FD, y=y_TD)
         return y_TD
 
     def dot(self, entries: Entries, x_TD: Tensor, weights_FD: Tensor) -> Tensor:
         """Return z_A, the product of each entry's token and neuron."""
         z_A = torch.empty_like(entries.values)
-        DOT.run(self.code, "dot", entries.chunks, **entries.places, values=z_A, weights=weights_FD, x=x_TD)
+        DOT.run(self.code, "dot", entries.chunks, **entries.fields, values=z_A, weights=weights_FD, x=x_TD)
         return z_A
 
     def by_neuron(self, entries: Entries) -> ByNeuron:
         """Return the entries in the order of their neurons."""
-        firsts = torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32)
-        order, tokens = torch.empty_like(entries.neurons), torch.empty_like(entries.neurons)
-        written = {"firsts": firsts, "order": order, "tokens": tokens}
-        TRANSPOSE.run(self.code, "transpose", entries.chunks, **entries.places, **written)
-        return ByNeuron(entries, firsts, order, tokens)
+        written = {
+            "firsts": torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32),
+            "order": torch.empty_like(entries.neurons),
+            "tokens": torch.empty_like(entries.neurons),
+        }
+        TRANSPOSE.run(self.code, "transpose", entries.chunks, **entries.fields, **written)
+        sizes = {"chunks": entries.chunks, "neuron_count": entries.width}
+        return ByNeuron(entries.width, {**sizes, "base": entries.base, **written})
 
-    def weight_gradient(self, sorted_: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
+    def weight_gradient(self, by_neuron: ByNeuron, values: Tensor, x_TD: Tensor) -> Tensor:
         """Return Σ s · xᵀ over each neuron's entries, [F, D]."""
-        gradient_FD = values.new_zeros(sorted_.entries.width, self.d_model)
-        tasks = min(torch.get_num_threads(), len(gradient_FD))
+        gradient_FD = values.new_zeros(by_neuron.width, self.d_model)
+        tasks = min(torch.get_num_threads(), by_neuron.width)
         memory = {"values": values, "x": x_TD, "gradient": gradient_FD}
-        WEIGHTS.run(self.code, "weights", tasks, **sorted_.places, **memory)
+        WEIGHTS.run(self.code, "weights", tasks, **by_neuron.fields, **memory)
         return gradient_FD
 
-    def bias_gradient(self, sorted_: ByNeuron, values: Tensor) -> Tensor:
+    def bias_gradient(self, by_neuron: ByNeuron, values: Tensor) -> Tensor:
         """Return Σ s over each neuron's entries, [F]."""
-        gradient_F = values.new_zeros(sorted_.entries.width)
-        tasks = min(torch.get_num_threads(), len(gradient_F))
-        TOTALS.run(self.code, "totals", tasks, **sorted_.places, values=values, gradient=gradient_F)
+        gradient_F = values.new_zeros(by_neuron.width)
+        tasks = min(torch.get_num_threads(), by_neuron.width)
+        TOTALS.run(self.code, "totals", tasks, **by_neuron.fields, values=values, gradient=gradient_F)
         return gradient_F
 
     def mass(self, entries: Entries, values: Tensor, norms_F: Tensor, groups: int) -> Tensor:
         """Return Σ s · n over each token's entries of each group of neurons, [T, G]; G divides F."""
         mass_TG = values.new_empty(entries.tokens, groups)
         memory = {"values": values, "norms": norms_F, "mass": mass_TG}
-        MASS.run(self.code, "mass", entries.chunks, **entries.places, groups=groups, **memory)
+        MASS.run(self.code, "mass", entries.chunks, **entries.fields, groups=groups, **memory)
         return mass_TG
 
 

@@ -22,16 +22,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.rows import Rows
-from switchable.compute.cpu.llvm import (
-    I32,
-    I64,
-    POINTER,
-    Machine,
-    Values,
-    Writer,
-    intrinsic,
-    this_machine,
-)
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Machine, Values, Writer, this_machine
 from switchable.compute.cpu.tasks import Record, Run, Tasks
 
 TERMS = 8
@@ -63,25 +54,24 @@ class AttendCall:
 
     def __init__(self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor):
         _, sequences, groups, places, size = cache.shape
-        code = _code(cache.dtype, size, cast(Machine, this_machine()))
-        fields = {"places": places, "groups": groups, "shared": heads // groups}
-        fields |= {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}  # type: ignore[dict-item]
-        tasks = sequences * groups
-        self.runs = {
-            threads: Run(ATTEND, code, "attend", (tasks if threads else 1,), fields)
-            for threads in (False, True)
-        }
-        self.tasks, self.bytes = tasks, 2 * tasks * size * cache.itemsize
+        code, tasks = _code(cache.dtype, size, cast(Machine, this_machine())), sequences * groups
+        sizes = {"places": places, "groups": groups, "shared": heads // groups}
+        memory = {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}
+        # One thread for one task; then it is given all of them.
+        self.alone, self.in_threads = (
+            Run(ATTEND, code, "attend", count, **sizes, **memory) for count in (1, tasks)
+        )
+        self.places = self.alone.places
+        self.alone.record[self.places["tasks"]] = tasks
+        self.bytes = 2 * tasks * size * cache.itemsize
         self.memory = (cache, first_B, scratch)
         self.shape = (sequences, heads * size)
-        self.places = self.runs[True].places
 
     def __call__(self, q_BHC: Tensor, end: int) -> Tensor:
         """Return y [B, H · C] for queries in float32, any strides but the last, over places before `end`."""
         y = torch.empty(self.shape)
-        run = self.runs[end * self.bytes >= WORTH_THREADS]
+        run = self.in_threads if end * self.bytes >= WORTH_THREADS else self.alone
         record, places = run.record, self.places
-        record[places["tasks"]] = self.tasks
         record[places["end"]] = end
         record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
         record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
@@ -147,9 +137,7 @@ def _scores(
 
 def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
     """Make exp(score - largest) of each score, and return their sum."""
-    repeated = w.shuffle(
-        w.b.insert_element(ir.Constant(w.vector, ir.Undefined), largest, I32(0)), [0] * w.lanes
-    )
+    repeated = w.broadcast(largest, w.lanes)
     for lane in range(w.lanes):  # what is behind the last score counts as nothing
         w.store(ir.Constant(w.number, -math.inf), w.at(scores, w.add(end, lane)))
 
@@ -164,7 +152,6 @@ def _powers(w: Writer, scores: ir.Value, first: ir.Value, end: ir.Value, largest
 
 def _exponential(w: Writer, x: ir.Value) -> ir.Value:
     """exp of a vector of numbers that are not above 0."""
-    module = w.function.module
     kind, integers = x.type, ir.VectorType(I32, w.lanes)
 
     def constant(value: float) -> ir.Constant:
@@ -173,7 +160,7 @@ def _exponential(w: Writer, x: ir.Value) -> ir.Value:
     least = constant(LEAST_POWER)
     power = w.b.fmul(x, constant(1 / math.log(2)))
     power = w.b.select(w.b.fcmp_ordered("<", power, least), least, power)  # a NaN stays one
-    whole = w.b.call(intrinsic(module, f"llvm.rint.v{w.lanes}f32", kind, [kind]), [power])
+    whole = w.call(f"llvm.rint.v{w.lanes}f32", kind, power)
     rest = w.b.fsub(power, whole)
     value = constant(math.log(2) ** (TERMS - 1) / math.factorial(TERMS - 1))
     for k in reversed(range(TERMS - 1)):
@@ -202,6 +189,5 @@ def _sum(
         return [w.fma(share, value, before) for value, before in zip(own, sums, strict=True)]
 
     _, sums = w.loop(*between, 1, [w.zero()] * vectors, step)
-    one = w.b.fdiv(ir.Constant(w.number, 1.0), total)
-    scale = w.shuffle(w.b.insert_element(ir.Constant(w.vector, ir.Undefined), one, I32(0)), [0] * w.lanes)
+    scale = w.broadcast(w.b.fdiv(ir.Constant(w.number, 1.0), total), w.lanes)
     w.store_vectors([w.b.fmul(value, scale) for value in sums], out)

@@ -45,10 +45,6 @@ WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 
 
-Fields = dict[str, Tensor | int | None]
-"""Of the record that a call hands to its code."""
-
-
 def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str) -> bool:
     """Whether there is code for layers of these sizes; compiles nothing."""
     return (
@@ -79,7 +75,7 @@ def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) ->
 class DecodeCall:
     """A call with everything looked up but x; to be used by one Python thread at a time."""
 
-    def __init__(self, run: Run, *memory: Tensor):
+    def __init__(self, run: Run, *memory: Tensor | None):
         self.run, self.memory = run, memory
         self.x, self.add, self.y = (run.places[name] for name in ("x", "add", "y"))
 
@@ -114,7 +110,8 @@ def prepare_call(
     Args:
         tokens: T.
         weights: of an FFN.
-        choice: ids_TK, int64, in [0, num_experts); or the weight [E, D] and bias [E] of a router that chooses.
+        choice: ids_TK, int64, in [0, num_experts], the last of which is no expert; or the weight [E, D] and bias [E]
+            of a router that chooses.
         num_experts: E.
         experts_per_token: K.
         activation: its name.
@@ -123,9 +120,14 @@ def prepare_call(
         adds: whether a call gets something to add to each row.
         mass: below 1, the router's tokens take the fewest experts whose shares add up to it (`topk.py`).
     """
-    router = choice if isinstance(choice, tuple) else None
-    extra = (*(router or ()), *(() if start_D is None else (start_D,)))
-    if not fits(tokens, weights, num_experts, activation) or not all(map(takes, extra)):
+    given_TK, router_ED, router_E = None, None, None
+    if isinstance(choice, tuple):
+        router_ED, router_E = choice
+    else:
+        given_TK = choice.contiguous()
+    if not fits(tokens, weights, num_experts, activation) or not all(
+        map(takes, (router_ED, router_E, start_D))
+    ):
         return None
     sizes = Sizes(
         weights.up_FD.shape[1],
@@ -137,19 +139,33 @@ def prepare_call(
         gate_bias=weights.gate_bias_F is not None,
         bias=weights.up_bias_F is not None,
         start=start_D is not None,
-        routed=router is not None,
+        routed=given_TK is None,
         alone=_alone(tokens, weights, num_experts, experts_per_token),
         adds=adds,
         mass=mass,
         dtype=weights.up_FD.dtype,
     )
-    given_TK = None if isinstance(choice, tuple) else choice.contiguous()
-    scratch, fields = _scratch(tokens, sizes, given_TK)
-    fields |= {**_memory(weights, router), "start": start_D, **scales}
-    stages = (1,) if sizes.alone else (1, num_experts, torch.get_num_threads())
-    code = _code(sizes, cast(Machine, this_machine()))
-    run = Run(DECODE, code, "decode", stages, fields)
-    return DecodeCall(run, scratch, *(() if given_TK is None else (given_TK,)))
+    scratch, places = _scratch(tokens, sizes)
+    if given_TK is not None:
+        places["ids"] = given_TK.data_ptr()
+    run = Run(
+        DECODE,
+        _code(sizes, cast(Machine, this_machine())),
+        "decode",
+        *((1,) if sizes.alone else (1, num_experts, torch.get_num_threads())),
+        tokens=tokens,
+        router=router_ED,
+        router_bias=router_E,
+        gate=weights.gate_FD,
+        gate_bias=weights.gate_bias_F,
+        up=weights.up_FD,
+        bias=weights.up_bias_F,
+        down=weights.down_FD,
+        start=start_D,
+        **places,
+        **scales,
+    )
+    return DecodeCall(run, scratch, given_TK)
 
 
 def _alone(tokens: int, weights: FFNWeights, num_experts: int, experts_per_token: int) -> bool:
@@ -160,7 +176,7 @@ def _alone(tokens: int, weights: FFNWeights, num_experts: int, experts_per_token
     return torch.get_num_threads() == 1 or bytes_read < WORTH_THREADS
 
 
-def _scratch(tokens: int, sizes: Sizes, given_TK: Tensor | None) -> tuple[Tensor, Fields]:
+def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:
     """Return one piece of memory for all that is computed on the way, and where in it each part begins."""
     scores, pairs = tokens * sizes.experts, tokens * sizes.chosen
     # int64 numbers take two float32 places each.
@@ -169,24 +185,10 @@ def _scratch(tokens: int, sizes: Sizes, given_TK: Tensor | None) -> tuple[Tensor
     ids = token_sets + 8 * (sizes.experts + 1)
     floats = ids + 8 * pairs
     return scratch, {
-        "tokens": tokens,
         "token_sets": token_sets,
-        "ids": ids if given_TK is None else given_TK,
+        "ids": ids,
         "scores": floats,
         "hidden": floats + 4 * scores,
-    }
-
-
-def _memory(weights: FFNWeights, router: tuple[Tensor, Tensor] | None) -> Fields:
-    matrix, bias = router or (None, None)
-    return {
-        "router": matrix,
-        "router_bias": bias,
-        "gate": weights.gate_FD,
-        "gate_bias": weights.gate_bias_F,
-        "up": weights.up_FD,
-        "bias": weights.up_bias_F,
-        "down": weights.down_FD,
     }
 
 

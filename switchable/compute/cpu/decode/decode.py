@@ -39,21 +39,21 @@ COPIED_DOWN_BYTES = 2**20
 
 def supports(call: ExpertCall) -> str | None:
     """Return None, or why the loops and operations here cannot do a call."""
-    if call.x_TD.device.type != "cpu":
-        return f"computes on the CPU, and x is on {call.x_TD.device}"
+    x_TD = call.x_TD
+    compiles = x_TD.dtype is torch.float32 and fits(
+        len(x_TD), call.weights, call.num_experts, call.activation
+    )
+    if call.ragged and not compiles:
+        return "takes tokens with different numbers of experts in compiled code alone, which there is none of"
+    if x_TD.device.type != "cpu":
+        return f"computes on the CPU, and x is on {x_TD.device}"
     if call.learns:
         return "computes no gradients"
     if torch.is_autocast_enabled("cpu"):
         return "does not compute under autocast"
-    if call.expert_ids_TK.numel() <= LARGEST_SHARE * call.num_experts or _compiles(call):
+    if call.expert_ids_TK.numel() <= LARGEST_SHARE * call.num_experts or compiles:
         return None
-    return f"reads the rows of chosen experts, and {len(call.x_TD)} tokens together choose most of them"
-
-
-def _compiles(call: ExpertCall) -> bool:
-    """Whether one call of compiled code does it."""
-    x_TD = call.x_TD
-    return x_TD.dtype is torch.float32 and fits(len(x_TD), call.weights, call.num_experts, call.activation)
+    return f"reads the rows of chosen experts, and {len(x_TD)} tokens together choose most of them"
 
 
 @eager
@@ -61,7 +61,7 @@ def run(call: ExpertCall) -> Tensor:
     """Return y_TD.
 
     Raises:
-        InputError: an expert's number is not in 0..E-1.
+        InputError: an expert's number is not in 0..E-1, nor E in a ragged call.
     """
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     prepared = None
@@ -71,7 +71,7 @@ def run(call: ExpertCall) -> Tensor:
         )
     if prepared is None:
         return _token_by_token(call)
-    check_ids(ids_TK, experts)
+    check_ids(ids_TK, experts + call.ragged)
     return prepared(x_TD.contiguous())
 
 
@@ -80,7 +80,7 @@ DECODE = Backend("decode", supports, run)
 
 def _token_by_token(call: ExpertCall) -> Tensor:
     own = [_one_token(call, x_D, ids_K) for x_D, ids_K in zip(call.x_TD, call.expert_ids_TK, strict=True)]
-    return own[0].unsqueeze(0) if len(own) == 1 else torch.stack(own) if own else torch.zeros_like(call.x_TD)
+    return torch.stack(own) if own else torch.zeros_like(call.x_TD)
 
 
 def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K expert
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,9 +41,6 @@ DECODE = Tasks(
 """`scores` [T, E], `token_sets` [E + 1] (who chose each expert, a bit each; E: none), `hidden` [T, F] are scratch; so
 is `ids` [T, K] where the router chooses. `start` [D] and `add` [T, D] are what y begins with. A scale [F] belongs to
 weights of 8 bits."""
-
-Part = Callable[[Writer, Record, ir.Value], None]
-"""Writes what a task does, or part of it."""
 
 
 class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is not kept
@@ -75,21 +71,20 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
 
 
 class DecodeKernels:
-    """Writes the function "decode", which is made of the parts below."""
+    """Writes the function "decode", into which the parts below go, and those that it calls."""
 
     def __init__(self, module: ir.Module, sizes: Sizes, machine: Machine):
         self.module, self.sizes, self.lanes = module, sizes, machine.vector_bytes // 4
+        self.w = w = Writer(module, "decode", [POINTER], wide=False, lanes=self.lanes)
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
         self.rows = Rows(sizes.dtype, sizes.d_model, self.lanes)
-        choose: tuple[Part, ...] = (self._gather,)
         if sizes.routed:
             plain = Rows(torch.float32, sizes.d_model, self.lanes)
             self.scores = self._write_dots(
                 "scores", plain, sizes.experts, True, lambda _w, total, _place: total
             )
-            choose = (self._route, self._gather)
         bias = sizes.gate_bias if sizes.gated else sizes.bias
         self.hidden = self._write_dots("hidden", self.rows, sizes.neurons, bias, self._activation)
         if sizes.gated:
@@ -101,18 +96,19 @@ class DecodeKernels:
                 lambda w, total, place: w.b.fmul(total, w.load(place, w.number)),
             )
         if sizes.alone:
-            self._write((*choose, self._read_all, self._write_all))
+            DECODE.write(w, self._all)
         else:
-            self._write(choose, (self._read,), (self._write_range,))
+            DECODE.write(w, self._choose, self._read, self._write)
 
-    def _write(self, *stages: tuple[Part, ...]) -> None:
-        w = Writer(self.module, "decode", [POINTER], wide=False, lanes=self.lanes)
+    def _all(self, record: Record, task: ir.Value) -> None:
+        self._choose(record, task)
+        self.w.each(self.sizes.experts, lambda e: self._read(record, e))
+        self._columns(record, i64(0), i64(self.sizes.d_model // self.lanes))
 
-        def stage(parts: tuple[Part, ...], record: Record, task: ir.Value) -> None:
-            for part in parts:
-                part(w, record, task)
-
-        DECODE.write(w, *(partial(stage, parts) for parts in stages))
+    def _choose(self, record: Record, _: ir.Value) -> None:
+        if self.sizes.routed:
+            self._route(record)
+        self._gather(record)
 
     def _activation(self, w: Writer, total: ir.Value, _place: ir.Value) -> ir.Value:
         zero = w.zero(w.number)
@@ -153,8 +149,8 @@ class DecodeKernels:
         w.b.ret_void()
         return w.function
 
-    def _route(self, w: Writer, record: Record, _: ir.Value) -> None:
-        experts, chosen = self.sizes.experts, self.sizes.chosen
+    def _route(self, record: Record) -> None:
+        w, experts, chosen = self.w, self.sizes.experts, self.sizes.chosen
 
         def token(t: ir.Value) -> None:
             scores = w.at(record["scores"], w.mul(t, experts))
@@ -165,9 +161,9 @@ class DecodeKernels:
 
         w.each(record["tokens"], token)
 
-    def _gather(self, w: Writer, record: Record, _: ir.Value) -> None:
+    def _gather(self, record: Record) -> None:
         """Fill `token_sets`."""
-        b = w.b
+        w, b = self.w, self.w.b
         w.each(self.sizes.experts, lambda e: b.store(i64(0), w.at(record["token_sets"], e, I64)))
 
         def token(t: ir.Value) -> None:
@@ -182,9 +178,9 @@ class DecodeKernels:
 
         w.each(record["tokens"], token)
 
-    def _each_token(self, w: Writer, record: Record, e: ir.Value, body: Callable[[ir.Value], None]) -> None:
+    def _each_token(self, record: Record, e: ir.Value, body: Callable[[ir.Value], None]) -> None:
         """body(token) for those that chose an expert."""
-        b, f = w.b, w.function
+        w, b, f = self.w, self.w.b, self.w.function
         left = w.integer(w.at(record["token_sets"], e, I64), I64)
         before = b.block
         head, work, after = (f.append_basic_block(name) for name in ("left", "token", "none"))
@@ -199,9 +195,9 @@ class DecodeKernels:
         b.branch(head)
         b.position_at_end(after)
 
-    def _read(self, w: Writer, record: Record, e: ir.Value) -> None:
+    def _read(self, record: Record, e: ir.Value) -> None:
         """Fill `hidden` for one expert."""
-        sizes = self.sizes
+        w, sizes = self.w, self.sizes
         neuron = w.mul(e, sizes.neurons)
         names = ("gate", "gate_scale", "gate_bias") if sizes.gated else ("up", "up_scale", "bias")
         matrix, *each = (record[name] for name in names)
@@ -213,26 +209,20 @@ class DecodeKernels:
             hidden = w.at(record["hidden"], w.mul(t, sizes.d_ff))
             w.b.call(self.hidden, [entrance, *own, x, w.at(hidden, neuron)])
             if sizes.gated:
-                numbers, _, count = self._firing(w, record, e, t)
+                numbers, _, count = self._firing(record, e, t)
                 others = [record[name] for name in ("up", "up_scale", "bias")]
                 w.b.call(self.factors, [*others, x, hidden, numbers, count])
 
-        self._each_token(w, record, e, token)
+        self._each_token(record, e, token)
 
-    def _read_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        w.each(self.sizes.experts, lambda e: self._read(w, record, e))
+    def _write(self, record: Record, task: ir.Value) -> None:
+        w = self.w
+        first, after = w.share(i64(self.sizes.d_model // self.lanes), task, record["tasks2"])
+        self._columns(record, w.mul(first, self.lanes), w.sub(after, first))
 
-    def _write_range(self, w: Writer, record: Record, task: ir.Value) -> None:
-        blocks = i64(self.sizes.d_model // self.lanes)
-        first, after = w.share(blocks, task, record["tasks2"])
-        self._columns(w, record, w.mul(first, self.lanes), w.sub(after, first))
-
-    def _write_all(self, w: Writer, record: Record, _: ir.Value) -> None:
-        self._columns(w, record, i64(0), i64(self.sizes.d_model // self.lanes))
-
-    def _columns(self, w: Writer, record: Record, first: ir.Value, vectors: ir.Value) -> None:
+    def _columns(self, record: Record, first: ir.Value, vectors: ir.Value) -> None:
         """Write some columns of y."""
-        sizes = self.sizes
+        w, sizes = self.w, self.sizes
 
         def row(field: str, number: ir.Value) -> ir.Value:
             return w.at(record[field], w.add(w.mul(number, sizes.d_model), first))
@@ -254,7 +244,7 @@ class DecodeKernels:
         w.each(record["tokens"], begin)
 
         def token(e: ir.Value, t: ir.Value) -> None:
-            numbers, values, count = self._firing(w, record, e, t)
+            numbers, values, count = self._firing(record, e, t)
 
             def block(v: ir.Value, size: int) -> None:
                 place = w.mul(v, self.lanes)
@@ -275,13 +265,11 @@ class DecodeKernels:
 
             w.tiles(vectors, self.blocks, block)
 
-        w.each(sizes.experts, lambda e: self._each_token(w, record, e, lambda t: token(e, t)))
+        w.each(sizes.experts, lambda e: self._each_token(record, e, lambda t: token(e, t)))
 
-    def _firing(
-        self, w: Writer, record: Record, e: ir.Value, t: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _firing(self, record: Record, e: ir.Value, t: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """List an expert's neurons that are not zero for a token: numbers (then MORE of the first), values, count."""
-        b, first = w.b, w.mul(e, self.sizes.neurons)
+        w, b, first = self.w, self.w.b, self.w.mul(e, self.sizes.neurons)
         numbers, values = w.scratch(self.sizes.neurons + MORE, I64), w.scratch(self.sizes.neurons)
         hidden = w.at(record["hidden"], w.add(w.mul(t, self.sizes.d_ff), first))
 

@@ -52,14 +52,13 @@ class LinearCall:
     ):
         rows, width = weight_ND.shape
         machine = cast(Machine, this_machine())
-        step = Rows(weight_ND.dtype, width, machine.vector_bytes // 4).in_line
-        code = _code(weight_ND.dtype, step, bias_N is not None, adds, machine)
+        in_line = Rows(weight_ND.dtype, width, machine.vector_bytes // 4).in_line
+        code = _code(weight_ND.dtype, in_line, bias_N is not None, adds, machine)
         threads = torch.get_num_threads()
         size = weight_ND.numel() * weight_ND.itemsize
         count = 1 if threads == 1 else max(1, min(size // TASK_BYTES, threads * TASKS_PER_THREAD))
-        fields = {"tokens": tokens, "rows": rows, "width": width}
-        fields |= {"weight": weight_ND, "scale": scale_N, "bias": bias_N}  # type: ignore[dict-item]
-        self.run = Run(LINEAR, code, "linear", (count,), fields)
+        sizes = {"tokens": tokens, "rows": rows, "width": width}
+        self.run = Run(LINEAR, code, "linear", count, **sizes, weight=weight_ND, scale=scale_N, bias=bias_N)
         self.memory, self.shape = (weight_ND, scale_N, bias_N), (tokens, rows)
         self.x, self.start, self.y = (self.run.places[name] for name in ("x", "start", "y"))
 

@@ -11,7 +11,6 @@ Shapes: T tokens, D d_model or whatever a row has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from llvmlite import ir
@@ -45,11 +44,6 @@ class Rows:
     def scaled(self) -> bool:
         """Whether every row has a scale."""
         return self.dtype == torch.int8
-
-    @property
-    def step(self) -> int:
-        """Numbers that are read together."""
-        return self.lanes * self.in_line
 
     def at(self, w: Writer, base: ir.Value, index: Index) -> ir.Value:
         """The address of a weight."""
@@ -93,13 +87,9 @@ class Rows:
             return total
 
         zeros = [w.zero()] * (len(rows) * len(inputs))
-        _, sums = w.loop(0, width, self.step, zeros, step)
-        return _reduced(w, sums, len(inputs))
-
-
-def _reduced(w: Writer, sums: Sequence[ir.Value], inputs: int) -> list[list[ir.Value]]:
-    totals = [w.reduce_add(total) for total in sums]
-    return [totals[first : first + inputs] for first in range(0, len(totals), inputs)]
+        _, sums = w.loop(0, width, self.lanes * self.in_line, zeros, step)
+        totals = [w.reduce_add(total) for total in sums]
+        return [totals[first : first + len(inputs)] for first in range(0, len(totals), len(inputs))]
 
 
 def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:

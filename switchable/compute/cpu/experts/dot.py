@@ -57,7 +57,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
         for first, vectors in others:
             _product(loops, product, epilogue, first, vectors)
     product.b.ret_void()
-    w = loops.writer(f"dot{epilogue}", [POINTER])
+    w = loops.writer(f"dot{epilogue}")
     own = packing.vectors * packing.steps * loops.L
 
     def pack(record: Record, e: ir.Value) -> None:

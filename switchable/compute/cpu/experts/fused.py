@@ -57,7 +57,7 @@ def run(call: ExpertCall) -> Tensor:
     gated = weights.gate_FD is not None
     entrance, factor = (gate, up) if gated else (up, (None, None))
     loops = library(x_TD.shape[1], call.neurons, gated, dtype, cast(Machine, this_machine()))
-    plan = _Plan(loops, loops.sort(ids_TK, experts), experts, call.activation == "relu2", dtype)
+    plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype)
     y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -70,7 +70,6 @@ class _Plan(NamedTuple):
 
     loops: Library
     pairs: Pairs
-    num_experts: int
     squared: bool
     dtype: torch.dtype
     """That the call is computed in."""
@@ -119,13 +118,13 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, down_FD, entrance_FD, factor_FD, act_PI, up_PI = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        loops, pairs, experts = plan.loops, plan.pairs, plan.num_experts
+        loops, pairs = plan.loops, plan.pairs
         need_x, need_down, *need = ctx.needs_input_grad[:6]
 
         def of_projection(dz_PI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
             return (
-                loops.weight_gradient(dz_PI, x_TD, pairs, experts) if weight else None,
-                loops.bias_gradient(dz_PI, pairs, experts) if bias else None,
+                loops.weight_gradient(dz_PI, x_TD, pairs) if weight else None,
+                loops.bias_gradient(dz_PI, pairs) if bias else None,
             )
 
         dy_TD = plan.rounded(dy_TD).contiguous()
@@ -135,7 +134,7 @@ class _Fused(torch.autograd.Function):
             loops.scatter(dup_PI, factor_FD, pairs, len(x_TD), onto_TD=dx_TD)
         return (  # autograd converts them to the dtypes of the inputs
             dx_TD,
-            loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs, experts) if need_down else None,
+            loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs) if need_down else None,
             *of_projection(dz_PI, *need[:2]),
             *((None, None) if dup_PI is None else of_projection(dup_PI, *need[2:])),
             None,

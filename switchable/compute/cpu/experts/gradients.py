@@ -33,7 +33,7 @@ BIAS = Tasks(("experts", "chunks"), (*PAIRS, "gradient", "z"))
 def write_weights(loops: Loops) -> None:
     """Write the function "weights"."""
     product = loops.writer("weights_expert", [I64, *[POINTER] * (6 if loops.paired else 4), I64, I64, I1])
-    w = loops.writer("weights", [POINTER])
+    w = loops.writer("weights")
     if loops.paired:
         (weights_by_amx if loops.amx else _of_pairs)(loops, product)
         WEIGHTS.write(w, loops.task(w, partial(_collect, loops, w, product.function)))
@@ -218,7 +218,7 @@ def _product(
 
 def write_bias(loops: Loops) -> None:
     """Write the function "bias"."""
-    w = loops.writer("bias", [POINTER])
+    w = loops.writer("bias")
 
     def expert(record: Record, chunk: ir.Value, e: ir.Value) -> None:
         first, count = segment(w, record, chunk, e)

@@ -29,14 +29,14 @@ L lanes of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import I32, Index, Writer, i64, intrinsic
+from switchable.compute.cpu.llvm import I32, POINTER, Index, Writer, i64
 from switchable.compute.cpu.tasks import Record
 
 AHEAD = 8
@@ -83,8 +83,8 @@ class Loops:
         """Lanes of a vector and of the smaller ones that cover what is left of a row."""
         return [self.L >> half for half in range(self.L.bit_length())]
 
-    def writer(self, name: str, arguments: list[ir.Type]) -> Writer:
-        """Begin a function."""
+    def writer(self, name: str, arguments: Sequence[ir.Type] = (POINTER,)) -> Writer:
+        """Begin a function: of tasks, if it has no other arguments than the address of a record."""
         return Writer(self.module, name, arguments, wide=self.packing.dtype == torch.float64, lanes=self.L)
 
     def task(self, w: Writer, body: Callable[[Record, ir.Value], None]) -> Callable[[Record, ir.Value], None]:
@@ -113,8 +113,7 @@ class Loops:
             return w.fma(left, right, total)
         pairs = ir.VectorType(BFLOAT16, 2 * self.L)
         name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.L}"
-        product = intrinsic(self.module, name, w.vector, [w.vector, pairs, pairs])
-        return w.b.call(product, [total, w.b.bitcast(left, pairs), w.b.bitcast(right, pairs)])
+        return w.call(name, w.vector, total, w.b.bitcast(left, pairs), w.b.bitcast(right, pairs))
 
     def at_z(self, w: Writer, z: ir.Value, index: Index) -> ir.Value:
         """The address of a number that a product has written."""

@@ -39,14 +39,15 @@ class Pairs(NamedTuple):
     """Place in the flattened [T, K] of what stands in each place."""
     starts: Tensor
     """First place of each expert in each chunk, then of its pairs without one: C · (E + 1) numbers."""
+    experts: int
     chunks: int
     per_chunk: int
     """Tokens."""
 
     @property
-    def fields(self) -> dict[str, Tensor]:
+    def fields(self) -> dict[str, Tensor | int]:
         """Those of every loop's record."""
-        return {"tokens": self.tokens_P, "starts": self.starts}
+        return {"experts": self.experts, "tokens": self.tokens_P, "starts": self.starts}
 
 
 class Library:
@@ -81,7 +82,7 @@ class Library:
             "cursors": torch.empty_like(starts),
         }
         SORT.run(self.code, "sort", chunks, ids=ids_TK.contiguous(), **numbers, **written)
-        return Pairs(tokens_P, order_P, starts, chunks, per_chunk)
+        return Pairs(tokens_P, order_P, starts, num_experts, chunks, per_chunk)
 
     def project(
         self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, pairs: Pairs, *, relu: bool
@@ -124,10 +125,10 @@ class Library:
         return dz_PI, dup_PI
 
     def _dot(self, name: str, x_TD: Tensor, weight_FD: Tensor, pairs: Pairs, **memory: Tensor | None) -> None:
-        own, experts = self.packing, len(weight_FD) // self.packing.neurons
-        packed = self.scratch("packed", (experts, own.vectors, own.steps, own.lanes), self.sums)
+        own = self.packing
+        packed = self.scratch("packed", (pairs.experts, own.vectors, own.steps, own.lanes), self.sums)
         memory |= {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed}
-        DOT.run(self.code, name, experts, pairs.chunks, **pairs.fields, experts=experts, **memory)
+        DOT.run(self.code, name, pairs.experts, pairs.chunks, **pairs.fields, **memory)
 
     def scatter(
         self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int, onto_TD: Tensor | None = None
@@ -136,37 +137,36 @@ class Library:
         y_TD = onto_TD
         if y_TD is None:
             y_TD = z_PI.new_empty(tokens, self.packing.d_model, dtype=self.sums)
-        experts = len(weight_FD) // self.packing.neurons
-        numbers = {"experts": experts, "per_chunk": pairs.per_chunk, "token_count": tokens}
-        numbers["adds"] = int(onto_TD is not None)
         packed = weight_FD = weight_FD.contiguous()
-        if self.packing.terms > 1:
-            packed = self.scratch("packed", (experts, self.packing.scatter_words, y_TD.shape[1]), self.sums)
+        packs = self.packing.terms > 1
+        if packs:
+            shape = (pairs.experts, self.packing.scatter_words, y_TD.shape[1])
+            packed = self.scratch("packed", shape, self.sums)
+        numbers = {"per_chunk": pairs.per_chunk, "token_count": tokens, "adds": onto_TD is not None}
         memory = {"y": y_TD, "weights": weight_FD, "packed": packed, "z": z_PI}
-        tasks = (experts if self.packing.terms > 1 else 0, pairs.chunks)
+        tasks = (pairs.experts if packs else 0, pairs.chunks)
         SCATTER.run(self.code, "scatter", *tasks, **pairs.fields, **numbers, **memory)
         return y_TD
 
-    def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+    def weight_gradient(self, z_PI: Tensor, x_TD: Tensor, pairs: Pairs) -> Tensor:
         """Return Σ z · xᵀ over each expert's pairs, [F, D]."""
         own = self.packing
-        total_FD = x_TD.new_empty(num_experts * own.neurons, own.d_model, dtype=self.sums)
+        total_FD = x_TD.new_empty(pairs.experts * own.neurons, own.d_model, dtype=self.sums)
         if not pairs.chunks:
             return total_FD.zero_()
         blocks = own.d_model // (own.gradient_columns * own.lanes)
         tasks = min(torch.get_num_threads(), blocks)
-        numbers = {"experts": num_experts, "chunks": pairs.chunks}
         memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
         if own.terms > 1:
             memory["words"] = self.scratch("words", (tasks, own.gradient_words), self.sums)
-        WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, **numbers, **memory)
+        WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, chunks=pairs.chunks, **memory)
         return total_FD
 
-    def bias_gradient(self, z_PI: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+    def bias_gradient(self, z_PI: Tensor, pairs: Pairs) -> Tensor:
         """Return Σ z over each expert's pairs, [F]."""
-        total_F = z_PI.new_zeros(num_experts * self.packing.neurons, dtype=self.sums)
-        numbers = {"experts": num_experts, "chunks": pairs.chunks}
-        BIAS.run(self.code, "bias", num_experts, **pairs.fields, **numbers, gradient=total_F, z=z_PI)
+        total_F = z_PI.new_zeros(pairs.experts * self.packing.neurons, dtype=self.sums)
+        memory = {"gradient": total_F, "z": z_PI}
+        BIAS.run(self.code, "bias", pairs.experts, **pairs.fields, chunks=pairs.chunks, **memory)
         return total_F
 
 

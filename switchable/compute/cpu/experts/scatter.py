@@ -31,7 +31,7 @@ def write_scatter(loops: Loops) -> None:
     """Write the function "scatter"."""
     product = loops.writer("scatter_expert", [I64, *[POINTER] * 4])
     (scatter_by_amx if loops.amx else _product)(loops, product)
-    w = loops.writer("scatter", [POINTER])
+    w = loops.writer("scatter")
     own_words = loops.packing.scatter_words * loops.D
 
     def chunk(record: Record, number: ir.Value) -> None:
