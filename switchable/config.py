@@ -123,7 +123,7 @@ def _check_sections(given: dict[str, Any], where: str) -> None:
     for section, values in given.items():
         if section not in known:
             raise InputError(
-                f"{where}: unknown section {section!r}; allowed: {', '.join(known)}{nearest(section, known)}"
+                f"{where}: unknown section {section!r}; allowed: {', '.join(known)}{nearest(str(section), known)}"
             )
         if not isinstance(values, dict):
             raise InputError(f"{where}: section {section!r} must hold `key: value` lines, not {values!r}")
@@ -167,7 +167,9 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
 
 def read_stored(path: Path) -> RunConfig:
     """Read a run's `config.yaml`, of older versions too; InputError: not readable, or it asks for what is gone."""
-    return from_dict(upgraded(read_yaml(path), str(path)), str(path))
+    given = read_yaml(path)
+    _check_sections(given, str(path))
+    return from_dict(upgraded(given, str(path)), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -193,9 +195,3 @@ def changed(old: RunConfig, new: RunConfig) -> list[str]:
     """Return one `section.key: old -> new` line per field in which two configurations differ."""
     a, b = to_dict(old), to_dict(new)
     return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]
-
-
-def to_flat(path: Path) -> dict[str, Any]:
-    """Read a YAML file into field name -> value, the form flags have; InputError as `load`."""
-    load(path, {}, choose=False)
-    return {key: value for values in read_yaml(path).values() for key, value in values.items()}

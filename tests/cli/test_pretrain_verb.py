@@ -101,3 +101,9 @@ def test_names_that_are_not_utf8(here: Command, base: Path, tmp_path: Path) -> N
     assert r"caf\udce9" in (base / "odd/report.html").read_text(encoding="utf-8")
     done = run(base, "pretrain", "--out", "odd", "--resume")  # its configuration names the folder
     assert done.returncode == 0, done.stderr
+
+
+def test_flags_may_mend_a_file(here: Command, base: Path) -> None:
+    (base / "odd.yaml").write_text("model: {d_model: 90}\n")  # which 4 heads do not divide
+    flags = ("--num-heads", "9", "--precision", "float32", "--data", "nowhere.txt")
+    refused(here("pretrain", "odd.yaml", *flags, "--out", "refused"), "nowhere.txt")
