@@ -188,7 +188,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # refused on `meta`, which has no memory
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"device={name!r} cannot be used: {why}; use cpu or cuda") from None

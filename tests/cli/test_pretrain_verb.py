@@ -45,6 +45,7 @@ def test_a_run_leaves_what_it_promises(base: Path) -> None:
         (["--steps", "many"], ["steps='many' must be a whole number"]),
         (["--optimizer", "adam"], ["optimizer='adam'", "adamw"]),
         (["--device", "tpu9"], ["device='tpu9'"]),
+        (["--device", "meta"], ["device='meta' cannot be used"]),
         (["--batch-size", "100000"], ["shorter than one batch"]),
         (["--out", "small.yaml"], ["small.yaml", "output folder"]),
         (["--backend", "fuesd"], ["'fuesd'", "did you mean 'fused'"]),
