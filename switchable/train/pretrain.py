@@ -142,10 +142,10 @@ def _begin(rundir: RunDir, job: Job) -> None:
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
     before = read_stored(rundir.config)
     merged = to_dict(before)
+    # What was left to the machine was chosen when the run was started.
+    given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
     for values in merged.values():
-        # What was left to the machine was chosen when the run was started.
-        given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
-        values.update({key: value for key, value in given.items() if key in values})
+        values.update({key: given[key] for key in values.keys() & given.keys()})
     after = from_dict(merged, "the flags")
     may = MAY_CHANGE + MAY_MOVE
     forbidden = [line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in may]

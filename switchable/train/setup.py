@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable import ranks
@@ -33,9 +33,7 @@ from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
 from switchable.train.optim import build_optimizer
-from switchable.train.parallel import Replica, check_division, distribute, split
-
-Batch = Mapping[str, Tensor]
+from switchable.train.parallel import Batch, Replica, check_division, distribute, split
 
 LONGEST_EAGER = 512
 """Tokens of a sequence up to which attention is multiplied by plain products in bfloat16 on a CPU: forward and backward

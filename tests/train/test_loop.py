@@ -248,7 +248,8 @@ def test_a_dense_schedule_never_goes_sparse(
     monkeypatch.setattr(Trainer, "validate", lambda self: (next(validated), validate(self))[1])
     again = resume(tmp_path / "run", {"sample_prompt": "the"}, tmp_path / "cache", quiet=True)
     assert again["val_loss_dense"] == figures["val_loss_dense"]
-    assert next(validated) == 1  # by all ranks together; rank 0, which alone shows a sample, must not ask again
+    # By all ranks together: rank 0, which alone shows a sample, must not ask again.
+    assert next(validated) == 1
     assert (tmp_path / "run/metrics.jsonl").read_text() == lines  # a finished run has nothing to add
 
 
