@@ -46,12 +46,14 @@ def make_from_dense(run: Run, cache: Path, jobs: int) -> None:
     """Make the run, in place of what its folder holds, from the finished dense run of its seed.
 
     `jobs` runs share the machine at this time, which is noted. Raises FolderInUse if another process is at it, and
-    InputError if the dense run is damaged or its text has changed.
+    InputError if the folder holds something else than a run, the dense run is damaged or its text has changed.
     """
     assert run.starts_from is not None
     rundir = RunDir(run.path)
     rundir.acquire()
     try:
+        rundir.sweep()
+        rundir.refuse_to_replace(True, run.config.data.sources)
         job = set_up(run.config, cache)
         dense = RunDir(run.starts_from)
         _load_weights(dense.final, job.model)
