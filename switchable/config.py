@@ -24,7 +24,7 @@ from switchable.gone import refuse_gone, upgraded
 from switchable.options import build
 from switchable.recipes import AUTO, LEAST_NEURONS
 from switchable.sections import BUILDABLE, ModelConfig, TrainConfig, check_memory, d_ff
-from switchable.settings import SwitchConfig, is_set, settled
+from switchable.settings import SwitchConfig, settled
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         options.check(self)
         train, switch = self.train, self.switch
-        if train.precision == AUTO or (
-            train.precision != "float32" and switch.recipe != AUTO and not is_set(switch.active_below)
-        ):
+        if train.precision != "float32":
             # Here: the settings of a run are read and checked before torch is loaded.
             from switchable.choices import chosen
 
@@ -92,8 +90,7 @@ def objective_of(config: RunConfig) -> str:
 
 def sections() -> dict[str, type]:
     """Return the sections of a run's configuration: YAML key -> dataclass."""
-    hints = typing.get_type_hints(RunConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(RunConfig)}
+    return typing.get_type_hints(RunConfig)
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -112,10 +109,9 @@ def from_dict(given: dict[str, Any], where: str = "the configuration") -> RunCon
     """
     _check_sections(given, where)
     known = sections()
-    built = {}
-    for section, values in given.items():
-        built[section] = _build(known[section], values, f"{where}, section {section!r}")
-    return RunConfig(**built)
+    return RunConfig(
+        **{name: _build(known[name], values, f"{where}, section {name!r}") for name, values in given.items()}
+    )
 
 
 def _check_sections(given: dict[str, Any], where: str) -> None:
@@ -123,7 +119,7 @@ def _check_sections(given: dict[str, Any], where: str) -> None:
     for section, values in given.items():
         if section not in known:
             raise InputError(
-                f"{where}: unknown section {section!r}; allowed: {', '.join(known)}{nearest(section, known)}"
+                f"{where}: unknown section {section!r}; allowed: {', '.join(known)}{nearest(str(section), known)}"
             )
         if not isinstance(values, dict):
             raise InputError(f"{where}: section {section!r} must hold `key: value` lines, not {values!r}")
@@ -167,7 +163,9 @@ def load(path: Path | None, flags: dict[str, Any], choose: bool = True) -> RunCo
 
 def read_stored(path: Path) -> RunConfig:
     """Read a run's `config.yaml`, of older versions too; InputError: not readable, or it asks for what is gone."""
-    return from_dict(upgraded(read_yaml(path), str(path)), str(path))
+    given = read_yaml(path)
+    _check_sections(given, str(path))
+    return from_dict(upgraded(given, str(path)), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -193,9 +191,3 @@ def changed(old: RunConfig, new: RunConfig) -> list[str]:
     """Return one `section.key: old -> new` line per field in which two configurations differ."""
     a, b = to_dict(old), to_dict(new)
     return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]
-
-
-def to_flat(path: Path) -> dict[str, Any]:
-    """Read a YAML file into field name -> value, the form flags have; InputError as `load`."""
-    load(path, {}, choose=False)
-    return {key: value for values in read_yaml(path).values() for key, value in values.items()}

@@ -53,7 +53,7 @@ fraction = functools.partial(option, least=0, most=1, metavar="FRACTION")
 """Declare a field that is a share of something, 0 to 1, as `option` does."""
 
 
-def check(config: Any, unset: object = None) -> None:
+def check(config: Any, unset: object = dataclasses.MISSING) -> None:
     """Refuse values of the wrong type, not among the choices or out of range; a whole number will do for a fraction.
 
     `config` is a dataclass whose fields `option` declared; `unset` marks what was not given and is allowed everywhere.
@@ -62,7 +62,7 @@ def check(config: Any, unset: object = None) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if unset is None or value is not unset:
+        if value is not unset:
             object.__setattr__(config, f.name, checked(f.name, value, hints[f.name], **f.metadata))
 
 

@@ -63,12 +63,8 @@ def is_main() -> bool:
 
 
 def from_main(value: T) -> T:
-    """Return rank 0's value on every rank."""
-    if not running():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Return rank 0's value, which `gather` can send, on every rank."""
+    return on_main(lambda: value)
 
 
 def on_main(work: Callable[[], T]) -> T:

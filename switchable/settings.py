@@ -8,7 +8,6 @@ the model is known, when `settled` fills them in (`convert` and `switchable pret
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -167,14 +166,12 @@ def settled(
     `activation` is a name in transformers' `ACT2FN`; experts get `least_neurons` or more. Raises InputError for
     settings that do not fit together.
     """
+    given = {name: value for name, value in vars(config).items() if is_set(value)}
     table = dict(RECIPES[config.recipe])
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
     most, chosen = table["num_experts"], table["experts_per_token"]
     (experts,) = divisors_near(d_ff, min(most, max(1, d_ff // least_neurons)), count=1)
-    if is_set(given["num_experts"]):
-        experts = given["num_experts"]
+    experts = given.get("num_experts", experts)
     table |= {"num_experts": experts, "experts_per_token": max(1, experts * chosen // most)}
     if activation != PENALISED:
         table["activation_l1"] = 0.0
-    values = table | {name: value for name, value in given.items() if is_set(value)}
-    return SwitchConfig(recipe=config.recipe, **values)
+    return SwitchConfig(**(table | given))

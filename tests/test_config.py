@@ -11,7 +11,7 @@ import pytest
 
 from switchable import InputError, SwitchConfig
 from switchable.adapt.config import AdaptConfig
-from switchable.config import RunConfig, changed, check, from_dict, load, to_dict
+from switchable.config import RunConfig, changed, check, from_dict, load, read_stored, to_dict
 from switchable.data.config import DataConfig, ObjectiveConfig
 from switchable.errors import divisors_near
 from switchable.evaluation.config import EvalConfig
@@ -55,6 +55,7 @@ def test_field_names_are_unique_over_all_sections() -> None:
     [
         ("model: {d_modl: 64}", r"section 'model': unknown key 'd_modl'; did you mean 'd_model'\?"),
         ("modle: {d_model: 64}", r"unknown section 'modle'; allowed: model, .*did you mean 'model'\?"),
+        ("3: {d_model: 64}", r"unknown section 3; allowed: model, "),
         ("model: {d_model: wide}", r"d_model='wide' must be a whole number"),
         ("model: {d_model: 64.5}", r"d_model=64.5 must be a whole number"),
         ("model: {activation: gelu}", r"activation='gelu' is not known; use one of relu, relu2"),
@@ -90,6 +91,13 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         load(path, {"num_experts": "8"} if text == "switch: 3" else {})
+
+
+def test_a_stored_configuration_that_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: 3")
+    with pytest.raises(InputError, match="section 'model' must hold `key: value` lines, not 3"):
+        read_stored(path)
 
 
 def wrong_values(cls: type) -> list[tuple[str, object]]:

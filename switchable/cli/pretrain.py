@@ -75,11 +75,12 @@ def _run_ranks(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> tuple[dict[str, Any], RunConfig]:
     """Return the settings given and the configuration they make, with names for `auto`; torch is not loaded for it."""
-    from switchable.config import check, load, to_flat
+    from switchable.config import check, load, read_yaml
 
     flags = given_flags(args)
-    given = flags if args.config is None else to_flat(args.config) | flags
     config = load(args.config, flags, choose=False)
+    sections = {} if args.config is None else read_yaml(args.config)
+    given = {name: value for values in sections.values() for name, value in values.items()} | flags
     if not (args.resume or args.resume_from):
         check(config)
     return given, config

@@ -42,27 +42,29 @@ from switchable.train.signals import StopRequest
 ROUTER_FRACTION = 0.05  # router training as a fraction of the run's optimizer steps
 
 
-def make_from_dense(run: Run, cache: Path, jobs: int) -> dict[str, Any]:
-    """Make the run, in place of what its folder holds, from the finished dense run of its seed; return its summary.
+def make_from_dense(run: Run, cache: Path, jobs: int) -> None:
+    """Make the run, in place of what its folder holds, from the finished dense run of its seed.
 
     `jobs` runs share the machine at this time, which is noted. Raises FolderInUse if another process is at it, and
-    InputError if the dense run is damaged or its text has changed.
+    InputError if the folder holds something else than a run, the dense run is damaged or its text has changed.
     """
     assert run.starts_from is not None
     rundir = RunDir(run.path)
     rundir.acquire()
     try:
+        rundir.sweep()
+        rundir.refuse_to_replace(True, run.config.data.sources)
         job = set_up(run.config, cache)
         dense = RunDir(run.starts_from)
         _load_weights(dense.final, job.model)
         rundir.begin(yaml.safe_dump(to_dict(run.config), sort_keys=False))
         write_text(rundir.metrics, dense.metrics.read_text(encoding="utf-8"))
-        return _cut(job, rundir, read_json(dense.summary), jobs)
+        _cut(job, rundir, read_json(dense.summary), jobs)
     finally:
         rundir.release()
 
 
-def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[str, Any]:
+def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> None:
     kept = {name: before[name] for name in ("steps", "flops", "ran_with")}
     counters = Counters(job.data.train.sha256, **kept)
     counters.seconds_dense, counters.cpu_seconds = before["wall_seconds_dense"], before["cpu_seconds_train"]
@@ -83,7 +85,7 @@ def _cut(job: Job, rundir: RunDir, before: dict[str, Any], jobs: int) -> dict[st
                 f"the model of {rundir.path} has another loss ({now:.4f}) than the dense run it comes from "
                 f"({then:.4f}); has its text changed? Compare into another folder"
             )
-        return finish(trainer)
+        finish(trainer)
 
 
 def cut_into_experts(job: Job, flops: StepFlops) -> float:

@@ -15,13 +15,7 @@ their activation patterns reaches the configuration's threshold, after 10 % of t
 takes 7.5 % of the run and the dense one behind it 2.5 %, the last 5 % are dense, K is that of the configuration, and
 in sparse steps the router learns through the straight-through gate, at the model's learning rate.
 
-`moe` is what one would train instead of a dense model: sparse from the first step in every layer, the K chosen
-experts weighted by a softmax over their scores (times K, so that a layer starts at the dense one's scale), the
-load-balance loss of Fedus et al. 2022 with their coefficient 0.01, router trained at the model's learning rate.
-
-`NAME@FACTOR` is a method with so many times the steps, its learning rate falling accordingly: `dense@0.66` is what a
-dense run of two thirds of the FLOPs comes to, which the curve of the longer run, whose learning rate is still high
-there, does not say; `ssd@1.04` spends a little of what it saved on more tokens.
+`NAME@FACTOR` is a method with so many times the steps, its learning rate falling accordingly (docs/compare.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from switchable.compare.figures import Validation
@@ -43,7 +42,6 @@ AXES = {
 def draw_comparison(curves: Mapping[tuple[str, int], Sequence[Validation]], picture: Path) -> None:
     """Draw the validations of every run, by method and seed, into a PNG file."""
     figure = Figure(figsize=(16, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(AXES), sharey=True)
     goals = [points[-1].loss for (method, _), points in curves.items() if method == "dense"]
     for axes, (axis, label) in zip(panels, AXES.items(), strict=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from switchable.compare.runs import Run
 from switchable.compare.worker import IN_USE, task
+from switchable.progress import say
 from switchable.store.rundir import RunDir
 from switchable.train.signals import StopRequest
 
@@ -35,7 +36,7 @@ class Supervisor:
     """Trains runs, `jobs` at a time with `threads` CPU threads each; a run comes after the one it goes on from."""
 
     def __init__(self, runs: Sequence[Run], cache: Path, jobs: int, threads: int, quiet: bool) -> None:
-        self.cache, self.jobs, self.threads, self.quiet = cache, jobs, threads, quiet
+        self.cache, self.jobs, self.threads, self.shows = cache, jobs, threads, not quiet
         self.failed: dict[str, str] = {}
         """Name of a run -> why it failed."""
         self._pending = [run for run in runs if not run.finished()]
@@ -43,7 +44,7 @@ class Supervisor:
         self._not_before: dict[Run, float] = {}
         finished = [run.name for run in runs if run.finished()]
         if finished:
-            self._say(f"finished already: {', '.join(finished)}")
+            say(f"finished already: {', '.join(finished)}", self.shows)
 
     def train(self) -> int | None:
         """Train all; return None, or the number of the signal that stopped it."""
@@ -63,7 +64,7 @@ class Supervisor:
             if len(self._active) == self.jobs:
                 return
             if run.finished():
-                self._say(f"{run.name}: finished by another process")
+                say(f"{run.name}: finished by another process", self.shows)
                 self._pending.remove(run)
             elif self._ready(run):
                 self._pending.remove(run)
@@ -87,7 +88,7 @@ class Supervisor:
     def _wait_for(self, run: Run) -> None:
         """Look again later at a run that another process is training."""
         if run not in self._not_before:
-            self._say(f"{run.name}: another process is training it; waiting for it")
+            say(f"{run.name}: another process is training it; waiting for it", self.shows)
         self._not_before[run] = time.monotonic() + RETRY_SECONDS
 
     def _launch(self, run: Run) -> _Child:
@@ -119,7 +120,7 @@ class Supervisor:
                 self._wait_for(run)
                 self._pending.append(run)
             elif code == 0 or run.finished():  # some libraries crash while a process ends
-                self._say(f"{run.name}: finished")
+                say(f"{run.name}: finished", self.shows)
             elif code == 2:
                 last = child.log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
                 self._fail(run, last or f"it left nothing in {child.log}")
@@ -129,7 +130,7 @@ class Supervisor:
     def _stop(self) -> None:
         """Ask the children that are still training to save and end, and wait for them."""
         if self._active:
-            self._say("stopping: every run saves a checkpoint first ...")
+            say("stopping: every run saves a checkpoint first ...", self.shows)
         for child in self._active.values():
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
@@ -139,7 +140,7 @@ class Supervisor:
 
     def _fail(self, run: Run, why: str) -> None:
         self.failed[run.name] = why
-        self._say(f"{run.name}: failed: {why}")
+        say(f"{run.name}: failed: {why}", self.shows)
 
     def _relay(self, run: Run, child: _Child) -> None:
         """Show the complete lines that a child has added to its log."""
@@ -149,8 +150,4 @@ class Supervisor:
         complete = new[: new.rfind(b"\n") + 1]
         child.shown += len(complete)
         for line in complete.decode("utf-8", errors="replace").split("\n")[:-1]:
-            self._say(f"{run.name}: {line}")
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(f"{run.name}: {line}", self.shows)

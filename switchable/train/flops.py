@@ -47,11 +47,11 @@ class StepFlops:
 
     def times(self, number: int) -> StepFlops:
         """Return the FLOPs of a step of so many batches like the one counted."""
-
-        def more(value: Any) -> Any:
-            return tuple(flops * number for flops in value) if isinstance(value, tuple) else value * number
-
-        return StepFlops(**{name: more(value) for name, value in vars(self).items()})
+        more: dict[str, Any] = {
+            name: tuple(flops * number for flops in value) if isinstance(value, tuple) else value * number
+            for name, value in vars(self).items()
+        }
+        return StepFlops(**more)
 
     def step(
         self,
@@ -74,8 +74,7 @@ class StepFlops:
             self.estimate if estimates else self.router,
             self.router_learning,
         )
-        for k, share, *cost in zip(experts, shares, *layers, strict=True):
-            dense, read, expert, router, learning = cost
+        for k, share, dense, read, expert, router, learning in zip(experts, shares, *layers, strict=True):
             if k is not None:
                 total += k * expert + router - dense
             else:
@@ -91,7 +90,9 @@ class StepFlops:
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
     """Count a step of a converted model on a batch (`input_ids` [B, S], labels); modes are kept, gradients cleared."""
     counter, plain = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
-    with kept_modes(model) as layers, _rows_seen([*layers, *_head(model)]) as rows, counter, plain:
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    heads = [output] if isinstance(output, nn.Linear) else []
+    with kept_modes(model) as layers, _rows_seen([*layers, *heads]) as rows, counter, plain:
         for layer in layers:
             layer.ssd.mode, layer.ssd.router_learns = "dense", False
         model.eval()  # activation checkpointing would compute forward passes twice: that is no work of the model
@@ -99,11 +100,10 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> StepFlops:
     model.zero_grad(set_to_none=True)
     # Encoder and decoder of one model see different numbers of tokens.
     each = list(zip(layers, rows, strict=False))
-    heads = zip(_head(model), rows[len(layers) :], strict=True)
     return StepFlops(
         tokens=batch["input_ids"].numel(),
         dense=float(counter.get_total_flops()),
-        head=sum(6.0 * head.weight.numel() * n for head, n in heads),
+        head=sum(6.0 * head.weight.numel() * n for head, n in zip(heads, rows[len(layers) :], strict=True)),
         ffn_dense=tuple(ffn_dense(layer) * n for layer, n in each),
         expert=tuple(ffn_dense(layer) / layer.ssd.num_experts * n for layer, n in each),
         router=tuple(router_sparse(layer) * n for layer, n in each),
@@ -152,13 +152,6 @@ def router_learning(layer: SwitchableFFN) -> float:
 def _router_loss(layer: SwitchableFFN) -> float:
     """Return the FLOPs of the router's loss, both passes, per token that it learns from."""
     return 4.0 * layer.ssd.d_model * layer.ssd.num_experts + 2.0 * layer.ssd.d_ff
-
-
-def _head(model: nn.Module) -> list[nn.Linear]:
-    """Return the output head, if the model has one."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return [head] if isinstance(head, nn.Linear) else []
 
 
 @contextmanager

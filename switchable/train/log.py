@@ -59,10 +59,9 @@ class RunLog:
 
     def advance(self, mode: str, loss: float | None, tokens_per_second: float) -> None:
         """Move the progress bar by one step."""
-        if not self._bar.disable:
-            shown = "" if loss is None else f" loss {loss:.3f}"
-            self._bar.set_description_str(f"{mode:6}{shown} {tokens_per_second:,.0f} tok/s", refresh=False)
-            self._bar.update()
+        shown = "" if loss is None else f" loss {loss:.3f}"
+        self._bar.set_description_str(f"{mode:6}{shown} {tokens_per_second:,.0f} tok/s", refresh=False)
+        self._bar.update()
 
     def train(self, step: int, values: dict[str, Any]) -> None:
         """Record a line of training figures."""

@@ -86,13 +86,12 @@ class Trainer:
     def _step(self) -> None:
         """One optimizer step and what the controller does after it."""
         job, counters = self.job, self.counters
-        config, controller = job.config.train, job.controller
+        controller = job.controller
         begin, cpu = time.perf_counter(), time.process_time()
         mode, experts = controller.mode, controller.experts_now
-        learning_rate = set_learning_rate(job.optimizer, counters.steps, config)
+        self._learning_rate = set_learning_rate(job.optimizer, counters.steps, job.config.train)
         self._window_loss += update(job, counters.steps)
         self._count(mode, experts, time.perf_counter() - begin)
-        self._learning_rate = learning_rate
         begin = time.perf_counter()
         if controller.measures_next:
             self._check_loss("loss", self._loss_so_far())
@@ -198,7 +197,7 @@ class Trainer:
             "cpu_seconds": counters.cpu_seconds,
         }
         self.log.evaluation(counters.steps, self.validation, progress)
-        self.counters.seconds_other += time.perf_counter() - begin
+        counters.seconds_other += time.perf_counter() - begin
 
     def validate(self) -> dict[str, float | None]:
         """Return validation loss (nats per predicted token) and bits per byte in both modes, None for what is not.

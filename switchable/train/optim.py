@@ -24,12 +24,12 @@ from switchable.sections import TrainConfig
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups that say so (`muon: True`), AdamW for the others; to its caller one optimizer."""
+    """Muon for the group `matrices`, AdamW for the others; to its caller one optimizer."""
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {})
-        muon = [group for group in self.param_groups if group.get("muon")]
-        rest = [group for group in self.param_groups if not group.get("muon")]
+        muon = [group for group in self.param_groups if group["name"] == "matrices"]
+        rest = [group for group in self.param_groups if group["name"] != "matrices"]
         self._parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, betas=betas, fused=True),
@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.beta1)
     if config.optimizer == "muon":
-        return MuonAdamW([{**group, "muon": group["name"] == "matrices"} for group in groups], betas)
+        return MuonAdamW(groups, betas)
     # One pass over each tensor; the default makes ten, 5 % of a small model's step.
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 

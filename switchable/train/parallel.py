@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,18 +41,13 @@ Batch = Mapping[str, Tensor]
 GRACE = 0.1  # seconds that gloo's threads are given to finish before their group is destroyed
 
 
-def launched() -> bool:
-    """Return whether torchrun (or anything that sets its variables) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def process_group(rank_timeout: float) -> Iterator[None]:
-    """Within the `with` block the ranks that torchrun started can talk to one another.
+    """Within the `with` block the ranks that torchrun (or what sets its variables) started can talk to one another.
 
     A rank waits `rank_timeout` seconds for the others before it gives up; InputError if they do not come at the start.
     """
-    if not launched():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield
         return
     cuda = torch.cuda.is_available()
@@ -120,15 +116,14 @@ def _own_memory(module: nn.Module, args: Any, y: Tensor) -> Tensor:  # noqa: ARG
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the Transformer blocks: of every switchable FFN, the outermost element of a `ModuleList` around it."""
-    found: dict[int, nn.Module] = {}
+    found: dict[nn.Module, None] = {}  # in order, each once
     for layer in layers_of(model):
-        parts = layer.ssd.name.split(".")
-        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        parents = [model, *(model.get_submodule(name) for name in names[:-1])]
-        inside = (n for n, parent in zip(names, parents, strict=True) if isinstance(parent, nn.ModuleList))
-        block = model.get_submodule(next(inside, names[-1]))
-        found[id(block)] = block
-    return list(found.values())
+        way: list[nn.Module] = [model]  # from the model down to the FFN
+        for part in layer.ssd.name.split("."):
+            way.append(way[-1].get_submodule(part))
+        elements = (module for parent, module in pairwise(way) if isinstance(parent, nn.ModuleList))
+        found[next(elements, way[-1])] = None
+    return list(found)
 
 
 class Replica:
@@ -193,7 +188,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
     """Cut a batch into pieces of at most `rows` rows; what is not a tensor goes into each."""
     return [
         {k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-        for i in range(0, len(batch["labels"] if "labels" in batch else batch["input_ids"]), rows)
+        for i in range(0, len(batch["input_ids"]), rows)
     ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,10 @@ def _begin(rundir: RunDir, job: Job) -> None:
 def _same_config(rundir: RunDir, flags: dict[str, Any]) -> RunConfig:
     before = read_stored(rundir.config)
     merged = to_dict(before)
+    # What was left to the machine was chosen when the run was started.
+    given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
     for values in merged.values():
-        # What was left to the machine was chosen when the run was started.
-        given = {key: value for key, value in flags.items() if (key, value) not in CHOSEN_ONCE}
-        values.update({key: value for key, value in given.items() if key in values})
+        values.update({key: given[key] for key in values.keys() & given.keys()})
     after = from_dict(merged, "the flags")
     may = MAY_CHANGE + MAY_MOVE
     forbidden = [line for line in changed(before, after) if line.split(":")[0].split(".")[1] not in may]
@@ -236,25 +236,24 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     job, rundir = trainer.job, trainer.rundir
     checkpoint.save(rundir.final, job.model, tokenizer=job.tokenizer)
     trainer.log.say("timing steps of each kind in turns")
-    found = summarise(trainer.counters, job, trainer.flops, trainer.validation or trainer.validate())
-    figures = dataclasses.asdict(found)
+    validation = trainer.validation or trainer.validate()
+    figures = dataclasses.asdict(summarise(trainer.counters, job, trainer.flops, validation))
     if ranks.is_main():
         write_json(rundir.summary, figures)
-        _show_samples(trainer)
+        _show_samples(trainer, validation)
     return figures
 
 
-def _show_samples(trainer: Trainer) -> None:
-    """Let the finished model continue a text in both modes."""
+def _show_samples(trainer: Trainer, validation: Mapping[str, float | None]) -> None:
+    """Let the finished model continue a text in the modes that were validated."""
     job, prompt = trainer.job, trainer.job.config.train.sample_prompt
     if prompt is None:
         return
     if isinstance(job.model, FSDPModule):
         trainer.log.say(f"no sample of a sharded model; see: switchable generate {trainer.rundir.path}")
         return
-    validated = trainer.validation or trainer.validate()
     with kept_modes(job.model):
         job.model.eval()
-        for mode in (m for m in ("dense", "sparse") if validated[f"val_loss_{m}"] is not None):
+        for mode in (m for m in ("dense", "sparse") if validation[f"val_loss_{m}"] is not None):
             text = write(job.model, job.tokenizer, prompt, mode, sampling=Sampling(max_new_tokens=60)).text
             trainer.log.say(f"--- text from {mode} mode ---\n{text}")

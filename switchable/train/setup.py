@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchable import ranks
@@ -33,9 +33,7 @@ from switchable.sections import ModelConfig, TrainConfig, d_ff
 from switchable.switching.controller import Controller
 from switchable.switching.schedule import Schedule
 from switchable.train.optim import build_optimizer
-from switchable.train.parallel import Replica, check_division, distribute, split
-
-Batch = Mapping[str, Tensor]
+from switchable.train.parallel import Batch, Replica, check_division, distribute, split
 
 LONGEST_EAGER = 512
 """Tokens of a sequence up to which attention is multiplied by plain products in bfloat16 on a CPU: forward and backward
@@ -188,7 +186,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())  # each rank its own
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # refused on `meta`, which has no memory
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"device={name!r} cannot be used: {why}; use cpu or cuda") from None

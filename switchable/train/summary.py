@@ -110,15 +110,6 @@ def label(key: str) -> str:
     return f"{name} ({unit})" if unit else str(name)
 
 
-def markdown() -> str:
-    """Return the table of all figures for docs/method.md."""
-    rows = [
-        f"| `{key}` | {m['unit']} | {'; '.join(part for part in (m['name'], m['more']) if part)} |"
-        for key, m in FIGURES.items()
-    ]
-    return "\n".join(["| key | unit | meaning |", "|---|---|---|", *rows]) + "\n"
-
-
 def summarise(counters: Counters, job: Job, flops: StepFlops, validation: dict[str, float | None]) -> Summary:
     """Return the closing figures of a run; the speed of both modes is measured for it."""
     state = job.controller.state

@@ -69,12 +69,13 @@ def _limit(job: Job) -> list[str]:
 
 def _speed(job: Job) -> list[str]:
     """Say what recipe auto weighs, or from where on idle neurons are left out, and how fast sparse steps begin."""
-    config, costs = job.config, job.controller.schedule.costs
+    config, schedule = job.config, job.controller.schedule
+    costs = schedule.costs
+    if not costs and config.switch.never_sparse:
+        return _limit(job)
     if not costs:
-        schedule = job.controller.schedule
         estimates = schedule.estimates_at(schedule.joins_from)
-        speed = sparse_speed(config, config.switch.experts_per_token, estimates)
-        return ([] if config.switch.never_sparse else speed) + _limit(job)
+        return sparse_speed(config, config.switch.experts_per_token, estimates) + _limit(job)
     ways = (
         f"{costs[0].told(share, 1 / part)} with {share:.0%} of the neurons active or 1/{part} of the experts"
         for share, part in zip(SHARES, PARTS, strict=True)

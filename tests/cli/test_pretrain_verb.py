@@ -45,6 +45,7 @@ def test_a_run_leaves_what_it_promises(base: Path) -> None:
         (["--steps", "many"], ["steps='many' must be a whole number"]),
         (["--optimizer", "adam"], ["optimizer='adam'", "adamw"]),
         (["--device", "tpu9"], ["device='tpu9'"]),
+        (["--device", "meta"], ["device='meta' cannot be used"]),
         (["--batch-size", "100000"], ["shorter than one batch"]),
         (["--out", "small.yaml"], ["small.yaml", "output folder"]),
         (["--backend", "fuesd"], ["'fuesd'", "did you mean 'fused'"]),
@@ -101,3 +102,9 @@ def test_names_that_are_not_utf8(here: Command, base: Path, tmp_path: Path) -> N
     assert r"caf\udce9" in (base / "odd/report.html").read_text(encoding="utf-8")
     done = run(base, "pretrain", "--out", "odd", "--resume")  # its configuration names the folder
     assert done.returncode == 0, done.stderr
+
+
+def test_flags_may_mend_a_file(here: Command, base: Path) -> None:
+    (base / "odd.yaml").write_text("model: {d_model: 90}\n")  # which 4 heads do not divide
+    flags = ("--num-heads", "9", "--precision", "float32", "--data", "nowhere.txt")
+    refused(here("pretrain", "odd.yaml", *flags, "--out", "refused"), "nowhere.txt")

@@ -169,6 +169,9 @@ def test_a_cut_of_a_damaged_dense_run_is_refused(
     (run.path / "summary.json").unlink()
     with pytest.raises(InputError, match=r"final is damaged \(manifest.json is missing\)"):
         train(run, cache, jobs=1)
+    (run.path / "config.yaml").unlink()  # then it is not known as a run's folder
+    with pytest.raises(InputError, match=r"holds no run .* but .*, which a run would replace"):
+        train(run, cache, jobs=1)
 
 
 def test_the_report_of_all_methods(trained: dict[str, Run]) -> None:

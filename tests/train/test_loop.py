@@ -233,7 +233,9 @@ def test_the_summary_adds_up(whole: tuple[Path, dict[str, Any]]) -> None:
     )
 
 
-def test_a_dense_schedule_never_goes_sparse(corpus: Path, tmp_path: Path) -> None:
+def test_a_dense_schedule_never_goes_sparse(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small(corpus, switch={"recipe": "dense", "min_dense_fraction": 1.0, "monitor_growth": 1.0})
     figures = pretrain(config, tmp_path / "run", tmp_path / "cache", quiet=True)
     assert (figures["sparse_fraction"], figures["switches"], figures["regroupings"]) == (0, 0, 0)
@@ -242,8 +244,12 @@ def test_a_dense_schedule_never_goes_sparse(corpus: Path, tmp_path: Path) -> Non
     extra, step = figures["flops"] - figures["flops_all_dense"], figures["flops_all_dense"] / 20
     assert 6 * 256 / 64 * step / 3 < extra < 6 * 256 / 64 * step / 2
     lines = (tmp_path / "run/metrics.jsonl").read_text()
-    again = resume(tmp_path / "run", {}, tmp_path / "cache", quiet=True)
+    validate, validated = Trainer.validate, itertools.count()
+    monkeypatch.setattr(Trainer, "validate", lambda self: (next(validated), validate(self))[1])
+    again = resume(tmp_path / "run", {"sample_prompt": "the"}, tmp_path / "cache", quiet=True)
     assert again["val_loss_dense"] == figures["val_loss_dense"]
+    # By all ranks together: rank 0, which alone shows a sample, must not ask again.
+    assert next(validated) == 1
     assert (tmp_path / "run/metrics.jsonl").read_text() == lines  # a finished run has nothing to add
 
 

@@ -6,12 +6,17 @@ from pathlib import Path
 
 from switchable.compare.figures import OWN
 from switchable.compare.report import ROWS
-from switchable.train.summary import FIGURES, label, markdown
+from switchable.train.summary import FIGURES, label
 
 
 def test_the_docs_have_the_table() -> None:
     docs = (Path(__file__).parents[2] / "docs/method.md").read_text()
-    assert markdown() in docs, "put switchable.train.summary.markdown() into docs/method.md"
+    rows = [
+        f"| `{key}` | {m['unit']} | {'; '.join(part for part in (m['name'], m['more']) if part)} |"
+        for key, m in FIGURES.items()
+    ]
+    table = "\n".join(["| key | unit | meaning |", "|---|---|---|", *rows]) + "\n"
+    assert table in docs, f"put this table into docs/method.md:\n{table}"
 
 
 def test_the_comparison_calls_figures_as_the_summary_does() -> None:
