@@ -21,6 +21,7 @@ from switchable.compare.figures import (
 from switchable.compare.methods import in_order, named
 from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
+from switchable.errors import InputError
 from switchable.files import read_records, write_json, write_text
 from switchable.train.summary import label
 
@@ -62,10 +63,13 @@ HEADLINE = (
 def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     """Write the table of finished runs in all three forms; return what `compare.json` holds.
 
-    Raises InputError if a summary is damaged.
+    Raises InputError if a summary is damaged or the record of a run is gone.
     """
     summaries = {(run.method, run.seed): run.summary() for run in runs}
-    curves = {(run.method, run.seed): curve(read_records(run.path / "metrics.jsonl")) for run in runs}
+    try:
+        curves = {(run.method, run.seed): curve(read_records(run.path / "metrics.jsonl")) for run in runs}
+    except FileNotFoundError as gone:
+        raise InputError(f"{gone.filename} is gone; remove the run's folder and start again") from None
     table = tabulate(summaries, curves)
     write_json(out / "compare.json", table)
     write_text(out / "compare.md", markdown(table))

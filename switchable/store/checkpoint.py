@@ -33,8 +33,8 @@ from switchable.store.readme import readme
 
 DIVERGED = "nothing was written. Its training has diverged: lower the learning rate"
 REMEDY = (
-    "nothing was damaged and what was saved before stands. Free some space and start again, a run with --resume "
-    "(and perhaps a lower --keep)"
+    "nothing was damaged and what was saved before stands. Free some space and start again (pretrain: with --resume, "
+    "and perhaps a lower --keep)"
 )
 
 

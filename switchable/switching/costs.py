@@ -25,7 +25,7 @@ from switchable.switching.measures import Precision
 
 
 def costs_of_layers(layers: Sequence[SwitchableFFN], tokens: int, precision: Precision) -> tuple[Costs, ...]:
-    """Time the ways of every layer, on rank 0 for all.
+    """Time the ways of every layer; all ranks get what rank 0 measured.
 
     Args:
         layers: of the model.

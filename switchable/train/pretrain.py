@@ -122,7 +122,7 @@ def _locked(rundir: RunDir) -> Iterator[RunDir]:
         rundir.acquire()
         rundir.sweep()
 
-    remedy = "what was saved stands. Free some space and go on with --resume"
+    remedy = "what was saved stands. Free some space and go on (pretrain: with --resume)"
     try:
         ranks.on_main(lock)
         with full_disk_told(f"writing in {rundir.path}", remedy):

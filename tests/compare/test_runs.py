@@ -207,6 +207,9 @@ def test_a_finished_run_is_left_alone_and_a_begun_one_goes_on(
         (run.path / name).unlink()
     train(run, cache, jobs=1)
     assert (run.path / "metrics.jsonl").read_bytes() == written
+    (run.path / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"metrics.jsonl is gone; remove the run's folder"):
+        write_report([run], tmp_path)
     (run.path / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary.json is damaged; remove it"):
         run.summary()
