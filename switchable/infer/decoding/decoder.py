@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.errors import InputError
-from switchable.ffn.families import neuron_dim
+from switchable.ffn.families import d_in
 from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Norm, Step, angles_of
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
-from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
+from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
 from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import positions_of
@@ -48,9 +48,8 @@ def why_not(model: nn.Module, mode: str = "dense") -> str | None:
     if found is None:
         return "has FFNs that its family does not have"
     for each in found:
-        if mode == "sparse" and not is_compiled(each):
-            width = each.up.weight.numel() // each.up.weight.shape[neuron_dim(each.up, output=False)]
-            return f"has no compiled code for experts with {each.activation} and a width of {width}"
+        if mode == "sparse" and not each.is_compiled:
+            return f"has no compiled code for experts with {each.activation} and a width of {each.d_model}"
     return None
 
 
@@ -186,9 +185,7 @@ def _check_widths(parts: Parts, ffns: list[FFNParts]) -> None:
         InputError: says which numbers fit.
     """
     widths = {parts.tokens.weight.shape[1], parts.heads * parts.head_dim}
-    widths |= {
-        each.up.weight.shape[neuron_dim(each.up, output=False)] for each in ffns if not is_compiled(each)
-    }
+    widths |= {d_in(each.down) for each in ffns if not each.is_compiled}
     for width in sorted(widths):
         reason = why_no_loops(width, torch.float32)
         if reason is not None:
