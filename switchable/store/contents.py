@@ -53,8 +53,9 @@ def contents_of(
 
     `training` is what a resumed run needs (`training_state`), `notes` are plain values to keep beside it by file name.
     """
-    weights = {n: copy_piece(t) for n, t in untied_state(model).items() if not is_router_parameter(n)}
-    tensors = {"model.safetensors": weights, ROUTERS: routers_of(model)}
+    tensors: dict[str, dict[str, Piece]] = {"model.safetensors": {}, ROUTERS: {}}
+    for name, tensor in untied_state(model).items():
+        tensors[ROUTERS if is_router_parameter(name) else "model.safetensors"][name] = copy_piece(tensor)
     documents = dict(notes or {})
     if training is not None:
         tensors[f"training{SUFFIX}"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
@@ -62,11 +63,6 @@ def contents_of(
     generation = getattr(model, "generation_config", None)
     configs = [_config(model), *([] if generation is None else [generation])]
     return Contents(tensors, documents, configs, tokenizer)
-
-
-def routers_of(model: nn.Module) -> dict[str, Piece]:
-    """Copy the routers of a model."""
-    return {n: copy_piece(t) for n, t in untied_state(model).items() if is_router_parameter(n)}
 
 
 def own_tensors(folder: Path, name: str) -> Path:
