@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from switchable.ffn.convert import set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
-from switchable.infer.decoding.matrices import Stored
+from switchable.infer.decoding.matrices import WIDTHS, Stored
 from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
@@ -47,6 +47,11 @@ def decoding(
         return Decoder(model, weights, stored), None
     round_weights(model, weights)
     return model, reason
+
+
+def width_of(precision: str) -> str:
+    """Return the width of weights that stand for a precision: nothing here multiplies float16, which is widened."""
+    return precision if precision in WIDTHS else "float32"
 
 
 class Written(NamedTuple):

@@ -93,7 +93,10 @@ def load_int8(folder: Path, mode: str = "dense", sampling: Sampling | None = Non
         return None
     model, stored = found
     if (place / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{place / 'generation_config.json'} cannot be used: {error}") from None
     if why_not_ours(model, mode, sampling or Sampling()) is not None:
         return None
     check_fits(tokenizer, parts_of(model).tokens.num_embeddings, place)
