@@ -128,7 +128,7 @@ class Decoder:
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
         first_B = torch.zeros(sequences, dtype=torch.int64) if self.pads is None else self.pads.contiguous()
         for block in self.blocks:
-            block.attention.reserve(first_B, wanted, self.matrices.cached, self.matrices.scratch)
+            block.attention.reserve(first_B, wanted, self.matrices.many, self.matrices.scratch)
         return self._step(ids_BS)
 
     @torch.inference_mode()
@@ -140,7 +140,7 @@ class Decoder:
         sequences, length = ids_BS.shape
         x_BSD = self._embedded(ids_BS)
         places_BS = torch.arange(self.seen, self.seen + length).unsqueeze(0)
-        dtype = self.matrices.cached
+        dtype = self.matrices.many
         plain = length > 1 and self.seen + length <= MOST_PLAIN and dtype == torch.bfloat16
         mask = bias = None
         if self.pads is not None or plain:
