@@ -53,7 +53,7 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     _check_complete(folder, found, new_head=kind is not None)
     check_finite(model, str(folder), "give a checkpoint from before its training diverged")
@@ -106,10 +106,14 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         raise InputError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # What checks the settings' types raises an error of its own, because of one of these.
+        expected = (OSError, ValueError, KeyError, TypeError, AttributeError)
+        if not isinstance(error, expected) and not isinstance(error.__cause__, expected):
+            raise
         why = " ".join(str(error).split())[:300]
         raise InputError(f"{folder / 'config.json'} cannot be used: {why}") from None
-    if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == METHOD:
         del config.quantization_config
     vars(config).pop("auto_map", None)  # a sparse export's: what is written of the model may be a dense one
     return config
