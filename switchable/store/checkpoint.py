@@ -69,21 +69,19 @@ def write(folder: Path, contents: Contents) -> None:
     temporary = temporary_name(folder)
     guarded = full_disk_told(f"saving {folder}", REMEDY)
     try:
-        ranks.gather(guarded(lambda: _begin(temporary, contents)))
+        ranks.on_main(guarded(lambda: _begin(temporary, contents)))
         ranks.gather(guarded(lambda: _write_rows(temporary, contents)))
         # Checksums are of what is on disk, not of what was meant to be. The ranks share the files out.
         parts = ranks.gather(guarded(lambda: _checksums(temporary)))
         files = {name: entry for part in parts for name, entry in part.items()}
-        ranks.gather(guarded(lambda: _finish(temporary, folder, files)))
+        ranks.on_main(guarded(lambda: _finish(temporary, folder, files)))
     finally:
         if ranks.is_main():
             remove(temporary)
 
 
 def _begin(temporary: Path, contents: Contents) -> None:
-    """Make the folder with every file in its full size (rank 0)."""
-    if not ranks.is_main():
-        return
+    """Make the folder with every file in its full size."""
     remove(temporary)
     temporary.mkdir(parents=True)
     with quiet_transformers():
@@ -114,7 +112,6 @@ def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
 
 
 def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
-    """Write the manifest, flush, and give the folder its name (rank 0)."""
-    if ranks.is_main():
-        seal(temporary, files)
-        finish_folder(temporary, folder)
+    """Write the manifest, flush, and give the folder its name."""
+    seal(temporary, files)
+    finish_folder(temporary, folder)

@@ -76,7 +76,6 @@ class Decoder:
         else:
             round_weights(model, weights)
         self.model, self.matrices = model.eval(), Matrices(weights, stored)
-        names = [f"layers.{number}" for number in range(len(parts.blocks))]
         self.parallel, self.positions = parts.parallel, positions_of(model)
         tied = parts.tokens.weight is parts.head.weight
         self.tokens = None if tied else self.matrices.rows("tokens", [(parts.tokens.weight, False)])
@@ -90,10 +89,10 @@ class Decoder:
             Block(
                 Norm(block.norms[0]),
                 Norm(block.norms[1]),
-                Attention(block, parts, name, self.matrices),
-                ffn(own, f"{name}.ffn", self.matrices),
+                Attention(block, parts, f"layers.{number}", self.matrices),
+                ffn(own, f"layers.{number}.ffn", self.matrices),
             )
-            for name, block, own in zip(names, parts.blocks, found, strict=True)
+            for number, (block, own) in enumerate(zip(parts.blocks, found, strict=True))
         ]
         self.pads: Tensor | None = None
         self.seen = 0
@@ -150,8 +149,7 @@ class Decoder:
             places_BS = (places_BS - self.pads.unsqueeze(1)).clamp_min(0)
         angles = None
         if self.angles is not None:
-            cos, sin = (each[places_BS].unsqueeze(1) for each in self.angles)
-            angles = (cos, sin)
+            angles = (self.angles[0][places_BS].unsqueeze(1), self.angles[1][places_BS].unsqueeze(1))
         if self.places is not None:
             x_BSD = x_BSD + self.places[places_BS]
         step = Step(self.seen, angles, mask, bias)
