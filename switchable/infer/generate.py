@@ -19,7 +19,7 @@ from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
-from switchable.infer.text import EndOfTexts, GrowingText
+from switchable.infer.text import EndOfTexts, GrowingText, padded
 
 
 def why_not_ours(model: nn.Module, mode: str, sampling: Sampling) -> str | None:
@@ -138,9 +138,6 @@ def _continue(
         decode(model, texts, room, sampling)
         return
     pad, device = tokenizer.eos_token_id, next(model.parameters()).device
-    ids_BS = torch.full((len(texts), longest), 0 if pad is None else pad, device=device)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, text in enumerate(texts):
-        ids_BS[row, longest - len(text.ids) :] = torch.tensor(text.ids)
-        mask_BS[row, longest - len(text.ids) :] = 1
+    ids_BS, pads_B = (each.to(device) for each in padded(texts, pad or 0))
+    mask_BS = (torch.arange(longest, device=device) >= pads_B.unsqueeze(1)).long()
     sampling.generate(model, ids_BS, room, mask_BS, pad_token_id=pad, stopping_criteria=[EndOfTexts(texts)])
