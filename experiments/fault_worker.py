@@ -146,9 +146,9 @@ def _filling(write: Callable[..., None], room: int) -> Callable[..., None]:
     """A `tensorfile.write` on a disk with `room` bytes left: it writes what fits, then fails as the kernel would."""
     left = [room]
 
-    def limited(path: Path, pieces: Any, metadata: Any) -> None:
+    def limited(path: Path, pieces: Any) -> None:
         size = path.stat().st_size
-        write(path, pieces, metadata)
+        write(path, pieces)
         left[0] -= size
         if left[0] < 0:
             os.truncate(path, max(0, size + left[0]))

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if "" in args.stop:
         raise InputError("--stop '' would end every text at once; give one character or more")
     from switchable.ffn.convert import set_mode, shown_mode
-    from switchable.infer.generate import decoding, write_each
+    from switchable.infer.generate import decoding, width_of, write_each
     from switchable.infer.precision import chosen_precision, multiplying_in
     from switchable.infer.sampling import Sampling
     from switchable.progress import say
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer, stored = *load_with_tokenizer(args.folder), None
     else:
         model, tokenizer, stored = quantised
-    weights = args.weights or chosen_precision(model, asked)
+    weights = args.weights or width_of(chosen_precision(model, asked))
     precision = "float32" if weights == "float32" else "bfloat16"
     set_mode(model, args.mode, args.experts_per_token, args.mass)
     ready, why_not = decoding(model, weights, args.mode, sampling, stored)

@@ -21,6 +21,7 @@ from switchable.evaluation.text import text_scores, tokenise
 from switchable.evaluation.ways import ways
 from switchable.ffn.convert import layers_of, shown_mode
 from switchable.infer.decoding.rounded import round_weights
+from switchable.infer.generate import width_of
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.precision import chosen_precision, multiplying_in
 from switchable.progress import progress_bar, say
@@ -102,7 +103,8 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
         with multiplying_in(model, precision):
             scores += task_scores(model, tokenizer, tasks, found_ways, config.batch_size, config.limit, show)
     if config.speed:
-        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, config.weights or precision)
+        width = config.weights or width_of(precision)
+        found_speeds, how = speeds(model, text.ids.tolist(), found_ways, scores, width)
         say(f"speed: {how}", show)
     return Evaluation(scores, precision, weights, found_speeds)
 

@@ -64,11 +64,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def fill_masks(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
 ) -> tuple[str, int]:
-    """Return the prompt with a token in place of each mask, all drawn at once, and their number.
-
-    Raises:
-        InputError: the prompt has more tokens than the model has positions.
-    """
+    """Return the prompt with a token in place of each mask, all drawn at once, and their number."""
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
     masked = ids == tokenizer.mask_token_id

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from switchable.ffn.convert import set_mode
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.loop import decode, ends_of, why_not_written
-from switchable.infer.decoding.matrices import Stored
+from switchable.infer.decoding.matrices import WIDTHS, Stored
 from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.fill import check_prompt, fill_masks, fill_spans, prompt_ids
 from switchable.infer.loss import objective_of_model, positions_of
 from switchable.infer.sampling import Sampling
-from switchable.infer.text import EndOfTexts, GrowingText
+from switchable.infer.text import EndOfTexts, GrowingText, padded
 
 
 def why_not_ours(model: nn.Module, mode: str, sampling: Sampling) -> str | None:
@@ -47,6 +47,11 @@ def decoding(
         return Decoder(model, weights, stored), None
     round_weights(model, weights)
     return model, reason
+
+
+def width_of(precision: str) -> str:
+    """Return the width of weights that stand for a precision: nothing here multiplies float16, which is widened."""
+    return precision if precision in WIDTHS else "float32"
 
 
 class Written(NamedTuple):
@@ -133,9 +138,6 @@ def _continue(
         decode(model, texts, room, sampling)
         return
     pad, device = tokenizer.eos_token_id, next(model.parameters()).device
-    ids_BS = torch.full((len(texts), longest), 0 if pad is None else pad, device=device)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, text in enumerate(texts):
-        ids_BS[row, longest - len(text.ids) :] = torch.tensor(text.ids)
-        mask_BS[row, longest - len(text.ids) :] = 1
+    ids_BS, pads_B = (each.to(device) for each in padded(texts, pad or 0))
+    mask_BS = (torch.arange(longest, device=device) >= pads_B.unsqueeze(1)).long()
     sampling.generate(model, ids_BS, room, mask_BS, pad_token_id=pad, stopping_criteria=[EndOfTexts(texts)])

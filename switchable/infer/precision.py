@@ -19,5 +19,5 @@ def multiplying_in(model: nn.Module, precision: str) -> torch.autocast:
     if precision == "float32":
         model.float()
     weight = next(model.parameters())
-    narrows = precision == "bfloat16" != str(weight.dtype).removeprefix("torch.")
+    narrows = precision == "bfloat16" and weight.dtype != torch.bfloat16
     return torch.autocast(weight.device.type, torch.bfloat16, enabled=narrows)

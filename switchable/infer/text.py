@@ -93,6 +93,14 @@ class GrowingText:
         return str(self.tokenizer.decode(self.ids[first:after], skip_special_tokens=True))
 
 
+def padded(texts: Sequence[GrowingText], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the tokens of texts [B, S], the shorter ones behind padding, and how much each has of it [B]."""
+    longest = max(len(text.ids) for text in texts)
+    pads = [longest - len(text.ids) for text in texts]
+    ids_BS = torch.tensor([[pad] * more + text.ids for more, text in zip(pads, texts, strict=True)])
+    return ids_BS, torch.tensor(pads)
+
+
 class EndOfTexts(StoppingCriteria):  # type: ignore[misc]
     """Tells transformers' `generate` which texts have ended, and shows them."""
 

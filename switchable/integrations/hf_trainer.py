@@ -79,7 +79,7 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         # For a loss that the Trainer computes itself: with label smoothing, or `compute_loss_func`.
         layers_of(model)[0].ssd.loss_scale.unseen = 1.0 / args.gradient_accumulation_steps
         if state.global_step > 0:
-            self.controller.load_state_dict(_stored(state, type(self).__name__, state.global_step))
+            self.controller.load_state_dict(_stored(state, type(self).__name__))
         self._leave_step(model)
 
     def on_step_begin(self, *_: Any, model: nn.Module, **_others: Any) -> None:
@@ -130,12 +130,13 @@ class SwitchableCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         return {"args": {}, "attributes": {"controller_state": plain}}
 
 
-def _stored(state: TrainerState, name: str, step: int) -> dict[str, Any]:
+def _stored(state: TrainerState, name: str) -> dict[str, Any]:
     found = (state.stateful_callbacks or {}).get(name, {})
     kept = found.get("attributes", {}).get("controller_state") if isinstance(found, dict) else None
-    if kept is None or kept["steps_done"] != step:
+    if kept is None or kept["steps_done"] != state.global_step:
         raise InputError(
-            f"the checkpoint at step {step} was not trained with one {name}; resume from one that was, or start anew"
+            f"the checkpoint at step {state.global_step} was not trained with one {name}; "
+            "resume from one that was, or start anew"
         )
     return {**kept, **{key: [_as_tensor(text) for text in kept[key]] for key in PER_LAYER}}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from switchable import ranks
@@ -41,20 +41,23 @@ REMEDY = (
 def save(
     folder: Path,
     model: nn.Module,
-    training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the `contents_of` a model as the checkpoint `folder`; every rank must call it.
+    """Write a finished model as the checkpoint `folder`; every rank must call it.
+
+    `notes` are plain values to keep beside it, by file name.
 
     Raises:
         InputError: no space left on the device, or weights that are not finite. What was there before is untouched.
     """
     ranks.together(lambda: check_finite(model, f"the model for {folder}", DIVERGED))
-    notes = dict(notes or {})
+    contents = contents_of(model)
+    contents.tokenizer = tokenizer
+    contents.documents |= notes or {}
     if layers_of(model)[0].has_dense_mode:  # what has none, a baseline of a comparison, is never opened again
-        notes["README.md"] = readme(model, "sparse", folder.name, tokenizer is not None)
-    write(folder, contents_of(model, training, tokenizer, notes))
+        contents.documents["README.md"] = readme(model, "sparse", folder.name, tokenizer is not None)
+    write(folder, contents)
 
 
 def write(folder: Path, contents: Contents) -> None:
@@ -64,29 +67,21 @@ def write(folder: Path, contents: Contents) -> None:
     if no space is left on the device, or a rank does not see the folder.
     """
     temporary = temporary_name(folder)
-
-    def guarded(step: Any, *arguments: Any) -> list[Any]:
-        def work() -> Any:
-            with full_disk_told(f"saving {folder}", REMEDY):
-                return step(temporary, *arguments)
-
-        return ranks.gather(work)
-
+    guarded = full_disk_told(f"saving {folder}", REMEDY)
     try:
-        guarded(_begin, contents)
-        guarded(_write_rows, contents)
+        ranks.on_main(guarded(lambda: _begin(temporary, contents)))
+        ranks.gather(guarded(lambda: _write_rows(temporary, contents)))
         # Checksums are of what is on disk, not of what was meant to be. The ranks share the files out.
-        parts = guarded(_checksums)
-        guarded(_finish, folder, {name: entry for part in parts for name, entry in part.items()})
+        parts = ranks.gather(guarded(lambda: _checksums(temporary)))
+        files = {name: entry for part in parts for name, entry in part.items()}
+        ranks.on_main(guarded(lambda: _finish(temporary, folder, files)))
     finally:
         if ranks.is_main():
             remove(temporary)
 
 
 def _begin(temporary: Path, contents: Contents) -> None:
-    """Make the folder with every file in its full size (rank 0)."""
-    if not ranks.is_main():
-        return
+    """Make the folder with every file in its full size."""
     remove(temporary)
     temporary.mkdir(parents=True)
     with quiet_transformers():
@@ -117,7 +112,6 @@ def _checksums(temporary: Path) -> dict[str, dict[str, Any]]:
 
 
 def _finish(temporary: Path, folder: Path, files: Mapping[str, Any]) -> None:
-    """Write the manifest, flush, and give the folder its name (rank 0)."""
-    if ranks.is_main():
-        seal(temporary, files)
-        finish_folder(temporary, folder)
+    """Write the manifest, flush, and give the folder its name."""
+    seal(temporary, files)
+    finish_folder(temporary, folder)

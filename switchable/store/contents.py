@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,35 +38,25 @@ class Contents:
     """File in safetensors form -> tensor name -> this rank's rows."""
     documents: dict[str, Any]
     """File -> value, as JSON, or the text of a `.md`."""
-    configs: list[Any] = field(default_factory=list)
+    configs: list[Any]
     """Objects with `save_pretrained(folder)`: the model's config, its generation config."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def contents_of(
-    model: nn.Module,
-    training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    notes: Mapping[str, Any] | None = None,
+    model: nn.Module, training: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 ) -> Contents:
-    """Copy what a checkpoint of a converted model holds.
-
-    `training` is what a resumed run needs (`training_state`), `notes` are plain values to keep beside it by file name.
-    """
-    weights = {n: copy_piece(t) for n, t in untied_state(model).items() if not is_router_parameter(n)}
-    tensors = {"model.safetensors": weights, ROUTERS: routers_of(model)}
-    documents = dict(notes or {})
+    """Copy what a checkpoint of a converted model holds; `training` is what a resumed run needs (`training_state`)."""
+    tensors: dict[str, dict[str, Piece]] = {"model.safetensors": {}, ROUTERS: {}}
+    for name, tensor in untied_state(model).items():
+        tensors[ROUTERS if is_router_parameter(name) else "model.safetensors"][name] = copy_piece(tensor)
+    documents: dict[str, Any] = {}
     if training is not None:
         tensors[f"training{SUFFIX}"] = {name: copy_piece(tensor) for name, tensor in training[0].items()}
         documents["training.json"] = training[1]
     generation = getattr(model, "generation_config", None)
     configs = [_config(model), *([] if generation is None else [generation])]
-    return Contents(tensors, documents, configs, tokenizer)
-
-
-def routers_of(model: nn.Module) -> dict[str, Piece]:
-    """Copy the routers of a model."""
-    return {n: copy_piece(t) for n, t in untied_state(model).items() if is_router_parameter(n)}
+    return Contents(tensors, documents, configs)
 
 
 def own_tensors(folder: Path, name: str) -> Path:

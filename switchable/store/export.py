@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from switchable.data.tokenizers import save_tokenizer
@@ -31,13 +32,13 @@ from switchable.files import (
 )
 from switchable.infer.decoding.matrices import WIDTHS
 from switchable.infer.decoding.rounded import round_weights
-from switchable.store import tensorfile
-from switchable.store.contents import ROUTERS, routers_of
+from switchable.store.contents import ROUTERS
 from switchable.store.folders import entry, seal
 from switchable.store.load import load
 from switchable.store.pretrained import SHARD_SIZE, save_plain
 from switchable.store.quantised import check_int8, write_int8
 from switchable.store.readme import class_name, engines, readme
+from switchable.store.tensorfile import METADATA
 
 AUTO_CLASSES = {
     "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -123,9 +124,8 @@ def export(
 
 def _add_experts(folder: Path, model: nn.Module, in_8_bits: bool) -> None:
     """Make the folder of a plain model a sparse one."""
-    routers = routers_of(model)
-    tensorfile.create(folder / ROUTERS, routers)
-    tensorfile.write(folder / ROUTERS, routers)
+    routers = {name: each for name, each in model.state_dict().items() if is_router_parameter(name)}
+    save_file(routers, folder / ROUTERS, METADATA)
     if in_8_bits:
         write_int8(copy.deepcopy(model), folder)
     # Of the tensors alone: texts such as the README are for everyone to change.

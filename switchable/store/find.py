@@ -15,7 +15,7 @@ from switchable.store.rundir import RunDir
 
 def run_config(folder: Path) -> RunConfig | None:
     """Return the configuration of the run that a folder is, or lies in (as a checkpoint); None if there is none."""
-    for place in (folder, folder.parent, folder.parent.parent):
+    for place in (folder, *folder.absolute().parents[:2]):
         if RunDir(place).config.is_file():
             return read_stored(RunDir(place).config)
     return None
@@ -44,7 +44,7 @@ def find_model(folder: Path) -> Path:
 
 def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a model, from its folder or the run that it lies in; None if there is none."""
-    for place in (folder, folder.parent.parent / "tokenizer"):
+    for place in (folder, folder.absolute().parent.parent / "tokenizer"):
         if (place / "tokenizer_config.json").is_file():
             return load_tokenizer(place)
     return None

@@ -15,7 +15,7 @@ from switchable.store.contents import own_tensors
 from switchable.store.experts import restore_experts
 from switchable.store.find import find_model, load_tokenizer_of
 from switchable.store.folders import MANIFEST, check_whole
-from switchable.store.pretrained import NEW_HEAD, load_config, load_pretrained
+from switchable.store.pretrained import load_config, load_pretrained
 
 
 def load(
@@ -42,8 +42,7 @@ def load(
     tokenizer = load_tokenizer_of(chosen)
     if own_tensors(chosen, "switchable").is_file() or (chosen / MANIFEST).is_file():
         check_whole(chosen)
-    new = "" if kind is None else NEW_HEAD
-    model = load_pretrained(chosen, load_config(chosen, **changes), kind, new)
+    model = load_pretrained(chosen, load_config(chosen, **changes), kind)
     if not restore_experts(chosen, model):
         logging.getLogger(__name__).warning(
             "%s is a plain dense model; make it switchable with: switchable convert %s --data TEXT --out DIR",

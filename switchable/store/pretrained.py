@@ -25,17 +25,17 @@ SHARD_SIZE = "5GB"
 """Largest file of weights that an export writes."""
 METHOD = "switchable"
 """Older sparse exports name this quantisation method in `config.json`; nothing is quantised."""
-NEW_HEAD = r"score|classif|pooler|qa_outputs"
+HEAD = r"score|classif|pooler|qa_outputs"
 """Weights that a model for a task has and a language model has not: they are drawn anew."""
 
 
 def load_pretrained(
-    folder: Path, config: PreTrainedConfig | None = None, kind: Any = None, new: str = ""
+    folder: Path, config: PreTrainedConfig | None = None, kind: Any = None
 ) -> PreTrainedModel:
     """Load a plain Hugging Face checkpoint on the CPU, in its own dtype, in evaluation mode.
 
-    `config` takes the place of the folder's, `kind` that of the class of transformers which the config names; `new` is
-    the pattern of weights that may be missing, because the class adds them: a new head's.
+    `config` takes the place of the folder's, `kind` that of the class of transformers which the config names: its head
+    may be new, so that its weights are missing.
 
     Raises:
         InputError: no such folder, no weights, or weights that do not fit the config or are not finite.
@@ -43,10 +43,9 @@ def load_pretrained(
     if config is None:
         config = load_config(folder)
     _check_weights(folder, config)
-    kind = class_of(config) if kind is None else kind
     try:
         with quiet_transformers():
-            model, found = kind.from_pretrained(
+            model, found = (kind or class_of(config)).from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
@@ -54,9 +53,9 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    _check_complete(folder, found, new)
+    _check_complete(folder, found, new_head=kind is not None)
     check_finite(model, str(folder), "give a checkpoint from before its training diverged")
     name_the_loss(model)
     return model.eval()
@@ -84,11 +83,11 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_complete(folder: Path, found: Mapping[str, Any], new: str) -> None:
+def _check_complete(folder: Path, found: Mapping[str, Any], new_head: bool) -> None:
     """Refuse weights that are missing, of another shape, or belong to layers that the config does not have."""
     in_layers = [key for key in found["unexpected_keys"] if re.search(r"\.\d+\.", key)]
     wrong = {
-        "missing": sorted(key for key in found["missing_keys"] if not (new and re.search(new, key))),
+        "missing": sorted(k for k in found["missing_keys"] if not (new_head and re.search(HEAD, k))),
         "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
         "of layers that the config does not have": sorted(k for k in in_layers if not is_router_parameter(k)),
     }
@@ -107,10 +106,14 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         raise InputError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # What checks the settings' types raises an error of its own, because of one of these.
+        expected = (OSError, ValueError, KeyError, TypeError, AttributeError)
+        if not isinstance(error, expected) and not isinstance(error.__cause__, expected):
+            raise
         why = " ".join(str(error).split())[:300]
         raise InputError(f"{folder / 'config.json'} cannot be used: {why}") from None
-    if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == METHOD:
         del config.quantization_config
     vars(config).pop("auto_map", None)  # a sparse export's: what is written of the model may be a dense one
     return config

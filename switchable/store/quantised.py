@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -23,11 +24,10 @@ from switchable.errors import InputError
 from switchable.infer.decoding.decoder import Decoder, why_not
 from switchable.infer.decoding.families import parts_of
 from switchable.infer.decoding.matrices import Quantised, Stacked, Stored
-from switchable.infer.decoding.skeleton import facts_of, skeleton, tensors_of
+from switchable.infer.decoding.skeleton import facts_and_tensors, skeleton
 from switchable.infer.generate import why_not_ours
 from switchable.infer.sampling import Sampling
 from switchable.memory import give_back_freed_memory
-from switchable.store import tensorfile
 from switchable.store.contents import SUFFIX
 from switchable.store.find import find_model, load_tokenizer_of
 from switchable.store.folders import MANIFEST, check_whole
@@ -61,13 +61,11 @@ def check_int8(model: nn.Module) -> None:
 
 def write_int8(model: nn.Module, folder: Path) -> None:
     """Write a converted model's matrices in 8 bits, and what else a decoder needs; the model is used up by it."""
-    metadata = {KEY: str(FORMAT), FACTS: json.dumps(facts_of(model))}
-    tensors = {f"plain:{name}": each for name, each in tensors_of(model).items()}
+    facts, plain = facts_and_tensors(model)
+    tensors = {f"plain:{name}": each for name, each in plain.items()}
     for name, (rows_ND, scale_N) in Decoder(model, "int8").matrices.taken.items():
         tensors |= {f"matrix:{name}": rows_ND, f"scale:{name}": scale_N}  # type: ignore[dict-item]
-    pieces = {name: tensorfile.copy_piece(each) for name, each in tensors.items()}
-    tensorfile.create(folder / FILE, pieces, metadata)
-    tensorfile.write(folder / FILE, pieces, metadata)
+    save_file(tensors, folder / FILE, {KEY: str(FORMAT), FACTS: json.dumps(facts)})
 
 
 def load_int8(folder: Path, mode: str = "dense", sampling: Sampling | None = None) -> QuantisedModel | None:
@@ -95,7 +93,10 @@ def load_int8(folder: Path, mode: str = "dense", sampling: Sampling | None = Non
         return None
     model, stored = found
     if (place / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{place / 'generation_config.json'} cannot be used: {error}") from None
     if why_not_ours(model, mode, sampling or Sampling()) is not None:
         return None
     check_fits(tokenizer, parts_of(model).tokens.num_embeddings, place)

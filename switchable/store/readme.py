@@ -41,15 +41,16 @@ LLAMA_CPP = {
 
 def readme(model: nn.Module, to: str, name: str, has_tokenizer: bool) -> str:
     """Return the README of the folder `name`; `to` is a key of TEXTS."""
-    lines, more = TEXTS[to]
-    mode = "sparse" if any(layer.ssd.takes_part for layer in layers_of(model)) else "dense"
+    (lines, more), layers = TEXTS[to], layers_of(model)
+    mode = "sparse" if any(layer.ssd.takes_part for layer in layers) else "dense"
     code = lines.format(kind=class_name(model), name=name, mode=mode).splitlines()
     if not has_tokenizer:
         code = [line.replace("AutoTokenizer, ", "") for line in code if not line.startswith("tokenizer")]
     said = "\n".join(code)
-    name_of = [layer.ssd.settings.activation for layer in layers_of(model)[:1]]
-    computes = [ACTIVATION.format(name=activation, llama_cpp=engines(model)) for activation in name_of]
-    more = "\n\n".join([more.replace("{name}", name), *computes])
+    more = more.replace("{name}", name)
+    if layers:
+        own = layers[0].ssd.settings.activation
+        more += "\n\n" + ACTIVATION.format(name=own, llama_cpp=engines(model))
     return f"# {name}\n\nFrom the folder in which this one lies:\n\n```python\n{said}\n```\n\n{more}\n"
 
 

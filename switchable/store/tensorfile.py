@@ -68,11 +68,11 @@ def copy_piece(tensor: Tensor) -> Piece:
     return Piece(tuple(tensor.shape), tensor.dtype, data, first)
 
 
-def _layout(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def _layout(pieces: Mapping[str, Piece]) -> tuple[bytes, dict[str, int]]:
     """Return the start of the file and where in the file each tensor begins."""
     # Widest types first keep every tensor aligned to its type.
     names = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": METADATA}
     begins, end = {}, 0
     for name in names:
         piece = pieces[name]
@@ -85,17 +85,17 @@ def _layout(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[b
     return start, {name: len(start) + begin for name, begin in begins.items()}
 
 
-def create(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] = METADATA) -> None:
+def create(path: Path, pieces: Mapping[str, Piece]) -> None:
     """Write the header and give the file its full size (one process does this, before any writes its rows)."""
-    start, _ = _layout(pieces, metadata)
+    start, _ = _layout(pieces)
     with path.open("wb") as file:
         file.write(start)
         file.truncate(len(start) + sum(piece.bytes for piece in pieces.values()))
 
 
-def write(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] = METADATA) -> None:
+def write(path: Path, pieces: Mapping[str, Piece]) -> None:
     """Write this rank's rows into a created file and flush them to disk; raise OSError if, say, that is full."""
-    _, begins = _layout(pieces, metadata)
+    _, begins = _layout(pieces)
     with path.open("r+b") as file:
         for name, piece in pieces.items():
             if piece.data is not None and piece.data.numel():

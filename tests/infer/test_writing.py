@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from switchable import SwitchConfig, convert
+from switchable.cli import main
 from switchable.compute.cpu.llvm import this_machine
 from switchable.data.tokenizers import train_bpe
 from switchable.ffn.builders import build_model
@@ -16,6 +18,7 @@ from switchable.infer.decoding.loop import why_not_written
 from switchable.infer.generate import decoding, write, write_each
 from switchable.infer.sampling import Sampling
 from switchable.infer.text import GrowingText
+from switchable.store.checkpoint import save
 
 TEXT = "the cat sat on a mat, señor ☕ the end"
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
@@ -125,3 +128,18 @@ def test_settings_of_generation_that_our_loop_does_not_know_are_left_to_transfor
         ready, why_not = decoding(model, width, "dense", GREEDY)
         assert ready is model
         assert "asks for repetition_penalty" in str(why_not)
+
+
+@pytest.mark.parametrize(("family", "prompt"), [("gpt2", "the cat"), ("bert", "the <mask> sat")])
+def test_weights_in_float16_are_widened(
+    family: str, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = train_bpe([TEXT] * 3, 300, "masked" if family == "bert" else "causal")
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "max_positions": 40}
+    special = {"eos_token_id": own.eos_token_id}
+    special |= {"pad_token_id": own.pad_token_id} if family == "bert" else {}
+    model = build_model(family, sizes, "relu", len(own), special).half()
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2))
+    save(tmp_path / "half", model, tokenizer=own)
+    assert main(["generate", str(tmp_path / "half"), "--prompt", prompt, "--max-new-tokens", "2"]) == 0
+    assert "dense mode, in float32" in capsys.readouterr().err

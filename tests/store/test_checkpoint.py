@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from switchable import InputError, set_mode
+from switchable.data.tokenizers import train_bpe
 from switchable.store import checkpoint, folders, tensorfile
-from switchable.store.find import find_model
+from switchable.store.find import find_model, load_tokenizer_of, trained_precision
 from switchable.store.load import load
 
 PLAIN = """
@@ -135,3 +136,14 @@ def test_find_model_says_what_it_looked_for(tmp_path: Path) -> None:
         find_model(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"neither a finished run nor a checkpoint"):
         find_model(tmp_path)
+
+
+def test_a_run_is_found_from_the_folder_of_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("train: {precision: bfloat16}\n")
+    train_bpe(["the cat"] * 3, 260).save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert trained_precision(Path("step-000001")) == "bfloat16"
+    assert load_tokenizer_of(Path("step-000001")) is not None

@@ -39,11 +39,16 @@ def test_weights_that_are_missing_pickled_or_of_another_model(tmp_path: Path) ->
         ({"n_inner": 32}, r"of another shape, e\.g\. transformer\.h\.0\.mlp\.c_fc"),
         ({"architectures": ["GPT9"]}, "names the model class 'GPT9'"),
         ({"model_type": "gpt9"}, "cannot be used"),
+        ({"n_layer": "two"}, r"config\.json cannot be used: Validation error for field 'n_layer'"),
+        ({"id2label": 3}, r"config\.json cannot be used"),
+        ({"dtype": "float99"}, r"config\.json cannot be used"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded: .*GPTQ"),
     ):
         config.write_text(json.dumps(settings | change))
         with pytest.raises(InputError, match=message):
             load_pretrained(tmp_path / "plain")
-    config.write_text(json.dumps(settings))
+    config.write_text(json.dumps(settings | {"quantization_config": None}))
+    assert load_pretrained(tmp_path / "plain").config.n_layer == 2
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be loaded"):
         load_pretrained(tmp_path / "plain")

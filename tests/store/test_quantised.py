@@ -173,6 +173,15 @@ def test_what_our_decoding_is_not_for_is_rounded_and_written_by_transformers(
         assert "asks for repetition_penalty in its generation config" in capsys.readouterr().err
 
 
+def test_a_generation_config_that_is_no_json_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(checkpoint(tmp_path / "own"), "sparse", tmp_path / "out", weights="int8")
+    (tmp_path / "out" / "generation_config.json").write_text("{nope")
+    words = refused(capsys, "generate", tmp_path / "out", "--weights", "int8", "--prompt", "the cat")
+    assert "generation_config.json cannot be used" in words
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(each) for each in arguments]) == 2
     message = capsys.readouterr().err.strip()

@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from switchable.store import tensorfile
-from switchable.store.tensorfile import NAMES, Piece, TensorFile, copy_piece
-
-META = {"format": "pt"}
+from switchable.store.tensorfile import METADATA, NAMES, Piece, TensorFile, copy_piece
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -27,15 +25,15 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_one_writer_makes_what_safetensors_reads(tmp_path: Path) -> None:
     given = tensors()
     pieces = {name: copy_piece(tensor) for name, tensor in given.items()}
-    tensorfile.create(tmp_path / "a", pieces, META)
-    tensorfile.write(tmp_path / "a", pieces, META)
+    tensorfile.create(tmp_path / "a", pieces)
+    tensorfile.write(tmp_path / "a", pieces)
     found = load_file(tmp_path / "a")
     assert found.keys() == given.keys()
     for name, tensor in given.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
     plain = {name: tensor.contiguous() for name, tensor in given.items()}
-    save_file(plain, tmp_path / "b", META)
+    save_file(plain, tmp_path / "b", METADATA)
     assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
 
 
@@ -47,9 +45,9 @@ def test_writers_of_some_rows_each_make_the_same_file(tmp_path: Path, ranks: int
         {"t": Piece((5, 11), whole.dtype, whole[r * rows : (r + 1) * rows].clone(), min(r * rows, 5))}
         for r in range(ranks)
     ]
-    tensorfile.create(tmp_path / "t", parts[0], META)
+    tensorfile.create(tmp_path / "t", parts[0])
     for part in reversed(parts):
-        tensorfile.write(tmp_path / "t", part, META)
+        tensorfile.write(tmp_path / "t", part)
     assert torch.equal(load_file(tmp_path / "t")["t"], whole)
 
 
@@ -57,8 +55,8 @@ def test_a_copy_does_not_follow_its_tensor(tmp_path: Path) -> None:
     tensor = torch.ones(3, 4)
     pieces = {"t": copy_piece(tensor)}
     tensor.zero_()
-    tensorfile.create(tmp_path / "t", pieces, META)
-    tensorfile.write(tmp_path / "t", pieces, META)
+    tensorfile.create(tmp_path / "t", pieces)
+    tensorfile.write(tmp_path / "t", pieces)
     file = TensorFile(tmp_path / "t")
     assert file.shape("t") == (3, 4)
     file.read_into("t", tensor)

@@ -20,7 +20,7 @@ from switchable.cli.plan import _shown
 from switchable.config import RunConfig, from_dict
 from switchable.ffn.convert import set_mode
 from switchable.store import checkpoint
-from switchable.store.contents import training_state
+from switchable.store.contents import contents_of, training_state
 from switchable.switching.schedule import Schedule
 from switchable.timing import processor
 from switchable.train.flops import StepFlops
@@ -61,7 +61,7 @@ def weigh(config: RunConfig, folder: Path) -> None:
             held += _local(parameter).nbytes
             held += sum(_local(t).nbytes for t in job.optimizer.state[parameter].values() if t.ndim)
         state = training_state(job.model, job.optimizer, job.controller.state_dict(), {})
-        checkpoint.save(folder / "saved", job.model, state)
+        checkpoint.write(folder / "saved", contents_of(job.model, state))
         if dist.get_rank() == 0:
             found = {
                 "parameters": sum(p.numel() for p in job.model.parameters()), "held": held,

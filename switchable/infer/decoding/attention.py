@@ -81,7 +81,7 @@ class Attention:
         self.out = matrices.matrix(f"{name}.out", block.out)
         self.heads, self.groups, self.size = parts.heads, parts.kv_heads, parts.head_dim
         self.by_head = parts.by_head
-        self.head_norms = None if block.head_norms is None else tuple(map(Norm, block.head_norms))
+        self.head_norms = tuple(map(Norm, block.head_norms))
         self.cache = torch.empty(0)
         self.attend: AttendCall | None = None
 
@@ -125,7 +125,7 @@ class Attention:
             return tuple(each)
         whole = qkv.view(sequences, -1, self.heads + 2 * self.groups, self.size).transpose(1, 2)
         q, k, v = torch.split(whole, [self.heads, self.groups, self.groups], dim=1)
-        if self.head_norms is not None:
+        if self.head_norms:
             q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
         return q, k, v
 

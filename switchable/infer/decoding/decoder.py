@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.errors import InputError
-from switchable.ffn.families import neuron_dim
+from switchable.ffn.families import d_in
 from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Norm, Step, angles_of
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
-from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of, is_compiled
+from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
 from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import positions_of
@@ -48,9 +48,8 @@ def why_not(model: nn.Module, mode: str = "dense") -> str | None:
     if found is None:
         return "has FFNs that its family does not have"
     for each in found:
-        if mode == "sparse" and not is_compiled(each):
-            width = each.up.weight.numel() // each.up.weight.shape[neuron_dim(each.up, output=False)]
-            return f"has no compiled code for experts with {each.activation} and a width of {width}"
+        if mode == "sparse" and not each.is_compiled:
+            return f"has no compiled code for experts with {each.activation} and a width of {each.d_model}"
     return None
 
 
@@ -77,7 +76,6 @@ class Decoder:
         else:
             round_weights(model, weights)
         self.model, self.matrices = model.eval(), Matrices(weights, stored)
-        names = [f"layers.{number}" for number in range(len(parts.blocks))]
         self.parallel, self.positions = parts.parallel, positions_of(model)
         tied = parts.tokens.weight is parts.head.weight
         self.tokens = None if tied else self.matrices.rows("tokens", [(parts.tokens.weight, False)])
@@ -91,10 +89,10 @@ class Decoder:
             Block(
                 Norm(block.norms[0]),
                 Norm(block.norms[1]),
-                Attention(block, parts, name, self.matrices),
-                ffn(own, f"{name}.ffn", self.matrices),
+                Attention(block, parts, f"layers.{number}", self.matrices),
+                ffn(own, f"layers.{number}.ffn", self.matrices),
             )
-            for name, block, own in zip(names, parts.blocks, found, strict=True)
+            for number, (block, own) in enumerate(zip(parts.blocks, found, strict=True))
         ]
         self.pads: Tensor | None = None
         self.seen = 0
@@ -129,7 +127,7 @@ class Decoder:
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
         first_B = torch.zeros(sequences, dtype=torch.int64) if self.pads is None else self.pads.contiguous()
         for block in self.blocks:
-            block.attention.reserve(first_B, wanted, self.matrices.cached, self.matrices.scratch)
+            block.attention.reserve(first_B, wanted, self.matrices.many, self.matrices.scratch)
         return self._step(ids_BS)
 
     @torch.inference_mode()
@@ -141,7 +139,7 @@ class Decoder:
         sequences, length = ids_BS.shape
         x_BSD = self._embedded(ids_BS)
         places_BS = torch.arange(self.seen, self.seen + length).unsqueeze(0)
-        dtype = self.matrices.cached
+        dtype = self.matrices.many
         plain = length > 1 and self.seen + length <= MOST_PLAIN and dtype == torch.bfloat16
         mask = bias = None
         if self.pads is not None or plain:
@@ -151,8 +149,7 @@ class Decoder:
             places_BS = (places_BS - self.pads.unsqueeze(1)).clamp_min(0)
         angles = None
         if self.angles is not None:
-            cos, sin = (each[places_BS].unsqueeze(1) for each in self.angles)
-            angles = (cos, sin)
+            angles = (self.angles[0][places_BS].unsqueeze(1), self.angles[1][places_BS].unsqueeze(1))
         if self.places is not None:
             x_BSD = x_BSD + self.places[places_BS]
         step = Step(self.seen, angles, mask, bias)
@@ -186,9 +183,7 @@ def _check_widths(parts: Parts, ffns: list[FFNParts]) -> None:
         InputError: says which numbers fit.
     """
     widths = {parts.tokens.weight.shape[1], parts.heads * parts.head_dim}
-    widths |= {
-        each.up.weight.shape[neuron_dim(each.up, output=False)] for each in ffns if not is_compiled(each)
-    }
+    widths |= {d_in(each.down) for each in ffns if not each.is_compiled}
     for width in sorted(widths):
         reason = why_no_loops(width, torch.float32)
         if reason is not None:

@@ -14,8 +14,7 @@ Settings that change the formula beyond this are refused (`why_not`): then trans
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -32,8 +31,8 @@ class BlockParts(NamedTuple):
     out: nn.Linear
     ffn: nn.Module
     """The FFN's own module, or the layer where it has none."""
-    head_norms: tuple[nn.Module, nn.Module] | None = None
-    """Of q and k."""
+    head_norms: tuple[nn.Module, ...] = ()
+    """Of q and k, if there are any."""
 
 
 class Parts(NamedTuple):
@@ -79,100 +78,61 @@ class Skeleton(nn.Module):
         """What a decoder takes."""
         blocks = []
         for b in cast(Any, self.layers):
-            norms = None if b.q_norm is None else (b.q_norm, b.k_norm)
+            norms = () if b.q_norm is None else (b.q_norm, b.k_norm)
             blocks.append(BlockParts((b.norm0, b.norm1), (b.qkv,), b.out, b.ffn, norms))
         return Parts(self.tokens, self.positions, self.rotary, blocks, self.norm, self.head, **self.sizes)
 
 
-def _gpt2(model: Any) -> Parts:
-    config, inner = model.config, model.transformer
-    blocks = [
-        BlockParts((b.ln_1, b.ln_2), (b.attn.c_attn,), b.attn.c_proj, b.mlp) for b in cast(Any, inner.h)
-    ]
-    heads = config.n_head
-    sizes = (heads, heads, config.n_embd // heads)
-    return Parts(inner.wte, inner.wpe.weight, None, blocks, inner.ln_f, model.lm_head, *sizes)
+class Names(NamedTuple):
+    """What a family calls its modules: the inner model, its parts, and, up to `head_norms`, those of a layer."""
+
+    inner: str
+    norms: tuple[str, str]
+    qkv: tuple[str, ...]
+    out: str
+    ffn: str = "mlp"
+    head_norms: tuple[str, ...] = ()
+    blocks: str = "layers"
+    norm: str = "norm"
+    positions: str | None = None
+    by_head: bool = False
 
 
-def _opt(model: Any) -> Parts:
-    config, inner = model.config, model.model.decoder
-    blocks = [
-        BlockParts(
-            (b.self_attn_layer_norm, b.final_layer_norm),
-            (b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj),
-            b.self_attn.out_proj,
-            b,
-        )
-        for b in inner.layers
-    ]
-    positions = inner.embed_positions
-    heads = config.num_attention_heads
-    sizes = (heads, heads, config.hidden_size // heads)
-    return Parts(
-        inner.embed_tokens,
-        positions.weight[positions.offset :],
-        None,
-        blocks,
-        inner.final_layer_norm,
-        model.lm_head,
-        *sizes,
-    )
-
-
-def _neox(model: Any) -> Parts:
-    config, inner = model.config, model.gpt_neox
-    blocks = [
-        BlockParts(
-            (b.input_layernorm, b.post_attention_layernorm),
-            (b.attention.query_key_value,),
-            b.attention.dense,
-            b.mlp,
-        )
-        for b in inner.layers
-    ]
-    heads = config.num_attention_heads
-    return Parts(
-        inner.embed_in,
-        None,
-        inner.rotary_emb,
-        blocks,
-        inner.final_layer_norm,
-        model.get_output_embeddings(),
-        heads,
-        heads,
-        config.hidden_size // heads,
-        by_head=True,
-        parallel=config.use_parallel_residual,
-    )
-
-
-def _llama(model: Any) -> Parts:
-    config, inner = model.config, model.model
-    blocks = []
-    for b in inner.layers:
-        own = b.self_attn
-        norms = (own.q_norm, own.k_norm) if hasattr(own, "q_norm") else None
-        qkv = (own.q_proj, own.k_proj, own.v_proj)
-        pair = (b.input_layernorm, b.post_attention_layernorm)
-        blocks.append(BlockParts(pair, qkv, own.o_proj, b.mlp, norms))
-    sizes = (config.num_attention_heads, config.num_key_value_heads, inner.layers[0].self_attn.head_dim)
-    return Parts(inner.embed_tokens, None, inner.rotary_emb, blocks, inner.norm, model.lm_head, *sizes)
-
-
-FAMILIES: dict[str, Callable[[Any], Parts]] = {
-    "GPT2LMHeadModel": _gpt2,
-    "OPTForCausalLM": _opt,
-    "GPTNeoXForCausalLM": _neox,
-    **dict.fromkeys(
-        (
-            "LlamaForCausalLM",
-            "MistralForCausalLM",
-            "Qwen2ForCausalLM",
-            "Qwen3ForCausalLM",
-            "ArceeForCausalLM",
-        ),
-        _llama,
+_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_AROUND = ("input_layernorm", "post_attention_layernorm")
+_LLAMA = Names("model", _AROUND, _SEPARATE, "self_attn.o_proj")
+FAMILIES = {
+    "GPT2LMHeadModel": Names(
+        "transformer",
+        ("ln_1", "ln_2"),
+        ("attn.c_attn",),
+        "attn.c_proj",
+        blocks="h",
+        norm="ln_f",
+        positions="wpe",
     ),
+    "OPTForCausalLM": Names(
+        "model.decoder",
+        ("self_attn_layer_norm", "final_layer_norm"),
+        _SEPARATE,
+        "self_attn.out_proj",
+        ffn="",
+        norm="final_layer_norm",
+        positions="embed_positions",
+    ),
+    "GPTNeoXForCausalLM": Names(
+        "gpt_neox",
+        _AROUND,
+        ("attention.query_key_value",),
+        "attention.dense",
+        norm="final_layer_norm",
+        by_head=True,
+    ),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA._replace(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "ArceeForCausalLM": _LLAMA,
 }
 """By the class of the model."""
 
@@ -208,9 +168,33 @@ def why_no_family(model: nn.Module) -> str | None:
 
 def parts_of(model: nn.Module) -> Parts:
     """Return the parts of a model that `why_no_family` has nothing against."""
-    return model.parts if isinstance(model, Skeleton) else FAMILIES[type(model).__name__](model)
+    if isinstance(model, Skeleton):
+        return model.parts
+    names, whole = FAMILIES[type(model).__name__], cast(Any, model)
+    config, inner = whole.config, whole.get_submodule(names.inner)
+    positions = None
+    if names.positions is not None:
+        learned = getattr(inner, names.positions)  # of OPT's the first rows belong to no position
+        positions = learned.weight[learned.offset :] if hasattr(learned, "offset") else learned.weight
+    heads = config.num_attention_heads
+    return Parts(
+        tokens=whole.get_input_embeddings(),
+        positions=positions,
+        rotary=getattr(inner, "rotary_emb", None),
+        blocks=[_block(layer, names) for layer in getattr(inner, names.blocks)],
+        norm=getattr(inner, names.norm),
+        head=whole.get_output_embeddings(),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", heads),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        by_head=names.by_head,
+        parallel=getattr(config, "use_parallel_residual", False),
+    )
 
 
-def child(module: nn.Module, path: str) -> nn.Linear:
-    """Return a part of a module by its path."""
-    return cast(nn.Linear, operator.attrgetter(path)(module))
+def _block(layer: nn.Module, names: Names) -> BlockParts:
+    def at(paths: tuple[str, ...]) -> Any:
+        return tuple(map(layer.get_submodule, paths))
+
+    out, ffn = at((names.out, names.ffn))
+    return BlockParts(at(names.norms), at(names.qkv), out, ffn, at(names.head_norms))

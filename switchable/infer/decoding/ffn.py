@@ -23,10 +23,10 @@ from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
 from switchable.compute.cpu.topk import top_experts
 from switchable.ffn.convert import layers_of
-from switchable.ffn.families import Family, neuron_dim
+from switchable.ffn.families import Family, d_in, neuron_dim
 from switchable.ffn.ssd import SSD
 from switchable.ffn.table import FAMILIES
-from switchable.infer.decoding.families import BlockParts, Parts, child
+from switchable.infer.decoding.families import BlockParts, Parts
 from switchable.infer.decoding.matrices import Matrices, Matrix, numbers
 
 MOST_SPARSE, MOST_DENSE = 48, 16
@@ -45,6 +45,17 @@ class FFNParts(NamedTuple):
     activation: str
     ssd: SSD | None
     """None: a plain FFN."""
+
+    @property
+    def d_model(self) -> int:
+        """The width of what it reads."""
+        return d_in(self.up)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is code for its experts."""
+        experts = 1 if self.ssd is None else self.ssd.num_experts
+        return has_code(self.d_model, experts, torch.float32, self.activation)
 
 
 def ffns_of(model: nn.Module, parts: Parts) -> list[FFNParts] | None:
@@ -66,20 +77,16 @@ def ffns_of(model: nn.Module, parts: Parts) -> list[FFNParts] | None:
 
 
 def _plain(block: BlockParts, family: Family, activation: str) -> FFNParts:
-    gate = None if family.gate is None else child(block.ffn, family.gate)
-    return FFNParts(child(block.ffn, family.up), child(block.ffn, family.down), gate, activation, None)
+    def at(path: str) -> nn.Linear:
+        return cast(nn.Linear, block.ffn.get_submodule(path))
 
-
-def is_compiled(parts: FFNParts) -> bool:
-    """Whether there is code for an FFN's experts."""
-    d_model = parts.down.weight.shape[neuron_dim(parts.down, output=True) ^ 1]
-    experts = 1 if parts.ssd is None else parts.ssd.num_experts
-    return has_code(d_model, experts, torch.float32, parts.activation)
+    gate = None if family.gate is None else at(family.gate)
+    return FFNParts(at(family.up), at(family.down), gate, activation, None)
 
 
 def ffn(parts: FFNParts, name: str, matrices: Matrices) -> FFN:
     """Take an FFN's weights over, and return what computes it."""
-    if is_compiled(parts):
+    if parts.is_compiled:
         return ByNeuron(parts, name, matrices)
     gate = None if parts.gate is None else matrices.matrix(f"{name}.gate", parts.gate)
     up, down = matrices.matrix(f"{name}.up", parts.up), matrices.matrix(f"{name}.down", parts.down)
@@ -108,7 +115,7 @@ class ByNeuron:
         self.experts = 1 if parts.ssd is None else parts.ssd.num_experts
         own = {"up": parts.up, "down": parts.down} | ({} if parts.gate is None else {"gate": parts.gate})
         self.rows = {
-            each: matrices.rows(f"{name}.{each}", [(module.weight, self._turned(module, each))])
+            each: matrices.rows(f"{name}.{each}", [(module.weight, neuron_dim(module, each == "down") == 1)])
             for each, module in own.items()
         }
         biases = {"up_bias_F": parts.up.bias, "gate_bias_F": None if parts.gate is None else parts.gate.bias}
@@ -119,36 +126,29 @@ class ByNeuron:
             self.router = (numbers(parts.ssd.router.weight), numbers(parts.ssd.router.bias))
         self.calls: dict[tuple[int, int, float, int], DecodeCall] = {}
 
-    @staticmethod
-    def _turned(module: nn.Linear, name: str) -> bool:
-        return neuron_dim(module, output=name == "down") == 1
-
-    @property
-    def chosen(self) -> int:
-        """K, or E in dense mode."""
-        sparse = self.ssd is not None and self.ssd.mode == "sparse"
-        return self.ssd.experts_per_token if sparse else self.experts  # type: ignore[union-attr]
-
-    @property
-    def mass(self) -> float:
-        """What the shares of a token's experts must add up to; 1 in dense mode."""
-        sparse = self.ssd is not None and self.ssd.mode == "sparse"
-        return self.ssd.mass if sparse else 1.0  # type: ignore[union-attr]
-
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
         """Return add + FFN(x)."""
-        tokens, chosen = len(x_TD), self.chosen
-        if tokens > (MOST_SPARSE if chosen < self.experts or self.mass < 1 else MOST_DENSE):
-            return self._many(x_TD, add_TD)
-        key = (tokens, chosen, self.mass, torch.get_num_threads())
+        tokens, (chosen, mass) = len(x_TD), self._mode()
+        if tokens > (MOST_DENSE if self._is_whole(chosen, mass) else MOST_SPARSE):
+            return self._many(x_TD, add_TD, chosen, mass)
+        key = (tokens, chosen, mass, torch.get_num_threads())
         call = self.calls.get(key)
         if call is None:
-            call = self.calls[key] = self._prepared(tokens, chosen)
+            call = self.calls[key] = self._prepared(tokens, chosen, mass)
         return call(x_TD, add_TD)
 
-    def _prepared(self, tokens: int, chosen: int) -> DecodeCall:
+    def _mode(self) -> tuple[int, float]:
+        """Return K, and what the shares of a token's experts must add up to; E and 1 in dense mode."""
+        if self.ssd is not None and self.ssd.mode == "sparse":
+            return self.ssd.experts_per_token, self.ssd.mass
+        return self.experts, 1.0
+
+    def _is_whole(self, chosen: int, mass: float) -> bool:
+        return chosen == self.experts and mass == 1
+
+    def _prepared(self, tokens: int, chosen: int, mass: float) -> DecodeCall:
         choice: Any = self.router
-        if chosen == self.experts and self.mass == 1:
+        if self._is_whole(chosen, mass):
             choice = torch.arange(self.experts).repeat(tokens, 1)
         call = prepare_call(
             tokens,
@@ -160,7 +160,7 @@ class ByNeuron:
             start_D=self.bias_D,
             scales={f"{n}_scale": each.scale_N for n, each in self.rows.items() if each.scale_N is not None},
             adds=True,
-            mass=self.mass,
+            mass=mass,
         )
         assert call is not None  # `has_code` said so, and the tensors are laid out for it
         return call
@@ -168,17 +168,16 @@ class ByNeuron:
     def _weights(self, rows: dict[str, Tensor], biases: dict[str, Tensor | None]) -> FFNWeights:
         return FFNWeights(rows["up"], rows["down"], gate_FD=rows.get("gate"), **biases)
 
-    def _many(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
+    def _many(self, x_TD: Tensor, add_TD: Tensor, chosen: int, mass: float) -> Tensor:
         dtype, scratch = self.matrices.many, self.matrices.scratch
         wide = {name: each.wide(dtype, scratch, name) for name, each in self.rows.items()}
         biases = {name: None if bias is None else bias.to(dtype) for name, bias in self.biases.items()}
         weights, x_wide = self._weights(wide, biases), x_TD.to(dtype)
-        if self.chosen < self.experts or self.mass < 1:
-            assert self.router is not None
-            ids_TK = top_experts(linear(x_TD, *self.router), self.chosen, self.mass)
-            ragged = self.mass < 1
-            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation, ragged))
-        else:
+        if self._is_whole(chosen, mass):
             y_TD = linear(weights.activations(x_wide, self.activation), weights.down_FD.t())
+        else:
+            assert self.router is not None
+            ids_TK = top_experts(linear(x_TD, *self.router), chosen, mass)
+            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation, mass < 1))
         y_TD = y_TD if self.bias_D is None else y_TD + self.bias_D
         return add_TD + y_TD

@@ -10,7 +10,7 @@ from torch import nn
 
 from switchable.infer.decoding.decoder import Decoder
 from switchable.infer.sampling import Sampling
-from switchable.infer.text import GrowingText
+from switchable.infer.text import GrowingText, padded
 
 KNOWN = {
     "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache",
@@ -44,11 +44,8 @@ def decode(decoder: Decoder, texts: Sequence[GrowingText], most: int, sampling: 
     Raises:
         InputError: the longest prompt and `most` are more than the model has positions.
     """
-    prompts = [text.ids for text in texts]
-    longest = max(map(len, prompts))
-    pads_B = torch.tensor([longest - len(ids) for ids in prompts])
-    ids_BS = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    logits_BV = decoder.begin(ids_BS, pads_B, longest + most)
+    ids_BS, pads_B = padded(texts)
+    logits_BV = decoder.begin(ids_BS, pads_B, ids_BS.shape[1] + most)
     for left in range(most, 0, -1):
         tokens_B = sampling.draw(logits_BV)
         ended = [text.put(token) for text, token in zip(texts, tokens_B.tolist(), strict=True)]

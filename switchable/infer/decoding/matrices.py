@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from switchable.compute.cpu.decode.linear import LinearCall
 from switchable.compute.cpu.decode.rows import quantised
-from switchable.compute.cpu.limits import why_no_loops
-from switchable.compute.cpu.llvm import this_machine
+from switchable.compute.cpu.limits import has_pairs, why_no_loops
 from switchable.compute.cpu.tasks import Scratch
 
 WIDTHS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -62,9 +61,8 @@ class Matrix:
     def __init__(self, weight: Quantised, bias_N: Tensor | None, many: torch.dtype, scratch: Scratch):
         self.weight, self.bias_N, self.many, self.scratch = weight, bias_N, many, scratch
         self.bias_many = None if bias_N is None else bias_N.to(many)
-        self.most = MOST_COMPILED
-        if why_no_loops(weight.rows_ND.shape[1], torch.float32) is not None:
-            self.most = 0
+        has_loops = why_no_loops(weight.rows_ND.shape[1], torch.float32) is None
+        self.most = MOST_COMPILED if has_loops else 0
         self.calls: dict[tuple[int, int, bool], LinearCall] = {}
 
     def __call__(self, x_TD: Tensor, add_TN: Tensor | None = None) -> Tensor:
@@ -93,11 +91,9 @@ class Matrices:
 
     def __init__(self, width: str, stored: Stored | None = None):
         self.dtype, self.stored, self.scratch = WIDTHS[width], stored, Scratch()
-        machine = this_machine()
-        pairs = machine is not None and machine.pairs
-        self.many = torch.bfloat16 if width == "bfloat16" or (width == "int8" and pairs) else torch.float32
-        self.cached = torch.bfloat16 if self.many == torch.bfloat16 else torch.float32
-        """The dtype of keys and values."""
+        narrow = width == "bfloat16" or (width == "int8" and has_pairs())
+        self.many = torch.bfloat16 if narrow else torch.float32
+        """The dtype in which many tokens are multiplied, and of keys and values."""
         self.taken: dict[str, Quantised] = {}
 
     def rows(self, name: str, parts: Stacked) -> Quantised:

@@ -2,13 +2,13 @@
 
 None of transformers' classes is built or imported for it, which would take more memory than a small model in 8 bits.
 
-    facts_of, tensors_of     what a file must hold of a model besides its matrices
-    skeleton                 the modules, again; their parameters have the names that `tensors_of` gives
+    facts_and_tensors     what a file must hold of a model besides its matrices
+    skeleton              the modules, again; their parameters have the tensors' names
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,7 +22,6 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.ssd import FFNSettings
 from switchable.infer.decoding.attention import eps_of, is_rms
 from switchable.infer.decoding.families import Parts, Skeleton, parts_of
-from switchable.infer.decoding.ffn import FFNParts, ffns_of
 from switchable.infer.decoding.matrices import numbers
 from switchable.infer.loss import positions_of
 from switchable.settings import SwitchConfig, settled
@@ -31,46 +30,46 @@ Shapes = Mapping[str, tuple[int, ...]]
 SIZES = ("heads", "kv_heads", "head_dim", "by_head", "parallel")
 
 
-def facts_of(model: nn.Module) -> dict[str, Any]:
-    """Return what is known of a switchable model, as plain values, besides its tensors."""
-    parts = parts_of(model)
-    ffns, norms = ffns_of(model, parts) or [], _norms(parts)
-    described = [describe(layer.ssd) for layer in layers_of(model)]
-    return {
+def facts_and_tensors(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what is known of a switchable model besides its matrices.
+
+    That is plain values, and tensors in float32 by their names in the skeleton.
+    """
+    parts, layers = parts_of(model), layers_of(model)
+    norms, described = _norms(parts), [describe(layer.ssd) for layer in layers]
+    facts = {
         **{name: getattr(parts, name) for name in SIZES},
         "most_positions": positions_of(model),
         "rotary_scaling": float(getattr(parts.rotary, "attention_scaling", 1.0)),
         "tied": parts.tokens.weight is parts.head.weight,
         "rms": is_rms(parts.blocks[0].norms[0]),
         "eps": {name: eps_of(norm) for name, norm in norms.items()},
-        "activation": ffns[0].activation,
+        "activation": layers[0].ssd.settings.activation,
         # Which neuron is which is long, and nothing that decodes asks.
         "ffns": [{name: d[name] for name in d if name != "neuron_ids"} for d in described],
     }
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that are no matrices, float32, by their names in the skeleton."""
-    parts = parts_of(model)
-    found: dict[str, Tensor | None] = {"positions": parts.positions}
+    found: dict[str, Tensor | None] = {"positions": parts.positions, "head.bias": parts.head.bias}
     if parts.rotary is not None:
         found["rotary.inv_freq"] = cast(Tensor, parts.rotary.inv_freq)
-    for name, norm in _norms(parts).items():
+    for name, norm in norms.items():
         found |= {f"{name}.{leaf}": getattr(norm, leaf, None) for leaf in ("weight", "bias")}
-    for name, projections in _projections(parts, ffns_of(model, parts) or []).items():
-        biases: list[Tensor] = [each.bias for each in projections if each.bias is not None]
-        found[f"{name}.bias"] = torch.cat(biases) if biases else None
-    for number, layer in enumerate(layers_of(model)):
-        found |= {f"layers.{number}.ffn.router.{n}": p for n, p in layer.router.named_parameters()}
-    return {name: numbers(tensor) for name, tensor in found.items() if tensor is not None}
+    for number, (block, layer) in enumerate(zip(parts.blocks, layers, strict=True)):
+        ssd, at = layer.ssd, f"layers.{number}"
+        biases: list[Tensor] = [each.bias for each in block.qkv if each.bias is not None]
+        found[f"{at}.qkv.bias"] = torch.cat(biases) if biases else None
+        own = {"out": block.out, "ffn.up": ssd.up_projection, "ffn.down": ssd.down_projection}
+        own |= {} if ssd.gate_projection is None else {"ffn.gate": ssd.gate_projection}
+        found |= {f"{at}.{name}.bias": projection.bias for name, projection in own.items()}
+        found |= {f"{at}.ffn.router.{n}": p for n, p in layer.router.named_parameters()}
+    return facts, {name: numbers(tensor) for name, tensor in found.items() if tensor is not None}
 
 
 def skeleton(facts: Mapping[str, Any], shapes: Shapes) -> Skeleton:
     """Return the modules of a model, without memory.
 
     Args:
-        facts: `facts_of` the model.
-        shapes: those of `tensors_of`, and of the matrices by a decoder's names, all neurons being rows.
+        facts: of `facts_and_tensors`.
+        shapes: of its tensors, and of the matrices by a decoder's names, all neurons being rows.
 
     Raises:
         KeyError, TypeError, ValueError: they are not those of one model.
@@ -150,15 +149,6 @@ def _norms(parts: Parts) -> dict[str, nn.Module]:
     found = {} if parts.norm is None else {"norm": parts.norm}
     for number, block in enumerate(parts.blocks):
         names = ("norm0", "norm1", "q_norm", "k_norm")
-        each = zip(names, (*block.norms, *(block.head_norms or ())), strict=False)
+        each = zip(names, (*block.norms, *block.head_norms), strict=False)
         found |= {f"layers.{number}.{name}": norm for name, norm in each}
-    return found
-
-
-def _projections(parts: Parts, ffns: Sequence[FFNParts]) -> dict[str, Sequence[nn.Linear]]:
-    found: dict[str, Sequence[nn.Linear]] = {"head": [parts.head]}
-    for number, (block, ffn) in enumerate(zip(parts.blocks, ffns, strict=True)):
-        own = {"qkv": block.qkv, "out": [block.out], "ffn.up": [ffn.up], "ffn.down": [ffn.down]}
-        own |= {} if ffn.gate is None else {"ffn.gate": [ffn.gate]}
-        found |= {f"layers.{number}.{name}": projections for name, projections in own.items()}
     return found
