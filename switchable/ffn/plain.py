@@ -33,9 +33,13 @@ def check_plain(ssd: SSD) -> None:
     """Raise InputError for an FFN with something on its projections or activation that sparse mode would pass by."""
     for path, module in ssd.called:
         where = f"{ssd.name}.{path}"
-        if module is not ssd.activation and (
-            type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module)
-        ):
+        if module is ssd.activation:
+            if type(module) is not ssd.activation_kind:
+                raise InputError(
+                    f"{where} has become a {type(module).__name__}, and sparse mode computes "
+                    f"{ssd.settings.activation}; exchange the activation before convert"
+                )
+        elif type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module):
             raise InputError(f"{where} is a {type(module).__name__}, {PASSED_BY}")
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
             raise InputError(f"{where} has hooks (or a mask), {PASSED_BY}")

@@ -100,6 +100,10 @@ class SSD:
         self._layer, self._home = layer, ffn if settings.family.in_layer else layer
         # Behind the switchable FFN the layer's own activation and dropout are put out of use (`placement.py`).
         self._activation = _activation_of(ffn, settings.family)
+        self.activation_kind = type(
+            self._activation or ffn.get_submodule(cast(str, settings.family.activation))
+        )
+        """The class of the activation that sparse mode computes."""
         self._dropout = _dropout_of_layer(ffn, settings.family)
         self.own_forwards: frozenset[Any] = frozenset()
         """Forwards of the projections' classes that multiply by the weight and add the bias, as `nn.Linear`'s."""

@@ -75,6 +75,17 @@ def test_it_is_refused_when_the_mode_is_set_and_at_the_next_call(
     assert layers_of(model)[1].ssd.mode == "dense"
 
 
+def test_an_activation_exchanged_after_converting_is_refused(model: nn.Module, tokens: Tensor) -> None:
+    set_mode(model, "sparse")
+    model(input_ids=tokens)
+    model.set_submodule("transformer.h.0.mlp.act", nn.Tanh())
+    says = r"h\.0\.mlp\.act has become a Tanh, and sparse mode computes relu; exchange the activation before convert"
+    with pytest.raises(InputError, match=says):
+        model(input_ids=tokens)
+    with pytest.raises(InputError, match=says):
+        set_mode(model, "sparse")
+
+
 @pytest.mark.parametrize("name", ["c_fc", "c_proj"])
 def test_a_parametrization_counts_in_both_modes(model: nn.Module, tokens: Tensor, name: str) -> None:
     class Double(nn.Module):
