@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from switchable import Family, SwitchConfig, convert, set_mode
 from switchable.ffn.convert import is_router_parameter, layers_of
 from switchable.ffn.layout import store_by_neuron, store_by_row
-from switchable.store.checkpoint import save
-from switchable.store.contents import training_state
+from switchable.store.checkpoint import write
+from switchable.store.contents import contents_of, training_state
 from switchable.store.restore import restore_training
 from switchable.switching.switch import regroup
 
@@ -98,13 +98,8 @@ def test_checkpoints_are_contiguous_and_restore_the_layout_of_the_moments(
     convert(model, CONFIG)
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, tokens)
-    save(
-        tmp_path / "saved",
-        model,
-        training_state(
-            model, optimizer, {"last": [None, None], "patterns": [None, None], "routes": [None, None]}, {}
-        ),
-    )
+    nothing = {name: [None, None] for name in ("last", "patterns", "routes")}
+    write(tmp_path / "saved", contents_of(model, training_state(model, optimizer, nothing, {})))
     assert all(
         tensor.is_contiguous() for tensor in load_file(tmp_path / "saved" / "model.safetensors").values()
     )
