@@ -129,21 +129,8 @@ def prepare_call(
         map(takes, (router_ED, router_E, start_D))
     ):
         return None
-    sizes = Sizes(
-        weights.up_FD.shape[1],
-        weights.up_FD.shape[0] // num_experts,
-        num_experts,
-        experts_per_token,
-        squared=activation == "relu2",
-        gated=weights.gate_FD is not None,
-        gate_bias=weights.gate_bias_F is not None,
-        bias=weights.up_bias_F is not None,
-        start=start_D is not None,
-        routed=given_TK is None,
-        alone=_alone(tokens, weights, num_experts, experts_per_token),
-        adds=adds,
-        mass=mass,
-        dtype=weights.up_FD.dtype,
+    sizes = _sizes(tokens, weights, num_experts, experts_per_token, activation)._replace(
+        start=start_D is not None, routed=given_TK is None, adds=adds, mass=mass
     )
     scratch, places = _scratch(tokens, sizes)
     if given_TK is not None:
@@ -168,12 +155,25 @@ def prepare_call(
     return DecodeCall(run, scratch, given_TK)
 
 
-def _alone(tokens: int, weights: FFNWeights, num_experts: int, experts_per_token: int) -> bool:
-    """Whether one thread is faster than several, or all that there are."""
+def _sizes(
+    tokens: int, weights: FFNWeights, num_experts: int, experts_per_token: int, activation: str
+) -> Sizes:
+    """Return what is compiled for an FFN whose experts are given, all of them counting, with nothing else added."""
     d_ff, d_model = weights.up_FD.shape
-    neurons = min(tokens * experts_per_token, num_experts) * (d_ff // num_experts)
-    bytes_read = neurons * d_model * (2 if weights.gate_FD is None else 3) * weights.up_FD.itemsize
-    return torch.get_num_threads() == 1 or bytes_read < WORTH_THREADS
+    gated, neurons = weights.gate_FD is not None, d_ff // num_experts
+    read = min(tokens * experts_per_token, num_experts) * neurons * d_model * (3 if gated else 2)
+    return Sizes(
+        d_model,
+        neurons,
+        num_experts,
+        experts_per_token,
+        squared=activation == "relu2",
+        gated=gated,
+        gate_bias=weights.gate_bias_F is not None,
+        bias=weights.up_bias_F is not None,
+        alone=torch.get_num_threads() == 1 or read * weights.up_FD.itemsize < WORTH_THREADS,
+        dtype=weights.up_FD.dtype,
+    )
 
 
 def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:

@@ -50,16 +50,16 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     neurons: int
     experts: int
     chosen: int
-    mass: float
     squared: bool
     gated: bool
     gate_bias: bool
     bias: bool
-    start: bool
-    routed: bool
-    """Whether a router chooses; else the ids are given."""
     alone: bool
     """Whether all is one task."""
+    mass: float = 1.0
+    start: bool = False
+    routed: bool = False
+    """Whether a router chooses; else the ids are given."""
     adds: bool = False
     """Whether every token has something of its own that is added, as the input of a residual branch."""
     dtype: torch.dtype = torch.float32
