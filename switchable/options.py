@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any, NamedTuple, TypeVar
 
 from switchable.errors import InputError, nearest, shown
@@ -71,6 +72,8 @@ def checked(name: str, value: Any, hint: Any, **allowed: Any) -> Any:
 
     `allowed` are choices and range, as `option` takes them. InputError says what was given and what is allowed.
     """
+    if isinstance(value, Number) and hasattr(value, "item"):
+        value = value.item()  # one of numpy's
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     hints = [h for h in (typing.get_args(hint) if union else (hint,)) if h is not type(None)]
     if value is None and type(None) in typing.get_args(hint):

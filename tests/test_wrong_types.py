@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import tiny_gpt2
 from torch import Tensor, nn
 
 from switchable import Controller, Family, InputError, SwitchConfig, convert, in_mode, load, set_mode
 from switchable.ffn.convert import layers_of
 from switchable.infer.sampling import Sampling
+from switchable.store.probe import load_probe
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,18 @@ def test_experts_per_token(switchable_gpt2: nn.Module, k: Any) -> None:
     assert {(layer.ssd.mode, layer.ssd.experts_per_token) for layer in layers_of(switchable_gpt2)} == {
         ("dense", 3)
     }
+
+
+def test_numbers_of_numpy_are_numbers(switchable_gpt2: nn.Module) -> None:
+    set_mode(switchable_gpt2, "sparse", np.int64(2), mass=np.float32(0.5))
+    ssd = layers_of(switchable_gpt2)[0].ssd
+    assert (type(ssd.experts_per_token), ssd.experts_per_token, type(ssd.mass), ssd.mass) == (
+        int,
+        2,
+        float,
+        0.5,
+    )
+    assert type(SwitchConfig(num_experts=np.int32(8), mass_target=np.float64(0.5)).num_experts) is int
 
 
 @pytest.mark.parametrize("mode", ["Dense", None, 1, ["sparse"]])
@@ -93,6 +109,17 @@ def test_a_controllers_state_of_a_model_with_other_layers(switchable_gpt2: nn.Mo
     controller = Controller(switchable_gpt2, tokens, 10)
     with pytest.raises(InputError, match="that of 1 switchable FFNs, and the model has 2"):
         controller.load_state_dict(controller.state_dict() | {"takes_part": [False]})
+    with pytest.raises(
+        InputError, match="no state of a Controller, or a damaged one: it has no 'takes_part'"
+    ):
+        controller.load_state_dict({})
+
+
+@pytest.mark.parametrize("name", ["weight", "0.weight"])
+def test_a_probe_of_other_tensors(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.zeros(2, 4)}, tmp_path / "probe.safetensors")
+    with pytest.raises(InputError, match=r"probe\.safetensors is damaged"):
+        load_probe(tmp_path / "probe.safetensors")
 
 
 def test_a_controller_steps_after_an_optimizer(switchable_gpt2: nn.Module, tokens: Tensor) -> None:

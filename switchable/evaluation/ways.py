@@ -46,7 +46,7 @@ def ways(
     if "sparse" in modes or experts_per_token or masses:
         check_sparse(model)
     for k in experts_per_token:
-        layers[0].check_experts_per_token(k)
+        layers[0].checked_experts_per_token(k)
     found = [Way("dense")] if "dense" in modes or not modes else []
     own = tuple(ssd.experts_per_token if ssd.takes_part else None for ssd in layers)
     values = set(own) - {None}

@@ -180,8 +180,7 @@ def set_mode(
             f"experts_per_token has {len(each)} values for {len(found)} FFNs; give one each or one for all"
         )
     ks = [layer.ssd.experts_per_token if k is None else k for layer, k in zip(found, each, strict=True)]
-    for layer, k in zip(found, ks, strict=True):
-        layer.ssd.check_experts_per_token(k)
+    ks = [layer.ssd.checked_experts_per_token(k) for layer, k in zip(found, ks, strict=True)]
     if mode == "sparse":
         check_sparse(model)
     for layer, k in zip(found, ks, strict=True):

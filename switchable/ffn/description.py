@@ -67,7 +67,7 @@ def take_over(ssd: SSD, described: Mapping[str, Any]) -> None:
         ids_F = torch.tensor(described.get("neuron_ids", range(ssd.d_ff)), dtype=torch.int64, device="cpu")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the description of {ssd.name} is damaged ({error!r})") from None
-    ssd.check_experts_per_token(k)
+    k = ssd.checked_experts_per_token(k)
     fits = described.get("num_experts", ssd.num_experts) == ssd.num_experts and isinstance(takes_part, bool)
     if not fits or not torch.equal(ids_F.sort().values, torch.arange(ssd.d_ff, device="cpu")):
         raise InputError(f"the description of {ssd.name} is that of another FFN, or damaged")

@@ -25,6 +25,7 @@ from switchable.ffn.attached import LossScale
 from switchable.ffn.families import Family, halves, neurons_first
 from switchable.ffn.placement import PerThread, project
 from switchable.ffn.router import Router
+from switchable.options import checked
 from switchable.settings import SwitchConfig
 
 RESERVED = ("ssd", "router")
@@ -139,17 +140,11 @@ class SSD:
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
         """Set K; raise InputError unless it is a whole number in 1..E."""
-        self.check_experts_per_token(experts_per_token)
-        self.experts_per_token = experts_per_token
+        self.experts_per_token = self.checked_experts_per_token(experts_per_token)
 
-    def check_experts_per_token(self, experts_per_token: int) -> None:
-        """Raise InputError unless K is a whole number in 1..E."""
-        whole = isinstance(experts_per_token, int) and not isinstance(experts_per_token, bool)
-        if not whole or not 1 <= experts_per_token <= self.num_experts:
-            raise InputError(
-                f"experts_per_token={experts_per_token} is not possible with the {self.num_experts} experts of "
-                f"{self.name}; use 1 to {self.num_experts}"
-            )
+    def checked_experts_per_token(self, experts_per_token: int) -> int:
+        """Return K; raise InputError unless it is a whole number in 1..E."""
+        return int(checked("experts_per_token", experts_per_token, int, least=1, most=self.num_experts))
 
     def part(self, path: str) -> nn.Module:
         """Return a module of the FFN by its path in the family's row."""

@@ -70,21 +70,21 @@ def load_probe(path: Path, tokens: int | None = None) -> Probe:
     Raises:
         InputError: no such file, a damaged one, or too few tokens.
     """
+    batches: dict[int, dict[str, Tensor]] = {}
     try:
         tensors = load_file(path)
         tensors.pop("token_counts", None)  # which version 0.2 wrote
+        for name, tensor in tensors.items():
+            number, _, key = name.partition(".")
+            batches.setdefault(int(number), {})[key] = tensor
+        shown = first_tokens([batches[i] for i in sorted(batches)], tokens)
     except FileNotFoundError:
         raise InputError(
             f"{path.parent} keeps no probe ({path.name}); say on which text to measure with --text"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}); say on which text to measure with --text") from None
-    batches: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, _, key = name.partition(".")
-        batches.setdefault(int(number), {})[key] = tensor
-    ordered: list[Batch] = [batches[i] for i in sorted(batches)]
-    return _checked(Probe(first_tokens(ordered, tokens), "the run's validation text"), tokens)
+    return _checked(Probe(shown, "the run's validation text"), tokens)
 
 
 def first_tokens(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:

@@ -253,8 +253,11 @@ class Controller:
         """Continue where `state_dict` was taken.
 
         Raises:
-            InputError: it was taken with another schedule, or of a model with more or fewer FFNs.
+            InputError: it is no such state, was taken with another schedule, or of a model with more or fewer FFNs.
         """
+        needed = ("takes_part", "steps_done", "switches", "regroupings", "last", "patterns", "routes")
+        if lacking := [name for name in needed if name not in state]:
+            raise InputError(f"this is no state of a Controller, or a damaged one: it has no {lacking[0]!r}")
         name = state.get("schedule", "ssd")  # which version 0.1 did not write
         if name != self.schedule.name:
             raise InputError(

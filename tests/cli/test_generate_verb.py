@@ -37,7 +37,7 @@ def test_generate_takes_several_prompts(here: Command) -> None:
 
 def test_generate_refuses_what_it_cannot_do(here: Command) -> None:
     refused(here("generate", "nowhere"), "nowhere does not exist")
-    refused(here("generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "use 1 to 8")
+    refused(here("generate", "run", "--mode", "sparse", "--experts-per-token", "9"), "from 1 to 8")
     refused(here("generate", "run", "--prompt", "the cat sat " * 50), "no room for an answer")
     refused(here("generate", "run", "--max-new-tokens", "0"), "max_new_tokens=0")
     refused(here("generate", "run", "--temperature", "-1"), "temperature=-1")

@@ -137,7 +137,7 @@ def test_layers_are_multiplied_in_the_runs_precision_unless_told_otherwise(
     [
         (["--tokens", "0"], "tokens=0 is out of range"),
         (["--seconds", "0"], "seconds=0.0 is out of range"),
-        (["--experts-per-token", "9"], "experts_per_token=9 is not possible with the 8 experts"),
+        (["--experts-per-token", "9"], "experts_per_token=9 is out of range; use a whole number from 1 to 8"),
     ],
 )
 def test_impossible_sizes_are_answered_in_one_line(

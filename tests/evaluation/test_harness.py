@@ -101,7 +101,7 @@ def test_the_command(
         (["--tasks", "sst2={data}/nothing"], ["no dev.tsv of sst2", "nothing/SST-2/dev.tsv"]),
         (["--tasks", "lambada={data}/nothing"], ["no LAMBADA data"]),
         (["--data", "{data}/nothing.txt"], ["nothing.txt"]),
-        (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "use 1 to 8"]),
+        (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "from 1 to 8"]),
         (
             ["--data", "{data}", "--mode", "dense", "--mass", "0.9"],
             ["--mass would change nothing in dense mode"],

@@ -70,7 +70,7 @@ def test_ways(switchable_gpt2: nn.Module) -> None:
     layers_of(switchable_gpt2)[0].ssd.experts_per_token = 5
     assert [str(way) for way in ways(switchable_gpt2)] == ["dense", "sparse K=3-5"]
     assert ways(switchable_gpt2)[1].experts_per_token == (5, 3)  # each layer has a K of its own
-    with pytest.raises(InputError, match=r"experts_per_token=9 .* use 1 to 8"):
+    with pytest.raises(InputError, match=r"experts_per_token=9 .* from 1 to 8"):
         ways(switchable_gpt2, [], [9])
     for layer in layers_of(switchable_gpt2):
         layer.ssd.takes_part = False

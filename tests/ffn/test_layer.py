@@ -228,7 +228,9 @@ def test_errors_say_what_to_do(make_gpt2: Make) -> None:
     with pytest.raises(InputError, match="mode='fast'"):
         set_mode(model, "fast")
     for wrong in (9, 0, 2.5, True, [3, 9]):
-        with pytest.raises(InputError, match=r"experts_per_token=\S+ is not possible with the 8 experts"):
+        with pytest.raises(
+            InputError, match=r"experts_per_token=\S+ (is out of range; use|must be) a whole number"
+        ):
             set_mode(model, "sparse", experts_per_token=wrong)
     for mass in (0, 1.5, "most", True):
         with pytest.raises(InputError, match=r"^mass="):

@@ -167,8 +167,8 @@ def test_the_command(trained: Runs, glue: Path, tmp_path: Path, capsys: pytest.C
         ({"--data": "nowhere"}, ["no train.tsv of sst2 in nowhere"]),
         ({"--epochs": "0"}, ["epochs=0"]),
         ({"--batch-size": "0"}, ["batch_size=0"]),
-        ({"--mode": "sparse", "--experts-per-token": "9"}, ["experts_per_token=9", "use 1 to 8"]),
-        ({"--mode": "dense", "--experts-per-token": "9"}, ["experts_per_token=9", "use 1 to 8"]),
+        ({"--mode": "sparse", "--experts-per-token": "9"}, ["experts_per_token=9", "from 1 to 8"]),
+        ({"--mode": "dense", "--experts-per-token": "9"}, ["experts_per_token=9", "from 1 to 8"]),
     ],
 )
 def test_wrong_requests(
