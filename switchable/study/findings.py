@@ -8,9 +8,10 @@ apart from the others, because it behaves differently.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from switchable.study.measures import QUANTILES
-from switchable.study.result import Series, Study, mean
+from switchable.study.result import Series, Study
 
 SPARSE = 0.2
 EARLY = 1 / 3
@@ -40,7 +41,7 @@ def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]
     if not layers or not all(series[i][0] for i in layers):
         return []
     steps = series[layers[0]][0]
-    return [(s, mean([series[i][1][n] for i in layers])) for n, s in enumerate(steps)]
+    return [(s, fmean([series[i][1][n] for i in layers])) for n, s in enumerate(steps)]
 
 
 def _sparsity(study: Study) -> str:
@@ -96,7 +97,7 @@ def _neurons(study: Study) -> str:
     if not study.results:
         return ""
     last = study.results[-1]
-    dead, always = mean([r.dead for r in last]), mean([r.always_on for r in last])
+    dead, always = fmean([r.dead for r in last]), fmean([r.always_on for r in last])
     low = min(r.ratio_quantiles[QUANTILES.index(0.05)] for r in last)
     high = max(r.ratio_quantiles[QUANTILES.index(0.95)] for r in last)
     return (
@@ -120,16 +121,16 @@ def _experts(study: Study) -> str:
     if not rows:
         return "No layer takes part in sparse mode."
     ks, experts, caught = zip(*rows, strict=True)
-    share = mean([k / e for k, e in zip(ks, experts, strict=True)])
+    share = fmean([k / e for k, e in zip(ks, experts, strict=True)])
     if sparse:
-        best, busiest = mean([r.mass_best_k for r in sparse]), max(r.load_imbalance for r in sparse)
+        best, busiest = fmean([r.mass_best_k for r in sparse]), max(r.load_imbalance for r in sparse)
         more = (
             f", where the best possible choice would catch {_percent(best)} and a random choice {_percent(share)}; "
             f"the busiest expert has {busiest:.1f} times the mean load"
         )
     return (
         f"{len(rows)} of {study.num_layers} layers take part in sparse mode: there the router's {spread(ks)} of "
-        f"{experts[0]} experts ({_percent(share)} of the neurons) catch {_percent(mean(caught))} of the activation "
+        f"{experts[0]} experts ({_percent(share)} of the neurons) catch {_percent(fmean(caught))} of the activation "
         f"mass{more}."
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -21,7 +22,7 @@ from switchable.store.rundir import RunDir
 from switchable.study.canvas import draw_picture, embedded
 from switchable.study.findings import findings, headline, spread
 from switchable.study.pictures import PictureOf, draw_curves, pictures_of, shown_layers
-from switchable.study.result import Study, mean
+from switchable.study.result import Study
 from switchable.study.study import records_of_run
 from switchable.train.summary import FIGURES
 
@@ -145,11 +146,11 @@ def _step_table(study: Study) -> dict[str, Any]:
     rows = [
         {
             "step": f"{study.steps[n]:,}",
-            "active per token": _share(mean([r.activation_ratio for r in layers])),
-            "dead": _share(mean([r.dead for r in layers])),
+            "active per token": _share(fmean([r.activation_ratio for r in layers])),
+            "dead": _share(fmean([r.dead for r in layers])),
             "K": spread([r.experts_per_token for r in layers]),
-            "mass in router's K": _share(mean([r.mass_caught for r in layers])),
-            "busiest / mean load": f"{mean([r.load_imbalance for r in layers]):.2f}",
+            "mass in router's K": _share(fmean([r.mass_caught for r in layers])),
+            "busiest / mean load": f"{fmean([r.load_imbalance for r in layers]):.2f}",
             "Jaccard with the one before": f"{before[n - 1]:.3f}" if n and before else "",
         }
         for n, layers in enumerate(study.results)

@@ -120,8 +120,3 @@ def sparse_spans(train: Sequence[dict[str, Any]]) -> list[tuple[float, float, fl
             spans.append((before, step, share))
         before, joined = step, share > 0
     return spans
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return sum(values) / len(values)

@@ -132,13 +132,14 @@ class Schedule(Timetable):
         """Return the state with what follows from any measurement."""
         config = self.config
         penalty = config.activation_l1 if step >= self.penalised_from else 0.0
+        early = self.estimates_at(step)
         # Where costs decide, no other limit is asked.
         ratios = tuple(0.0 if self.weighs else m.activation_ratio for m in measures)
         return replace(
             state,
-            experts_per_token=tuple(experts_needed(config, m) for m in measures),
+            experts_per_token=tuple(experts_needed(config, m, early) for m in measures),
             activation_ratio=ratios,
-            estimates=self.estimates_at(step),
+            estimates=early,
             multiplies_active=tuple(
                 self._few_active(layer, m) and self.skips(layer, ratio)
                 for layer, (m, ratio) in enumerate(zip(measures, ratios, strict=True))
@@ -214,9 +215,10 @@ class Schedule(Timetable):
         elif "active" in (was, now):
             told += f", active_below={self.config.active_below:g}"
         if now == "sparse":
-            told += f", {experts_needed(self.config, measured)} of {self.config.num_experts} experts"
+            early = self.estimates_at(step)
+            told += f", {experts_needed(self.config, measured, early)} of {self.config.num_experts} experts"
             told += f", pattern similarity {measured.pattern_similarity or 0.0:.3f}"
-            if self.weighs and not self.estimates_at(step):
+            if self.weighs and not early:
                 told += f"; from step {self.dense_until} on sparse mode is taught"
         elif was == "sparse":
             told += f"; {self._why_dense(step, layer, measured)}"

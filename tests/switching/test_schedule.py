@@ -109,18 +109,6 @@ def test_k_is_the_fewest_experts_that_catch_the_mass_asked_for() -> None:
     assert fixed.state.experts_per_token == (6,)
 
 
-def test_early_a_layer_joins_that_needs_a_third_of_its_experts_at_most() -> None:
-    # Products in 8 bits tell which experts hold most of the mass.
-    schedule = changed(mass_target=0.9, num_experts=4, experts_per_token=2)
-    for ratio, joins in ((0.3, True), (0.31, False)):
-        one = dataclasses.replace(measured(ratio, 0.9), best_by_k=(0.9, 0.95, 1.0, 1.0))
-        assert schedule.decide(10, schedule.initial(1), [one]).state.takes_part == (joins,)
-    two = dataclasses.replace(measured(0.1, 0.9), best_by_k=(0.89, 0.95, 1.0, 1.0))
-    assert schedule.decide(10, schedule.initial(1), [two]).state.why_dense == (
-        "at step 10: mass_target=0.9 takes 0.50 of its experts, above 0.33",
-    )
-
-
 def test_products_in_8_bits_choose_until_the_router_does_in_the_last_steps() -> None:
     schedule = changed(mass_target=0.9, num_experts=4, experts_per_token=2, final_dense_fraction=0.0)
     measures = [dataclasses.replace(measured(0.1, 0.9), best_by_k=(0.99, 0.99, 0.99, 1.0))]
