@@ -40,7 +40,7 @@ def alter(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ({"format": 2}, r"h\.\d\.mlp is described in format 2, of a later version; update switchable"),
         ({"num_experts": 4}, r"router\.weight has shape \(8, 16\), not \(4, 16\)"),
         ({"num_experts": 5}, r"num_experts=5 does not divide d_ff=64"),
-        ({"experts_per_token": 9}, r"experts_per_token=9 is not possible"),
+        ({"experts_per_token": 9}, r"experts_per_token=9 is out of range"),
         ({"takes_part": "yes"}, r"is that of another FFN, or damaged"),
         ({"neuron_ids": [0] * 64}, r"is that of another FFN, or damaged"),
         ({"neuron_ids": "0"}, r"the description of transformer\.h\.0\.mlp is damaged"),

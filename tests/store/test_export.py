@@ -105,7 +105,7 @@ def test_bad_input_is_told_and_damages_nothing(tmp_path: Path) -> None:
         export(tmp_path / "checkpoint", "dense", tmp_path / "checkpoint", overwrite=True)
     with pytest.raises(InputError, match="max_shard_size='big' is not a size"):
         export(tmp_path / "checkpoint", "dense", tmp_path / "x", max_shard_size="big")
-    with pytest.raises(InputError, match="experts_per_token=9 is not possible"):
+    with pytest.raises(InputError, match="experts_per_token=9 is out of range"):
         export(tmp_path / "checkpoint", "sparse", tmp_path / "x", experts_per_token=9)
     with pytest.raises(InputError, match="has 3 values for 2 FFNs"):
         export(tmp_path / "checkpoint", "sparse", tmp_path / "x", experts_per_token=[1, 2, 3])
