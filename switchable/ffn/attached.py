@@ -104,7 +104,7 @@ class _Attach(torch.autograd.Function):
     """Passes y through; the gradient of x is factor · slope."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, slope: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004 - x has a gradient
+    def forward(ctx: Any, y: Tensor, _x: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(slope, factor)
         return y.detach()  # y itself, not a view of it: Falcon adds to its FFN's output in place
 
