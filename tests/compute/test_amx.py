@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,15 +20,16 @@ from llvmlite import binding
 
 from switchable.compute.cpu import code, instructions, llvm
 from switchable.compute.cpu.amx import AMX, CONFIGURATION
-from switchable.compute.cpu.experts import fused, library
-from switchable.compute.cpu.experts.dot import EPILOGUES, GATED
-from switchable.compute.cpu.experts.library import Library
+from switchable.compute.cpu.experts import fused
+from switchable.compute.cpu.experts.library import WRITERS, Library
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import Machine, this_machine
 
 HERE = this_machine()
 pytestmark = pytest.mark.skipif(HERE is None or not HERE.pairs, reason="a processor without AVX512-BF16")
 HALF = torch.bfloat16
+PLAIN = ("_relu", "_bias_relu", "_mask", "_slope")
+GATED = ("_relu", "_bias_relu", "", "_bias", "_gated_mask", "_gated_slope")
 SAPPHIRE_RAPIDS = ("fma", "avx512f", "avx512bf16", "amx-tile", "amx-bf16")
 
 
@@ -134,8 +135,8 @@ def test_all_eight_tiles_are_configured_to_16_rows_of_64_bytes() -> None:
     assert CONFIGURATION[48:] == bytes([16] * 8 + [0] * 8)
 
 
-def assembly(packing: Packing, gated: bool, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The loops of a packing in the machine's language."""
+def assembly(packing: Packing, names: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Loops of a packing in the machine's language."""
     written = []
 
     def engine(compiled: binding.ModuleRef, target: binding.TargetMachine) -> SimpleNamespace:
@@ -143,10 +144,9 @@ def assembly(packing: Packing, gated: bool, monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(finalize_object=lambda: None)
 
     monkeypatch.setattr(binding, "create_mcjit_compiler", engine)
-    # All of the module at once, not what a call needs of it.
-    monkeypatch.setattr(library, "Code", lambda module, machine: code._compiled(str(module), machine))
-    Library(packing, gated)
-    return written[0]
+    for name in names:
+        code._compiled(str(Library(packing)._written(name)), packing.machine)
+    return "\n".join(written)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="LLVM's code for x86-64")
@@ -155,11 +155,12 @@ def test_four_tiles_are_read_for_four_products_and_nothing_else(
     gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = Machine("sapphirerapids", "", 64, 32, pairs=True, amx=AMX())
-    text = assembly(Packing(768, 96, HALF, processor), gated, monkeypatch)
+    dots = [f"dot{epilogue}" for epilogue in (GATED if gated else PLAIN)]
+    text = assembly(Packing(768, 96, HALF, processor), [*dots, *WRITERS], monkeypatch)
     _, *parts = re.split(r"^([a-z]\w*):", text, flags=re.MULTILINE)
     functions = dict(zip(parts[::2], parts[1::2], strict=True))
     multiplying = {name.removesuffix("_expert") for name, own in functions.items() if "tdpbf16ps" in own}
-    assert multiplying == {"scatter", "weights", *(f"dot{name}" for name in (GATED if gated else EPILOGUES))}
+    assert multiplying == {"scatter", "weights", *dots}
     blocks = [block for block in text.split("\n.LBB") if "tdpbf16ps" in block]
     inner = [block.split("\n\tj")[0] for block in blocks]
     for block in inner:

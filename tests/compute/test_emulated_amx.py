@@ -35,7 +35,7 @@ def tile_product(amx: AMX | EmulatedAMX, total: Tensor, left: Tensor, right: Ten
     amx.store(w.b, 0, addresses[0], 64)
     amx.release(w.b)
     w.b.ret_void()
-    built = Code(module, HERE)
+    built = Code(lambda _: module, HERE)
     ENTRY(built.address("product"))(ctypes.c_void_p())
     return tensors[0]
 
@@ -78,7 +78,7 @@ def test_the_emulation_counts_what_a_processor_would_refuse() -> None:
     amx.release(w.b)
     w.b.ret_void()
     assert HERE is not None
-    built = Code(module, HERE)
+    built = Code(lambda _: module, HERE)
     ENTRY(built.address("wrong"))(ctypes.c_void_p())
     assert amx.faults == 3
 

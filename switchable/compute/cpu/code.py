@@ -6,45 +6,36 @@ installed, and nothing is kept on disk.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from switchable.compute.cpu.llvm import Machine
 
-NAME = re.compile(r'@"([^"]+)"')
-"""Of a function or constant in LLVM's language."""
-
 
 class Code:
     """Functions as machine code in memory, which lives as long as this does.
 
-    Each is compiled, with all that it names, when its address is first asked for: a model needs some of a module's.
+    Each is written and compiled when its address is first asked for: a model needs some of them.
+
+    Args:
+        write: returns a module with the function of a name, and all that it names.
+        machine: to compile for.
     """
 
-    def __init__(self, module: ir.Module, machine: Machine):
-        self.machine = machine
-        self._texts = {each.name: str(each) for each in module.global_values}
+    def __init__(self, write: Callable[[str], ir.Module], machine: Machine):
+        self._write, self.machine = write, machine
         self._engines: list[llvm.ExecutionEngine] = []  # they hold the code
         self._addresses: dict[str, int] = {}
 
     def address(self, name: str) -> int:
         """Return where a function begins."""
         if name not in self._addresses:
-            engine = _compiled("\n".join(self._named_by(name).values()), self.machine)
+            engine = _compiled("\n".join(map(str, self._write(name).global_values)), self.machine)
             self._engines.append(engine)
             self._addresses[name] = int(engine.get_function_address(name))
         return self._addresses[name]
-
-    def _named_by(self, name: str) -> dict[str, str]:
-        """Return the text of a function and of all that it names, by their names."""
-        found: dict[str, str] = {}
-        names = [name]
-        while names:
-            found |= {each: self._texts[each] for each in names}
-            names = [each for text in found.values() for each in NAME.findall(text) if each not in found]
-        return found
 
 
 def _compiled(text: str, machine: Machine) -> llvm.ExecutionEngine:

@@ -51,7 +51,7 @@ MASS = Tasks((*SIZES, "groups"), (*ENTRIES, "norms", "mass"))
 
 
 class ActiveKernels(Loops):
-    """Writes the loops for one width into a module.
+    """Writes loops for one width into a module: `write[name]()`.
 
     Args:
         module: gets the functions.
@@ -59,17 +59,19 @@ class ActiveKernels(Loops):
     """
 
     def __init__(self, module: ir.Module, packing: Packing):
-        super().__init__(module, packing, gated=False)
+        super().__init__(module, packing)
         most, vectors = packing.machine.registers // 2 // packing.terms, self.words_D // self.L
         self.word_columns = max(v for v in range(1, most + 1) if vectors % v == 0)
         """Vectors of words of a row that stay in registers, as float32 twice as many where words are pairs."""
-        write_collect(self.writer("collect"), paired=self.paired)
-        write_transpose(self.writer("transpose"))
-        self._write_sum()
-        self._write_dot()
-        self._write_weights()
-        self._write_totals()
-        self._write_mass()
+        self.write = {
+            "collect": lambda: write_collect(self.writer("collect"), paired=self.paired),
+            "transpose": lambda: write_transpose(self.writer("transpose")),
+            "sum": self._write_sum,
+            "dot": self._write_dot,
+            "weights": self._write_weights,
+            "totals": self._write_totals,
+            "mass": self._write_mass,
+        }
 
     def _write_sum(self) -> None:
         w = self.writer("sum")

@@ -61,13 +61,16 @@ class ActiveLibrary:
     """The compiled loops for one width and type."""
 
     def __init__(self, d_model: int, dtype: torch.dtype, machine: Machine):
-        module = ir.Module("active")
         self.d_model, self.itemsize = d_model, dtype.itemsize
+        self.packing = Packing(d_model, 1, dtype, machine)
         self.sums = torch.promote_types(dtype, torch.float32)
         """Dtype of entries' values and of sums over entries."""
-        ActiveKernels(module, Packing(d_model, 1, dtype, machine))
-        self.code = Code(module, machine)
-        self.scratch = Scratch()
+        self.code, self.scratch = Code(self._written, machine), Scratch()
+
+    def _written(self, name: str) -> ir.Module:
+        kernels = ActiveKernels(ir.Module(name), self.packing)
+        kernels.write[name]()
+        return kernels.module
 
     def collect(self, x_TD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Entries:
         """Return the entries of x · upᵀ + b that are greater than zero (or no number).

@@ -21,12 +21,6 @@ from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
-EPILOGUES = ("_relu", "_bias_relu", "_mask", "_slope")
-"""What `dot` does to its results while they are in registers: ReLU; add a bias, then ReLU; set to zero where
-the activation is not positive (ReLU's derivative); times twice the activation (the derivative of its square)."""
-GATED = ("_relu", "_bias_relu", "", "_bias", "_gated_mask", "_gated_slope")
-"""The same of a gated FFN: its gate has the first two, `up` the next two. For the gradients of both, products are
-multiplied with the activation and written to `dup`, and with `up` before they go on."""
 DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act", "up", "dup"), stages=2)
 """Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` and `dup` [P, I] are written,
 `bias` is [F], `act` and `up` [P, I]."""
@@ -36,16 +30,16 @@ MOST_WRITTEN_OUT = 4
 """Tiles of an expert that are written one after another; more are a loop, as each takes 0.1 s to compile."""
 
 
-def write_dot(loops: Loops) -> None:
-    """Write a function "dot..." for each epilogue."""
-    reorder = loops.writer("reorder_expert", [POINTER, POINTER])
-    write_reorder(reorder, loops.packing)
-    for epilogue in GATED if loops.gated else EPILOGUES:
-        _write(loops, reorder.function, epilogue)
+def write_dot(loops: Loops, epilogue: str) -> None:
+    """Write the function "dot" and what it does to its results while they are in registers, its epilogue.
 
-
-def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
-    packing = loops.packing
+    "_relu", "_bias_relu": ReLU; add a bias, then ReLU. "", "_bias" (of a gated FFN's `up`): nothing; add a bias.
+    "_mask": set to zero where the activation is not positive (ReLU's derivative); "_slope": times twice the activation
+    (the derivative of its square). "_gated_mask", "_gated_slope": the same, but products are first multiplied with the
+    activation and written to `dup`, and with `up` before they go on.
+    """
+    packing, reorder = loops.packing, loops.writer("reorder_expert", [POINTER, POINTER])
+    write_reorder(reorder, packing)
     product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
     if loops.amx:
         dot_by_amx(loops, product, partial(_finish, loops, product, epilogue))
@@ -62,7 +56,7 @@ def _write(loops: Loops, reorder: ir.Function, epilogue: str) -> None:
 
     def pack(record: Record, e: ir.Value) -> None:
         weights = w.at(record["weights"], w.mul(e, loops.I * loops.words_D))
-        w.b.call(reorder, [weights, w.at(record["packed"], w.mul(e, own))])
+        w.b.call(reorder.function, [weights, w.at(record["packed"], w.mul(e, own))])
 
     def chunk(record: Record, number: ir.Value) -> None:
         def expert(e: ir.Value) -> None:

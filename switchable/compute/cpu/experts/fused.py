@@ -56,7 +56,7 @@ def run(call: ExpertCall) -> Tensor:
     up, gate = (weights.up_FD, weights.up_bias_F), (weights.gate_FD, weights.gate_bias_F)
     gated = weights.gate_FD is not None
     entrance, factor = (gate, up) if gated else (up, (None, None))
-    loops = library(x_TD.shape[1], call.neurons, gated, dtype, cast(Machine, this_machine()))
+    loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype)
     y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD

@@ -69,11 +69,10 @@ class Loops:
     Args:
         module: gets the functions.
         packing: the sizes of an expert.
-        gated: whether the FFN is.
     """
 
-    def __init__(self, module: ir.Module, packing: Packing, gated: bool):
-        self.module, self.packing, self.gated = module, packing, gated
+    def __init__(self, module: ir.Module, packing: Packing):
+        self.module, self.packing = module, packing
         self.D, self.I, self.L = packing.d_model, packing.neurons, packing.lanes
         self.paired, self.amx = packing.terms == 2, packing.amx
         self.words_D, self.words_I = self.D // packing.terms, self.I // packing.terms

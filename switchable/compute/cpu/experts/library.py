@@ -28,6 +28,8 @@ CHUNK_TOKENS = 512
 """In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
 SMALLEST_CHUNK = 64
 """With fewer tokens, an expert's no longer fill a tile."""
+WRITERS = {"scatter": write_scatter, "weights": write_weights, "bias": write_bias, "sort": write_sort}
+"""Of all loops but "dot"."""
 
 
 class Pairs(NamedTuple):
@@ -51,18 +53,21 @@ class Pairs(NamedTuple):
 
 
 class Library:
-    """The compiled loops for one packing. Matrices that are given to them may have any strides."""
+    """The loops for one packing. Matrices that are given to them may have any strides."""
 
-    def __init__(self, packing: Packing, gated: bool):
-        module = ir.Module("experts")
+    def __init__(self, packing: Packing):
         self.packing, self.scratch = packing, Scratch()
         self.sums = torch.promote_types(packing.dtype, torch.float32)
         """Dtype of sums over experts or tokens."""
-        loops = Loops(module, packing, gated)
-        for write in (write_dot, write_scatter, write_weights, write_bias):
-            write(loops)
-        write_sort(module)
-        self.code = Code(module, packing.machine)
+        self.code = Code(self._written, packing.machine)
+
+    def _written(self, name: str) -> ir.Module:
+        loops = Loops(ir.Module(name), self.packing)
+        if name.startswith("dot"):
+            write_dot(loops, name.removeprefix("dot"))
+        else:
+            WRITERS[name](loops)
+        return loops.module
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
         """Sort expert ids, int64 and all in [0, num_experts]; the last one is no expert."""
@@ -87,10 +92,7 @@ class Library:
     def project(
         self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, pairs: Pairs, *, relu: bool
     ) -> Tensor:
-        """Return Wₑ · x_t + bₑ, or its ReLU, of each pair's token and expert, [P, I]; x and b are contiguous.
-
-        Without ReLU only in a library for gated FFNs.
-        """
+        """Return Wₑ · x_t + bₑ, or its ReLU, of each pair's token and expert, [P, I]; x and b are contiguous."""
         name = f"dot{'' if bias_F is None else '_bias'}{'_relu' if relu else ''}"
         z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons)
         self._dot(name, x_TD, weight_FD, pairs, z=z_PI, bias=bias_F)
@@ -171,9 +173,9 @@ class Library:
 
 
 @functools.cache
-def library(d_model: int, neurons: int, gated: bool, dtype: torch.dtype, machine: Machine) -> Library:
-    """Return the loops for a shape, compiled when first asked for; `why_no_loops` must have returned None.
+def library(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine) -> Library:
+    """Return the loops for a shape; `why_no_loops` must have returned None.
 
     What they multiply, `packing.dtype`, need not be `dtype`, in which a call is computed.
     """
-    return Library(Packing(d_model, neurons, multiplied(d_model, neurons, dtype, machine), machine), gated)
+    return Library(Packing(d_model, neurons, multiplied(d_model, neurons, dtype, machine), machine))

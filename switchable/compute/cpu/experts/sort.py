@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
+from switchable.compute.cpu.experts.kernels import Loops
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
@@ -28,9 +29,9 @@ SORT = Tasks(
 `starts` [C, E + 1]; `cursors` [C, E + 1] is scratch. A task is a chunk of `per_chunk` tokens."""
 
 
-def write_sort(module: ir.Module) -> None:
+def write_sort(loops: Loops) -> None:
     """Write the function "sort"."""
-    w = Writer(module, "sort", [POINTER], wide=False, lanes=4)
+    w = Writer(loops.module, "sort", [POINTER], wide=False, lanes=4)
     SORT.write(w, lambda record, chunk: _sort_chunk(w, record, chunk))
 
 
