@@ -23,7 +23,7 @@ from switchable.compare.picture import draw_comparison
 from switchable.compare.runs import Run
 from switchable.errors import InputError
 from switchable.files import read_records, write_json, write_text
-from switchable.train.summary import label
+from switchable.train.figures import label
 
 GAIN = "gain_of_ssd_at_equal_flops"
 

@@ -8,15 +8,19 @@ folder's lock decides who trains it, so a comparison may be started several time
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from switchable.compare.methods import UNCOMPARED, method_config, named
-from switchable.config import RunConfig, changed, check_trainable, read_stored
+from switchable.config import RunConfig, changed, check_trainable, read_stored, to_dict
 from switchable.errors import InputError
 from switchable.files import read_json
+
+IN_USE = 75
+"""A worker's exit code where the folder is locked (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Run:
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return (self.path / "summary.json").exists()
+
+    def task(self, cache: Path, jobs: int) -> str:
+        """Return what to tell the worker that shall train it."""
+        paths = {"path": str(self.path), "cache": str(cache)}
+        told = {"method": self.method, "seed": self.seed, "config": to_dict(self.config), "jobs": jobs}
+        return json.dumps(told | paths)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of a finished run; InputError if the file is damaged."""

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchable.compare.runs import Run
-from switchable.compare.worker import IN_USE, task
+from switchable.compare.runs import IN_USE, Run
 from switchable.progress import say
 from switchable.store.rundir import RunDir
 from switchable.train.signals import StopRequest
@@ -99,7 +98,7 @@ class Supervisor:
         environment = os.environ | dict.fromkeys(libraries, str(self.threads))
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "switchable.compare.worker", task(run, self.cache, self.jobs)],
+                [sys.executable, "-m", "switchable.compare.worker", run.task(self.cache, self.jobs)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

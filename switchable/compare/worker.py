@@ -13,8 +13,8 @@ from pathlib import Path
 from switchable.compare.baselines import VARIANTS
 from switchable.compare.from_dense import make_from_dense
 from switchable.compare.methods import UNCOMPARED
-from switchable.compare.runs import Run
-from switchable.config import from_dict, to_dict
+from switchable.compare.runs import IN_USE, Run
+from switchable.config import from_dict
 from switchable.errors import InputError
 from switchable.files import full_disk_told
 from switchable.store.rundir import FolderInUse, RunDir
@@ -22,15 +22,6 @@ from switchable.study.report import write_run_report
 from switchable.train.pretrain import pretrain, resume
 from switchable.train.setup import SSD
 from switchable.train.signals import TrainingStopped
-
-IN_USE = 75  # exit code: the folder is locked (EX_TEMPFAIL of sysexits.h)
-
-
-def task(run: Run, cache: Path, jobs: int) -> str:
-    """Return what to tell a worker that shall train `run`."""
-    paths = {"path": str(run.path), "cache": str(cache)}
-    told = {"method": run.method, "seed": run.seed, "config": to_dict(run.config), "jobs": jobs}
-    return json.dumps(told | paths)
 
 
 def train(run: Run, cache: Path, jobs: int) -> None:

@@ -24,7 +24,7 @@ from switchable.study.findings import findings, headline, spread
 from switchable.study.pictures import PictureOf, draw_curves, pictures_of, shown_layers
 from switchable.study.result import Study
 from switchable.study.study import records_of_run
-from switchable.train.summary import FIGURES
+from switchable.train.figures import FIGURES
 
 
 def write_report(study: Study, path: Path, heading: str = "Activation study") -> None:

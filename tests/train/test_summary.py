@@ -6,7 +6,7 @@ from pathlib import Path
 
 from switchable.compare.figures import OWN
 from switchable.compare.report import ROWS
-from switchable.train.summary import FIGURES, label
+from switchable.train.figures import FIGURES, label
 
 
 def test_the_docs_have_the_table() -> None:
