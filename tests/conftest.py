@@ -19,9 +19,9 @@ from switchable.train.pretrain import pretrain
 def pytest_configure() -> None:
     """One thread, here and in the processes that tests start, whatever the user has set: some compare bits.
 
-    What depends on threads is tested with numbers of its own.
+    What depends on threads is tested with numbers of its own. Nothing asks a network.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""Several ranks in processes of their own, forked from a server that has loaded torch and transformers once.
+"""Processes of their own, forked from a server that has loaded torch and transformers: a command, or several ranks.
 
 A rank's exit code is what the command line's would be: 0, 2 for a wrong input, 128 + signal for a stop.
 """
@@ -9,10 +9,13 @@ import contextlib
 import faulthandler
 import multiprocessing as mp
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,7 @@ def start_ranks(
     log: Path,
 ) -> list[ForkServerProcess]:
     """Start `work(*args, *per_rank[r])` on every rank; what rank r prints on stderr goes to `log`/stderr-r."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,6 +64,34 @@ def run_ranks(
     return [(int(process.exitcode or 0), error) for process, error in zip(ranks, errors, strict=True)]
 
 
+def run_forked(
+    work: Callable[..., int | None], *args: object, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Do `work(*args)` in a folder, and return its exit code and what it said."""
+    with tempfile.TemporaryDirectory() as said:
+        process = _server().Process(target=_told, args=(said, str(folder), environment, work, args))
+        process.start()
+        process.join()
+        out, err = (Path(said, name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(args, int(process.exitcode or 0), out, err)
+
+
+def _server() -> ForkServerContext:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _told(
+    said: str, folder: str, environment: dict[str, str], work: Callable[..., int | None], args: Any
+) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.exit(work(*args))
+
+
 def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., int | None], args: Any) -> None:
     import torch
 
@@ -80,3 +110,9 @@ def cli(*arguments: str) -> int:
     from switchable.cli import main
 
     return main(list(arguments))
+
+
+def script(path: str, *arguments: str) -> None:
+    """`python path arguments`, in this process."""
+    sys.argv, sys.path[0] = [path, *arguments], str(Path(path).parent)
+    runpy.run_path(path, run_name="__main__")

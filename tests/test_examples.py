@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import run_forked, script
 
 ROOT = Path(__file__).parents[1]
 NEEDS = {
@@ -27,11 +25,7 @@ def test_an_example_runs_and_saves(name: str, tmp_path: Path) -> None:
     package = NEEDS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"examples/{name}.py needs {package}")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(tmp_path / "saved")],
-        capture_output=True, text=True, cwd=tmp_path, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )  # fmt: skip
+    done = run_forked(script, str(ROOT / "examples" / f"{name}.py"), str(tmp_path / "saved"), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = {
         mode: float(loss) for mode, loss in re.findall(r"(dense|sparse): loss ([\d.]+) nats", done.stdout)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from launch import cli, run_forked
+
 SMALL = """
 model: {d_model: 16, num_layers: 2, num_heads: 2}
 data: {vocab_size: 300}
@@ -19,14 +21,6 @@ switch: {recipe: early, num_experts: 8, experts_per_token: 3, monitor_every: 3,
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def environment(tmp_path: Path) -> dict[str, str]:
-    return os.environ | {
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "switchable", *arguments],
@@ -34,14 +28,12 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    process = start(tmp_path, *arguments)
-    out, err = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    return run_forked(cli, *arguments, folder=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launch import run_ranks
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
@@ -167,11 +167,9 @@ def test_the_bar_appears_only_when_it_takes_long(
     assert "clustering" in capsys.readouterr().err
 
 
-def _rank_main(rank: int, folder: str) -> None:
+def _rank_main(folder: str, rank: int) -> None:
     """One of two processes: cluster together, then meet an error that only rank 1 can see."""
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
     labels = structure.cluster_layers(layers(), 8, random_state=3)
     said = ""
     broken = layers(3)
@@ -185,10 +183,10 @@ def _rank_main(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_the_layers_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_share_the_layers_and_agree(tmp_path: Path) -> None:
     alone = structure.cluster_layers(layers(), 8, random_state=3)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
+    ended = run_ranks(2, _rank_main, str(tmp_path), per_rank=[(0,), (1,)], log=tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
     for rank in (0, 1):
         labels, said = torch.load(tmp_path / f"{rank}.pt")
         assert all(map(torch.equal, labels, alone))
