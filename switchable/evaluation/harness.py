@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -37,19 +38,16 @@ RESAMPLES = 1000  # bootstrap resamples of lm-eval, for metrics whose standard e
 def resolve_tasks(names: Sequence[str]) -> list[Any]:
     """Return tasks (`NAME=PATH`: one of our task files, `NAME`: lm-eval's) in lm-eval's form, before a model is loaded.
 
-    Raises InputError without lm-eval, for an unknown task (the nearest names are listed), or missing data.
+    Raises InputError without lm-eval, for an unknown task (the nearest names are listed), one named twice, or missing
+    data.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks need lm-eval: pip install 'switchable[eval]'")
-    tasks: list[Any] = []
-    for given in names:
-        name, equals, path = given.partition("=")
-        if equals:
-            tasks.append(task_config(name, Path(path).expanduser()))
-        else:
-            _check_known(name)
-            tasks.append(name)
-    return tasks
+    parts = [given.partition("=") for given in names]
+    for name, count in Counter(name for name, _, _ in parts).items():
+        if count > 1:
+            raise InputError(f"task {name!r} is given {count} times; give each once")
+    return [task_config(name, Path(path).expanduser()) if own else _known(name) for name, own, path in parts]
 
 
 @functools.cache
@@ -61,7 +59,7 @@ def _manager(own: bool) -> Any:
         return TaskManager(include_defaults=own)
 
 
-def _check_known(name: str) -> None:
+def _known(name: str) -> str:
     known = set(_manager(own=True).all_tasks)
     if name in NAMES and name not in known:
         raise InputError(f"task {name!r} needs its data: --tasks {name}=PATH")
@@ -71,6 +69,7 @@ def _check_known(name: str) -> None:
             f"task {name!r} is not known to lm-eval; nearest: {', '.join(close) or 'none'}. "
             f"With local data: {', '.join(LOCAL)}"
         )
+    return name
 
 
 def task_scores(
@@ -80,7 +79,7 @@ def task_scores(
     """Return every metric of every task of `resolve_tasks` in every way, of at most `limit` examples per task.
 
     The model is a converted causal or sequence-to-sequence model, and sees `batch_size` sequences at a time. With
-    `show` lm-eval says how far it is. Raises InputError if the data of one of its tasks cannot be had.
+    `show` lm-eval says how far it is. Raises InputError if it cannot run its own tasks.
     """
     scores: list[Score] = []
     with quiet_harness(show):
@@ -94,10 +93,10 @@ def task_scores(
                 try:
                     options = {"limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
                     found = lm_eval.simple_evaluate(live, tasks=list(tasks), task_manager=manager, **options)
-                except OSError as error:
+                except (OSError, ValueError) as error:  # no data, or a group beside one of its own tasks
                     reason = " ".join(str(error).split())
-                    said = f"the data of the tasks cannot be had ({reason}); tasks with local data: {', '.join(LOCAL)}"
-                    raise InputError(said) from None
+                    local = f"tasks with local data: {', '.join(LOCAL)}"
+                    raise InputError(f"lm-eval cannot run the tasks ({reason}); {local}") from error
             scores += _scores(found, way)
     return scores
 

@@ -100,6 +100,7 @@ def test_the_command(
         (["--tasks", "sst3={data}"], ["'sst3' has no task file here", "did you mean 'sst2'?"]),
         (["--tasks", "sst2={data}/nothing"], ["no dev.tsv of sst2", "nothing/SST-2/dev.tsv"]),
         (["--tasks", "lambada={data}/nothing"], ["no LAMBADA data"]),
+        (["--tasks", "sst2={data}", "cola={data}", "sst2"], ["'sst2' is given 2 times; give each once"]),
         (["--data", "{data}/nothing.txt"], ["nothing.txt"]),
         (["--data", "{data}", "--experts-per-token", "9"], ["experts_per_token=9", "from 1 to 8"]),
         (
@@ -130,6 +131,19 @@ def test_without_lm_eval(trained: Runs, lambada: Path, monkeypatch: pytest.Monke
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     with pytest.raises(InputError, match=r"pip install 'switchable\[eval\]'"):
+        evaluate(trained("gpt2")[0], EvalConfig(tasks=(f"lambada={lambada}",)), DataConfig())
+
+
+def test_what_lm_eval_refuses_is_told_in_a_line(
+    trained: Runs, lambada: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("Duplicate task 'rte':\nfound in both 'glue' and 'rte'")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", refuses)
+    with pytest.raises(
+        InputError, match=r"cannot run the tasks \(Duplicate task 'rte': found in both 'glue'"
+    ):
         evaluate(trained("gpt2")[0], EvalConfig(tasks=(f"lambada={lambada}",)), DataConfig())
 
 
