@@ -68,7 +68,7 @@ def draw_picture(panels: Sequence[Draw], columns: int = 1) -> Picture:
             axes.set_visible(False)
         # Laid out once, for all files: hover points lie where they are drawn, and drawing takes a third of the time.
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         return picture
 
 
