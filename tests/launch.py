@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import runpy
@@ -85,6 +86,7 @@ def _server() -> ForkServerContext:
 def _told(
     said: str, folder: str, environment: dict[str, str], work: Callable[..., int | None], args: Any
 ) -> None:
+    gc.freeze()  # what the server has loaded stays
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(folder)
@@ -95,6 +97,7 @@ def _told(
 def _rank(r: int, world_size: int, port: int, log: str, work: Callable[..., int | None], args: Any) -> None:
     import torch
 
+    gc.freeze()  # what the server has loaded stays
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.update(
