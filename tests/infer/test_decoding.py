@@ -159,6 +159,14 @@ def test_bfloat16_has_the_same_logits_to_rounding(name: str, mode: str) -> None:
     assert relative_error(own, true) <= relative_error(logits, true)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_rounded_as_a_whole(name: str) -> None:
+    model = decided(model_of(name))
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    want, logits = ours(Decoder(rounded, "bfloat16"), PROMPTS)
+    assert torch.equal(ours(Decoder(model, "bfloat16"), PROMPTS, want)[1], logits)
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 @pytest.mark.parametrize("name", MODELS)
 def test_8_bits_are_the_rounded_model(name: str, mode: str) -> None:

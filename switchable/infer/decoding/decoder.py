@@ -69,12 +69,12 @@ class Decoder:
     def __init__(self, model: Any, weights: str = "float32", stored: Stored | None = None):
         if weights not in WIDTHS:
             raise InputError(f"weights={weights!r} is not known; use one of {', '.join(WIDTHS)}")
+        if weights != "int8":
+            round_weights(model, weights)
         parts = parts_of(model)
         found = ffns_of(model, parts) or []
         if weights == "int8":
             _check_widths(parts, found)
-        else:
-            round_weights(model, weights)
         self.model, self.matrices = model.eval(), Matrices(weights, stored)
         self.parallel, self.positions = parts.parallel, positions_of(model)
         tied = parts.tokens.weight is parts.head.weight
