@@ -38,8 +38,7 @@ RESAMPLES = 1000  # bootstrap resamples of lm-eval, for metrics whose standard e
 def resolve_tasks(names: Sequence[str]) -> list[Any]:
     """Return tasks (`NAME=PATH`: one of our task files, `NAME`: lm-eval's) in lm-eval's form, before a model is loaded.
 
-    Raises InputError without lm-eval, for an unknown task (the nearest names are listed), one named twice, or missing
-    data.
+    Raises InputError without lm-eval, for a task unknown (the nearest names are listed) or named twice, or no data.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks need lm-eval: pip install 'switchable[eval]'")
@@ -93,6 +92,8 @@ def task_scores(
                 try:
                     options = {"limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
                     found = lm_eval.simple_evaluate(live, tasks=list(tasks), task_manager=manager, **options)
+                except InputError:  # a ValueError too
+                    raise
                 except (OSError, ValueError) as error:  # no data, or a group beside one of its own tasks
                     reason = " ".join(str(error).split())
                     local = f"tasks with local data: {', '.join(LOCAL)}"

@@ -31,7 +31,7 @@ MOST_WRITTEN_OUT = 4
 
 
 def write_dot(loops: Loops, epilogue: str) -> None:
-    """Write the function "dot" and what it does to its results while they are in registers, its epilogue.
+    """Write the function "dot" with an epilogue: what is done to its results while they are in registers.
 
     "_relu", "_bias_relu": ReLU; add a bias, then ReLU. "", "_bias" (of a gated FFN's `up`): nothing; add a bias.
     "_mask": set to zero where the activation is not positive (ReLU's derivative); "_slope": times twice the activation
