@@ -72,6 +72,8 @@ def run_forked(
     with tempfile.TemporaryDirectory() as said:
         process = _server().Process(target=_told, args=(said, str(folder), environment, work, args))
         process.start()
+        process.join(600.0)
+        process.kill()  # if it hangs
         process.join()
         out, err = (Path(said, name).read_text() for name in ("out", "err"))
     return subprocess.CompletedProcess(args, int(process.exitcode or 0), out, err)
