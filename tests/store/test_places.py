@@ -228,6 +228,7 @@ def on_small_disks(disk: Path, commands: list[tuple[int, list[str]]]) -> list[tu
     script = [sys.executable, "-c", ON_SMALL_DISKS, disk, json.dumps(commands)]
     done = subprocess.run([*alone, *script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr  # nor of a thread, or when the process ends
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
