@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ def peak_bytes(call: Callable[[], object], forget: Callable[[], object]) -> int:
     """
     call()
     forget()
+    gc.collect()  # else what hangs in circles of references is freed within the call, and counts as less
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()

@@ -55,7 +55,7 @@ class HalfLayer(Layer):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             if way in ("layer", "module"):
                 modules = self.wholes if way == "layer" else self.modules
-                y_TD: Tensor = modules[precision](own["x"][None])[0]
+                y_TD: Tensor = modules[precision](own["x"][None]).squeeze(0)
                 return y_TD
             if way == "dense":
                 return dense_ffn(own, own["dense down"])
@@ -158,8 +158,11 @@ def row_of(shape: Shape, seconds: float) -> dict[str, Any]:
             "layer_over_best_dense": times.ratio(dense, LAYER),
         }
         if job == "train":
-            dense_peak, peak = (peak_bytes(calls[name], layer.forget) for name in (dense, ours))
-            row["memory_share"] = peak / dense_peak
+            peaks = {name: peak_bytes(calls[name], layer.forget) for name in names}
+            row["peak_mib"] = {name: peak / 2**20 for name, peak in peaks.items()}
+            # Over dense of the same kind: whether weights are of bfloat16, speed does not decide.
+            shares = [peaks[f"fused {kind}"] / peaks[f"dense {kind}"] for kind in PRECISIONS[1:]]
+            row["memory_share"] = max(*shares, peaks[LAYER] / peaks["dense autocast"])
         report(job, row)
     return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import ffn_sweep, memory, train_step
 from benchmarks._ffn_layer import Shape
+from benchmarks._memory import peak_bytes
 from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.measured import Costs, Line
 from switchable.ffn.convert import layers_of
@@ -117,3 +119,17 @@ def test_memory_is_that_of_the_process_that_writes_not_of_its_parent(tmp_path: P
     memory._build(tmp_path, 64, 1, 512, None)
     here = torch.ones(2**28)  # 1.1 GB
     assert 150 < memory.peak_mb(str(tmp_path / "export"), "int8") < here.nbytes / 1e6
+
+
+def test_the_peak_is_the_calls_own_whatever_garbage_is_freed_within_it() -> None:
+    kept: list[object] = []
+
+    def call() -> None:
+        gc.collect()
+        circle: list[object] = [torch.empty(4 * 2**18)]
+        circle.append(circle)
+        kept[:] = [circle]
+        torch.empty(2 * 2**18)
+
+    for _ in range(2):  # loading the profiler collects garbage too
+        assert peak_bytes(call, kept.clear) == 6 * 2**20

@@ -122,19 +122,19 @@ class _Fused(torch.autograd.Function):
         need_x, need_down, *need = ctx.needs_input_grad[:6]
 
         def of_projection(dz_PI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-            return (
-                loops.weight_gradient(dz_PI, x_TD, pairs) if weight else None,
-                loops.bias_gradient(dz_PI, pairs) if bias else None,
-            )
+            dweight = loops.weight_gradient(dz_PI, x_TD, pairs) if weight else None
+            return dweight, loops.bias_gradient(dz_PI, pairs) if bias else None
 
         dy_TD = plan.rounded(dy_TD).contiguous()
         dz_PI, dup_PI = loops.project_back(dy_TD, down_FD, act_PI, up_PI, pairs, squared=plan.squared)
+        ddown_FD = loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs) if need_down else None
+        del dy_TD  # a rounded copy is gone before the gradients of x and the other weights take memory
         dx_TD = loops.scatter(dz_PI, entrance_FD, pairs, len(x_TD)) if need_x else None
         if need_x and dup_PI is not None:
             loops.scatter(dup_PI, factor_FD, pairs, len(x_TD), onto_TD=dx_TD)
         return (  # autograd converts them to the dtypes of the inputs
             dx_TD,
-            loops.weight_gradient(plan.hidden(act_PI, up_PI), dy_TD, pairs) if need_down else None,
+            ddown_FD,
             *of_projection(dz_PI, *need[:2]),
             *((None, None) if dup_PI is None else of_projection(dup_PI, *need[2:])),
             None,
