@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, given
+from switchable.cli.flags import add_dataclass_flags, add_texts, given
 from switchable.errors import InputError
 from switchable.files import check_writable, read_json, write_json
 
@@ -18,14 +18,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
     verb.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an export")
     add_dataclass_flags(verb, EvalConfig)
-    verb.add_argument(
-        "--data",
-        dest=f"{RESERVED}data",
-        nargs="+",
-        default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help="text files or folders: loss, perplexity, bits per byte (default, without --tasks: the run's)",
-    )
+    what = "text files or folders: loss, perplexity, bits per byte (default, without --tasks: the run's)"
+    add_texts(verb, "data", what, nargs="+", metavar="TEXT")
     add_dataclass_flags(verb, DataConfig, skip=("data", "val_fraction", "tokenizer", "vocab_size"))
     place = "write the scores there too, as JSON, and the picture beside it"
     verb.add_argument("--out", type=Path, metavar="FILE", help=place)

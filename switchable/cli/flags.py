@@ -44,6 +44,11 @@ def add_out(
     verb.add_argument("--out", type=Path, metavar="DIR", default=place, required=required, help=text + shown)
 
 
+def add_texts(verb: argparse.ArgumentParser, field: str, text: str, **more: Any) -> None:
+    """Add a flag for texts, one or several, to a verb whose other flags are settings."""
+    verb.add_argument(f"--{field}", dest=f"{RESERVED}{field}", default=argparse.SUPPRESS, help=text, **more)
+
+
 def default_cache() -> Path:
     """Return where token files are kept: `$XDG_CACHE_HOME/switchable`, else `~/.cache/switchable`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchable"

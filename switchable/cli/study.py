@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from switchable.cli.flags import RESERVED, add_dataclass_flags, add_out, given
+from switchable.cli.flags import add_dataclass_flags, add_out, add_texts, given
 from switchable.errors import InputError
 from switchable.files import whole_folder, write_json
 
@@ -20,14 +20,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     series = "study these models as a series, e.g. out/step*"
     verb.add_argument("--checkpoints", nargs="+", metavar="DIR", help=series)
     add_out(verb, "folder for report.html, study.json and pictures/ (default: RUN/study, else ./study)")
-    verb.add_argument(
-        "--text",
-        dest=f"{RESERVED}text",
-        nargs="*",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="text to measure on; default: the run's probe, or the Python installation's own source files",
-    )
+    what = "text to measure on; default: the run's probe, or the Python installation's own source files"
+    add_texts(verb, "text", what, nargs="*", metavar="FILE")
     verb.add_argument("--overwrite", action="store_true", help="replace the study in --out")
     add_dataclass_flags(verb, StudyConfig)
     verb.add_argument("--quiet", action="store_true", help="show no progress")

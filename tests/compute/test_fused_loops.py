@@ -104,9 +104,9 @@ def test_what_a_call_does_not_need_is_not_compiled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(code, "_compiled", noted)
     with torch.no_grad():
         problem(Case(width=80, neurons=3)).run("fused")
-    # Three functions of eight: pairs in order, `up` with a bias, `down`.
+    # Three functions: pairs in order, `up` with a bias, `down`.
     defined = [re.findall(r'define void @"(\w+)"', text) for text in found]  # what it calls stands before it
-    assert [names[-1] for names in defined] == ["sort", "dot_bias_relu", "scatter"]
+    assert [names[-1] for names in defined] == ["sort", "dot_bias_relu_by_chunk", "scatter"]
     problem(Case(width=80, neurons=3)).run("fused").sum().backward()
     assert len(found) == 6  # the slope of ReLU, and the gradients of weights and bias
 

@@ -1,8 +1,8 @@
 """`dot`: the products of each token with its experts' neurons, z_p = epilogue(Wₑ · x_t), tile by tile.
 
-A first stage puts every expert's weights in the order in which they are read (`reorder.py`). In the second one a tile
-of tokens meets an expert's vectors of neurons, while the next expert's weights, and the next tile's rows and results,
-are prefetched.
+An expert's weights are put in the order in which they are read (`reorder.py`), by each chunk for itself, or by a first
+stage for many chunks. Then a tile of tokens meets an expert's vectors of neurons, while the next expert's weights, and
+the next tile's rows and results, are prefetched.
 
 Shapes as in `kernels.py`.
 """
@@ -22,51 +22,64 @@ from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Values, Writer
 from switchable.compute.cpu.tasks import Record, Tasks
 
 DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act", "up", "dup"), stages=2)
-"""Tasks are experts, whose `weights` are reordered into `packed`, and then chunks; `z` and `dup` [P, I] are written,
-`bias` is [F], `act` and `up` [P, I]."""
+"""Tasks are experts, whose `weights` are reordered into `packed` (no tasks if each chunk does so for itself, in a place
+of its own), and then chunks; `z` and `dup` [P, I] are written, `bias` is [F], `act` and `up` [P, I]."""
+BY_CHUNK = "_by_chunk"
 MOST_VECTORS = 3
 """Vectors of neurons in a tile."""
 MOST_WRITTEN_OUT = 4
 """Tiles of an expert that are written one after another; more are a loop, as each takes 0.1 s to compile."""
 
 
-def write_dot(loops: Loops, epilogue: str) -> None:
-    """Write the function "dot" with an epilogue: what is done to its results while they are in registers.
+def write_dot(loops: Loops, name: str) -> None:
+    """Write a function whose name says what is done to its results while they are in registers.
 
-    "_relu", "_bias_relu": ReLU; add a bias, then ReLU. "", "_bias" (of a gated FFN's `up`): nothing; add a bias.
-    "_mask": set to zero where the activation is not positive (ReLU's derivative); "_slope": times twice the activation
-    (the derivative of its square). "_gated_mask", "_gated_slope": the same, but products are first multiplied with the
-    activation and written to `dup`, and with `up` before they go on.
+    "dot_relu", "dot_bias_relu": ReLU; add a bias, then ReLU. "dot", "dot_bias" (of a gated FFN's `up`): nothing; add a
+    bias. "dot_mask": set to zero where the activation is not positive (ReLU's derivative); "dot_slope": times twice the
+    activation (the derivative of its square). "dot_gated_mask", "dot_gated_slope": the same, but products are first
+    multiplied with the activation and written to `dup`, and with `up` before they go on. With `BY_CHUNK` after it each
+    chunk reorders weights.
     """
+    once = not name.endswith(BY_CHUNK)
     packing, reorder = loops.packing, loops.writer("reorder_expert", [POINTER, POINTER])
     write_reorder(reorder, packing)
-    product = loops.writer(f"dot{epilogue}_expert", [I64, *[POINTER] * 8])
+    product = loops.writer(f"{name}_expert", [I64, *[POINTER] * 9])
     if loops.amx:
-        dot_by_amx(loops, product, partial(_finish, loops, product, epilogue))
+        dot_by_amx(loops, product, partial(_finish, loops, product, name))
     else:
         in_loop, others = _split(packing.vectors, MOST_VECTORS)
-        whole = partial(_product, loops, product, epilogue, vectors=MOST_VECTORS)
+        whole = partial(_product, loops, product, name, vectors=MOST_VECTORS)
         if in_loop:
             product.range(0, in_loop, MOST_VECTORS, whole)
         for first, vectors in others:
-            _product(loops, product, epilogue, first, vectors)
+            _product(loops, product, name, first, vectors)
     product.b.ret_void()
-    w = loops.writer(f"dot{epilogue}")
+    w = loops.writer(name)
     own = packing.vectors * packing.steps * loops.L
 
+    def weights(record: Record, e: Index) -> ir.Value:
+        return w.at(record["weights"], w.mul(e, loops.I * loops.words_D))
+
+    def packed(record: Record, place: ir.Value) -> ir.Value:
+        return w.at(record["packed"], w.mul(place, own))
+
     def pack(record: Record, e: ir.Value) -> None:
-        weights = w.at(record["weights"], w.mul(e, loops.I * loops.words_D))
-        w.b.call(reorder.function, [weights, w.at(record["packed"], w.mul(e, own))])
+        if once:
+            w.b.call(reorder.function, [weights(record, e), packed(record, e)])
 
     def chunk(record: Record, number: ir.Value) -> None:
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)
-            pair = w.mul(first, loops.I)
+            pair, following = w.mul(first, loops.I), w.add(e, 1)
+            ours = packed(record, e if once else number)
+            if not once:
+                w.b.call(reorder.function, [weights(record, e), ours])
             arguments = [
                 count,
                 w.at(record["tokens"], first, I32),
                 record["x"],
-                w.at(record["packed"], w.mul(e, own)),
+                ours,
+                (packed if once else weights)(record, following),
                 w.at(record["bias"], w.mul(e, loops.I)),
                 *(loops.at_z(w, record[name], pair) for name in ("z", "act", "up", "dup")),
             ]
@@ -77,16 +90,16 @@ def write_dot(loops: Loops, epilogue: str) -> None:
     DOT.write(w, pack, loops.task(w, chunk))
 
 
-def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int) -> None:
+def _product(loops: Loops, w: Writer, name: str, first: Index, vectors: int) -> None:
     """Products of an expert's tokens with some of its vectors of neurons."""
-    count, tokens, x, packed, _, z = w.arguments[:6]
+    count, tokens, x, packed, following, _, z = w.arguments[:7]
     packing, p, lanes = loops.packing, loops.packing.inputs_per_vector, loops.L
     steps = packing.steps
     # An addition waits for the one before it to the same sum. One vector per token leaves too few sums to keep the
     # multipliers busy meanwhile: take two steps at a time, each with sums of its own.
     chains = 2 if vectors == 1 and steps % 2 == 0 else 1
     ours = w.at(packed, w.mul(first, steps * lanes))
-    following = w.at(ours, packing.vectors * steps * lanes)
+    following = w.at(following, w.mul(first, steps * lanes))
     # `count` tokens of `steps` steps each prefetch steps · vectors · lanes numbers: the next expert's.
     pace = Pace(w, vectors * lanes, count)
 
@@ -124,7 +137,7 @@ def _product(loops: Loops, w: Writer, epilogue: str, first: Index, vectors: int)
                 if isinstance(first, int):  # in a loop all are there
                     neurons = min(neurons, loops.I - (first + v) * neurons)
                 total = _reduce_inputs(loops, w, total, neurons)
-                _finish(loops, w, epilogue, total, w.add(i, r), neuron)
+                _finish(loops, w, name, total, w.add(i, r), neuron)
 
     w.tiles(count, packing.tile_rows, tile)
 
@@ -143,17 +156,17 @@ def _place(loops: Loops, w: Writer, values: ir.Value, i: ir.Value, neuron: Index
     return loops.at_z(w, values, w.add(w.mul(i, loops.I), neuron))
 
 
-def _finish(loops: Loops, w: Writer, epilogue: str, total: ir.Value, i: ir.Value, neuron: Index) -> None:
+def _finish(loops: Loops, w: Writer, name: str, total: ir.Value, i: ir.Value, neuron: Index) -> None:
     """Write what becomes of a vector of products, those of an expert's pair number i from a neuron on."""
-    kind, bias = total.type, w.at(w.arguments[4], neuron)
-    z, act, up, dup = (_place(loops, w, values, i, neuron) for values in w.arguments[5:])
-    if "bias" in epilogue:
+    kind, bias = total.type, w.at(w.arguments[5], neuron)
+    z, act, up, dup = (_place(loops, w, values, i, neuron) for values in w.arguments[6:])
+    if "bias" in name:
         total = w.b.fadd(total, w.load(bias, kind))
-    if "relu" in epilogue:  # a NaN stays one, here and below
+    if "relu" in name:  # a NaN stays one, here and below
         total = w.b.select(w.b.fcmp_ordered("<", total, w.zero(kind)), w.zero(kind), total)
-    if "mask" in epilogue or "slope" in epilogue:
-        squared, value = "slope" in epilogue, loops.load_z(w, act, kind)
-        if "gated" in epilogue:
+    if "mask" in name or "slope" in name:
+        squared, value = "slope" in name, loops.load_z(w, act, kind)
+        if "gated" in name:
             loops.store_z(w, w.b.fmul(total, w.b.fmul(value, value) if squared else value), dup)
             total = w.b.fmul(total, loops.load_z(w, up, kind))
         if squared:

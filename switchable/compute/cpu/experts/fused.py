@@ -8,7 +8,7 @@ Tokens are sorted by expert once. All products of a training step (two forward, 
 find the tokens' rows through their indices and add up where the result lies (`kernels.py`), so that neither gathered
 rows nor what is to be scattered ever exists; ReLU, its derivative and that of the product with the factor are part of
 them. Between the two passes only what the projections gave lives (T·K·I numbers, K/E of the dense layer's; gated twice)
-with the sorted indices. The weights are copied into the order of the loops first, which costs 1/T of a product. The
+with the sorted indices. The weights are copied into the order of the loops, which costs 1/T of a product. The
 same bits come out whatever the number of threads.
 
 ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as

@@ -142,6 +142,13 @@ class Loops:
         pairs = w.shuffle(left, [lane + side for lane in range(lanes) for side in (0, lanes)], right)
         return w.b.bitcast(pairs, w.vector_of(lanes))
 
+    def words(self, w: Writer, rows: Sequence[ir.Value], vectors: int) -> list[ir.Value]:
+        """Read neighbouring vectors of words whose terms stand in so many rows, one or two."""
+        if not self.paired:
+            return w.vectors(rows[0], vectors)
+        pairs = [[self.at_z(w, row, v * self.L) for row in rows] for v in range(vectors)]
+        return [self.pair_up(w, first, second, self.L) for first, second in pairs]
+
 
 class Pace:
     """Where each step's part of a prefetch begins, if `numbers` numbers are prefetched in the course of `steps` steps.

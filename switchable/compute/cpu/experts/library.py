@@ -15,7 +15,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.code import Code
-from switchable.compute.cpu.experts.dot import DOT, write_dot
+from switchable.compute.cpu.experts.dot import BY_CHUNK, DOT, write_dot
 from switchable.compute.cpu.experts.gradients import BIAS, WEIGHTS, write_bias, write_weights
 from switchable.compute.cpu.experts.kernels import AHEAD, Loops
 from switchable.compute.cpu.experts.packing import Packing, multiplied
@@ -63,10 +63,7 @@ class Library:
 
     def _written(self, name: str) -> ir.Module:
         loops = Loops(ir.Module(name), self.packing)
-        if name.startswith("dot"):
-            write_dot(loops, name.removeprefix("dot"))
-        else:
-            WRITERS[name](loops)
+        WRITERS.get(name, functools.partial(write_dot, name=name))(loops)
         return loops.module
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
@@ -127,10 +124,12 @@ class Library:
         return dz_PI, dup_PI
 
     def _dot(self, name: str, x_TD: Tensor, weight_FD: Tensor, pairs: Pairs, **memory: Tensor | None) -> None:
-        own = self.packing
-        packed = self.scratch("packed", (pairs.experts, own.vectors, own.steps, own.lanes), self.sums)
+        own, once = self.packing, pairs.chunks > torch.get_num_threads()
+        places = pairs.experts if once else pairs.chunks
+        packed = self.scratch("packed", (places, own.vectors, own.steps, own.lanes), self.sums)
         memory |= {"x": x_TD, "weights": weight_FD.contiguous(), "packed": packed}
-        DOT.run(self.code, name, pairs.experts, pairs.chunks, **pairs.fields, **memory)
+        tasks = (pairs.experts if once else 0, pairs.chunks)
+        DOT.run(self.code, name if once else name + BY_CHUNK, *tasks, **pairs.fields, **memory)
 
     def scatter(
         self, z_PI: Tensor, weight_FD: Tensor, pairs: Pairs, tokens: int, onto_TD: Tensor | None = None
@@ -140,13 +139,12 @@ class Library:
         if y_TD is None:
             y_TD = z_PI.new_empty(tokens, self.packing.d_model, dtype=self.sums)
         packed = weight_FD = weight_FD.contiguous()
-        packs = self.packing.terms > 1
-        if packs:
+        if self.packing.amx:
             shape = (pairs.experts, self.packing.scatter_words, y_TD.shape[1])
             packed = self.scratch("packed", shape, self.sums)
         numbers = {"per_chunk": pairs.per_chunk, "token_count": tokens, "adds": onto_TD is not None}
         memory = {"y": y_TD, "weights": weight_FD, "packed": packed, "z": z_PI}
-        tasks = (pairs.experts if packs else 0, pairs.chunks)
+        tasks = (pairs.experts if self.packing.amx else 0, pairs.chunks)
         SCATTER.run(self.code, "scatter", *tasks, **pairs.fields, **numbers, **memory)
         return y_TD
 

@@ -20,7 +20,7 @@ from switchable.compute.cpu.amx import AMX, ROWS
 from switchable.compute.cpu.llvm import Machine
 
 MANY_NEURONS = 24
-"""From which several tiles read the same columns, so that copying them side by side pays."""
+"""From which a gradient's tiles pay that are wide rather than high."""
 FIRST_LEVEL_CACHE = 32768
 """Bytes that it holds, at least."""
 
@@ -77,9 +77,8 @@ class Packing:
 
     @property
     def scatter_words(self) -> int:
-        """Words of an expert's neurons that `scatter` adds up, filled up to whole tiles."""
-        words = self.neurons // self.terms
-        return -(-words // ROWS) * ROWS if self.amx else words
+        """Words of an expert's neurons that `scatter` adds up by AMX, filled up to whole tiles."""
+        return -(-self.neurons // self.terms // ROWS) * ROWS
 
     @property
     def scatter_columns(self) -> int:
@@ -91,9 +90,9 @@ class Packing:
 
     @property
     def scatter_pieces(self) -> int:
-        """In how many pieces `scatter` copies an expert's part of a block of columns; 0: not at all."""
+        """In how many pieces `scatter` copies an expert's part of a block of columns."""
         block = self.neurons // self.terms * self.scatter_columns * self.machine.vector_bytes
-        return -(-block // FIRST_LEVEL_CACHE) if self.neurons >= MANY_NEURONS else 0
+        return -(-block // FIRST_LEVEL_CACHE)
 
     @property
     def gradient_tokens(self) -> int:

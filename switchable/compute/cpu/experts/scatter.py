@@ -4,8 +4,8 @@ A block of an expert's columns meets all its tokens, six of them at a time. (Of 
 piece after the other, so that the block stays in the first-level cache.)
 
 The rows of a block lie a whole d_model apart, which first-level caches take badly: they hold few lines at such
-distances. So the first tile of tokens copies them side by side for the other tiles, and prefetches the rows that come
-next; every tile prefetches a part of the next expert's values.
+distances. So the first tile of tokens copies them side by side for the other tiles, in bfloat16 as words, and
+prefetches the rows that come next; every tile prefetches a part of the next expert's values.
 
 Shapes as in `kernels.py`.
 """
@@ -23,7 +23,7 @@ from switchable.compute.cpu.tasks import Record, Tasks
 SCATTER = Tasks(
     ("experts", "per_chunk", "token_count", "adds"), (*PAIRS, "y", "weights", "packed", "z"), stages=2
 )
-"""Tasks are experts, whose `weights` become words in `packed` (no tasks where they are), and then chunks; `y` [T, D] is
+"""Tasks are experts, whose `weights` become panels in `packed` (for AMX, else none), and then chunks; `y` [T, D] is
 written, in float32 or float64, or added to if `adds` is 1."""
 
 
@@ -33,6 +33,9 @@ def write_scatter(loops: Loops) -> None:
     (scatter_by_amx if loops.amx else _product)(loops, product)
     w = loops.writer("scatter")
     own_words = loops.packing.scatter_words * loops.D
+
+    def of_expert(record: Record, e: ir.Value) -> ir.Value:
+        return loops.at_z(w, record["weights"], w.mul(e, loops.I * loops.D))
 
     def chunk(record: Record, number: ir.Value) -> None:
         begin = w.mul(number, record["per_chunk"])
@@ -45,22 +48,20 @@ def write_scatter(loops: Loops) -> None:
         def expert(e: ir.Value) -> None:
             first, count = segment(w, record, number, e)
             tokens, z = w.at(record["tokens"], first, I32), w.at(record["z"], w.mul(first, loops.words_I))
-            weights = w.at(record["packed"], w.mul(e, own_words))
+            weights = w.at(record["packed"], w.mul(e, own_words)) if loops.amx else of_expert(record, e)
             w.b.call(product.function, [count, tokens, record["y"], weights, z])
 
         w.each(record["experts"], expert)
 
     def pack(record: Record, e: ir.Value) -> None:
-        weights = loops.at_z(w, record["weights"], w.mul(e, loops.I * loops.D))
-        packed = w.at(record["packed"], w.mul(e, own_words))
+        packed, width = w.at(record["packed"], w.mul(e, own_words)), loops.packing.scatter_words
 
         def put(words: ir.Value, j: ir.Value, d: ir.Value) -> None:
-            row, column = (loops.L, loops.packing.scatter_words) if loops.amx else (loops.D, 1)
-            w.store(words, w.at(packed, w.add(w.mul(j, row), w.mul(d, column))))
+            w.store(words, w.at(packed, w.add(w.mul(j, loops.L), w.mul(d, width))))
 
         def row(j: ir.Value) -> None:
             def vector(d: ir.Value) -> None:
-                first = loops.at_z(w, weights, w.add(w.mul(j, 2 * loops.D), d))
+                first = loops.at_z(w, of_expert(record, e), w.add(w.mul(j, 2 * loops.D), d))
                 put(loops.pair_up(w, first, loops.at_z(w, first, loops.D), loops.L), j, d)
 
             w.range(0, loops.D, loops.L, vector)
@@ -68,9 +69,9 @@ def write_scatter(loops: Loops) -> None:
         def no_row(j: ir.Value) -> None:
             w.range(0, loops.D, loops.L, lambda d: put(w.zero(), j, d))
 
-        if loops.paired:
+        if loops.amx:
             w.each(loops.words_I, row)
-            w.range(loops.words_I, loops.packing.scatter_words, 1, no_row)
+            w.range(loops.words_I, width, 1, no_row)
 
     SCATTER.write(w, pack, loops.task(w, chunk))
 
@@ -78,8 +79,8 @@ def write_scatter(loops: Loops) -> None:
 def _product(loops: Loops, w: Writer) -> None:
     """Add an expert's part to its tokens' rows, block of columns by block of columns and piece by piece of it."""
     packing, count = loops.packing, w.arguments[0]
-    width, pieces = packing.scatter_columns * loops.L, max(1, packing.scatter_pieces)
-    copies = w.scratch(-(-loops.words_I // pieces) * width) if packing.scatter_pieces else None
+    width, pieces = packing.scatter_columns * loops.L, packing.scatter_pieces
+    copies = w.scratch(-(-loops.words_I // pieces) * width)
 
     def block(d: ir.Value) -> None:
         def piece(number: ir.Value) -> None:
@@ -94,36 +95,37 @@ def _product(loops: Loops, w: Writer) -> None:
 
 
 def _piece(
-    loops: Loops, w: Writer, d: ir.Value, rows: Values, steps_before: ir.Value, copies: ir.Value | None
+    loops: Loops, w: Writer, d: ir.Value, rows: Values, steps_before: ir.Value, copies: ir.Value
 ) -> None:
     """Rows low to high of an expert, in the columns from d on, times all its tokens' values."""
     count, tokens, y, weights, z = w.arguments
     b, packing, (low, high) = w.b, loops.packing, rows
     vectors, sizes = packing.scatter_columns, packing.scatter_rows
-    width, most = vectors * loops.L, sizes[0]
-    pieces = max(1, packing.scatter_pieces) * loops.D // width  # of the whole expert
+    width, most, terms = vectors * loops.L, sizes[0], packing.terms
+    pieces = packing.scatter_pieces * loops.D // width  # of the whole expert
     following_z = w.at(z, w.mul(count, loops.words_I))
     pace = Pace(w, loops.words_I, pieces)
     # From a row of this piece to the row that the next piece has in its place. The next piece holds further rows of
     # the same columns, after the last rows the first ones of the next columns, after the last columns the next expert.
     next_columns = w.add(d, width)
-    jump = b.select(w.compare(next_columns, ">=", loops.D), i64(loops.words_I * loops.D), next_columns)
+    jump = b.select(w.compare(next_columns, ">=", loops.D), i64(loops.I * loops.D), next_columns)
     following = b.select(
         w.compare(high, "==", loops.words_I),
-        w.sub(jump, w.mul(low, loops.D)),
-        w.add(d, w.mul(w.sub(high, low), loops.D)),
+        w.sub(jump, w.mul(low, terms * loops.D)),
+        w.add(d, w.mul(w.sub(high, low), terms * loops.D)),
     )
 
     def columns(j: ir.Value, source: str) -> list[ir.Value]:
-        row = w.at(weights, w.mul(j, loops.D))
-        if copies is None or source == "weights":
-            return w.vectors(w.at(row, d), vectors)
         place = w.at(copies, w.mul(w.sub(j, low), width))
         if source == "copies":
             return w.vectors(place, vectors)
-        w.prefetch(w.at(row, following), vectors)
-        found = w.vectors(w.at(row, d), vectors)
-        w.store_vectors(found, place)
+        starts = [w.mul(w.add(w.mul(j, terms), term), loops.D) for term in range(terms)]
+        rows = [loops.at_z(w, weights, w.add(start, d)) for start in starts]
+        found = loops.words(w, rows, vectors)
+        if source != "weights":
+            for start in starts:
+                w.prefetch(loops.at_z(w, weights, w.add(start, following)), -(-vectors // terms))
+            w.store_vectors(found, place)
         return found
 
     def tile(i: ir.Value, size: int, source: str = "weights") -> None:
@@ -147,9 +149,6 @@ def _piece(
             before = w.vectors(row, vectors)
             w.store_vectors([b.fadd(old, sums[r * vectors + v]) for v, old in enumerate(before)], row)
 
-    if copies is None:
-        w.tiles(count, sizes, tile)
-        return
     with b.if_else(w.compare(count, ">=", most)) as (several_tiles, one_tile):
         with several_tiles:
             tile(i64(0), most, "weights, which are copied")

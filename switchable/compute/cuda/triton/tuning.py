@@ -17,36 +17,24 @@ import triton
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def _config(m: int, n: int, k: int, warps: int, stages: int) -> Any:
-    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+def _configs(*sizes: tuple[int, int, int, int, int]) -> list[Any]:
+    """Of BLOCK_M, BLOCK_N, BLOCK_K, warps, stages. Triton's interpreter has nothing to tune."""
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in ([(16, 32, 32, 4, 1)] if INTERPRETED else sizes)
+    ]
 
 
-# Small first: the first one is used where none suits. Triton's interpreter has nothing to tune.
-ROWS = [_config(16, 32, 32, 4, 1)]
-WEIGHTS = [_config(16, 32, 32, 4, 1)]
-if not INTERPRETED:
-    ROWS = [
-        _config(16, 32, 128, 4, 4),  # decoding: reading weights is all the work
-        _config(16, 64, 128, 4, 4),
-        _config(16, 128, 64, 4, 4),
-        _config(64, 64, 64, 4, 4),
-        _config(64, 128, 64, 4, 4),
-        _config(64, 256, 64, 8, 3),
-        _config(128, 128, 32, 4, 4),
-        _config(128, 128, 64, 8, 3),
-        _config(128, 256, 64, 8, 3),
-        _config(128, 256, 64, 8, 4),
-    ]
-    WEIGHTS = [  # five stages keep two blocks on their way: rows are found by a load that others wait for
-        _config(32, 64, 32, 4, 5),
-        _config(64, 128, 64, 4, 5),
-        _config(128, 128, 32, 4, 5),
-        _config(128, 128, 64, 8, 3),
-        _config(128, 128, 64, 8, 5),
-        _config(128, 256, 64, 8, 3),
-        _config(128, 256, 64, 8, 5),
-    ]
+# Small first: the first one is used where none suits. Blocks of 16 rows are for decoding, which reads weights.
+ROWS = _configs(
+    (16, 32, 128, 4, 4), (16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3), (128, 128, 32, 4, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
+)  # fmt: skip
+# Five stages keep two blocks on their way: rows are found by a load that others wait for.
+WEIGHTS = _configs(
+    (32, 64, 32, 4, 5), (64, 128, 64, 4, 5), (128, 128, 32, 4, 5), (128, 128, 64, 8, 3), (128, 128, 64, 8, 5),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 5),
+)  # fmt: skip
 
 
 def bucket_of(rows: int, num_experts: int) -> int:
