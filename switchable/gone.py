@@ -52,8 +52,13 @@ GONE: dict[str, Gone] = {
 }
 """By name. `probe_tokens` has moved to the section `train`."""
 
-BACKENDS = {"eager": "reference", "torch_grouped_mm": "grouped_mm", "triton_atomic": "triton"}
-"""New names of backends."""
+BACKENDS = {
+    "eager": "reference",
+    "torch_grouped_mm": "grouped_mm",
+    "triton_atomic": "triton",
+    "sorted": "auto",
+}
+"""New names of backends, and what takes the place of one that is gone."""
 
 
 def refuse_gone(name: str, where: str) -> None:
@@ -78,8 +83,8 @@ def upgraded(stored: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, d
                 )
     if switch.get("schedule") == "dense":
         switch |= {"recipe": "dense", "min_dense_fraction": 1.0}
-    if "expert_compute" in switch:
-        switch["backend"] = BACKENDS.get(switch["expert_compute"], switch["expert_compute"])
+    if backend := switch.get("expert_compute", switch.get("backend")):
+        switch["backend"] = BACKENDS.get(backend, backend)
     return {
         section: {name: value for name, value in values.items() if name not in GONE}
         for section, values in sections.items()

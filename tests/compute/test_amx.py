@@ -236,6 +236,6 @@ def test_without_amx_no_tile_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(fused, "this_machine", lambda machine=machine: machine)
         outcome(problem(case), "fused")
     monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
-    for other in (replace(case, width=48), replace(case, neurons=7), replace(case, dtype=torch.float32)):
+    for other in (replace(case, neurons=7), replace(case, dtype=torch.float32)):
         outcome(problem(other), "fused")
     assert EMULATED.products == before

@@ -59,9 +59,6 @@ CASES = {
     "whole vectors, fewer experts, on one": replace(WIDE, ragged=True, tokens=90, routing="one"),
 }
 REFUSALS = {
-    ("sorted", "gelu"): "computes the activations relu and relu2, not gelu",
-    ("sorted", "gated relu"): "does not compute gated FFNs",
-    ("fused", "odd sizes"): r"needs a d_model that is a multiple of \d+, not 13",
     ("fused", "gelu"): "computes the activations relu and relu2, not gelu",
     ("fused", "whole vectors, gated silu"): "computes the activations relu and relu2, not silu",
     ("decode", "whole vectors"): "computes no gradients",
@@ -106,8 +103,7 @@ def test_equals_the_reference_without_gradients(case: Case, backend: str) -> Non
     [
         ("reference", set(CASES)),
         ("masked", set(CASES)),
-        ("sorted", {name for name in CASES if name != "gelu" and "gated" not in name}),
-        ("fused", {name for name in CASES if name.startswith("whole") and "silu" not in name}),
+        ("fused", {name for name in CASES if name != "gelu" and "silu" not in name}),
         ("grouped_mm", {name for name in CASES if name.startswith("whole") and "fewer" not in name}),
     ],
 )
@@ -160,12 +156,12 @@ def test_fused_wants_one_dtype_unless_autocast_converts_them() -> None:
 def test_at_most_eight_names_and_an_unknown_one_is_answered_with_them() -> None:
     assert all(name == backend.name for name, backend in BACKENDS.items())
     assert len(BACKENDS) + 1 <= 8  # and `auto`
-    known = "auto, reference, fused, sorted, decode, masked, grouped_mm, triton"
-    with pytest.raises(InputError, match=rf"'sortd' is not known; use one of {known}.*did you mean 'sorted'"):
-        expert_ffn(problem(PLAIN).call, "sortd")
+    known = "auto, reference, fused, decode, masked, grouped_mm, triton"
+    with pytest.raises(InputError, match=rf"'fusd' is not known; use one of {known}.*did you mean 'fused'"):
+        expert_ffn(problem(PLAIN).call, "fusd")
 
 
-@pytest.mark.parametrize("backend", ["sorted", "decode"])
+@pytest.mark.parametrize("backend", ["fused", "decode"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_repeated_calls_give_identical_bits(backend: str, threads: int) -> None:
     before = torch.get_num_threads()
@@ -177,13 +173,13 @@ def test_repeated_calls_give_identical_bits(backend: str, threads: int) -> None:
             with torch.no_grad():
                 assert torch.equal(found.run("decode"), found.run("decode"))
             return
-        first, second = outcome(found, "sorted"), outcome(found, "sorted")
+        first, second = outcome(found, "fused"), outcome(found, "fused")
         assert all(torch.equal(first[name], second[name]) for name in first)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sorted", "fused", "masked", "reference", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["auto", "fused", "masked", "reference", "grouped_mm"])
 def test_autocast_computes_in_the_dtype_of_a_linear_layer(backend: str) -> None:
     case = Case(tokens=19, width=16, neurons=8)
     found = problem(case)
@@ -222,7 +218,7 @@ def test_the_gradient_of_one_tensor_alone(leaf: str, activation: str) -> None:
     found = problem(replace(PLAIN, activation=activation))
     for name, tensor in found.leaves.items():
         tensor.requires_grad_(name == leaf)
-    y_TD, true_TD = found.run("sorted"), found.run("reference")
+    y_TD, true_TD = found.run("fused"), found.run("reference")
     # The gradient of a sum has strides of zero.
     ours, true = (torch.autograd.grad(y.sum(), found.leaves[leaf])[0] for y in (y_TD, true_TD))
     torch.testing.assert_close(ours, true)
@@ -230,7 +226,7 @@ def test_the_gradient_of_one_tensor_alone(leaf: str, activation: str) -> None:
 
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     found = problem(PLAIN)
-    (grad,) = torch.autograd.grad(found.run("sorted").square().sum(), found.leaves["x"], create_graph=True)
+    (grad,) = torch.autograd.grad(found.run("fused").square().sum(), found.leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -240,7 +236,7 @@ def test_neurons_that_all_stay_silent_give_zero() -> None:
     with torch.no_grad():
         found.leaves["bias"].fill_(-1e6)
         assert torch.equal(found.run("decode"), torch.zeros(1, 64))
-        assert torch.equal(found.run("sorted"), torch.zeros(1, 64))
+        assert torch.equal(found.run("fused"), torch.zeros(1, 64))
 
 
 @pytest.mark.parametrize("limit", [0, 2**30])
@@ -257,7 +253,7 @@ def test_experts_too_large_to_gather_are_multiplied_where_they_are(
 
 
 def test_no_gradient_reaches_an_expert_that_was_not_chosen() -> None:
-    grads = outcome(problem(replace(PLAIN, routing="late", chosen=2)), "sorted")
+    grads = outcome(problem(replace(PLAIN, routing="late", chosen=2)), "fused")
     for name in ("up", "down", "bias"):
         per_expert = grads[name].view(5, -1).abs().amax(1)
         assert (per_expert[:2] == 0).all()

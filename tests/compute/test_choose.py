@@ -43,37 +43,37 @@ AUTO = {
     ("one token, bfloat16", False): (replace(SMALL, tokens=1, dtype=HALF), "decode"),
     ("two tokens, bfloat16", False): (replace(SMALL, tokens=2, dtype=HALF), "masked"),
     ("two tokens, bfloat16, gated", False): (replace(SMALL, tokens=2, dtype=HALF, gated=True), "masked"),
-    ("17 tokens, bfloat16", False): (replace(SMALL, tokens=17, dtype=HALF), "masked"),
+    ("15 tokens, bfloat16", False): (replace(SMALL, tokens=15, dtype=HALF), "masked"),
+    ("16 tokens, bfloat16", False): (replace(SMALL, tokens=16, dtype=HALF), "fused"),
     ("float64, 16 tokens", False): (replace(SMALL, tokens=16, dtype=torch.float64), "masked"),
     ("stored as nn.Linear", False): (replace(SMALL, tokens=4, stored="linear"), "masked"),
     ("no token", False): (replace(SMALL, tokens=0), "decode"),
     # With gradients.
-    ("63 tokens", True): (replace(SMALL, tokens=63), "masked"),
-    ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
+    ("15 tokens", True): (replace(SMALL, tokens=15), "masked"),
+    ("16 tokens", True): (replace(SMALL, tokens=16), "fused"),
     ("float64", True): (replace(SMALL, tokens=64, dtype=torch.float64), "fused"),
     ("no token", True): (replace(SMALL, tokens=0), "masked"),
-    ("an expert of 512 neurons", True): (LARGE, "sorted"),
-    ("gated relu, 63 tokens", True): (replace(SMALL, tokens=63, gated=True), "masked"),
+    ("an expert of 512 neurons", True): (LARGE, "fused"),
+    ("gated relu, 15 tokens", True): (replace(SMALL, tokens=15, gated=True), "masked"),
     ("gated relu", True): (replace(SMALL, tokens=64, gated=True), "fused"),
     ("gated relu2", True): (replace(SMALL, tokens=64, gated=True, activation="relu2"), "fused"),
     ("gated, an expert of 512 neurons", True): (replace(LARGE, gated=True), "fused"),
-    ("gated relu, odd width, large", True): (replace(LARGE, width=61, gated=True), "reference"),
-    ("gated relu, odd width", True): (replace(ODD, tokens=64, gated=True), "masked"),
+    ("gated relu, odd width, large", True): (replace(LARGE, width=61, gated=True), "fused"),
+    ("gated relu, odd width", True): (replace(ODD, tokens=64, gated=True), "fused"),
     ("gelu", True): (replace(SMALL, tokens=64, activation="gelu"), "masked"),
     ("gelu, large", True): (replace(LARGE, activation="gelu"), "reference"),
     ("gated silu, large", True): (replace(LARGE, activation="silu", gated=True), "reference"),
     ("bfloat16", True): (replace(SMALL, tokens=64, dtype=HALF), "fused"),
-    ("bfloat16, odd width", True): (replace(LARGE, width=61, dtype=HALF), "sorted"),
-    ("odd width, small", True): (replace(ODD, tokens=700), "masked"),
-    ("odd width, large", True): (replace(LARGE, width=61), "sorted"),
+    ("bfloat16, odd width", True): (replace(LARGE, width=61, dtype=HALF), "fused"),
+    ("odd width", True): (replace(ODD, tokens=700), "fused"),
 }
-"""Name of a case, whether it learns; what `auto` is for it, as it was for the code before this table."""
+"""Name of a case, whether it learns; what `auto` is for it."""
 UNDER_AUTOCAST = {
     ("few tokens", False): (replace(SMALL, tokens=2), "masked"),
     ("few tokens, gelu", False): (replace(SMALL, tokens=2, activation="gelu"), "masked"),
-    ("17 tokens", False): (replace(SMALL, tokens=17), "masked"),
-    ("64 tokens", True): (replace(SMALL, tokens=64), "fused"),
-    ("large, no whole pairs", True): (replace(LARGE, width=48), "sorted"),
+    ("15 tokens", False): (replace(SMALL, tokens=15), "masked"),
+    ("16 tokens", True): (replace(SMALL, tokens=16), "fused"),
+    ("large, no whole pairs", True): (replace(LARGE, width=48), "fused"),
     ("large, gated", True): (replace(LARGE, gated=True), "fused"),
     ("large, gated silu", True): (replace(LARGE, gated=True, activation="silu"), "reference"),
 }
@@ -97,49 +97,6 @@ def test_under_autocast(key: tuple[str, bool], wanted: tuple[Case, str]) -> None
     with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype=HALF):
         assert choose(problem(case).call).name == name
         assert torch.equal(problem(case).run("auto"), problem(case).run(name))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["autocast", "bfloat16 weights"])
-def test_pairs_pay_from_few_tokens_on_and_for_large_experts(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def names(pairs: bool) -> list[str]:
-        machine = replace(HERE, vector_bytes=64, pairs=pairs)
-        monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
-        monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
-        few = replace(SMALL, width=32, neurons=30, tokens=31 if dtype is HALF else 15, dtype=dtype)
-        large = replace(LARGE, dtype=dtype)
-        unpaired = [replace(large, width=48, tokens=512, neurons=neurons) for neurons in (62, 64)]
-        gated = [
-            replace(case, gated=True)
-            for case in (large, *(replace(unpaired[0], neurons=neurons) for neurons in (254, 256)))
-        ]
-        calls = [
-            problem(case).call
-            for case in (few, replace(few, tokens=few.tokens + 1), large, *unpaired, *gated)
-        ]
-        with torch.autocast("cpu", HALF, enabled=dtype is not HALF):
-            return [choose(call).name for call in calls]
-
-    assert names(pairs=True) == ["masked", "fused", "fused", "fused", "sorted", "fused", "fused", "reference"]
-    assert names(pairs=False) == ["masked", "masked", "sorted", "fused", "fused", *["fused"] * 3]
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_without_gradients_pairs_pay_from_16_tokens_on(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = replace(HERE, vector_bytes=64, pairs=True)
-    monkeypatch.setattr("switchable.compute.choose.this_machine", lambda: machine)
-    monkeypatch.setattr("switchable.compute.cpu.limits.this_machine", lambda: machine)
-    for dtype in (torch.float32, HALF):
-        cases = [Case(tokens, 32, 30, 8, dtype=dtype, gated=gated) for tokens in (15, 16)]
-        with torch.no_grad(), torch.autocast("cpu", HALF, enabled=dtype is not HALF):
-            assert [choose(problem(case).call).name for case in cases] == ["masked", "fused"]
-
-
-def test_weights_of_another_dtype_than_the_input_are_left_to_sorted_as_before() -> None:
-    found = problem(replace(SMALL, tokens=64))
-    found.x = found.x.double()
-    assert choose(found.call).name == "sorted"
 
 
 def test_answers_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,16 +102,6 @@ def test_it_is_as_exact_as_the_dense_layer_in_bfloat16(case: Case, autocast: boo
     assert_as_exact_as_dense(case, autocast, "fused")
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES.values() if not case.gated],
-    ids=[n for n, c in CASES.items() if not c.gated],
-)
-def test_sorted_too(case: Case, autocast: bool) -> None:
-    assert_as_exact_as_dense(case, autocast, "sorted")
-
-
 @pytest.mark.parametrize("neurons", [7, 8, 12, 24, 96])
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_token_without_gradients_by_decode_too(gated: bool, neurons: int) -> None:

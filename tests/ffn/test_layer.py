@@ -42,7 +42,7 @@ def test_conversion_changes_no_logits_and_no_gradient(
     assert routers == {f"transformer.h.{i}.mlp.router.{p}" for i in (0, 1) for p in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("backend", ["reference", "sorted"])
+@pytest.mark.parametrize("backend", ["reference", "fused"])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_all_experts_on_equals_dense(make_gpt2: Make, tokens: Tensor, activation: str, backend: str) -> None:
     model = make_gpt2(activation)
@@ -162,7 +162,7 @@ def test_parameters_keep_their_names(make_gpt2: Make) -> None:
 
 def test_sparse_mode_keeps_less_memory_for_the_backward_than_dense(make_gpt2: Make) -> None:
     model = make_gpt2(layers=1)
-    convert(model, SwitchConfig(num_experts=8, experts_per_token=2, backend="sorted"))
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=2, backend="fused"))
     layer = layers_of(model)[0]
 
     def saved_bytes(mode: str) -> int:

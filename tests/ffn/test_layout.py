@@ -65,7 +65,7 @@ def test_storage_can_stay_as_it_is_and_be_put_back(make_gpt2: Make) -> None:
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_gradients_and_moments_take_over_the_layout(make_gpt2: Make, tokens: Tensor, mode: str) -> None:
     model = make_gpt2()
-    convert(model, SwitchConfig(num_experts=8, experts_per_token=3, backend="sorted"))
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3, backend="fused"))
     set_mode(model, mode)
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, tokens)

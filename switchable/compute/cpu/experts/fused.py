@@ -11,8 +11,9 @@ them. Between the two passes only what the projections gave lives (T·K·I numbe
 with the sorted indices. The weights are copied into the order of the loops, which costs 1/T of a product. The
 same bits come out whatever the number of threads.
 
-ReLU and squared ReLU. In half precision what comes in is rounded to it, and so is h where bfloat16 is multiplied as
-such (`packing.multiplied`); sums over experts and tokens stay float32. Under `torch.compile` it is one graph break.
+ReLU and squared ReLU. Rows that are no whole vectors are filled up with zeros. In half precision what comes in is
+rounded to it, and so is h where bfloat16 is multiplied as such (`packing.multiplied`); sums over experts and tokens
+stay float32. Under `torch.compile` it is one graph break.
 
 Source: ScatterMoE (Tan et al., 2024) gathers and scatters within the product, on GPUs; these loops do so on CPUs.
 
@@ -21,11 +22,13 @@ Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K ex
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cpu.experts.library import Library, Pairs, library
@@ -39,8 +42,25 @@ def supports(call: ExpertCall) -> str | None:
     return (
         why_not_relu_on_cpu(call)
         or why_not_dtype(call, tuple(LANE_BYTES))
-        or why_no_loops(call.x_TD.shape[1], compute_dtype(call))
+        or why_no_loops(call.x_TD.shape[1] + _missing(call), compute_dtype(call))
     )
+
+
+@eager
+def _missing(call: ExpertCall) -> int:
+    """Return how many numbers fill a row up to whole vectors of what is multiplied."""
+    machine, dtype = this_machine(), compute_dtype(call)
+    if machine is None:
+        return 0
+    terms = 2 if machine.pairs and dtype == torch.bfloat16 else 1
+    return -call.x_TD.shape[1] % (terms * machine.vector_bytes // LANE_BYTES[dtype])
+
+
+def _filled_up(call: ExpertCall, missing: int) -> ExpertCall:
+    own, more = call.weights, (0, missing)
+    gate_FD = None if own.gate_FD is None else pad(own.gate_FD, more)
+    weights = replace(own, up_FD=pad(own.up_FD, more), down_FD=pad(own.down_FD, more), gate_FD=gate_FD)
+    return call._replace(x_TD=pad(call.x_TD, more), weights=weights)
 
 
 @eager
@@ -50,6 +70,8 @@ def run(call: ExpertCall) -> Tensor:
     Raises:
         InputError: an expert's number is not in 0..E-1.
     """
+    if missing := _missing(call):
+        return run(_filled_up(call, missing))[:, :-missing].contiguous()
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts + call.ragged)
     dtype = compute_dtype(call)

@@ -5,9 +5,6 @@ the tokens: the places `starts[c, e]` to `starts[c, e + 1]` are those of expert 
 E, stand behind them, where nobody looks. A counting sort: count the pairs of each expert, add the counts up to first
 places, put each pair in the next place of its expert.
 
-Not to be confused with `SortedPairs` of `pairs.py`, which is for products by a matrix library: there an expert's pairs
-stand together over all tokens, and are padded to equal lanes.
-
 Shapes: T tokens, E experts, K experts per token, P = T·K pairs, C chunks.
 """
 
