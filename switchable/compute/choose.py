@@ -1,9 +1,10 @@
 """The table of backends, and the one function that chooses among them.
 
 A rule decides, and leaves one: a training run that is resumed must get the same bits, so a stopwatch must not choose.
-On the CPU, `decode` for a few tokens without gradients; else `fused`, from 16 tokens on. What it cannot do is left to
-`reference` where the products are large enough to be worth its calls, N · D · I multiplications of an expert with its
-N tokens; else to `masked`. On CUDA `grouped_mm`; `triton` only by name, until a figure from a GPU is there.
+On the CPU, `decode` for a few tokens without gradients; else `fused`, in training from 16 tokens on, and from 64 where
+it has to copy weights into rows. What it cannot do is left to `reference` where the products are large enough to be
+worth its calls, N · D · I multiplications of an expert with its N tokens; else to `masked`. On CUDA `grouped_mm`;
+`triton` only by name, until a figure from a GPU is there.
 
 Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K experts per token.
 """
@@ -28,8 +29,11 @@ BACKENDS: dict[str, Backend] = {
 }
 """By name; `auto` stands for what `choose` says."""
 
-FEWEST_FUSED = 16
-"""Tokens from which `fused` is faster than `masked`; measured with D 128 to 1,024, E 8 to 128, both precisions."""
+FEWEST_FUSED = {True: 16, False: 1}
+"""Tokens from which `fused` is faster than `masked`, with gradients and without, if each neuron's weights are a row;
+measured with D 128 to 1,024, E 8 to 128, both precisions."""
+FEWEST_COPIED = 64
+"""The same where they are not, as `nn.Linear` stores `down`: 32 or 64, with D 256 and 768."""
 WORTH_LOOPING = 1_000_000
 """N · D · I, multiplications of an expert's product (N tokens of it on average), from which `reference` beats `masked`:
 200,000 to 1,500,000, with D 100 to 500, E 8 and 32."""
@@ -78,8 +82,9 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
         return (GROUPED_MM,)
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
     compiled = dtype == torch.float32 and has_code(d_model, experts, dtype, call.activation)
-    if not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16)):
-        return (DECODE, MASKED)
+    decodes = not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16))
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * call.neurons
     rest = REFERENCE if work >= WORTH_LOOPING else MASKED
-    return (FUSED, rest) if tokens >= FEWEST_FUSED else (rest,)
+    in_rows = all(matrix.is_contiguous() for matrix in call.weights.tensors)
+    fused = tokens >= (FEWEST_FUSED[call.learns] if in_rows else FEWEST_COPIED)
+    return (*[DECODE] * decodes, *[FUSED] * fused, rest)
