@@ -18,8 +18,9 @@ Of the gated FFN (Llama's, D=768, F=2,048) only dense, `eager` and `fused` train
 
 With `--precision bfloat16` dense and `fused` take part in float32, under autocast and with weights of bfloat16, in
 training and prefill. Ratios are over the fastest dense one of the same run. Parity there is an error of at most 1.5
-times that of all neurons multiplied by torch in bfloat16. `layer` is a whole converted layer as models train it, under
-autocast: its router scores, chooses and learns, for which a sixteenth of the tokens multiply all neurons besides.
+times that of all neurons multiplied by torch in bfloat16. `layer` is a whole converted layer: in training under
+autocast, where its router scores, chooses and learns, for which a sixteenth of the tokens multiply all neurons besides;
+in prefill with weights of bfloat16.
 
 `--sweep` times the whole layer at every shape instead (`ffn_sweep.py`). The last line is one JSON document.
 

@@ -112,7 +112,9 @@ def switchable_of(shape: Shape) -> nn.Module:
 
 
 PRECISIONS = ("float32", "autocast", "weights")
-LAYER = "layer autocast"
+FEW = Shape(512, 768, 3072)
+WHOLE = {"train": "layer autocast", "prefill": "layer weights"}
+"""How whole layers multiply in bfloat16."""
 
 
 def parity_errors() -> list[str]:
@@ -141,10 +143,9 @@ def row_of(shape: Shape, seconds: float) -> dict[str, Any]:
     """Time training and prefill in both precisions."""
     layer = HalfLayer(shape)
     names = [f"{way} {precision}" for way in ("dense", "fused") for precision in PRECISIONS]
-    names.append(LAYER)
     row: dict[str, Any] = {"shape": str(shape)}
-    for job in ("train", "prefill"):
-        calls = {name: partial(getattr(layer, job), name) for name in names}
+    for job, whole in WHOLE.items():
+        calls = {name: partial(getattr(layer, job), name) for name in (*names, whole)}
         layer.set_training(job == "train")
         times = take_turns(calls, seconds / 2)
         dense, ours = (
@@ -155,14 +156,14 @@ def row_of(shape: Shape, seconds: float) -> dict[str, Any]:
             "best_dense": dense,
             "ours": ours,
             "over_best_dense": times.ratio(dense, ours),
-            "layer_over_best_dense": times.ratio(dense, LAYER),
+            "layer_over_best_dense": times.ratio(dense, whole),
         }
         if job == "train":
-            peaks = {name: peak_bytes(calls[name], layer.forget) for name in names}
+            peaks = {name: peak_bytes(call, layer.forget) for name, call in calls.items()}
             row["peak_mib"] = {name: peak / 2**20 for name, peak in peaks.items()}
             # Over dense of the same kind: whether weights are of bfloat16, speed does not decide.
             shares = [peaks[f"fused {kind}"] / peaks[f"dense {kind}"] for kind in PRECISIONS[1:]]
-            row["memory_share"] = max(*shares, peaks[LAYER] / peaks["dense autocast"])
+            row["memory_share"] = max(*shares, peaks[whole] / peaks["dense autocast"])
         report(job, row)
     return row
 
@@ -187,18 +188,19 @@ def main(seconds: float) -> int:
         return 1
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16")
     rows = {shape.D: row_of(shape, seconds) for shape in TRAINING}
-    gated = row_of(GATED, seconds)
+    gated, few = row_of(GATED, seconds), row_of(FEW, seconds)
     document = {
         **{f"train_over_best_dense_d{width}": row["train"]["over_best_dense"] for width, row in rows.items()},
         **{f"layer_over_best_dense_d{w}": row["train"]["layer_over_best_dense"] for w, row in rows.items()},
         "prefill_layer_over_best_dense_d768": rows[768]["prefill"]["layer_over_best_dense"],
         "prefill_over_best_dense_d768": rows[768]["prefill"]["over_best_dense"],
+        "prefill_512_layer_over_best_dense_d768": few["prefill"]["layer_over_best_dense"],
         "gated_over_best_dense": gated["train"]["layer_over_best_dense"],
         "gated_experts_over_best_dense": gated["train"]["over_best_dense"],
         "gated_prefill_over_best_dense": gated["prefill"]["layer_over_best_dense"],
         "memory_share": rows[768]["memory_share"],
         "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "shapes": [*rows.values(), gated],
+        "shapes": [*rows.values(), gated, few],
     }
     print(json.dumps(document))
     return 0
