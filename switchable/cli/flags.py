@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import tempfile
 import typing
 from collections.abc import Container
 from pathlib import Path
@@ -50,8 +51,12 @@ def add_texts(verb: argparse.ArgumentParser, field: str, text: str, **more: Any)
 
 
 def default_cache() -> Path:
-    """Return where token files are kept: `$XDG_CACHE_HOME/switchable`, else `~/.cache/switchable`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchable"
+    """Return where token files are kept: `$XDG_CACHE_HOME/switchable`, else `~/.cache/switchable`.
+
+    A user without a home, as in a container, has them among temporary files.
+    """
+    known = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(tempfile.gettempdir() if known.startswith("~") else known) / "switchable"
 
 
 def add_config_flags(
