@@ -159,6 +159,7 @@ def test_a_run_of_version_0_1_is_read_if_it_asks_for_nothing_that_is_gone(tmp_pa
         77,
         2,
     )
+    assert read_stored(stored(tmp_path, expert_compute="sorted")).switch.backend == "auto"  # is gone
     dense = read_stored(stored(tmp_path, schedule="dense")).switch
     assert (dense.recipe, dense.never_sparse) == ("dense", True)
     for name, value in {
