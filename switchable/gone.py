@@ -52,12 +52,8 @@ GONE: dict[str, Gone] = {
 }
 """By name. `probe_tokens` has moved to the section `train`."""
 
-BACKENDS = {
-    "eager": "reference",
-    "torch_grouped_mm": "grouped_mm",
-    "triton_atomic": "triton",
-    "sorted": "auto",
-}
+BACKENDS = {"eager": "reference", "torch_grouped_mm": "grouped_mm", "triton_atomic": "triton"}
+BACKENDS |= {"sorted": "auto"}
 """New names of backends, and what takes the place of one that is gone."""
 
 

@@ -146,7 +146,7 @@ class SwitchableFFN(nn.Module):
         """Return what the experts write, with the bias of the output projection, in the shape of the input."""
         bias = self.ssd.down_projection.bias
         if bias is not None:
-            y_TD = y_TD.add_(bias.to(y_TD.dtype))
+            y_TD = y_TD.add_(bias.to(y_TD.dtype))  # new memory: nobody else has it
         return y_TD.view(x_BSD.shape)
 
     def _mixed(self, x_TD: Tensor) -> Tensor:

@@ -135,3 +135,13 @@ def test_nan_stays_in_its_row_and_reaches_the_gradients() -> None:
     assert got["y"][299:].isnan().all()
     assert not got["y"][:299].isnan().any()
     assert got["up"].isnan().all()
+
+
+def test_each_weights_gradient_has_the_precision_of_that_weight() -> None:
+    found = problem(replace(PLAIN, dtype=torch.float32))
+    found.leaves["down"] = found.leaves["down"].detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_TD = found.run("fused")
+    up, down = torch.autograd.grad(y_TD.float().square().sum(), [found.leaves["up"], found.leaves["down"]])
+    assert (up.dtype, down.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(up, up.bfloat16().float())

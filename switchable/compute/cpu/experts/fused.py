@@ -132,7 +132,7 @@ class _Fused(torch.autograd.Function):
             up_PI = plan.projected(x, factor, factor_bias_F, relu=False)
         y_TD = plan.loops.scatter(plan.hidden(act_PI, up_PI), down, plan.pairs, len(x))
         ctx.save_for_backward(x, down, entrance, factor, act_PI, up_PI)
-        ctx.plan, ctx.dtype = plan, down_FD.dtype
+        ctx.plan, ctx.weights = plan, [w if w is None else w.dtype for w in (down_FD, entrance_FD, factor_FD)]
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
@@ -142,18 +142,21 @@ class _Fused(torch.autograd.Function):
         plan: _Plan = ctx.plan
         loops, pairs = plan.loops, plan.pairs
         need_x, need_down, *need = ctx.needs_input_grad[:6]
+        down, entrance, factor = ctx.weights
 
-        def of_weight(values_PI: Tensor, rows_TD: Tensor) -> Tensor:
-            return loops.weight_gradient(values_PI, rows_TD, pairs).to(ctx.dtype)
+        def of_weight(values_PI: Tensor, rows_TD: Tensor, dtype: torch.dtype) -> Tensor:
+            return loops.weight_gradient(values_PI, rows_TD, pairs).to(dtype)
 
-        def of_projection(dz_PI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-            dweight = of_weight(dz_PI, x_TD) if weight else None
+        def of_projection(
+            dz_PI: Tensor, dtype: torch.dtype, weight: bool, bias: bool
+        ) -> tuple[Tensor | None, Tensor | None]:
+            dweight = of_weight(dz_PI, x_TD, dtype) if weight else None
             return dweight, loops.bias_gradient(dz_PI, pairs) if bias else None
 
         dy_TD = plan.rounded(dy_TD).contiguous()
         dz_PI, dup_PI = loops.project_back(dy_TD, down_FD, act_PI, up_PI, pairs, squared=plan.squared)
         # What takes memory, sums of weights' gradients and a rounded copy of dy, is gone before the next ones are made.
-        ddown_FD = of_weight(plan.hidden(act_PI, up_PI), dy_TD) if need_down else None
+        ddown_FD = of_weight(plan.hidden(act_PI, up_PI), dy_TD, down) if need_down else None
         del dy_TD
         dx_TD = loops.scatter(dz_PI, entrance_FD, pairs, len(x_TD)) if need_x else None
         if need_x and dup_PI is not None:
@@ -161,7 +164,7 @@ class _Fused(torch.autograd.Function):
         return (  # autograd converts the others to the dtypes of the inputs
             dx_TD,
             ddown_FD,
-            *of_projection(dz_PI, *need[:2]),
-            *((None, None) if dup_PI is None else of_projection(dup_PI, *need[2:])),
+            *of_projection(dz_PI, entrance, *need[:2]),
+            *((None, None) if dup_PI is None else of_projection(dup_PI, factor, *need[2:])),
             None,
         )
