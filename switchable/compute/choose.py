@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from switchable.compute.call import Backend, ExpertCall, compute_dtype
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, has_code
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, NUMBERS, has_code
 from switchable.compute.cpu.decode.decode import DECODE
 from switchable.compute.cpu.experts.fused import FUSED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
@@ -81,10 +81,12 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
     if x_TD.is_cuda:
         return (GROUPED_MM,)
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
-    compiled = dtype == torch.float32 and has_code(d_model, experts, dtype, call.activation)
-    decodes = not call.learns and tokens <= (MOST_TOKENS if compiled else LARGEST_DECODE.get(dtype, 16))
+    learns, decodes = call.learns, False
+    if tokens <= MOST_TOKENS and not learns:
+        compiled = dtype in NUMBERS and has_code(d_model, experts, dtype, call.activation)
+        decodes = compiled or tokens <= LARGEST_DECODE.get(dtype, 16)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * call.neurons
     rest = REFERENCE if work >= WORTH_LOOPING else MASKED
     in_rows = all(matrix.is_contiguous() for matrix in call.weights.tensors)
-    fused = tokens >= (FEWEST_FUSED[call.learns] if in_rows else FEWEST_COPIED)
+    fused = tokens >= (FEWEST_FUSED[learns] if in_rows else FEWEST_COPIED)
     return (*[DECODE] * decodes, *[FUSED] * fused, rest)

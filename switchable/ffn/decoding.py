@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, prepare_call
+from switchable.compute.cpu.decode.compiled import MOST_TOKENS, NUMBERS, prepare_call
 from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import SSD
 
@@ -40,9 +40,9 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     prepared: PreparedLayer | None = cache.held
     if prepared is None or not prepared.fits(ssd, x_BSD):
         prepared = cache.held = PreparedLayer(ssd, x_BSD)
-    if prepared.call is None or x_BSD.dtype is not torch.float32:
+    if prepared.call is None or x_BSD.dtype not in NUMBERS:
         return None
-    return prepared.call(x_BSD.contiguous())
+    return prepared.call(x_BSD)
 
 
 class PreparedLayer:

@@ -19,6 +19,8 @@ Shapes: T tokens, D d_model, F d_ff, E experts, I = F/E, K experts per token.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ class Router(nn.Linear):
         multiplied = torch.get_autocast_dtype(x_TD.device.type) if half else x_TD.dtype
         if torch.is_grad_enabled() or not (multiplied == torch.bfloat16 and x_TD.is_cpu and self.has_pairs):
             multiplied = dtype
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with torch.autocast(x_TD.device.type, enabled=False) if half else nullcontext():
             own = (each.to(multiplied) for each in (x_TD, self.weight, self.bias))
             return nnf.linear(*own).to(dtype)
 

@@ -122,11 +122,11 @@ def test_decode_is_for_tokens_without_gradients_that_leave_most_experts_alone() 
             few,
             replace(few, gated=True),
             replace(few, activation="gelu"),
-            replace(WIDE, tokens=63),
+            replace(WIDE, tokens=64),
         ):
             assert reason(case) is None, case
-        assert reason(replace(WIDE, tokens=64)) == (
-            "reads the rows of chosen experts, and 64 tokens together choose most of them"
+        assert reason(replace(WIDE, tokens=65)) == (
+            "reads the rows of chosen experts, and 65 tokens together choose most of them"
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert reason(few) == "does not compute under autocast"

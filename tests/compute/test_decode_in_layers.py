@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compute.machines import needs_instructions
+from support import relative_error
 from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -64,11 +65,24 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("tokens", [1, 5, 63, 64])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65])
 def test_a_layer_in_sparse_mode_takes_it(kind: str, tokens: int, preparations: list[bool]) -> None:
     layer = layers_of(model_of_one_layer(kind))[0]
     assert_right(layer, torch.randn(1, tokens, 64))
-    assert preparations == ([True] if tokens < 64 else [])
+    assert preparations == ([True] if tokens <= 64 else [])
+
+
+@pytest.mark.parametrize("router", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_16_bits_are_taken_too(router: torch.dtype, preparations: list[bool]) -> None:
+    """Those of a router are float32 where a model of bfloat16 was converted, and not where all of it was cast later."""
+    layer = layers_of(model_of_one_layer())[0].bfloat16()
+    layer.router.to(router)
+    x_BSD = torch.randn(1, 3, 64).bfloat16()
+    with torch.no_grad():
+        ours, exact = layer(x_BSD), copy.deepcopy(layer).double()(x_BSD.double())
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, exact) < 3e-3
+    assert preparations == [True, False]  # there is no code for float64
 
 
 def test_strided_tokens_are_taken_too(preparations: list[bool]) -> None:

@@ -44,6 +44,7 @@ class Tasks:
         counts = [f"{name}{stage or ''}" for name in ("next", "done", "tasks") for stage in range(stages)]
         self.addresses, self.stages = addresses, stages
         self.places = {name: place for place, name in enumerate((*counts, *numbers, *addresses))}
+        self.tasks_from = self.places["tasks"]
         self.type = ctypes.c_int64 * len(self.places)
 
     def write(self, writer: Writer, *stages: Callable[[Record, ir.Value], None]) -> None:
@@ -107,18 +108,14 @@ class Run:
     def __init__(self, kind: Tasks, code: Code, name: str, *tasks: int, **fields: Tensor | int | None):
         self.code, self.places = code, kind.places
         record = self.record = kind.type()
-        for stage, count in enumerate(tasks):
-            record[kind.places[f"tasks{stage or ''}"]] = count
+        record[kind.tasks_from : kind.tasks_from + len(tasks)] = list(tasks)
         for field, value in fields.items():
             record[kind.places[field]] = value.data_ptr() if isinstance(value, Tensor) else value or 0
-        address = ctypes.addressof(self.record)
-        self.clear = functools.partial(
-            ctypes.memset, address, 0, 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
-        )
-        self.work = _in_threads(code.address(name), address, min(torch.get_num_threads(), max(tasks)))
+        self.address, self.counts = ctypes.addressof(record), 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
+        self.work = _in_threads(code.address(name), self.address, min(torch.get_num_threads(), max(tasks)))
 
     def __call__(self) -> None:
-        self.clear()  # tasks begun, and those that are done
+        ctypes.memset(self.address, 0, self.counts)  # tasks begun, and those that are done
         self.work()
 
 

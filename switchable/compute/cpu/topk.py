@@ -42,7 +42,7 @@ FEWEST_TOKENS = 64
 """With fewer, `torch.topk` takes no time worth a compilation."""
 MOST_EXPERTS = 1024
 """Comparisons are written out, one after another."""
-TASK_TOKENS = 256
+TASK_TOKENS = 64
 TASKS = Tasks(numbers=("tokens",), addresses=("scores", "ids"))
 
 

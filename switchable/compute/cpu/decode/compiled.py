@@ -13,7 +13,8 @@ read, experts are tasks, then ranges of columns of `down`.
 Flow: a layer prepares a call and keeps it (`ffn/decoding.py`); `decode.py` prepares one each time. `kernels.py` is what
 the call runs.
 
-ReLU and squared ReLU, up to 63 tokens in float32; weights of any width (`rows.py`).
+ReLU and squared ReLU, up to 64 tokens in float32 or bfloat16; weights of any width (`rows.py`). What is computed on the
+way is float32.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, F = E·I, K experts per token.
 """
@@ -39,8 +40,10 @@ from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
 from switchable.compute.cpu.topk import MOST_EXPERTS
 
-MOST_TOKENS = 63
+MOST_TOKENS = 64
 """A set of tokens is a word of 64 bits."""
+NUMBERS = (torch.float32, torch.bfloat16)
+"""Dtypes of tokens, of biases and of a router."""
 WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 
@@ -55,20 +58,22 @@ def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str
     )
 
 
-def takes(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether compiled code could read a tensor where it lies, if there is one."""
-    return tensor is None or (tensor.dtype is dtype and tensor.is_contiguous())
+def _shared_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of tensors, float32 if there are none; None if they differ or do not lie in rows."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtypes = {tensor.dtype for tensor in given} or {torch.float32}
+    in_rows = all(tensor.is_contiguous() for tensor in given)
+    return dtypes.pop() if len(dtypes) == 1 and in_rows else None
 
 
 def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) -> bool:
     """Whether there is code for so many tokens of an FFN; compiles nothing."""
-    dtype = weights.up_FD.dtype
+    dtype = _shared_dtype(weights.up_FD, weights.down_FD, weights.gate_FD)
     return (
         0 < tokens <= MOST_TOKENS
+        and dtype is not None
         and has_code(weights.up_FD.shape[1], num_experts, dtype, activation)
-        and all(takes(matrix, dtype) for matrix in (weights.up_FD, weights.down_FD, weights.gate_FD))
-        and takes(weights.up_bias_F)
-        and takes(weights.gate_bias_F)
+        and _shared_dtype(weights.up_bias_F, weights.gate_bias_F) in NUMBERS
     )
 
 
@@ -80,16 +85,17 @@ class DecodeCall:
         self.x, self.add, self.y = (run.places[name] for name in ("x", "add", "y"))
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """Return y, of x's shape; `takes(x)` must hold, and its number of tokens be the one prepared for.
+        """Return y, of x's shape and dtype; x must have the number of tokens prepared for.
 
-        `add` is what a call prepared with `adds` gets besides, of the same shape.
+        `add` is what a call prepared with `adds` gets besides, of the same shape, float32 and contiguous.
         """
-        y = torch.empty_like(x)
-        self.run.record[self.x], self.run.record[self.y] = x.data_ptr(), y.data_ptr()
+        wide = x.float().contiguous()
+        y = torch.empty_like(wide)
+        self.run.record[self.x], self.run.record[self.y] = wide.data_ptr(), y.data_ptr()
         if add is not None:
             self.run.record[self.add] = add.data_ptr()
         self.run()
-        return y
+        return y.to(x.dtype)
 
 
 def prepare_call(
@@ -106,6 +112,8 @@ def prepare_call(
     mass: float = 1.0,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
+
+    Matrices share a dtype, and so do biases, and the router's tensors.
 
     Args:
         tokens: T.
@@ -125,12 +133,19 @@ def prepare_call(
         router_ED, router_E = choice
     else:
         given_TK = choice.contiguous()
-    if not fits(tokens, weights, num_experts, activation) or not all(
-        map(takes, (router_ED, router_E, start_D))
-    ):
+    router_dtype = _shared_dtype(router_ED, router_E)
+    bias_dtype = _shared_dtype(weights.up_bias_F, weights.gate_bias_F, start_D)
+    if router_dtype not in NUMBERS or bias_dtype not in NUMBERS:
+        return None
+    if not fits(tokens, weights, num_experts, activation):
         return None
     sizes = _sizes(tokens, weights, num_experts, experts_per_token, activation)._replace(
-        start=start_D is not None, routed=given_TK is None, adds=adds, mass=mass
+        start=start_D is not None,
+        routed=given_TK is None,
+        adds=adds,
+        mass=mass,
+        router_dtype=router_dtype,
+        bias_dtype=bias_dtype,
     )
     scratch, places = _scratch(tokens, sizes)
     if given_TK is not None:

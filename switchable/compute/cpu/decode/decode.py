@@ -2,7 +2,7 @@
 
     bytes read = tokens · K · I · D · (1 + share of neurons that fire)     against  2 · F · D for the dense layer
 
-For ReLU and squared ReLU in float32 one call of compiled code does it (`compiled.py`), up to 63 tokens.
+For ReLU and squared ReLU in float32 and bfloat16 one call of compiled code does it (`compiled.py`), up to 64 tokens.
 
 All else is done in operations of torch, token by token: each reads only the rows of its own experts, in as few calls as
 possible. The experts' rows of `up` are gathered into one small buffer, which the product then finds in the cache; very
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from switchable.compute.activations import RELU_TYPES, activation_named
 from switchable.compute.call import Backend, ExpertCall
-from switchable.compute.cpu.decode.compiled import fits, prepare_call
+from switchable.compute.cpu.decode.compiled import NUMBERS, fits, prepare_call
 from switchable.compute.cpu.limits import check_ids
 from switchable.compute.eager import eager
 
@@ -40,9 +40,7 @@ COPIED_DOWN_BYTES = 2**20
 def supports(call: ExpertCall) -> str | None:
     """Return None, or why the loops and operations here cannot do a call."""
     x_TD = call.x_TD
-    compiles = x_TD.dtype is torch.float32 and fits(
-        len(x_TD), call.weights, call.num_experts, call.activation
-    )
+    compiles = x_TD.dtype in NUMBERS and fits(len(x_TD), call.weights, call.num_experts, call.activation)
     if call.ragged and not compiles:
         return "takes tokens with different numbers of experts in compiled code alone, which there is none of"
     if x_TD.device.type != "cpu":
@@ -65,14 +63,14 @@ def run(call: ExpertCall) -> Tensor:
     """
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     prepared = None
-    if x_TD.dtype is torch.float32:  # else prepare_call has nothing to look at but the weights
+    if x_TD.dtype in NUMBERS:  # else prepare_call has nothing to look at but the weights
         prepared = prepare_call(
             len(x_TD), weights, ids_TK, experts, ids_TK.shape[1], activation=call.activation
         )
     if prepared is None:
         return _token_by_token(call)
     check_ids(ids_TK, experts + call.ragged)
-    return prepared(x_TD.contiguous())
+    return prepared(x_TD)
 
 
 DECODE = Backend("decode", supports, run)

@@ -63,7 +63,9 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     adds: bool = False
     """Whether every token has something of its own that is added, as the input of a residual branch."""
     dtype: torch.dtype = torch.float32
-    """Of the matrices, not of the router's and of biases."""
+    """Of the matrices."""
+    router_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype = torch.float32
 
     @property
     def d_ff(self) -> int:
@@ -79,20 +81,23 @@ class DecodeKernels:
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
-        self.rows = Rows(sizes.dtype, sizes.d_model, self.lanes)
+        self.rows, self.router, self.biases = (
+            Rows(dtype, sizes.d_model, self.lanes)
+            for dtype in (sizes.dtype, sizes.router_dtype, sizes.bias_dtype)
+        )
         if sizes.routed:
-            plain = Rows(torch.float32, sizes.d_model, self.lanes)
             self.scores = self._write_dots(
-                "scores", plain, sizes.experts, True, lambda _w, total, _place: total
+                "scores", self.router, sizes.experts, self.router, lambda _w, total, _place: total
             )
-        bias = sizes.gate_bias if sizes.gated else sizes.bias
-        self.hidden = self._write_dots("hidden", self.rows, sizes.neurons, bias, self._activation)
+        entrance, factor = (self.biases if has else None for has in (sizes.gate_bias, sizes.bias))
+        entrance = entrance if sizes.gated else factor
+        self.hidden = self._write_dots("hidden", self.rows, sizes.neurons, entrance, self._activation)
         if sizes.gated:
             self.factors = self._write_dots(
                 "factors",
                 self.rows,
                 None,
-                sizes.bias,
+                factor,
                 lambda w, total, place: w.b.fmul(total, w.load(place, w.number)),
             )
         if sizes.alone:
@@ -120,7 +125,7 @@ class DecodeKernels:
         name: str,
         kind: Rows,
         count: int | None,
-        has_bias: bool,
+        biases: Rows | None,
         finish: Callable[[Writer, ir.Value, ir.Value], ir.Value],
     ) -> ir.Function:
         """out_r = finish(matrix_r · x + bias_r, where it goes) for so many rows of a matrix; None: for those listed."""
@@ -140,8 +145,8 @@ class DecodeKernels:
             for place, (value,) in zip(numbers, sums, strict=False):
                 if kind.scaled:
                     value = w.b.fmul(value, w.load(w.at(scale, place), w.number))
-                if has_bias:
-                    value = w.b.fadd(value, w.load(w.at(bias, place), w.number))
+                if biases is not None:
+                    value = w.b.fadd(value, biases.number(w, bias, place))
                 goes_to = w.at(out, place)
                 w.store(finish(w, value, goes_to), goes_to)
 
@@ -200,9 +205,9 @@ class DecodeKernels:
         w, sizes = self.w, self.sizes
         neuron = w.mul(e, sizes.neurons)
         names = ("gate", "gate_scale", "gate_bias") if sizes.gated else ("up", "up_scale", "bias")
-        matrix, *each = (record[name] for name in names)
+        matrix, scale, bias = (record[name] for name in names)
         entrance = self.rows.at(w, matrix, w.mul(neuron, sizes.d_model))
-        own = [w.at(numbers, neuron) for numbers in each]
+        own = [w.at(scale, neuron), self.biases.at(w, bias, neuron)]
 
         def token(t: ir.Value) -> None:
             x = w.at(record["x"], w.mul(t, sizes.d_model))
@@ -234,7 +239,8 @@ class DecodeKernels:
         def begin(t: ir.Value) -> None:
             def copy(v: ir.Value) -> None:
                 place = w.mul(v, self.lanes)
-                value = w.load(w.at(row("start", i64(0)), place)) if sizes.start else w.zero()
+                start = self.biases.at(w, record["start"], w.add(first, place))
+                value = self.biases.load(w, start) if sizes.start else w.zero()
                 if sizes.adds:
                     value = w.b.fadd(value, w.load(w.at(row("add", t), place)))
                 w.store(value, w.at(row("y", t), place))

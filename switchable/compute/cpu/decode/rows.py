@@ -49,16 +49,22 @@ class Rows:
         """The address of a weight."""
         return w.at(base, index, self.kind)
 
-    def load(self, w: Writer, address: ir.Value) -> ir.Value:
-        """A vector of weights, widened."""
+    def load(self, w: Writer, address: ir.Value, lanes: int | None = None) -> ir.Value:
+        """A vector of weights, widened; of other than the usual length if it is given."""
+        lanes = lanes or self.lanes
+        vector = w.vector_of(lanes)
         if self.dtype == torch.float32:
-            return w.load(address)
-        narrow, wide = ir.VectorType(self.kind, self.lanes), ir.VectorType(I32, self.lanes)
+            return w.load(address, vector)
+        narrow, wide = ir.VectorType(self.kind, lanes), ir.VectorType(I32, lanes)
         read = w.b.load(address, align=self.dtype.itemsize, typ=narrow)
         if self.dtype == torch.int8:
-            return w.b.sitofp(w.b.sext(read, wide), w.vector)
-        upper = w.b.shl(w.b.zext(read, wide), ir.Constant(wide, [16] * self.lanes))
-        return w.b.bitcast(upper, w.vector)
+            return w.b.sitofp(w.b.sext(read, wide), vector)
+        upper = w.b.shl(w.b.zext(read, wide), ir.Constant(wide, [16] * lanes))
+        return w.b.bitcast(upper, vector)
+
+    def number(self, w: Writer, base: ir.Value, index: Index) -> ir.Value:
+        """A single weight, widened."""
+        return w.b.extract_element(self.load(w, self.at(w, base, index), 1), I32(0))
 
     def vectors(self, w: Writer, address: ir.Value, count: int) -> list[ir.Value]:
         """Neighbouring vectors."""

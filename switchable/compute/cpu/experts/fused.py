@@ -80,7 +80,12 @@ def run(call: ExpertCall) -> Tensor:
     entrance, factor = (gate, up) if gated else (up, (None, None))
     loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
     plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype)
-    y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
+    given = (x_TD, weights.down_FD, *entrance, *factor)
+    y_TD: Tensor
+    if call.learns:
+        y_TD = _Fused.apply(*given, plan)  # type: ignore[no-untyped-call]
+    else:
+        y_TD, _ = plan.forward(*given)
     return y_TD
 
 
@@ -112,28 +117,34 @@ class _Plan(NamedTuple):
             act_PI = torch.mul(act_PI, factor, out=scratch)
         return act_PI
 
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
+        self,
         x_TD: Tensor,
         down_FD: Tensor,
         entrance_FD: Tensor,
         entrance_bias_F: Tensor | None,
         factor_FD: Tensor | None,
         factor_bias_F: Tensor | None,
-        plan: _Plan,
-    ) -> Tensor:
-        x, down, entrance = plan.rounded(x_TD).contiguous(), plan.rounded(down_FD), plan.rounded(entrance_FD)
-        act_PI, factor, up_PI = plan.projected(x, entrance, entrance_bias_F, relu=True), None, None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return y, and what its gradients are computed from: x, the matrices, and what the projections gave."""
+        x, down, entrance = self.rounded(x_TD).contiguous(), self.rounded(down_FD), self.rounded(entrance_FD)
+        act_PI, factor, up_PI = self.projected(x, entrance, entrance_bias_F, relu=True), None, None
         if factor_FD is not None:
-            factor = plan.rounded(factor_FD)
-            up_PI = plan.projected(x, factor, factor_bias_F, relu=False)
-        y_TD = plan.loops.scatter(plan.hidden(act_PI, up_PI), down, plan.pairs, len(x))
-        ctx.save_for_backward(x, down, entrance, factor, act_PI, up_PI)
+            factor = self.rounded(factor_FD)
+            up_PI = self.projected(x, factor, factor_bias_F, relu=False)
+        y_TD = self.loops.scatter(self.hidden(act_PI, up_PI), down, self.pairs, len(x))
+        return y_TD.to(x_TD.dtype), (x, down, entrance, factor, act_PI, up_PI)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        *tensors, plan = given
+        _, down_FD, entrance_FD, _, factor_FD, _ = tensors
+        y_TD, saved = plan.forward(*tensors)
+        ctx.save_for_backward(*saved)
         ctx.plan, ctx.weights = plan, [w if w is None else w.dtype for w in (down_FD, entrance_FD, factor_FD)]
-        return y_TD.to(x_TD.dtype)
+        return y_TD  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ Shapes: D d_model, I neurons per expert, L lanes of a vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,7 @@ class Packing:
     """Of what is multiplied: float32, float64, or bfloat16 in pairs."""
     machine: Machine
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         return self.machine.vector_bytes // (8 if self.dtype == torch.float64 else 4)
 
@@ -44,12 +45,12 @@ class Packing:
         """Neighbouring terms of a sum that a lane multiplies and adds at once."""
         return 2 if self.dtype == torch.bfloat16 else 1
 
-    @property
+    @cached_property
     def amx(self) -> AMX | None:
         """What writes AMX's instructions, if the products are made by them: a vector is a row of a tile then."""
         return self.machine.amx if self.terms == 2 and self.lanes == ROWS else None
 
-    @property
+    @cached_property
     def inputs_per_vector(self) -> int:
         """p: words of a token that share a vector in `dot`."""
         if self.amx:
@@ -61,12 +62,12 @@ class Packing:
     def neurons_per_vector(self) -> int:
         return self.lanes // self.inputs_per_vector
 
-    @property
+    @cached_property
     def vectors(self) -> int:
         """Vectors of neurons, the last one possibly not full."""
         return -(-self.neurons // self.neurons_per_vector)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Of `dot` through a token's words."""
         return self.d_model // self.terms // self.inputs_per_vector
