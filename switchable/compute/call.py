@@ -48,6 +48,12 @@ class FFNWeights:
         others = (None if tensor is None else tensor[own] for tensor in rest)
         return FFNWeights(self.up_FD[own], self.down_FD[own], *others)
 
+    @property
+    def entrance_and_factor(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+        """Weight and bias of what the activation is applied to, and of what that is multiplied with in a gated FFN."""
+        up = self.up_FD, self.up_bias_F
+        return (up, (None, None)) if self.gate_FD is None else ((self.gate_FD, self.gate_bias_F), up)
+
     def activations(self, x_TD: Tensor, activation: str) -> Tensor:
         """Return act(x · upᵀ + up_bias) of all neurons; gated: act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)."""
         act: Callable[[Tensor], Tensor] = activation_named(activation)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from switchable.compute.call import Backend, ExpertCall, compute_dtype
-from switchable.compute.cpu.decode.compiled import MOST_TOKENS, NUMBERS, has_code
+from switchable.compute.cpu.decode.compiled import FEW_TOKENS, has_code
 from switchable.compute.cpu.decode.decode import DECODE
+from switchable.compute.cpu.decode.rows import NUMBERS
 from switchable.compute.cpu.experts.fused import FUSED
 from switchable.compute.cuda.grouped_mm import GROUPED_MM
 from switchable.compute.cuda.triton.path import TRITON
@@ -82,7 +83,7 @@ def _wished(call: ExpertCall) -> tuple[Backend, ...]:
         return (GROUPED_MM,)
     (tokens, d_model), dtype = x_TD.shape, compute_dtype(call)
     learns, decodes = call.learns, False
-    if tokens <= MOST_TOKENS and not learns:
+    if tokens <= FEW_TOKENS and not learns:
         compiled = dtype in NUMBERS and has_code(d_model, experts, dtype, call.activation)
         decodes = compiled or tokens <= LARGEST_DECODE.get(dtype, 16)
     work = tokens * call.expert_ids_TK.shape[1] / experts * d_model * call.neurons

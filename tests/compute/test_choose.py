@@ -29,21 +29,21 @@ SMALL = Case(width=16, neurons=31, experts=8)
 LARGE = Case(tokens=64, width=64, neurons=512, experts=1, chosen=1)
 HALF = torch.bfloat16
 AUTO = {
-    # Without gradients: compiled code up to 64 tokens, operations of torch for fewer where there is none.
+    # Without gradients: compiled code up to 32 tokens, operations of torch for fewer where there is none.
     ("one token", False): (replace(SMALL, tokens=1), "decode"),
-    ("64 tokens", False): (replace(SMALL, tokens=64), "decode"),
-    ("65 tokens", False): (replace(SMALL, tokens=65), "fused"),
+    ("32 tokens", False): (replace(SMALL, tokens=32), "decode"),
+    ("33 tokens", False): (replace(SMALL, tokens=33), "fused"),
     ("relu2", False): (replace(SMALL, tokens=8, activation="relu2"), "decode"),
     ("one token, odd width", False): (replace(ODD, tokens=1, experts=8), "decode"),
     ("many experts needed, odd width", False): (replace(ODD, tokens=16, experts=8), "fused"),
     ("one token, gated silu", False): (replace(SMALL, tokens=1, gated=True, activation="silu"), "decode"),
     ("17 tokens, gated silu", False): (replace(SMALL, tokens=17, gated=True, activation="silu"), "masked"),
-    ("64 tokens, gated", False): (replace(SMALL, tokens=64, gated=True), "decode"),
-    ("65 tokens, gated", False): (replace(SMALL, tokens=65, gated=True), "fused"),
+    ("32 tokens, gated", False): (replace(SMALL, tokens=32, gated=True), "decode"),
+    ("33 tokens, gated", False): (replace(SMALL, tokens=33, gated=True), "fused"),
     ("one token, bfloat16", False): (replace(SMALL, tokens=1, dtype=HALF), "decode"),
-    ("64 tokens, bfloat16", False): (replace(SMALL, tokens=64, dtype=HALF), "decode"),
-    ("65 tokens, bfloat16", False): (replace(SMALL, tokens=65, dtype=HALF), "fused"),
-    ("64 tokens, bfloat16, gated", False): (replace(SMALL, tokens=64, dtype=HALF, gated=True), "decode"),
+    ("32 tokens, bfloat16", False): (replace(SMALL, tokens=32, dtype=HALF), "decode"),
+    ("33 tokens, bfloat16", False): (replace(SMALL, tokens=33, dtype=HALF), "fused"),
+    ("32 tokens, bfloat16, gated", False): (replace(SMALL, tokens=32, dtype=HALF, gated=True), "decode"),
     ("two tokens, float16", False): (replace(SMALL, tokens=2, dtype=torch.float16), "decode"),
     ("float64, 16 tokens", False): (replace(SMALL, tokens=16, dtype=torch.float64), "fused"),
     ("stored as nn.Linear", False): (replace(SMALL, tokens=63, stored="linear"), "masked"),

@@ -28,6 +28,8 @@ ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 Record: TypeAlias = Mapping[str, ir.Value]
 """A record in compiled code: the fields' values by name."""
+Stage: TypeAlias = Callable[[Record, ir.Value], None]
+"""Writes what one task does, whose number is given."""
 
 
 class Tasks:
@@ -47,7 +49,7 @@ class Tasks:
         self.tasks_from = self.places["tasks"]
         self.type = ctypes.c_int64 * len(self.places)
 
-    def write(self, writer: Writer, *stages: Callable[[Record, ir.Value], None]) -> None:
+    def write(self, writer: Writer, *stages: Stage) -> None:
         """Write one loop `while (task = next++) < tasks: stage(record, task)` per stage, and close the function."""
         b = writer.b
         words = {name: writer.at(writer.arguments[0], i64(place), I64) for name, place in self.places.items()}

@@ -34,7 +34,7 @@ from switchable.compute.activations import RELU_TYPES
 from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
-from switchable.compute.cpu.decode.rows import TYPES
+from switchable.compute.cpu.decode.rows import NUMBERS, TYPES
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
@@ -42,8 +42,8 @@ from switchable.compute.cpu.topk import MOST_EXPERTS
 
 MOST_TOKENS = 64
 """A set of tokens is a word of 64 bits."""
-NUMBERS = (torch.float32, torch.bfloat16)
-"""Dtypes of tokens, of biases and of a router."""
+FEW_TOKENS = 32
+"""Up to so many it is faster than `fused`, which puts weights in order: 24 to 48, with D 128 to 768 and E 8 to 128."""
 WORTH_THREADS = 2**19
 """Bytes of chosen experts from which several threads are faster than one."""
 

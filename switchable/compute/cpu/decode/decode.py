@@ -25,7 +25,8 @@ from torch import Tensor
 
 from switchable.compute.activations import RELU_TYPES, activation_named
 from switchable.compute.call import Backend, ExpertCall
-from switchable.compute.cpu.decode.compiled import NUMBERS, fits, prepare_call
+from switchable.compute.cpu.decode.compiled import fits, prepare_call
+from switchable.compute.cpu.decode.rows import NUMBERS
 from switchable.compute.cpu.limits import check_ids
 from switchable.compute.eager import eager
 

@@ -20,6 +20,8 @@ from switchable.compute.cpu.llvm import CACHE_LINE, I32, Index, Values, Writer
 
 TYPES = {torch.float32: ir.FloatType(), torch.bfloat16: ir.IntType(16), torch.int8: ir.IntType(8)}
 """Of the numbers in memory."""
+NUMBERS = (torch.float32, torch.bfloat16)
+"""Dtypes of tokens, of biases and of a router."""
 LARGEST = 127
 """Of an int8, either sign."""
 AT_ONCE = 256
@@ -75,9 +77,16 @@ class Rows:
         w.prefetch(address, -(-vectors * self.dtype.itemsize // w.itemsize))
 
     def dots(
-        self, w: Writer, rows: Values, following: Values, inputs: Values, width: Index
+        self,
+        w: Writer,
+        rows: Values,
+        following: Values,
+        inputs: Values,
+        width: Index,
+        dtype: torch.dtype = torch.float32,
     ) -> list[list[ir.Value]]:
-        """The sums of each row with each of some inputs, whose addresses are given; prefetch the following rows."""
+        """The sums of each row with each of some inputs, whose addresses and dtype are given; prefetch other rows."""
+        read = Rows(dtype, self.lanes, self.lanes)
 
         def step(d: ir.Value, sums: Values) -> Values:
             for address in following:
@@ -85,7 +94,7 @@ class Rows:
             total = list(sums)
             for v in range(self.in_line):
                 place = w.add(d, v * self.lanes)
-                xs = [w.load(w.at(x, place)) for x in inputs]
+                xs = [read.load(w, read.at(w, x, place)) for x in inputs]
                 for r, row in enumerate(rows):
                     weights = self.load(w, self.at(w, row, place))
                     for t, x in enumerate(xs):

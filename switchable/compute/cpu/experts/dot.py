@@ -19,7 +19,7 @@ from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.reorder import write_reorder
 from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Values, Writer
-from switchable.compute.cpu.tasks import Record, Tasks
+from switchable.compute.cpu.tasks import Record, Stage, Tasks
 
 DOT = Tasks(("experts",), (*PAIRS, "x", "weights", "packed", "z", "bias", "act", "up", "dup"), stages=2)
 """Tasks are experts, whose `weights` are reordered into `packed` (no tasks if each chunk does so for itself, in a place
@@ -40,9 +40,22 @@ def write_dot(loops: Loops, name: str) -> None:
     multiplied with the activation and written to `dup`, and with `up` before they go on. With `BY_CHUNK` after it each
     chunk reorders weights.
     """
-    once = not name.endswith(BY_CHUNK)
-    packing, reorder = loops.packing, loops.writer("reorder_expert", [POINTER, POINTER])
-    write_reorder(reorder, packing)
+    w = loops.writer(name)
+    pack, chunk = dot_stages(loops, w, name)
+    DOT.write(w, pack, loops.task(w, chunk))
+
+
+def dot_stages(loops: Loops, w: Writer, name: str) -> tuple[Stage, Stage]:
+    """Return what a task of each stage does, of a function or of a part of one.
+
+    A part's name may also have "square", of what ReLU gave, and "times", with what stands in `act`.
+    """
+    once, packing = not name.endswith(BY_CHUNK), loops.packing
+    reorder = loops.module.globals.get("reorder_expert")
+    if reorder is None:
+        own_writer = loops.writer("reorder_expert", [POINTER, POINTER])
+        write_reorder(own_writer, packing)
+        reorder = own_writer.function
     product = loops.writer(f"{name}_expert", [I64, *[POINTER] * 9])
     if loops.amx:
         dot_by_amx(loops, product, partial(_finish, loops, product, name))
@@ -54,7 +67,6 @@ def write_dot(loops: Loops, name: str) -> None:
         for first, vectors in others:
             _product(loops, product, name, first, vectors)
     product.b.ret_void()
-    w = loops.writer(name)
     own = packing.vectors * packing.steps * loops.L
 
     def weights(record: Record, e: Index) -> ir.Value:
@@ -65,7 +77,7 @@ def write_dot(loops: Loops, name: str) -> None:
 
     def pack(record: Record, e: ir.Value) -> None:
         if once:
-            w.b.call(reorder.function, [weights(record, e), packed(record, e)])
+            w.b.call(reorder, [weights(record, e), packed(record, e)])
 
     def chunk(record: Record, number: ir.Value) -> None:
         def expert(e: ir.Value) -> None:
@@ -73,7 +85,7 @@ def write_dot(loops: Loops, name: str) -> None:
             pair, following = w.mul(first, loops.I), w.add(e, 1)
             ours = packed(record, e if once else number)
             if not once:
-                w.b.call(reorder.function, [weights(record, e), ours])
+                w.b.call(reorder, [weights(record, e), ours])
             arguments = [
                 count,
                 w.at(record["tokens"], first, I32),
@@ -87,7 +99,7 @@ def write_dot(loops: Loops, name: str) -> None:
 
         w.each(record["experts"], expert)
 
-    DOT.write(w, pack, loops.task(w, chunk))
+    return pack, chunk
 
 
 def _product(loops: Loops, w: Writer, name: str, first: Index, vectors: int) -> None:
@@ -164,6 +176,10 @@ def _finish(loops: Loops, w: Writer, name: str, total: ir.Value, i: ir.Value, ne
         total = w.b.fadd(total, w.load(bias, kind))
     if "relu" in name:  # a NaN stays one, here and below
         total = w.b.select(w.b.fcmp_ordered("<", total, w.zero(kind)), w.zero(kind), total)
+    if "square" in name:
+        total = w.b.fmul(total, total)
+    if "times" in name:
+        total = w.b.fmul(total, loops.load_z(w, act, kind))
     if "mask" in name or "slope" in name:
         squared, value = "slope" in name, loops.load_z(w, act, kind)
         if "gated" in name:

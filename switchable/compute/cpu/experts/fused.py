@@ -31,9 +31,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
+from switchable.compute.cpu.decode.rows import NUMBERS
 from switchable.compute.cpu.experts.library import Library, Pairs, library
+from switchable.compute.cpu.experts.prefill import Prefill
 from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
 from switchable.compute.cpu.llvm import Machine, this_machine
+from switchable.compute.cpu.topk import MOST_EXPERTS
 from switchable.compute.eager import eager
 
 
@@ -75,18 +78,52 @@ def run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts + call.ragged)
     dtype = compute_dtype(call)
-    up, gate = (weights.up_FD, weights.up_bias_F), (weights.gate_FD, weights.gate_bias_F)
-    gated = weights.gate_FD is not None
-    entrance, factor = (gate, up) if gated else (up, (None, None))
     loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
+    if not call.learns:
+        return _without_gradients(call, dtype, loops)
     plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype)
-    given = (x_TD, weights.down_FD, *entrance, *factor)
-    y_TD: Tensor
-    if call.learns:
-        y_TD = _Fused.apply(*given, plan)  # type: ignore[no-untyped-call]
-    else:
-        y_TD, _ = plan.forward(*given)
+    entrance, factor = weights.entrance_and_factor
+    y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+@eager
+def prepare_prefill(
+    call: ExpertCall, router: tuple[Tensor, Tensor], start_D: Tensor | None, *, mass: float
+) -> Prefill | None:
+    """Return what computes calls like this one without gradients, with any tokens whose experts a router chooses.
+
+    None where something would have to be copied first, or where there are no loops.
+
+    Args:
+        call: its weights must stay where they are.
+        router: weight [E, D] and bias [E].
+        start_D: what is added to every row: the bias of the output projection.
+        mass: of `topk.py`.
+    """
+    x_TD, own, experts = call.x_TD, call.weights, call.num_experts
+    if supports(call) is not None or _missing(call) or experts > MOST_EXPERTS:
+        return None
+    loops = library(x_TD.shape[1], call.neurons, x_TD.dtype, cast(Machine, this_machine()))
+    dtypes = [(own.up_FD.dtype, loops.packing.dtype), *((each.dtype, x_TD.dtype) for each in own.tensors)]
+    others = [*router, *([] if start_D is None else [start_D])]
+    if any(a != b for a, b in dtypes) or any(each.dtype not in NUMBERS for each in others):
+        return None
+    if not all(each.is_contiguous() for each in (*own.tensors, *others)):
+        return None
+    choice = (*router, call.expert_ids_TK.shape[1], mass)
+    return Prefill(loops, own, experts, squared=call.activation == "relu2", start_D=start_D, router=choice)
+
+
+def _without_gradients(call: ExpertCall, dtype: torch.dtype, loops: Library) -> Tensor:
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).to(loops.packing.dtype).contiguous()
+
+    own = call.weights
+    gate_FD = None if own.gate_FD is None else rounded(own.gate_FD)
+    weights = replace(own, up_FD=rounded(own.up_FD), down_FD=rounded(own.down_FD), gate_FD=gate_FD)
+    prefill = Prefill(loops, weights, call.num_experts, squared=call.activation == "relu2")
+    return prefill(rounded(call.x_TD), call.expert_ids_TK.contiguous()).to(call.x_TD.dtype)
 
 
 FUSED = Backend("fused", supports, run)
@@ -117,34 +154,28 @@ class _Plan(NamedTuple):
             act_PI = torch.mul(act_PI, factor, out=scratch)
         return act_PI
 
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
     def forward(
-        self,
+        ctx: Any,
         x_TD: Tensor,
         down_FD: Tensor,
         entrance_FD: Tensor,
         entrance_bias_F: Tensor | None,
         factor_FD: Tensor | None,
         factor_bias_F: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return y, and what its gradients are computed from: x, the matrices, and what the projections gave."""
-        x, down, entrance = self.rounded(x_TD).contiguous(), self.rounded(down_FD), self.rounded(entrance_FD)
-        act_PI, factor, up_PI = self.projected(x, entrance, entrance_bias_F, relu=True), None, None
+        plan: _Plan,
+    ) -> Tensor:
+        x, down, entrance = plan.rounded(x_TD).contiguous(), plan.rounded(down_FD), plan.rounded(entrance_FD)
+        act_PI, factor, up_PI = plan.projected(x, entrance, entrance_bias_F, relu=True), None, None
         if factor_FD is not None:
-            factor = self.rounded(factor_FD)
-            up_PI = self.projected(x, factor, factor_bias_F, relu=False)
-        y_TD = self.loops.scatter(self.hidden(act_PI, up_PI), down, self.pairs, len(x))
-        return y_TD.to(x_TD.dtype), (x, down, entrance, factor, act_PI, up_PI)
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        *tensors, plan = given
-        _, down_FD, entrance_FD, _, factor_FD, _ = tensors
-        y_TD, saved = plan.forward(*tensors)
-        ctx.save_for_backward(*saved)
+            factor = plan.rounded(factor_FD)
+            up_PI = plan.projected(x, factor, factor_bias_F, relu=False)
+        y_TD = plan.loops.scatter(plan.hidden(act_PI, up_PI), down, plan.pairs, len(x))
+        ctx.save_for_backward(x, down, entrance, factor, act_PI, up_PI)
         ctx.plan, ctx.weights = plan, [w if w is None else w.dtype for w in (down_FD, entrance_FD, factor_FD)]
-        return y_TD  # type: ignore[no-any-return]
+        return y_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable

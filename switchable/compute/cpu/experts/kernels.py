@@ -29,7 +29,7 @@ L lanes of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.llvm import I32, POINTER, Index, Writer, i64
-from switchable.compute.cpu.tasks import Record
+from switchable.compute.cpu.tasks import Record, Stage
 
 AHEAD = 8
 """Most rows between the one worked on and the one prefetched: `tokens` must have so many places after the last one."""
@@ -86,7 +86,7 @@ class Loops:
         """Begin a function: of tasks, if it has no other arguments than the address of a record."""
         return Writer(self.module, name, arguments, wide=self.packing.dtype == torch.float64, lanes=self.L)
 
-    def task(self, w: Writer, body: Callable[[Record, ir.Value], None]) -> Callable[[Record, ir.Value], None]:
+    def task(self, w: Writer, body: Stage) -> Stage:
         """A task whose products may be AMX's: it configures the tiles, and leaves the thread without them."""
         amx = self.amx
         if amx is None:

@@ -26,10 +26,10 @@ from switchable.compute.cpu.tasks import Scratch
 
 CHUNK_TOKENS = 512
 """In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
-SMALLEST_CHUNK = 64
-"""With fewer tokens, an expert's no longer fill a tile."""
+SMALLEST_CHUNK = 16
+"""With fewer tokens, putting weights in order takes longer than multiplying."""
 WRITERS = {"scatter": write_scatter, "weights": write_weights, "bias": write_bias, "sort": write_sort}
-"""Of all loops but "dot"."""
+"""Of all loops but "dot", and those of `prefill.py`."""
 
 
 class Pairs(NamedTuple):
@@ -37,8 +37,6 @@ class Pairs(NamedTuple):
 
     tokens_P: Tensor
     """Token of each place; `AHEAD` zeros follow, whose rows may be prefetched."""
-    order_P: Tensor
-    """Place in the flattened [T, K] of what stands in each place."""
     starts: Tensor
     """First place of each expert in each chunk, then of its pairs without one: C · (E + 1) numbers."""
     experts: int
@@ -66,32 +64,31 @@ class Library:
         WRITERS.get(name, functools.partial(write_dot, name=name))(loops)
         return loops.module
 
+    def chunks(self, tokens: int) -> tuple[int, int]:
+        """Return how many tokens a chunk has, and how many chunks there are."""
+        per_thread = -(-tokens // torch.get_num_threads())
+        per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
+        return per_chunk, -(-tokens // per_chunk)
+
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
         """Sort expert ids, int64 and all in [0, num_experts]; the last one is no expert."""
         tokens, chosen = ids_TK.shape
-        per_thread = -(-tokens // torch.get_num_threads())
-        per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
-        chunks = -(-tokens // per_chunk)
-        tokens_P, order_P, starts = (
+        per_chunk, chunks = self.chunks(tokens)
+        tokens_P, starts, cursors = (
             torch.zeros(size, dtype=torch.int32)
-            for size in (tokens * chosen + AHEAD, tokens * chosen, chunks * (num_experts + 1))
+            for size in (tokens * chosen + AHEAD, *2 * [chunks * (num_experts + 1)])
         )
         numbers = {"experts": num_experts, "chosen": chosen, "per_chunk": per_chunk, "token_count": tokens}
-        written = {
-            "tokens": tokens_P,
-            "order": order_P,
-            "starts": starts,
-            "cursors": torch.empty_like(starts),
-        }
-        SORT.run(self.code, "sort", chunks, ids=ids_TK.contiguous(), **numbers, **written)
-        return Pairs(tokens_P, order_P, starts, num_experts, chunks, per_chunk)
+        memory = {"ids": ids_TK.contiguous(), "tokens": tokens_P, "starts": starts, "cursors": cursors}
+        SORT.run(self.code, "sort", chunks, **numbers, **memory)
+        return Pairs(tokens_P, starts, num_experts, chunks, per_chunk)
 
     def project(
         self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, pairs: Pairs, *, relu: bool
     ) -> Tensor:
         """Return Wₑ · x_t + bₑ, or its ReLU, of each pair's token and expert, [P, I]; x and b are contiguous."""
         name = f"dot{'' if bias_F is None else '_bias'}{'_relu' if relu else ''}"
-        z_PI = x_TD.new_empty(len(pairs.order_P), self.packing.neurons)
+        z_PI = x_TD.new_empty(len(pairs.tokens_P) - AHEAD, self.packing.neurons)
         self._dot(name, x_TD, weight_FD, pairs, z=z_PI, bias=bias_F)
         return z_PI
 

@@ -18,7 +18,7 @@ from switchable.compute.cpu.experts.amx_products import scatter_by_amx
 from switchable.compute.cpu.experts.kernels import PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Values, Writer, i64
-from switchable.compute.cpu.tasks import Record, Tasks
+from switchable.compute.cpu.tasks import Record, Stage, Tasks
 
 SCATTER = Tasks(
     ("experts", "per_chunk", "token_count", "adds"), (*PAIRS, "y", "weights", "packed", "z"), stages=2
@@ -29,9 +29,15 @@ written, in float32 or float64, or added to if `adds` is 1."""
 
 def write_scatter(loops: Loops) -> None:
     """Write the function "scatter"."""
+    w = loops.writer("scatter")
+    pack, chunk = scatter_stages(loops, w)
+    SCATTER.write(w, pack, loops.task(w, chunk))
+
+
+def scatter_stages(loops: Loops, w: Writer) -> tuple[Stage, Stage]:
+    """Return what a task of each stage does."""
     product = loops.writer("scatter_expert", [I64, *[POINTER] * 4])
     (scatter_by_amx if loops.amx else _product)(loops, product)
-    w = loops.writer("scatter")
     own_words = loops.packing.scatter_words * loops.D
 
     def of_expert(record: Record, e: ir.Value) -> ir.Value:
@@ -73,7 +79,7 @@ def write_scatter(loops: Loops) -> None:
             w.each(loops.words_I, row)
             w.range(loops.words_I, width, 1, no_row)
 
-    SCATTER.write(w, pack, loops.task(w, chunk))
+    return pack, chunk
 
 
 def _product(loops: Loops, w: Writer) -> None:

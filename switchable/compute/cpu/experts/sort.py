@@ -20,19 +20,20 @@ from switchable.compute.cpu.tasks import Record, Tasks
 
 SORT = Tasks(
     numbers=("experts", "chosen", "per_chunk", "token_count"),
-    addresses=("ids", "tokens", "order", "starts", "cursors"),
+    addresses=("ids", "tokens", "starts", "cursors"),
 )
-"""Reads `ids` [T, K], int64; writes, int32, `tokens` [P], `order` [P] (which pair t·K + k stands in each place) and
-`starts` [C, E + 1]; `cursors` [C, E + 1] is scratch. A task is a chunk of `per_chunk` tokens."""
+"""Reads `ids` [T, K], int64; writes, int32, `tokens` [P] and `starts` [C, E + 1]; `cursors` [C, E + 1] is scratch. A
+task is a chunk of `per_chunk` tokens."""
 
 
 def write_sort(loops: Loops) -> None:
     """Write the function "sort"."""
     w = Writer(loops.module, "sort", [POINTER], wide=False, lanes=4)
-    SORT.write(w, lambda record, chunk: _sort_chunk(w, record, chunk))
+    SORT.write(w, lambda record, chunk: sort_chunk(w, record, chunk))
 
 
-def _sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
+def sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
+    """Write what puts a chunk's pairs in order."""
     b, chosen, columns = w.b, record["chosen"], w.add(record["experts"], 1)
     begin = w.mul(chunk, record["per_chunk"])
     end = w.minimum(w.add(begin, record["per_chunk"]), record["token_count"])
@@ -40,13 +41,13 @@ def _sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
     # `cursors` holds each expert's count, then the place of its next pair.
     starts, cursors = w.at(record["starts"], own, I32), w.at(record["cursors"], own, I32)
 
-    def each_pair(body: Callable[[ir.Value, ir.Value, ir.Value], object]) -> None:
-        """body(token, pair, address of the expert's cursor)."""
+    def each_pair(body: Callable[[ir.Value, ir.Value], object]) -> None:
+        """body(token, address of the expert's cursor)."""
 
         def token(t: ir.Value) -> None:
             def pair(k: ir.Value) -> None:
-                number = w.add(w.mul(t, chosen), k)
-                body(t, number, w.at(cursors, w.integer(w.at(record["ids"], number, I64), I64), I32))
+                expert = w.integer(w.at(record["ids"], w.add(w.mul(t, chosen), k), I64), I64)
+                body(t, w.at(cursors, expert, I32))
 
             w.each(chosen, pair)
 
@@ -58,13 +59,11 @@ def _sort_chunk(w: Writer, record: Record, chunk: ir.Value) -> None:
             b.store(carried[0], w.at(table, e, I32))
         return [w.add(carried[0], count)]
 
-    def put(t: ir.Value, number: ir.Value, cursor: ir.Value) -> None:
-        place = b.zext(w.increment(cursor), I64)
-        w.put32(t, w.at(record["tokens"], place, I32))
-        w.put32(number, w.at(record["order"], place, I32))
+    def put(t: ir.Value, cursor: ir.Value) -> None:
+        w.put32(t, w.at(record["tokens"], b.zext(w.increment(cursor), I64), I32))
 
     w.each(columns, lambda e: b.store(I32(0), w.at(cursors, e, I32)))
-    each_pair(lambda _token, _pair, cursor: w.increment(cursor))
+    each_pair(lambda _token, cursor: w.increment(cursor))
     w.loop(0, columns, 1, [b.trunc(w.mul(begin, chosen), I32)], begin_expert)
     each_pair(put)
 
