@@ -175,7 +175,7 @@ def ffn_seconds(model: nn.Module, tokens: int, rounds: int) -> dict[str, float]:
         own = [copy.copy(layer) for layer in layers]  # in a mode of their own, with the same weights
         for layer in own:
             layer.ssd = copy.copy(layer.ssd)
-            layer.ssd.mode, layer.ssd.decode_cache = mode, PerThread()
+            layer.ssd.mode, layer.ssd.call_cache = mode, PerThread()
 
         def forward() -> None:
             for layer in own:  # another token each time: it chooses other experts, which are not in the cache

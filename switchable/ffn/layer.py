@@ -28,8 +28,8 @@ from switchable.compute.reference import reference
 from switchable.errors import InputError
 from switchable.ffn import active_training
 from switchable.ffn.attached import penalise, teach
-from switchable.ffn.decoding import decoded
 from switchable.ffn.description import SavedRouter
+from switchable.ffn.one_call import in_one_call
 from switchable.ffn.plain import check_plain
 from switchable.ffn.router import Router, stride
 from switchable.ffn.ssd import RESERVED, SSD, FFNSettings
@@ -114,7 +114,7 @@ class SwitchableFFN(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
-        done_BSD = decoded(self.ssd, self.training, x_BSD)
+        done_BSD = in_one_call(self.ssd, self.training, x_BSD)
         if done_BSD is not None:
             return done_BSD
         if not torch.compiler.is_compiling():  # `set_mode` has looked already

@@ -135,8 +135,8 @@ class SSD:
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
         compares them over time needs to know which is which."""
-        self.decode_cache = PerThread()
-        """What `decoding.py` last prepared."""
+        self.call_cache = PerThread()
+        """What `one_call.py` last prepared."""
 
     def set_experts_per_token(self, experts_per_token: int) -> None:
         """Set K; raise InputError unless it is a whole number in 1..E."""

@@ -21,6 +21,7 @@ from switchable.compute.activations import activation_named
 from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
+from switchable.compute.cpu.experts.fused import prepare_prefill
 from switchable.compute.cpu.topk import top_experts
 from switchable.ffn.convert import layers_of
 from switchable.ffn.families import Family, d_in, neuron_dim
@@ -172,12 +173,16 @@ class ByNeuron:
         dtype, scratch = self.matrices.many, self.matrices.scratch
         wide = {name: each.wide(dtype, scratch, name) for name, each in self.rows.items()}
         biases = {name: None if bias is None else bias.to(dtype) for name, bias in self.biases.items()}
-        weights, x_wide = self._weights(wide, biases), x_TD.to(dtype)
+        weights, x_wide = self._weights(wide, biases), x_TD.to(dtype).contiguous()
         if self._is_whole(chosen, mass):
             y_TD = linear(weights.activations(x_wide, self.activation), weights.down_FD.t())
-        else:
-            assert self.router is not None
-            ids_TK = top_experts(linear(x_TD, *self.router), chosen, mass)
-            y_TD = expert_ffn(ExpertCall(x_wide, weights, ids_TK, self.experts, self.activation, mass < 1))
-        y_TD = y_TD if self.bias_D is None else y_TD + self.bias_D
-        return add_TD + y_TD
+            return add_TD + (y_TD if self.bias_D is None else y_TD + self.bias_D)
+        assert self.router is not None
+        no_ids_TK = torch.empty(0, chosen, dtype=torch.int64)
+        call = ExpertCall(x_wide, weights, no_ids_TK, self.experts, self.activation, mass < 1)
+        prefill = prepare_prefill(call, self.router, self.bias_D, mass=mass)
+        if prefill is not None:
+            return add_TD + prefill(x_wide)
+        ids_TK = top_experts(linear(x_TD, *self.router), chosen, mass)
+        y_TD = expert_ffn(call._replace(expert_ids_TK=ids_TK))
+        return add_TD + (y_TD if self.bias_D is None else y_TD + self.bias_D)

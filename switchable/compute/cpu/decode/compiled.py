@@ -10,7 +10,7 @@ ten operations of torch. So one function does it all: the router's scores, its c
 Experts are the outer loop, so that one that several tokens chose is read once. With several threads, and enough to
 read, experts are tasks, then ranges of columns of `down`.
 
-Flow: a layer prepares a call and keeps it (`ffn/decoding.py`); `decode.py` prepares one each time. `kernels.py` is what
+Flow: a layer prepares a call and keeps it (`ffn/one_call.py`); `decode.py` prepares one each time. `kernels.py` is what
 the call runs.
 
 ReLU and squared ReLU, up to 64 tokens in float32 or bfloat16; weights of any width (`rows.py`). What is computed on the

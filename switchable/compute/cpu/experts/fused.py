@@ -9,7 +9,7 @@ find the tokens' rows through their indices and add up where the result lies (`k
 rows nor what is to be scattered ever exists; ReLU, its derivative and that of the product with the factor are part of
 them. Between the two passes only what the projections gave lives (T·K·I numbers, K/E of the dense layer's; gated twice)
 with the sorted indices. The weights are copied into the order of the loops, which costs 1/T of a product. The
-same bits come out whatever the number of threads.
+same bits come out whatever the number of threads. Without gradients all is one call (`prefill.py`).
 
 ReLU and squared ReLU. Rows that are no whole vectors are filled up with zeros. In half precision what comes in is
 rounded to it, and so is h where bfloat16 is multiplied as such (`packing.multiplied`); sums over experts and tokens

@@ -21,7 +21,8 @@ rounded to bfloat16, unless it is a sum over experts or over tokens: those stay 
 Tokens are taken in chunks whose rows stay in the core's own cache while all experts are applied to them. Every sum is
 made in the order of experts or of tokens, whatever the chunks and threads: no bit of a result depends on them.
 
-Flow: `fused.py` (autograd) -> `library.py` (tensors) -> these loops, written by `dot.py`, `scatter.py`, `gradients.py`.
+Flow: `fused.py` (autograd) -> `library.py` (tensors) -> these loops, written by `dot.py`, `scatter.py`, `gradients.py`;
+without gradients `fused.py` -> `prefill.py`, a call of several of them.
 
 Shapes: T tokens, D d_model, E experts, I neurons per expert, K experts per token, P = T·K sorted pairs, C chunks,
 L lanes of a vector.

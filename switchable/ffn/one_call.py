@@ -24,7 +24,7 @@ from switchable.ffn.plain import check_plain
 from switchable.ffn.ssd import SSD
 
 
-def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
+def in_one_call(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
     """Return a sparse layer's output, bias included, from one call of compiled code; None where it does not apply.
 
     Then the layer computes it step by step: with gradients, under `torch.compile` or autocast, and where a backend was
@@ -40,7 +40,7 @@ def decoded(ssd: SSD, training: bool, x_BSD: Tensor) -> Tensor | None:
         or torch.compiler.is_compiling()
     ):
         return None
-    cache = ssd.decode_cache
+    cache = ssd.call_cache
     prepared: PreparedLayer | None = cache.held
     if prepared is None or not prepared.fits(ssd):
         prepared = cache.held = PreparedLayer(ssd)

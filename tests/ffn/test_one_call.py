@@ -65,7 +65,7 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for prepare in (prepare_call, prepare_prefill):
-        monkeypatch.setattr(f"switchable.ffn.decoding.{prepare.__name__}", partial(watched, prepare))
+        monkeypatch.setattr(f"switchable.ffn.one_call.{prepare.__name__}", partial(watched, prepare))
     return found
 
 
