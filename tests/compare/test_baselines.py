@@ -57,6 +57,18 @@ def test_a_mixture_of_experts_and_all_its_gradients(
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_mixture_is_evaluated_with_its_gates(make_gpt2: Make, tokens: int) -> None:
+    """One compiled call, which layers take without gradients, knows no gates."""
+    model = make_gpt2(layers=1)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3), layer_type=MixtureFFN)
+    set_mode(model, "sparse")
+    layer = layers_of(model)[0].eval()
+    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[None])[0], mixture(layer, x)[0])
+
+
 def test_straight_through_gates_change_no_output_and_teach_the_router(
     make_gpt2: Make, tokens: Tensor
 ) -> None:
