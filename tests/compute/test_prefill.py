@@ -96,7 +96,8 @@ def test_a_router_chooses_and_a_bias_is_added(
         assert y_TD is None
         return
     exact = problem(case, exact=True)
-    scores_TE = exact.x @ router_ED.double().t() + router_E.double()
+    # A router's weight is rounded to what is multiplied, as elsewhere where it only chooses.
+    scores_TE = exact.x @ router_ED.to(dtype).double().t() + router_E.double()
     chosen = scores_TE.topk(case.chosen)
     share_TK = (chosen.values - scores_TE.logsumexp(1, keepdim=True)).exp()
     dropped = share_TK.cumsum(1) - share_TK >= mass
@@ -122,12 +123,10 @@ def test_threads_and_chunks_change_no_bit(dtype: torch.dtype, monkeypatch: pytes
 
 
 def test_what_there_is_no_code_for() -> None:
-    def given(case: Case, **changed: Tensor) -> Prefill | None:
+    def given(case: Case) -> Prefill | None:
         router_ED, router_E, start_D = router_of(case, torch.float32)
-        own = {"router_ED": router_ED, "router_E": router_E, "start_D": start_D} | changed
         with torch.no_grad():
-            router = own["router_ED"], own["router_E"]
-            return prepare_prefill(problem(case).call, router, own["start_D"], mass=1.0)
+            return prepare_prefill(problem(case).call, (router_ED, router_E), start_D, mass=1.0)
 
     assert given(PLAIN) is not None
     for change in (
@@ -139,11 +138,7 @@ def test_what_there_is_no_code_for() -> None:
         {"stored": "conv"},
         {"activation": "silu", "gated": True},
     ):
-        case = replace(PLAIN, **change)
-        wide = {"start_D": torch.zeros(case.width, dtype=torch.float64)} if "dtype" in change else {}
-        assert given(case, **wide) is None, change
-    assert given(PLAIN, router_ED=torch.zeros(96, 8).t()) is None
-    assert given(PLAIN, start_D=torch.zeros(96, dtype=torch.float16)) is None
+        assert given(replace(PLAIN, **change)) is None, change
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)

@@ -85,6 +85,7 @@ def test_weights_of_16_bits_are_taken_too(router: torch.dtype, tokens: int, prep
     layer.router.to(router)
     x_BSD = torch.randn(1, tokens, 64).bfloat16()
     with torch.no_grad():
+        layer.router.weight.copy_(layer.router.weight.bfloat16())  # for many tokens it is rounded in any case
         ours, exact = layer(x_BSD), copy.deepcopy(layer).double()(x_BSD.double())
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, exact) < 4e-3

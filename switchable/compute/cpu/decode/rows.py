@@ -77,16 +77,9 @@ class Rows:
         w.prefetch(address, -(-vectors * self.dtype.itemsize // w.itemsize))
 
     def dots(
-        self,
-        w: Writer,
-        rows: Values,
-        following: Values,
-        inputs: Values,
-        width: Index,
-        dtype: torch.dtype = torch.float32,
+        self, w: Writer, rows: Values, following: Values, inputs: Values, width: Index
     ) -> list[list[ir.Value]]:
-        """The sums of each row with each of some inputs, whose addresses and dtype are given; prefetch other rows."""
-        read = Rows(dtype, self.lanes, self.lanes)
+        """The sums of each row with each of some inputs, whose addresses are given; prefetch the following rows."""
 
         def step(d: ir.Value, sums: Values) -> Values:
             for address in following:
@@ -94,7 +87,7 @@ class Rows:
             total = list(sums)
             for v in range(self.in_line):
                 place = w.add(d, v * self.lanes)
-                xs = [read.load(w, read.at(w, x, place)) for x in inputs]
+                xs = [w.load(w.at(x, place)) for x in inputs]
                 for r, row in enumerate(rows):
                     weights = self.load(w, self.at(w, row, place))
                     for t, x in enumerate(xs):

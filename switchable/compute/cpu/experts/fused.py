@@ -105,11 +105,9 @@ def prepare_prefill(
     if supports(call) is not None or _missing(call) or experts > MOST_EXPERTS:
         return None
     loops = library(x_TD.shape[1], call.neurons, x_TD.dtype, cast(Machine, this_machine()))
-    dtypes = [(own.up_FD.dtype, loops.packing.dtype), *((each.dtype, x_TD.dtype) for each in own.tensors)]
-    others = [*router, *([] if start_D is None else [start_D])]
-    if any(a != b for a, b in dtypes) or any(each.dtype not in NUMBERS for each in others):
+    if x_TD.dtype not in NUMBERS or any(each.dtype != loops.packing.dtype for each in (x_TD, *own.tensors)):
         return None
-    if not all(each.is_contiguous() for each in (*own.tensors, *others)):
+    if not all(each.is_contiguous() for each in own.tensors):
         return None
     choice = (*router, call.expert_ids_TK.shape[1], mass)
     return Prefill(loops, own, experts, squared=call.activation == "relu2", start_D=start_D, router=choice)
@@ -119,9 +117,8 @@ def _without_gradients(call: ExpertCall, dtype: torch.dtype, loops: Library) -> 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(dtype).to(loops.packing.dtype).contiguous()
 
-    own = call.weights
-    gate_FD = None if own.gate_FD is None else rounded(own.gate_FD)
-    weights = replace(own, up_FD=rounded(own.up_FD), down_FD=rounded(own.down_FD), gate_FD=gate_FD)
+    own = {name: rounded(tensor) for name, tensor in vars(call.weights).items() if tensor is not None}
+    weights = replace(call.weights, **own)
     prefill = Prefill(loops, weights, call.num_experts, squared=call.activation == "relu2")
     return prefill(rounded(call.x_TD), call.expert_ids_TK.contiguous()).to(call.x_TD.dtype)
 

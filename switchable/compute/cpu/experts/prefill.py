@@ -22,14 +22,13 @@ from torch import Tensor
 
 from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
-from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.experts.dot import BY_CHUNK, dot_stages
 from switchable.compute.cpu.experts.kernels import AHEAD, PAIRS, Loops
 from switchable.compute.cpu.experts.library import Library
 from switchable.compute.cpu.experts.packing import Packing
 from switchable.compute.cpu.experts.scatter import scatter_stages
 from switchable.compute.cpu.experts.sort import sort_chunk
-from switchable.compute.cpu.llvm import CACHE_LINE, I64, Writer, i64
+from switchable.compute.cpu.llvm import CACHE_LINE, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 from switchable.compute.cpu.topk import write_selection
 
@@ -58,8 +57,6 @@ class Routing(NamedTuple):
     experts: int
     chosen: int
     mass: float
-    dtype: torch.dtype
-    """Of its weight and bias."""
 
 
 class Parts(NamedTuple):
@@ -69,8 +66,8 @@ class Parts(NamedTuple):
     factor_bias: bool
     squared: bool
     factor: bool
-    start: torch.dtype | None
-    """Of what is added to every row, if anything is."""
+    start: bool
+    """Whether something is added to every row."""
     routing: Routing | None
     by_chunk: bool = True
     """Whether each chunk puts weights in order for itself."""
@@ -81,7 +78,7 @@ class Prefill:
 
     Args:
         loops: for the experts' shape.
-        weights: matrices in the dtype that is multiplied, contiguous; biases of any.
+        weights: matrices in the dtype that is multiplied, contiguous.
         num_experts: E.
         squared: whether the activation is ReLU's square.
         start_D: what is added to every row: the bias of the output projection.
@@ -100,18 +97,18 @@ class Prefill:
     ):
         self.loops, self.experts, routing = loops, num_experts, None
         (entrance_FD, entrance_F), (factor_FD, factor_F) = weights.entrance_and_factor
-        self.fixed = {"entrance": entrance_FD, "factor": factor_FD, "down": weights.down_FD, "start": start_D}
-        self.biases = {"entrance_bias": entrance_F, "factor_bias": factor_F}
+        self.fixed = {"entrance": entrance_FD, "factor": factor_FD, "down": weights.down_FD}
+        self.biases = {"entrance_bias": entrance_F, "factor_bias": factor_F, "start": start_D}
+        self.router_ED: Tensor | None = None
         if router is not None:
-            router_ED, router_E, chosen, mass = router
-            self.fixed |= {"router": router_ED, "router_bias": router_E}
-            routing = Routing(num_experts, chosen, mass, router_ED.dtype)
+            self.router_ED, self.biases["router_bias"], chosen, mass = router
+            routing = Routing(num_experts, chosen, mass)
         self.parts = Parts(
             bias=entrance_F is not None,
             factor_bias=factor_F is not None,
             squared=squared,
             factor=factor_FD is not None,
-            start=None if start_D is None else start_D.dtype,
+            start=start_D is not None,
             routing=routing,
         )
 
@@ -130,8 +127,10 @@ class Prefill:
         fields: dict[str, Tensor | int | None] = {
             name: memory.data_ptr() + begin for name, begin in zip(sizes, (0, *ends), strict=False)
         }
-        for name, bias in self.biases.items():
-            fields[name] = bias if bias is None else bias.to(own.dtype).to(self.loops.sums).contiguous()
+        for name, bias in self.biases.items():  # anew each time: they may have other values by now
+            fields[name] = None if bias is None else bias.to(self.loops.sums).contiguous()
+        if self.router_ED is not None:
+            fields["router"] = self.router_ED.to(own.dtype).contiguous()
         if ids_TK is not None:
             fields["ids"] = ids_TK
         if own.terms == 1:
@@ -203,8 +202,8 @@ def write_prefill(loops: Loops, parts: Parts) -> None:
         for part, (_, multiplies) in products.items():
             multiplies(seen_by(part, record), number)
         add_up(down(record), number)
-        if loops.paired or parts.start is not None:
-            _finish(loops, w, record, number, parts.start)
+        if loops.paired or parts.start:
+            _finish(loops, w, record, number, starts=parts.start)
 
     PREFILL.write(w, pack, loops.task(w, chunk))
 
@@ -218,19 +217,19 @@ def _tokens(w: Writer, record: Record, number: ir.Value) -> tuple[ir.Value, ir.V
 def _route(loops: Loops, w: Writer, record: Record, number: ir.Value, routing: Routing) -> None:
     """Score a chunk's tokens and choose their experts."""
     begin, end = _tokens(w, record, number)
-    rows = Rows(routing.dtype, loops.D, loops.L)
-    own = Rows(torch.bfloat16 if loops.paired else torch.float32, loops.D, loops.L)
 
     def tile(t: ir.Value, size: int) -> None:
-        inputs = [own.at(w, record["x"], w.mul(w.add(t, i), loops.D)) for i in range(size)]
-
         def some(e: ir.Value, count: int) -> None:
-            addresses = [rows.at(w, record["router"], w.mul(w.add(e, r), loops.D)) for r in range(count)]
-            for r, sums in enumerate(rows.dots(w, addresses, [], inputs, loops.D, own.dtype)):
-                bias = rows.number(w, record["router_bias"], w.add(e, r))
-                for i, total in enumerate(sums):
+            rows, inputs = (
+                [w.at(record[name], w.mul(w.add(first, i), loops.words_D)) for i in range(many)]
+                for name, first, many in (("router", e, count), ("x", t, size))
+            )
+            sums = iter(_dots(loops, w, rows, inputs))
+            for r in range(count):
+                bias = w.load(w.at(record["router_bias"], w.add(e, r)), w.number)
+                for i in range(size):
                     place = w.add(w.mul(w.add(t, i), routing.experts), w.add(e, r))
-                    w.store(w.b.fadd(total, bias), w.at(record["scores"], place))
+                    w.store(w.b.fadd(next(sums), bias), w.at(record["scores"], place))
 
         w.tiles(routing.experts, TILE, some)
 
@@ -243,7 +242,20 @@ def _route(loops: Loops, w: Writer, record: Record, number: ir.Value, routing: R
     w.range(begin, end, 1, choose)
 
 
-def _finish(loops: Loops, w: Writer, record: Record, number: ir.Value, start: torch.dtype | None) -> None:
+def _dots(loops: Loops, w: Writer, rows: Values, inputs: Values) -> list[ir.Value]:
+    """The product of each row with each input, given their addresses."""
+
+    def step(d: ir.Value, sums: Values) -> Values:
+        left, right = ([w.load(w.at(address, d)) for address in each] for each in (rows, inputs))
+        pairs = itertools.product(left, right)
+        return [loops.multiply_add(w, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
+
+    zeros = [w.zero()] * (len(rows) * len(inputs))
+    _, sums = w.loop(0, loops.words_D, loops.L, zeros, step)
+    return [w.reduce_add(total) for total in sums]
+
+
+def _finish(loops: Loops, w: Writer, record: Record, number: ir.Value, *, starts: bool) -> None:
     """Write a chunk's rows of y from their sums."""
     begin, end = _tokens(w, record, number)
 
@@ -251,9 +263,8 @@ def _finish(loops: Loops, w: Writer, record: Record, number: ir.Value, start: to
         def vector(d: ir.Value) -> None:
             place = w.add(w.mul(t, loops.D), d)
             value = w.load(w.at(record["sums"], place))
-            if start is not None:
-                read = Rows(start, loops.D, loops.L)
-                value = w.b.fadd(value, read.load(w, read.at(w, record["start"], d)))
+            if starts:
+                value = w.b.fadd(value, w.load(w.at(record["start"], d)))
             loops.store_z(w, value, loops.at_z(w, record["y"], place))
 
         w.range(0, loops.D, loops.L, vector)
