@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from switchable.config import RunConfig, from_dict
 
@@ -111,3 +112,20 @@ def small_run(corpus: Path, family: str = "gpt2", **train: Any) -> RunConfig:
             },
         }
     )  # fmt: skip
+
+
+class Holder(Tensor):
+    """A tensor that holds another one, and has no memory of its own; computed with, it gives plain ones."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Holder:
+        made = Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own, named = tree_map_only(Holder, lambda each: each.held, (args, kwargs or {}))
+        return tree_map_only(Tensor, Holder if func.is_view else lambda each: each, func(*own, **named))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compute.machines import machine_seen_by, needs_instructions
 from compute.problems import Case, problem
-from support import relative_error
+from support import Holder, relative_error
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -21,6 +21,7 @@ from switchable.compute.cpu.decode.compiled import prepare_call
 from switchable.compute.cpu.decode.linear import LinearCall
 from switchable.compute.cpu.decode.rows import quantised
 from switchable.compute.reference import reference
+from switchable.errors import InputError
 
 pytestmark = needs_instructions
 WIDTHS = (torch.float32, torch.bfloat16, torch.int8)
@@ -67,6 +68,11 @@ def test_a_linear_map_is_torchs(dtype: torch.dtype, tokens: int) -> None:
     assert relative_error(LinearCall(tokens, own, scale, bias_N)(x_TD), want + bias_N) < 1e-6
     both = LinearCall(tokens, own, scale, bias_N, adds=True)(x_TD, start_TN)
     assert relative_error(both, want + bias_N + start_TN) < 1e-6
+
+
+def test_a_tensor_without_memory_of_its_own_is_refused() -> None:
+    with pytest.raises(InputError, match="reads memory, and a Holder has none of its own"):
+        LinearCall(1, Holder(torch.randn(16, 64)), None, None)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from compute.machines import needs_instructions
-from support import relative_error
+from support import Holder, relative_error
 from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -105,6 +105,20 @@ def test_what_was_looked_up_serves_the_next_call(preparations: list[str]) -> Non
         assert_right(layer, torch.randn(2, 3, 64))
         assert_right(layer, torch.randn(2, tokens, 64))
     assert preparations == ["DecodeCall", "Prefill"]
+
+
+@pytest.mark.parametrize("part", ["up_projection", "down_projection", "router"])
+@pytest.mark.parametrize("tokens", [3, 40, 100])
+def test_weights_without_memory_of_their_own_are_left_to_torch(part: str, tokens: int) -> None:
+    layer = layers_of(model_of_one_layer())[0]
+    x_BSD = torch.randn(1, tokens, 64)
+    with torch.no_grad():
+        want = layer(x_BSD)
+        module = getattr(layer.ssd, part)
+        module.weight = torch.nn.Parameter(Holder(module.weight.detach()))
+        found = layer(x_BSD)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(layer(x_BSD), want)  # as in training
 
 
 def test_where_there_is_no_code_the_layer_goes_step_by_step(preparations: list[str]) -> None:

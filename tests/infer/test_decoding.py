@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Holder
 from torch import Tensor, nn
 from transformers import (
     ArceeConfig,
@@ -224,6 +225,10 @@ def test_a_family_or_setting_that_is_not_known_says_why() -> None:
     dynamic = MODELS["llama"]()
     dynamic.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rotary positions of type dynamic" in str(why_not(dynamic))
+    quantised = MODELS["llama"]()
+    head = quantised.lm_head
+    head.weight = torch.nn.Parameter(Holder(head.weight.detach()))
+    assert "weights that are no plain tensors" in str(why_not(quantised))
 
 
 def test_what_cannot_be_decoded_is_refused() -> None:

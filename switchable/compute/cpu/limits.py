@@ -28,6 +28,17 @@ def why_not_relu_on_cpu(call: ExpertCall) -> str | None:
         return f"computes on the CPU, and x is on {call.x_TD.device}"
     if call.activation not in RELU_TYPES:
         return f"computes the activations {' and '.join(RELU_TYPES)}, not {call.activation}"
+    return why_not_in_memory(call.x_TD, *call.weights.tensors)
+
+
+def why_not_in_memory(*tensors: Tensor) -> str | None:
+    """Return None, or why compiled code cannot read tensors: subclasses that hold others have no memory of their own.
+
+    Among them are quantised weights (torchao) and DTensors.
+    """
+    for tensor in tensors:
+        if not tensor.data_ptr() and tensor.numel():
+            return f"reads memory, and a {type(tensor).__name__} has none of its own"
     return None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.llvm import I64, POINTER, Writer, i64
+from switchable.errors import InputError
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """The type of a compiled function: takes the address of its record."""
@@ -112,7 +113,12 @@ class Run:
         record = self.record = kind.type()
         record[kind.tasks_from : kind.tasks_from + len(tasks)] = list(tasks)
         for field, value in fields.items():
-            record[kind.places[field]] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+            number = value.data_ptr() if isinstance(value, Tensor) else value or 0
+            if not number and isinstance(value, Tensor) and value.numel():  # it would end the process
+                raise InputError(
+                    f"compiled code reads memory, and a {type(value).__name__} has none of its own"
+                )
+            record[kind.places[field]] = number
         self.address, self.counts = ctypes.addressof(record), 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
         self.work = _in_threads(code.address(name), self.address, min(torch.get_num_threads(), max(tasks)))
 

@@ -25,6 +25,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.code import Code
+from switchable.compute.cpu.limits import why_not_in_memory
 from switchable.compute.cpu.llvm import (
     I32,
     I64,
@@ -60,6 +61,7 @@ def top_experts(scores_TE: Tensor, experts_per_token: int, mass: float = 1.0) ->
         or tokens < FEWEST_TOKENS
         or not (experts_per_token < experts or mass < 1)
         or experts > MOST_EXPERTS
+        or why_not_in_memory(scores_TE) is not None
     ):
         return _in_torch(scores_TE, experts_per_token, mass)
     ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.errors import InputError
 from switchable.ffn.families import d_in
 from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Norm, Step, angles_of
@@ -41,6 +41,8 @@ def why_not(model: nn.Module, mode: str = "dense") -> str | None:
     """Return None, or why a model is not decoded here: words that follow "it"."""
     if {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}:
         return "is not on the CPU"
+    if why_not_in_memory(*(each for each in model.parameters() if each.device.type == "cpu")):
+        return "has weights that are no plain tensors"
     reason = why_no_family(model)
     if reason is not None:
         return reason

@@ -33,7 +33,7 @@ from switchable.compute.activations import RELU_TYPES
 from switchable.compute.call import ExpertCall, FFNWeights, compute_dtype, why_not_dtype
 from switchable.compute.cpu.active.library import ActiveLibrary, active_library
 from switchable.compute.cpu.experts.packing import multiplied
-from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops
+from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops, why_not_in_memory
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.eager import eager
 
@@ -60,6 +60,7 @@ def has_active(x_TD: Tensor, weights: FFNWeights, activation: str, share: float 
     return (
         why_not_dtype(call, (dtype,)) is None
         and all(t.device.type == device for t in weights.tensors)
+        and why_not_in_memory(x_TD, *weights.tensors) is None
         and skips_idle_neurons(x_TD.shape[-1], activation, dtype, device, share)
     )
 

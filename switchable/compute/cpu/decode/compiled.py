@@ -35,7 +35,7 @@ from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
 from switchable.compute.cpu.decode.rows import NUMBERS, TYPES
-from switchable.compute.cpu.limits import why_no_loops
+from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.tasks import Run
 from switchable.compute.cpu.topk import MOST_EXPERTS
@@ -59,11 +59,11 @@ def has_code(d_model: int, num_experts: int, dtype: torch.dtype, activation: str
 
 
 def _shared_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of tensors, float32 if there are none; None if they differ or do not lie in rows."""
+    """Return the dtype of tensors, float32 if there are none; None if they differ, or do not lie in rows in memory."""
     given = [tensor for tensor in tensors if tensor is not None]
     dtypes = {tensor.dtype for tensor in given} or {torch.float32}
-    in_rows = all(tensor.is_contiguous() for tensor in given)
-    return dtypes.pop() if len(dtypes) == 1 and in_rows else None
+    readable = all(tensor.is_contiguous() for tensor in given) and why_not_in_memory(*given) is None
+    return dtypes.pop() if len(dtypes) == 1 and readable else None
 
 
 def fits(tokens: int, weights: FFNWeights, num_experts: int, activation: str) -> bool:

@@ -27,7 +27,7 @@ from switchable.compute.activations import RELU_TYPES, activation_named
 from switchable.compute.call import Backend, ExpertCall
 from switchable.compute.cpu.decode.compiled import fits, prepare_call
 from switchable.compute.cpu.decode.rows import NUMBERS
-from switchable.compute.cpu.limits import check_ids
+from switchable.compute.cpu.limits import check_ids, why_not_in_memory
 from switchable.compute.eager import eager
 
 LARGEST_SHARE = 0.75
@@ -46,6 +46,8 @@ def supports(call: ExpertCall) -> str | None:
         return "takes tokens with different numbers of experts in compiled code alone, which there is none of"
     if x_TD.device.type != "cpu":
         return f"computes on the CPU, and x is on {x_TD.device}"
+    if reason := why_not_in_memory(x_TD, *call.weights.tensors):
+        return reason
     if call.learns:
         return "computes no gradients"
     if torch.is_autocast_enabled("cpu"):

@@ -34,7 +34,13 @@ from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_
 from switchable.compute.cpu.decode.rows import NUMBERS
 from switchable.compute.cpu.experts.library import Library, Pairs, library
 from switchable.compute.cpu.experts.prefill import Prefill
-from switchable.compute.cpu.limits import LANE_BYTES, check_ids, why_no_loops, why_not_relu_on_cpu
+from switchable.compute.cpu.limits import (
+    LANE_BYTES,
+    check_ids,
+    why_no_loops,
+    why_not_in_memory,
+    why_not_relu_on_cpu,
+)
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.cpu.topk import MOST_EXPERTS
 from switchable.compute.eager import eager
@@ -107,7 +113,7 @@ def prepare_prefill(
     loops = library(x_TD.shape[1], call.neurons, x_TD.dtype, cast(Machine, this_machine()))
     if x_TD.dtype not in NUMBERS or any(each.dtype != loops.packing.dtype for each in (x_TD, *own.tensors)):
         return None
-    if not all(each.is_contiguous() for each in own.tensors):
+    if not all(each.is_contiguous() for each in own.tensors) or why_not_in_memory(*router):
         return None
     choice = (*router, call.expert_ids_TK.shape[1], mass)
     return Prefill(loops, own, experts, squared=call.activation == "relu2", start_D=start_D, router=choice)
