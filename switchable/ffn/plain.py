@@ -20,6 +20,7 @@ from switchable.ffn.families import d_in
 from switchable.ffn.placement import Entrance, Exit, Factor, Held
 from switchable.ffn.recording import close, kept
 from switchable.ffn.ssd import SSD
+from switchable.ranks import has_plain_type
 
 FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, Entrance, Factor, Exit)}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -41,6 +42,12 @@ def check_plain(ssd: SSD) -> None:
                 )
         elif type(module).forward not in FORWARDS | ssd.own_forwards or "forward" in vars(module):
             raise InputError(f"{where} is a {type(module).__name__}, {PASSED_BY}")
+        weight = module._parameters.get("weight")
+        if weight is not None and not has_plain_type(weight):
+            raise InputError(
+                f"{where} has been quantised ({type(weight).__name__}), and sparse mode reads rows of the weight; stay "
+                "in dense mode, or quantise what has no experts (`switchable generate --weights int8` reads 8 bits)"
+            )
         if any(getattr(module, hooks) for hooks in HOOKS) and not isinstance(module, Held):
             raise InputError(f"{where} has hooks (or a mask), {PASSED_BY}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from switchable import SwitchConfig, convert, set_mode
+from switchable import InputError, SwitchConfig, convert, set_mode
 from switchable.compute.cpu.decode.compiled import prepare_call
 from switchable.compute.cpu.experts.fused import prepare_prefill
 from switchable.compute.cpu.limits import has_pairs
@@ -107,18 +107,30 @@ def test_what_was_looked_up_serves_the_next_call(preparations: list[str]) -> Non
     assert preparations == ["DecodeCall", "Prefill"]
 
 
-@pytest.mark.parametrize("part", ["up_projection", "down_projection", "router"])
 @pytest.mark.parametrize("tokens", [3, 40, 100])
-def test_weights_without_memory_of_their_own_are_left_to_torch(part: str, tokens: int) -> None:
+def test_a_quantised_router_is_left_to_torch(tokens: int) -> None:
     layer = layers_of(model_of_one_layer())[0]
     x_BSD = torch.randn(1, tokens, 64)
     with torch.no_grad():
         want = layer(x_BSD)
-        module = getattr(layer.ssd, part)
-        module.weight = torch.nn.Parameter(Holder(module.weight.detach()))
-        found = layer(x_BSD)
-    torch.testing.assert_close(found, want)
+        layer.router.weight = torch.nn.Parameter(Holder(layer.router.weight.detach()))
+        torch.testing.assert_close(layer(x_BSD), want)
     torch.testing.assert_close(layer(x_BSD), want)  # as in training
+
+
+@pytest.mark.parametrize("part", ["up_projection", "down_projection"])
+def test_projections_quantised_after_convert_have_no_sparse_mode(part: str) -> None:
+    model = model_of_one_layer()
+    layer = layers_of(model)[0]
+    module = getattr(layer.ssd, part)
+    module.weight = torch.nn.Parameter(Holder(module.weight.detach()))
+    refusal = r"mlp\.c_\w+ has been quantised \(Holder\), and sparse mode reads rows of the weight"
+    for tokens in (3, 40, 100):
+        with torch.no_grad(), pytest.raises(InputError, match=refusal):
+            layer(torch.randn(1, tokens, 64))
+    with pytest.raises(InputError, match=refusal):
+        set_mode(model, "sparse")
+    set_mode(model, "dense")
 
 
 def test_where_there_is_no_code_the_layer_goes_step_by_step(preparations: list[str]) -> None:
