@@ -29,6 +29,22 @@ CACHE_LINE = 64
 """Bytes."""
 
 
+class _BFloat16(ir.Type):  # type: ignore[misc, unused-ignore]
+    """LLVM's bfloat, for which llvmlite has no name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+BFLOAT16 = _BFloat16()
+
+
 @dataclass(frozen=True)
 class Machine:
     """What decides how loops are tiled: the width of a vector register and how many there are."""

@@ -82,22 +82,30 @@ class Attention:
         self.heads, self.groups, self.size = parts.heads, parts.kv_heads, parts.head_dim
         self.by_head = parts.by_head
         self.head_norms = tuple(map(Norm, block.head_norms))
+        self.joins = not parts.by_head and not self.head_norms
+        """Whether one call turns queries and keys, keeps keys and values, and attends."""
         self.cache = torch.empty(0)
         self.attend: AttendCall | None = None
 
-    def reserve(self, first_B: Tensor, places: int, dtype: torch.dtype, scratch: Scratch) -> None:
-        """Get memory for keys and values, of which each sequence's begin somewhere."""
+    def reserve(
+        self, first_B: Tensor, places: int, dtype: torch.dtype, scratch: Scratch, turned: int
+    ) -> None:
+        """Get memory for keys and values, of which each sequence's begin somewhere; of a head `turned` numbers turn."""
         sequences = len(first_B)
         self.cache = torch.empty(2, sequences, self.groups, places, self.size, dtype=dtype)
         if why_no_loops(self.size, torch.float32) is None:
             scores = scratch("scores", (sequences * self.groups, places + SPARE), torch.float32)
-            self.attend = AttendCall(self.cache, self.heads, first_B, scores)
+            self.joins = self.joins and why_no_loops(turned // 2, torch.float32) is None
+            self.attend = AttendCall(self.cache, self.heads, first_B, scores, turned if self.joins else None)
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor, step: Step) -> Tensor:
         """Return add + attention(x); T = B·S."""
         keys, values = self.cache
-        sequences = keys.shape[0]
-        q_BHSC, k_BGSC, v_BGSC = self._split(self.qkv(x_TD), sequences)
+        sequences, qkv = keys.shape[0], self.qkv(x_TD)
+        if self.joins and self.attend is not None and len(x_TD) == sequences:
+            qkv_BNC = qkv.float().view(sequences, -1, self.size)
+            return self.out(self.attend(qkv_BNC, step.start + 1, step.angles), add_TD)
+        q_BHSC, k_BGSC, v_BGSC = self._split(qkv, sequences)
         if step.angles is not None:
             q_BHSC, k_BGSC = (rotated(each, *step.angles) for each in (q_BHSC, k_BGSC))
         end = step.start + q_BHSC.shape[2]

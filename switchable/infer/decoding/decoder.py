@@ -128,8 +128,9 @@ class Decoder:
         self.pads, self.seen = pads_B if padded else None, 0
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
         first_B = torch.zeros(sequences, dtype=torch.int64) if self.pads is None else self.pads.contiguous()
+        turned = 0 if self.angles is None else self.angles[0].shape[-1]
         for block in self.blocks:
-            block.attention.reserve(first_B, wanted, self.matrices.many, self.matrices.scratch)
+            block.attention.reserve(first_B, wanted, self.matrices.many, self.matrices.scratch, turned)
         return self._step(ids_BS)
 
     @torch.inference_mode()

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from switchable.compute.cpu.experts.kernels import BFLOAT16
-from switchable.compute.cpu.llvm import I32, I64, Values, Writer, i64
+from switchable.compute.cpu.llvm import BFLOAT16, I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")

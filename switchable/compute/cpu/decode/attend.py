@@ -5,6 +5,9 @@
 A task is a sequence and a head of keys, with all heads of queries that share it. Reading the cache is what takes time;
 torch's own attention takes 2 to 25 times as long for one query, most of all in bfloat16.
 
+In a small model calls take longer than that. So it can be given what the projections of a token came to, side by side:
+it turns queries and keys by their place, and writes keys and values where they belong, before it attends.
+
 exp(x) = 2^n · 2^f with n = round(x / ln 2): the second factor is a polynomial, good to 1e-8.
 
 Shapes: B sequences, P places, H heads, G heads of keys and values, C numbers in a head.
@@ -34,10 +37,11 @@ SPARE = 64
 AHEAD = 4
 """Values between the one added and the one prefetched."""
 ATTEND = Tasks(
-    numbers=("end", "places", "groups", "shared", "q_step", "head_step"),
-    addresses=("q", "keys", "values", "first", "scores", "y"),
+    numbers=("end", "places", "groups", "shared", "q_step", "head_step", "angle_step"),
+    addresses=("q", "cos", "sin", "keys", "values", "first", "scores", "y"),
 )
-"""`first` [B] is where a sequence begins, `scores` [B · G, P + SPARE] is scratch."""
+"""`first` [B] is where a sequence begins, `scores` [B · G, P + SPARE] is scratch; keys and values follow the queries in
+`q` if they are new."""
 WORTH_THREADS = 2**18
 """Bytes of the cache from which several threads are faster than one."""
 
@@ -50,11 +54,15 @@ class AttendCall:
         heads: H.
         first_B: int64, the first place of each sequence.
         scratch: float32, [B · G, P + SPARE].
+        turned: how many numbers of a head are turned by its place; None if calls get queries alone, turned already.
     """
 
-    def __init__(self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor):
+    def __init__(
+        self, cache: Tensor, heads: int, first_B: Tensor, scratch: Tensor, turned: int | None = None
+    ):
         _, sequences, groups, places, size = cache.shape
-        code, tasks = _code(cache.dtype, size, cast(Machine, this_machine())), sequences * groups
+        code = _code(cache.dtype, size, turned, cast(Machine, this_machine()))
+        tasks = sequences * groups
         sizes = {"places": places, "groups": groups, "shared": heads // groups}
         memory = {"keys": cache[0], "values": cache[1], "first": first_B, "scores": scratch}
         # One thread for one task; then it is given all of them.
@@ -67,20 +75,27 @@ class AttendCall:
         self.memory = (cache, first_B, scratch)
         self.shape = (sequences, heads * size)
 
-    def __call__(self, q_BHC: Tensor, end: int) -> Tensor:
-        """Return y [B, H · C] for queries in float32, any strides but the last, over places before `end`."""
+    def __call__(self, q_BHC: Tensor, end: int, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return y [B, H · C] for queries in float32, any strides but the last, over places before `end`.
+
+        Unless `turned` is None keys and values follow, [B, H + 2G, C], and what they are turned by is given: cos, and
+        sin with the sign of the half that it is multiplied with, [B or 1, 1, 1, turned], contiguous.
+        """
         y = torch.empty(self.shape)
         run = self.in_threads if end * self.bytes >= WORTH_THREADS else self.alone
         record, places = run.record, self.places
         record[places["end"]] = end
         record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
         record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
+        if angles is not None:
+            record[places["cos"]], record[places["sin"]] = (each.data_ptr() for each in angles)
+            record[places["angle_step"]] = angles[0].shape[-1] if len(angles[0]) > 1 else 0
         run()
         return y
 
 
 @functools.cache
-def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
+def _code(dtype: torch.dtype, size: int, turned: int | None, machine: Machine) -> Code:
     module, lanes = ir.Module("attend"), machine.vector_bytes // 4
     w = Writer(module, "attend", [POINTER], wide=False, lanes=lanes)
     rows = Rows(dtype, size, lanes)
@@ -91,13 +106,30 @@ def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
         start = w.mul(w.mul(number, record["places"]), size)
         keys, values = (rows.at(w, record[name], start) for name in ("keys", "values"))
         scores = w.at(record["scores"], w.mul(number, w.add(record["places"], SPARE)))
+        heads = w.mul(record["groups"], record["shared"])
+        own_q = w.scratch(size)
+
+        def given(h: ir.Value) -> ir.Value:
+            return w.at(record["q"], w.add(w.mul(sequence, record["q_step"]), w.mul(h, record["head_step"])))
+
+        def in_place(h: ir.Value, by: int) -> list[ir.Value]:
+            cos, sin = (w.at(record[name], w.mul(sequence, record["angle_step"])) for name in ("cos", "sin"))
+            return _turned(w, given(h), cos, sin, by, size)
+
+        if turned is not None:
+            new = w.mul(w.sub(record["end"], 1), size)
+            for target, h, by in ((keys, heads, turned), (values, w.add(heads, record["groups"]), 0)):
+                for v, vector in enumerate(in_place(w.add(h, group), by)):
+                    rows.store(w, vector, rows.at(w, target, w.add(new, v * w.lanes)))
 
         def head(k: ir.Value) -> None:
             h = w.add(w.mul(group, record["shared"]), k)
-            place = w.add(w.mul(sequence, record["q_step"]), w.mul(h, record["head_step"]))
-            heads = w.mul(record["groups"], record["shared"])
+            q = given(h)
+            if turned:
+                q = own_q
+                w.store_vectors(in_place(h, turned), q)
             out = w.at(record["y"], w.mul(w.add(w.mul(sequence, heads), h), size))
-            largest = _scores(w, rows, keys, w.at(record["q"], place), scores, first, record["end"], size)
+            largest = _scores(w, rows, keys, q, scores, first, record["end"], size)
             total = _powers(w, scores, first, record["end"], largest)
             _sum(w, rows, values, scores, out, (first, record["end"]), total, size)
 
@@ -105,6 +137,19 @@ def _code(dtype: torch.dtype, size: int, machine: Machine) -> Code:
 
     ATTEND.write(w, task)
     return Code(lambda _: module, machine)
+
+
+def _turned(
+    w: Writer, head: ir.Value, cos: ir.Value, sin: ir.Value, turned: int, size: int
+) -> list[ir.Value]:
+    """A head's numbers, the first of them turned: a half with the other, whole vectors each."""
+    numbers, half = w.vectors(head, size // w.lanes), turned // 2 // w.lanes
+    own = list(numbers)
+    for v in range(2 * half):
+        place, other = v * w.lanes, numbers[v + half if v < half else v - half]
+        straight = w.b.fmul(numbers[v], w.load(w.at(cos, place)))
+        own[v] = w.fma(other, w.load(w.at(sin, place)), straight)
+    return own
 
 
 def _scores(

@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.cpu.llvm import CACHE_LINE, I32, Index, Values, Writer
+from switchable.compute.cpu.llvm import BFLOAT16, CACHE_LINE, I32, Index, Values, Writer
 
 TYPES = {torch.float32: ir.FloatType(), torch.bfloat16: ir.IntType(16), torch.int8: ir.IntType(8)}
 """Of the numbers in memory."""
@@ -67,6 +67,13 @@ class Rows:
     def number(self, w: Writer, base: ir.Value, index: Index) -> ir.Value:
         """A single weight, widened."""
         return w.b.extract_element(self.load(w, self.at(w, base, index), 1), I32(0))
+
+    def store(self, w: Writer, value: ir.Value, address: ir.Value) -> None:
+        """Write a vector, rounded; not of int8."""
+        if self.dtype == torch.bfloat16:
+            w.b.store(w.b.fptrunc(value, ir.VectorType(BFLOAT16, self.lanes)), address, align=2)
+        else:
+            w.store(value, address)
 
     def vectors(self, w: Writer, address: ir.Value, count: int) -> list[ir.Value]:
         """Neighbouring vectors."""

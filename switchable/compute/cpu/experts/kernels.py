@@ -37,7 +37,7 @@ import torch
 from llvmlite import ir
 
 from switchable.compute.cpu.experts.packing import Packing
-from switchable.compute.cpu.llvm import I32, POINTER, Index, Writer, i64
+from switchable.compute.cpu.llvm import BFLOAT16, I32, POINTER, Index, Writer, i64
 from switchable.compute.cpu.tasks import Record, Stage
 
 AHEAD = 8
@@ -46,22 +46,6 @@ PAIRS = ("tokens", "starts")
 """Fields of every record."""
 FRACTION_BITS = 16
 """Of the fixed-point numbers of a `Pace`."""
-
-
-class _BFloat16(ir.Type):  # type: ignore[misc, unused-ignore]
-    """LLVM's bfloat, for which llvmlite has no name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-BFLOAT16 = _BFloat16()
 
 
 class Loops:
