@@ -19,6 +19,7 @@ from switchable.compute.cpu.decode import compiled
 from switchable.compute.cpu.decode import linear as compiled_linear
 from switchable.compute.cpu.decode.compiled import prepare_call
 from switchable.compute.cpu.decode.linear import LinearCall
+from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.decode.rows import quantised
 from switchable.compute.reference import reference
 from switchable.errors import InputError
@@ -68,6 +69,45 @@ def test_a_linear_map_is_torchs(dtype: torch.dtype, tokens: int) -> None:
     assert relative_error(LinearCall(tokens, own, scale, bias_N)(x_TD), want + bias_N) < 1e-6
     both = LinearCall(tokens, own, scale, bias_N, adds=True)(x_TD, start_TN)
     assert relative_error(both, want + bias_N + start_TN) < 1e-6
+
+
+NORMS = {
+    "LayerNorm": {"is_rms": False, "has_bias": True},
+    "without a bias": {"is_rms": False, "has_bias": False},
+    "RMSNorm": {"is_rms": True, "has_bias": False},
+}
+
+
+def norm_of(width: int, is_rms: bool, has_bias: bool) -> Norm:
+    weight_D, bias_D = torch.randn(2, width)
+    return Norm(weight_D, bias_D if has_bias else None, 0.1, is_rms=is_rms)
+
+
+@pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.usefixtures("machine", "threads")
+def test_a_norm_before_a_linear_map(tokens: int, kind: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    x_TD, weight_ND, norm = torch.randn(tokens, 48) + 3, torch.randn(23, 48), norm_of(48, **kind)
+    found = LinearCall(tokens, weight_ND, None, None, norm=norm)(x_TD)
+    assert relative_error(found, linear(norm(x_TD), weight_ND)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
+@pytest.mark.usefixtures("machine", "threads")
+def test_a_norm_before_experts_and_their_router(kind: dict[str, bool]) -> None:
+    case = Case(width=64, neurons=9, experts=6, tokens=5)
+    found, norm = problem(case), norm_of(64, **kind)
+    x_TD, add_TD = found.x.detach() + 3, torch.randn(5, 64)
+    router_ED, router_E = torch.randn(6, 64), torch.randn(6)
+    with torch.no_grad():
+        ids_TK = linear(norm(x_TD), router_ED, router_E).topk(3).indices
+        want = reference(ExpertCall(norm(x_TD), found.weights, ids_TK, 6, "relu")) + add_TD
+        call = prepare_call(
+            5, found.weights, (router_ED, router_E), 6, 3, activation="relu", adds=True, norm=norm
+        )
+    assert call is not None
+    assert relative_error(call(x_TD, add_TD), want) < 1e-6
 
 
 def test_a_tensor_without_memory_of_its_own_is_refused() -> None:

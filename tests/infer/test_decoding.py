@@ -57,6 +57,9 @@ MODELS: dict[str, Any] = {
         GPTNeoXConfig(**COMMON, use_parallel_residual=False)
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=None)),
+    "mistral, heads of 32": lambda: MistralForCausalLM(
+        MistralConfig(**GROUPED, head_dim=32, sliding_window=None)
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=32)),
     "arcee": lambda: ArceeForCausalLM(ArceeConfig(**GROUPED | {"hidden_act": "relu2"})),

@@ -10,32 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from switchable.compute.cpu.decode.attend import SPARE, AttendCall
+from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.limits import why_no_loops
 from switchable.compute.cpu.tasks import Scratch
 from switchable.infer.decoding.families import BlockParts, Parts
 from switchable.infer.decoding.matrices import Matrices, numbers
 
 
-class Norm:
-    """LayerNorm or RMSNorm, in float32.
-
-    Args:
-        module: with `weight`, and `bias` if it is a LayerNorm.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.weight, bias = numbers(module.weight), getattr(module, "bias", None)  # type: ignore[arg-type]
-        self.bias = None if bias is None else numbers(bias)
-        self.eps, self.is_rms = eps_of(module), is_rms(module)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the norm of the last dimension, in x's dtype."""
-        if self.is_rms:
-            return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+def norm_of(module: nn.Module) -> Norm:
+    """Return a norm's numbers: `weight`, and `bias` if it is a LayerNorm that has one."""
+    bias = getattr(module, "bias", None)
+    weight_D = numbers(module.weight)  # type: ignore[arg-type]
+    return Norm(weight_D, None if bias is None else numbers(bias), eps_of(module), is_rms=is_rms(module))
 
 
 def eps_of(norm: nn.Module) -> float:
@@ -77,11 +66,11 @@ class Attention:
     """
 
     def __init__(self, block: BlockParts, parts: Parts, name: str, matrices: Matrices):
-        self.qkv = matrices.matrix(f"{name}.qkv", *block.qkv)
+        self.qkv = matrices.matrix(f"{name}.qkv", *block.qkv, norm=norm_of(block.norms[0]))
         self.out = matrices.matrix(f"{name}.out", block.out)
         self.heads, self.groups, self.size = parts.heads, parts.kv_heads, parts.head_dim
         self.by_head = parts.by_head
-        self.head_norms = tuple(map(Norm, block.head_norms))
+        self.head_norms = tuple(map(norm_of, block.head_norms))
         self.joins = not parts.by_head and not self.head_norms
         """Whether one call turns queries and keys, keeps keys and values, and attends."""
         self.cache = torch.empty(0)
@@ -99,12 +88,12 @@ class Attention:
             self.attend = AttendCall(self.cache, self.heads, first_B, scores, turned if self.joins else None)
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor, step: Step) -> Tensor:
-        """Return add + attention(x); T = B·S."""
-        keys, values = self.cache
-        sequences, qkv = keys.shape[0], self.qkv(x_TD)
-        if self.joins and self.attend is not None and len(x_TD) == sequences:
+        """Return add + attention(norm(x)); T = B·S."""
+        sequences, qkv = self.cache.shape[1], self.qkv(x_TD)
+        if self.joins and self.attend is not None and x_TD.shape[0] == sequences:
             qkv_BNC = qkv.float().view(sequences, -1, self.size)
             return self.out(self.attend(qkv_BNC, step.start + 1, step.angles), add_TD)
+        keys, values = self.cache
         q_BHSC, k_BGSC, v_BGSC = self._split(qkv, sequences)
         if step.angles is not None:
             q_BHSC, k_BGSC = (rotated(each, *step.angles) for each in (q_BHSC, k_BGSC))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.errors import InputError
 from switchable.ffn.families import d_in
-from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Norm, Step, angles_of
+from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Step, angles_of, norm_of
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
 from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
@@ -31,8 +31,6 @@ from switchable.infer.loss import positions_of
 class Block(NamedTuple):
     """One layer."""
 
-    before_attention: Norm
-    before_ffn: Norm
     attention: Attention
     ffn: FFN
 
@@ -81,18 +79,16 @@ class Decoder:
         self.parallel, self.positions = parts.parallel, positions_of(model)
         tied = parts.tokens.weight is parts.head.weight
         self.tokens = None if tied else self.matrices.rows("tokens", [(parts.tokens.weight, False)])
-        self.head: Matrix = self.matrices.matrix("head", parts.head)
+        norm = None if parts.norm is None else norm_of(parts.norm)
+        self.head: Matrix = self.matrices.matrix("head", parts.head, norm=norm)
         self.places = None if parts.positions is None else numbers(parts.positions)
         self.rotary = parts.rotary
         if parts.rotary is not None and any(each.is_meta for each in parts.rotary.buffers()):
             self.rotary = type(parts.rotary)(model.config)  # it was built without memory
-        self.norm = None if parts.norm is None else Norm(parts.norm)
         self.blocks = [
             Block(
-                Norm(block.norms[0]),
-                Norm(block.norms[1]),
                 Attention(block, parts, f"layers.{number}", self.matrices),
-                ffn(own, f"layers.{number}.ffn", self.matrices),
+                ffn(own, f"layers.{number}.ffn", self.matrices, norm_of(block.norms[1])),
             )
             for number, (block, own) in enumerate(zip(parts.blocks, found, strict=True))
         ]
@@ -158,12 +154,10 @@ class Decoder:
         step = Step(self.seen, angles, mask, bias)
         x_TD = x_BSD.view(sequences * length, -1)
         for block in self.blocks:
-            after_TD = block.attention(block.before_attention(x_TD), x_TD, step)
-            x_TD = block.ffn(block.before_ffn(x_TD if self.parallel else after_TD), after_TD)
+            after_TD = block.attention(x_TD, x_TD, step)
+            x_TD = block.ffn(x_TD if self.parallel else after_TD, after_TD)
         self.seen += length
-        last_BD = x_TD.view(sequences, length, -1)[:, -1]
-        last_BD = (last_BD if self.norm is None else self.norm(last_BD)).contiguous()
-        return self.head(last_BD).float()
+        return self.head(x_TD.view(sequences, length, -1)[:, -1].contiguous()).float()
 
     def _mask(self, places_BS: Tensor) -> Tensor:
         """Return what each place attends to, [B or 1, 1, S, P]: itself and what is before it but the padding."""

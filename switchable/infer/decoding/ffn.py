@@ -21,6 +21,7 @@ from switchable.compute.activations import activation_named
 from switchable.compute.call import ExpertCall, FFNWeights
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.decode.compiled import DecodeCall, has_code, prepare_call
+from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.experts.fused import prepare_prefill
 from switchable.compute.cpu.topk import top_experts
 from switchable.ffn.convert import layers_of
@@ -34,7 +35,7 @@ MOST_SPARSE, MOST_DENSE = 48, 16
 """Tokens up to which the compiled call is faster; measured with D 256 to 768, bfloat16, one thread."""
 
 FFN = Callable[[Tensor, Tensor], Tensor]
-"""(x [T, D], what is added [T, D]) -> their sum with FFN(x)."""
+"""(x [T, D], what is added [T, D]) -> what is added + FFN(norm(x))."""
 
 
 class FFNParts(NamedTuple):
@@ -85,23 +86,25 @@ def _plain(block: BlockParts, family: Family, activation: str) -> FFNParts:
     return FFNParts(at(family.up), at(family.down), gate, activation, None)
 
 
-def ffn(parts: FFNParts, name: str, matrices: Matrices) -> FFN:
-    """Take an FFN's weights over, and return what computes it."""
+def ffn(parts: FFNParts, name: str, matrices: Matrices, norm: Norm) -> FFN:
+    """Take an FFN's weights over, and return what computes it, with the norm before it."""
     if parts.is_compiled:
-        return ByNeuron(parts, name, matrices)
+        return ByNeuron(parts, name, matrices, norm)
     gate = None if parts.gate is None else matrices.matrix(f"{name}.gate", parts.gate)
     up, down = matrices.matrix(f"{name}.up", parts.up), matrices.matrix(f"{name}.down", parts.down)
-    return Dense(up, down, gate, parts.activation)
+    return Dense(up, down, gate, parts.activation, norm)
 
 
 class Dense:
     """An FFN with any activation, all of it."""
 
-    def __init__(self, up: Matrix, down: Matrix, gate: Matrix | None, activation: str):
+    def __init__(self, up: Matrix, down: Matrix, gate: Matrix | None, activation: str, norm: Norm):
         self.up, self.down, self.gate, self.act = up, down, gate, activation_named(activation)
+        self.norm = norm
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
-        """Return add + FFN(x)."""
+        """Return add + FFN(norm(x))."""
+        x_TD = self.norm(x_TD)
         hidden_TF = self.act((self.gate or self.up)(x_TD))
         if self.gate is not None:
             hidden_TF = hidden_TF * self.up(x_TD)
@@ -111,7 +114,8 @@ class Dense:
 class ByNeuron:
     """An FFN of a ReLU type whose matrices lie neuron by neuron, in the mode that its layer is in."""
 
-    def __init__(self, parts: FFNParts, name: str, matrices: Matrices):
+    def __init__(self, parts: FFNParts, name: str, matrices: Matrices, norm: Norm):
+        self.norm = norm
         self.ssd, self.activation, self.matrices = parts.ssd, parts.activation, matrices
         self.experts = 1 if parts.ssd is None else parts.ssd.num_experts
         own = {"up": parts.up, "down": parts.down} | ({} if parts.gate is None else {"gate": parts.gate})
@@ -128,10 +132,10 @@ class ByNeuron:
         self.calls: dict[tuple[int, int, float, int], DecodeCall] = {}
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
-        """Return add + FFN(x)."""
-        tokens, (chosen, mass) = len(x_TD), self._mode()
+        """Return add + FFN(norm(x))."""
+        tokens, (chosen, mass) = x_TD.shape[0], self._mode()
         if tokens > (MOST_DENSE if self._is_whole(chosen, mass) else MOST_SPARSE):
-            return self._many(x_TD, add_TD, chosen, mass)
+            return self._many(self.norm(x_TD), add_TD, chosen, mass)
         key = (tokens, chosen, mass, torch.get_num_threads())
         call = self.calls.get(key)
         if call is None:
@@ -162,6 +166,7 @@ class ByNeuron:
             scales={f"{n}_scale": each.scale_N for n, each in self.rows.items() if each.scale_N is not None},
             adds=True,
             mass=mass,
+            norm=self.norm,
         )
         assert call is not None  # `has_code` said so, and the tensors are laid out for it
         return call

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from switchable.compute.cpu.decode.linear import LinearCall
+from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.decode.rows import quantised
 from switchable.compute.cpu.limits import has_pairs, why_no_loops
 from switchable.compute.cpu.tasks import Scratch
@@ -49,17 +50,25 @@ Stored = Callable[[str, Stacked], Quantised]
 
 
 class Matrix:
-    """y = x · Wᵀ + bias.
+    """y = norm(x) · Wᵀ + bias.
 
     Args:
         weight: W.
         bias_N: float32.
         many: the dtype in which many tokens are multiplied.
         scratch: for what is widened.
+        norm: of x; None: it is multiplied as it is.
     """
 
-    def __init__(self, weight: Quantised, bias_N: Tensor | None, many: torch.dtype, scratch: Scratch):
-        self.weight, self.bias_N, self.many, self.scratch = weight, bias_N, many, scratch
+    def __init__(
+        self,
+        weight: Quantised,
+        bias_N: Tensor | None,
+        many: torch.dtype,
+        scratch: Scratch,
+        norm: Norm | None = None,
+    ):
+        self.weight, self.bias_N, self.many, self.scratch, self.norm = weight, bias_N, many, scratch, norm
         self.bias_many = None if bias_N is None else bias_N.to(many)
         has_loops = why_no_loops(weight.rows_ND.shape[1], torch.float32) is None
         self.most = MOST_COMPILED if has_loops else 0
@@ -67,14 +76,16 @@ class Matrix:
 
     def __call__(self, x_TD: Tensor, add_TN: Tensor | None = None) -> Tensor:
         """Return y, and `add_TN` added to it: float32 for few tokens, else what many are multiplied in."""
-        tokens = len(x_TD)
+        tokens = x_TD.shape[0]  # its length takes ten times as long
         if tokens > self.most:
+            x_TD = x_TD if self.norm is None else self.norm(x_TD)
             y_TN = linear(x_TD.to(self.many), self.weight.wide(self.many, self.scratch), self.bias_many)
             return y_TN if add_TN is None else add_TN + y_TN
         key = (tokens, torch.get_num_threads(), add_TN is not None)
         call = self.calls.get(key)
         if call is None:
-            call = self.calls[key] = LinearCall(tokens, *self.weight, self.bias_N, adds=key[2])
+            call = LinearCall(tokens, *self.weight, self.bias_N, adds=key[2], norm=self.norm)
+            self.calls[key] = call
         return call(x_TD, add_TN)
 
 
@@ -115,12 +126,12 @@ class Matrices:
             parameter.data = own.t() if turned else own
         return Quantised(whole)
 
-    def matrix(self, name: str, *modules: nn.Linear) -> Matrix:
-        """Return what some projections are together."""
+    def matrix(self, name: str, *modules: nn.Linear, norm: Norm | None = None) -> Matrix:
+        """Return what some projections are together, of what a norm gives."""
         weight = self.rows(name, [(each.weight, isinstance(each, Conv1D)) for each in modules])
         biases = [each.bias for each in modules]
         bias = None if biases[0] is None else torch.cat([numbers(each) for each in biases])
-        return Matrix(weight, bias, self.many, self.scratch)
+        return Matrix(weight, bias, self.many, self.scratch, norm)
 
 
 def in_8_bits(rows: Iterable[Tensor]) -> Quantised:

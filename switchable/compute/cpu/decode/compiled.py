@@ -34,6 +34,7 @@ from switchable.compute.activations import RELU_TYPES
 from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.kernels import DECODE, DecodeKernels, Sizes
+from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.decode.rows import NUMBERS, TYPES
 from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.compute.cpu.llvm import Machine, this_machine
@@ -110,6 +111,7 @@ def prepare_call(
     scales: Mapping[str, Tensor] = MappingProxyType({}),
     adds: bool = False,
     mass: float = 1.0,
+    norm: Norm | None = None,
 ) -> DecodeCall | None:
     """Return a call for a number of tokens, as long as the weights stay where they are; None without code for it.
 
@@ -127,6 +129,7 @@ def prepare_call(
         scales: of int8 weights, "up_scale", "down_scale", "gate_scale".
         adds: whether a call gets something to add to each row.
         mass: below 1, the router's tokens take the fewest experts whose shares add up to it (`topk.py`).
+        norm: of x, before anything else.
     """
     given_TK, router_ED, router_E = None, None, None
     if isinstance(choice, tuple):
@@ -144,6 +147,7 @@ def prepare_call(
         routed=given_TK is None,
         adds=adds,
         mass=mass,
+        norm=None if norm is None else norm.kind,
         router_dtype=router_dtype,
         bias_dtype=bias_dtype,
     )
@@ -156,6 +160,8 @@ def prepare_call(
         "decode",
         *((1,) if sizes.alone else (1, num_experts, torch.get_num_threads())),
         tokens=tokens,
+        norm=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
         router=router_ED,
         router_bias=router_E,
         gate=weights.gate_FD,
@@ -167,7 +173,7 @@ def prepare_call(
         **places,
         **scales,
     )
-    return DecodeCall(run, scratch, given_TK)
+    return DecodeCall(run, scratch, given_TK, None if norm is None else norm.weight)
 
 
 def _sizes(
@@ -195,7 +201,8 @@ def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:
     """Return one piece of memory for all that is computed on the way, and where in it each part begins."""
     scores, pairs = tokens * sizes.experts, tokens * sizes.chosen
     # int64 numbers take two float32 places each.
-    scratch = torch.empty(2 * (sizes.experts + 1 + pairs) + scores + tokens * sizes.d_ff)
+    normed = 0 if sizes.norm is None else tokens * sizes.d_model
+    scratch = torch.empty(2 * (sizes.experts + 1 + pairs) + scores + normed + tokens * sizes.d_ff)
     token_sets = scratch.data_ptr()
     ids = token_sets + 8 * (sizes.experts + 1)
     floats = ids + 8 * pairs
@@ -203,7 +210,8 @@ def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:
         "token_sets": token_sets,
         "ids": ids,
         "scores": floats,
-        "hidden": floats + 4 * scores,
+        "normed": floats + 4 * scores,
+        "hidden": floats + 4 * (scores + normed),
     }
 
 

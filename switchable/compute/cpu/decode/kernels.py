@@ -1,6 +1,6 @@
 """The functions that `compiled.py` calls, compiled for one layer's sizes.
 
-    choose   scores of the router, the K highest, and for each expert the set of tokens that chose it: one task
+    choose   norms, scores of the router, the K highest, for each expert the set of tokens that chose it: one task
     read     h_t = relu(up_e · x_t + b)                  a task is an expert
              gated: relu(gate_e · x_t + c) ⊙ (up_e · x_t + b), rows of `up` only for neurons whose gate is open
     write    y_t = c + Σ_{h_ti ≠ 0} h_ti · down_i        a task is a range of columns
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
+from switchable.compute.cpu.decode.norm import NormKind, write_norm
 from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import I64, POINTER, Machine, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
@@ -33,14 +34,14 @@ MORE = max(AHEAD, ROWS[0])
 DECODE = Tasks(
     numbers=("tokens",),
     addresses=(
-        "x", "router", "router_bias", "scores", "ids", "token_sets", "gate", "gate_scale", "gate_bias", "up",
-        "up_scale", "bias", "hidden", "down", "down_scale", "start", "add", "y",
+        "x", "norm", "norm_bias", "normed", "router", "router_bias", "scores", "ids", "token_sets", "gate",
+        "gate_scale", "gate_bias", "up", "up_scale", "bias", "hidden", "down", "down_scale", "start", "add", "y",
     ),
     stages=3,
 )  # fmt: skip
-"""`scores` [T, E], `token_sets` [E + 1] (who chose each expert, a bit each; E: none), `hidden` [T, F] are scratch; so
-is `ids` [T, K] where the router chooses. `start` [D] and `add` [T, D] are what y begins with. A scale [F] belongs to
-weights of 8 bits."""
+"""`normed` [T, D], `scores` [T, E], `token_sets` [E + 1] (who chose each expert, a bit each; E: none), `hidden` [T, F]
+are scratch; so is `ids` [T, K] where the router chooses. `start` [D] and `add` [T, D] are what y begins with. A scale
+[F] belongs to weights of 8 bits."""
 
 
 class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is not kept
@@ -64,6 +65,8 @@ class Sizes(NamedTuple):  # a tuple: it is made and hashed in every call that is
     """Whether every token has something of its own that is added, as the input of a residual branch."""
     dtype: torch.dtype = torch.float32
     """Of the matrices."""
+    norm: NormKind | None = None
+    """Of what comes in, if any."""
     router_dtype: torch.dtype = torch.float32
     bias_dtype: torch.dtype = torch.float32
 
@@ -81,6 +84,7 @@ class DecodeKernels:
         self.blocks = [
             machine.registers // 2 >> half for half in range((machine.registers // 2).bit_length())
         ]
+        self.x = "x" if sizes.norm is None else "normed"
         self.rows, self.router, self.biases = (
             Rows(dtype, sizes.d_model, self.lanes)
             for dtype in (sizes.dtype, sizes.router_dtype, sizes.bias_dtype)
@@ -111,6 +115,9 @@ class DecodeKernels:
         self._columns(record, i64(0), i64(self.sizes.d_model // self.lanes))
 
     def _choose(self, record: Record, _: ir.Value) -> None:
+        if self.sizes.norm is not None:
+            given = [record[name] for name in ("x", "norm", "norm_bias")]
+            write_norm(self.w, self.sizes.norm, record["tokens"], given, record["normed"], self.sizes.d_model)
         if self.sizes.routed:
             self._route(record)
         self._gather(record)
@@ -159,7 +166,7 @@ class DecodeKernels:
 
         def token(t: ir.Value) -> None:
             scores = w.at(record["scores"], w.mul(t, experts))
-            x = w.at(record["x"], w.mul(t, self.sizes.d_model))
+            x = w.at(record[self.x], w.mul(t, self.sizes.d_model))
             w.b.call(self.scores, [record["router"], scores, record["router_bias"], x, scores])
             ids = w.at(record["ids"], w.mul(t, chosen), I64)
             write_selection(w, scores, ids, experts, chosen, self.sizes.mass)
@@ -210,7 +217,7 @@ class DecodeKernels:
         own = [w.at(scale, neuron), self.biases.at(w, bias, neuron)]
 
         def token(t: ir.Value) -> None:
-            x = w.at(record["x"], w.mul(t, sizes.d_model))
+            x = w.at(record[self.x], w.mul(t, sizes.d_model))
             hidden = w.at(record["hidden"], w.mul(t, sizes.d_ff))
             w.b.call(self.hidden, [entrance, *own, x, w.at(hidden, neuron)])
             if sizes.gated:

@@ -1,6 +1,6 @@
 """A linear map of a few tokens in one call of compiled code, with weights of any width.
 
-    y_t = scale ⊙ (W · x_t) + bias + start_t
+    y_t = scale ⊙ (W · norm(x_t)) + bias + start_t
 
 A task is a range of rows. A row is read once for all tokens that are multiplied side by side, at most `TOKENS[0]`, and
 then comes from the cache for the others.
@@ -18,6 +18,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.code import Code
+from switchable.compute.cpu.decode.norm import Norm, NormKind, write_norm
 from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
 from switchable.compute.cpu.tasks import Record, Run, Tasks
@@ -28,7 +29,12 @@ TASK_BYTES = 2**16
 """Of weights in a task, at least."""
 TASKS_PER_THREAD = 8
 """At most: the threads need not be equally fast."""
-LINEAR = Tasks(numbers=("tokens", "rows", "width"), addresses=("x", "weight", "scale", "bias", "start", "y"))
+LINEAR = Tasks(
+    numbers=("tokens", "rows", "width"),
+    addresses=("x", "norm", "norm_bias", "normed", "weight", "scale", "bias", "start", "y"),
+    stages=2,
+)
+"""With a norm one task writes `normed` [T, D] first."""
 
 
 class LinearCall:
@@ -40,6 +46,7 @@ class LinearCall:
         scale_N: of the rows of int8 weights.
         bias_N: float32.
         adds: whether a call gets a `start` [T, N], to which it is added.
+        norm: of x, before it is multiplied.
     """
 
     def __init__(
@@ -49,17 +56,23 @@ class LinearCall:
         scale_N: Tensor | None,
         bias_N: Tensor | None,
         adds: bool = False,
+        norm: Norm | None = None,
     ):
         rows, width = weight_ND.shape
         machine = cast(Machine, this_machine())
         in_line = Rows(weight_ND.dtype, width, machine.vector_bytes // 4).in_line
-        code = _code(weight_ND.dtype, in_line, bias_N is not None, adds, machine)
+        kind = None if norm is None else norm.kind
+        code = _code(weight_ND.dtype, in_line, bias_N is not None, adds, kind, machine)
         threads = torch.get_num_threads()
         size = weight_ND.numel() * weight_ND.itemsize
         count = 1 if threads == 1 else max(1, min(size // TASK_BYTES, threads * TASKS_PER_THREAD))
         sizes = {"tokens": tokens, "rows": rows, "width": width}
-        self.run = Run(LINEAR, code, "linear", count, **sizes, weight=weight_ND, scale=scale_N, bias=bias_N)
-        self.memory, self.shape = (weight_ND, scale_N, bias_N), (tokens, rows)
+        self.memory = {"weight": weight_ND, "scale": scale_N, "bias": bias_N}
+        if norm is not None:
+            normed_TD = torch.empty(tokens, width)
+            self.memory |= {"norm": norm.weight, "norm_bias": norm.bias, "normed": normed_TD}
+        tasks = (count,) if norm is None else (1, count)
+        self.run, self.shape = Run(LINEAR, code, "linear", *tasks, **sizes, **self.memory), (tokens, rows)
         self.x, self.start, self.y = (self.run.places[name] for name in ("x", "start", "y"))
 
     def __call__(self, x_TD: Tensor, start_TN: Tensor | None = None) -> Tensor:
@@ -74,7 +87,9 @@ class LinearCall:
 
 
 @functools.cache
-def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Machine) -> Code:
+def _code(
+    dtype: torch.dtype, in_line: int, bias: bool, adds: bool, norm: NormKind | None, machine: Machine
+) -> Code:
     module, lanes = ir.Module("linear"), machine.vector_bytes // 4
     w = Writer(module, "linear", [POINTER], wide=False, lanes=lanes)
     rows = Rows(dtype, lanes * in_line, lanes)
@@ -89,7 +104,7 @@ def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Mac
         w.store(total, w.at(record["y"], place))
 
     def stage(record: Record, task: ir.Value) -> None:
-        first, after = w.share(record["rows"], task, record["tasks"])
+        first, after = w.share(record["rows"], task, record["tasks" if norm is None else "tasks1"])
 
         def tile(n: ir.Value, count: int) -> None:
             numbers = [w.add(n, r) for r in range(2 * count)]
@@ -97,7 +112,8 @@ def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Mac
 
             def side_by_side(t: ir.Value, tokens: int) -> None:
                 ts = [w.add(t, k) for k in range(tokens)]
-                inputs = [w.at(record["x"], w.mul(t, record["width"])) for t in ts]
+                x = record["x" if norm is None else "normed"]
+                inputs = [w.at(x, w.mul(t, record["width"])) for t in ts]
                 sums = rows.dots(w, places[:count], places[count:], inputs, record["width"])
                 for number, totals in zip(numbers, sums, strict=False):
                     for t, total in zip(ts, totals, strict=True):
@@ -107,5 +123,9 @@ def _code(dtype: torch.dtype, in_line: int, bias: bool, adds: bool, machine: Mac
 
         w.tiles(after, ROWS, tile, start=first)
 
-    LINEAR.write(w, stage)
+    def normalise(record: Record, _: ir.Value) -> None:
+        given = [record[name] for name in ("x", "norm", "norm_bias")]
+        write_norm(w, cast(NormKind, norm), record["tokens"], given, record["normed"], record["width"])
+
+    LINEAR.write(w, *([] if norm is None else [normalise]), stage)
     return Code(lambda _: module, machine)
