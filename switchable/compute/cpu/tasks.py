@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from switchable.compute.cpu.code import Code
-from switchable.compute.cpu.llvm import I64, POINTER, Writer, i64
+from switchable.compute.cpu.llvm import I64, POINTER, Machine, Writer, i64, this_machine
 from switchable.errors import InputError
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -110,6 +111,7 @@ class Run:
 
     def __init__(self, kind: Tasks, code: Code, name: str, *tasks: int, **fields: Tensor | int | None):
         self.code, self.places = code, kind.places
+        self.kind, self.entry, self.stages = kind, code.address(name), len(tasks)
         record = self.record = kind.type()
         record[kind.tasks_from : kind.tasks_from + len(tasks)] = list(tasks)
         for field, value in fields.items():
@@ -120,11 +122,64 @@ class Run:
                 )
             record[kind.places[field]] = number
         self.address, self.counts = ctypes.addressof(record), 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
-        self.work = _in_threads(code.address(name), self.address, min(torch.get_num_threads(), max(tasks)))
+        self.work = _in_threads(self.entry, self.address, min(torch.get_num_threads(), max(tasks)))
 
     def __call__(self) -> None:
         ctypes.memset(self.address, 0, self.counts)  # tasks begun, and those that are done
         self.work()
+
+
+class Chain:
+    """Runs as one call of all threads, each begun when the one before it is done; by one Python thread at a time.
+
+    They are as they were when this was made, but for what is told. The memory that they point to must live as long.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = tuple(runs)
+        self.starts = [0, *itertools.accumulate(len(run.record) for run in runs)]
+        records = ctypes.c_int64 * self.starts[-1]
+        self.told, self.live = records(), records()
+        table = [len(runs)]
+        for run, start in zip(runs, self.starts, strict=False):
+            counts = 2 * run.kind.stages
+            self.told[start + counts : start + len(run.record)] = list(run.record)[counts:]
+            last, first = run.stages - 1, ctypes.addressof(self.live) + 8 * start
+            done = first + 8 * run.places[f"done{last or ''}"]
+            table += [run.entry, first, done, run.record[run.kind.tasks_from + last]]
+        self.table = (ctypes.c_int64 * len(table))(*table)
+        code, threads = _chain_code(cast(Machine, this_machine())), torch.get_num_threads()
+        self.code, self.work = code, _in_threads(code.address("chain"), ctypes.addressof(self.table), threads)
+
+    def tell(self, number: int, **fields: Tensor | int) -> None:
+        """Change fields of a run's record for the calls to come; a tensor must live until then."""
+        run = self.runs[number]
+        start = self.starts[number % len(self.runs)]
+        for name, value in fields.items():
+            self.told[start + run.places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
+
+    def __call__(self) -> None:
+        ctypes.memmove(self.live, self.told, ctypes.sizeof(self.live))  # with all counts at zero
+        self.work()
+
+
+@functools.cache
+def _chain_code(machine: Machine) -> Code:
+    module = ir.Module("chain")
+    w = Writer(module, "chain", [POINTER], wide=False, lanes=machine.vector_bytes // 4)
+    kind = ir.FunctionType(ir.VoidType(), [POINTER])
+
+    def run(number: ir.Value) -> None:
+        first = w.add(w.mul(number, 4), 1)
+        entry, record, done, tasks = (
+            w.b.load(w.at(w.arguments[0], w.add(first, i), I64), typ=I64) for i in range(4)
+        )
+        w.b.call(w.b.inttoptr(entry, kind.as_pointer()), [w.b.inttoptr(record, POINTER)])
+        _wait(w.b, w.b.inttoptr(done, POINTER), tasks)
+
+    w.each(w.integer(w.arguments[0], I64), run)
+    w.b.ret_void()
+    return Code(lambda _: module, machine)
 
 
 class Scratch(threading.local):

@@ -21,8 +21,9 @@ from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.errors import InputError
 from switchable.ffn.families import d_in
 from switchable.infer.decoding.attention import MOST_PLAIN, Attention, Step, angles_of, norm_of
+from switchable.infer.decoding.chain import TokenChain, chainable
 from switchable.infer.decoding.families import Parts, parts_of, why_no_family
-from switchable.infer.decoding.ffn import FFN, FFNParts, ffn, ffns_of
+from switchable.infer.decoding.ffn import FFN, ByNeuron, FFNParts, ffn, ffns_of
 from switchable.infer.decoding.matrices import WIDTHS, Matrices, Matrix, Stored, numbers
 from switchable.infer.decoding.rounded import round_weights
 from switchable.infer.loss import positions_of
@@ -94,6 +95,8 @@ class Decoder:
         ]
         self.pads: Tensor | None = None
         self.seen = 0
+        self.chain: tuple[object, TokenChain | None] | None = None
+        """The one call for a token, after what it is for."""
 
     def warm(self, sequences: int) -> None:
         """Compile what decoding so many sequences needs."""
@@ -121,7 +124,7 @@ class Decoder:
                 f"{self.positions} positions; use fewer"
             )
         padded = pads_B is not None and bool(pads_B.any())
-        self.pads, self.seen = pads_B if padded else None, 0
+        self.pads, self.seen, self.chain = pads_B if padded else None, 0, None
         self.angles = None if self.rotary is None else angles_of(self.rotary, wanted)
         first_B = torch.zeros(sequences, dtype=torch.int64) if self.pads is None else self.pads.contiguous()
         turned = 0 if self.angles is None else self.angles[0].shape[-1]
@@ -132,7 +135,33 @@ class Decoder:
     @torch.inference_mode()
     def next(self, ids_B: Tensor) -> Tensor:
         """Return the logits [B, V] after one token more of each sequence."""
-        return self._step(ids_B.unsqueeze(1))
+        chain = self._chain_for(len(ids_B))
+        if chain is None:
+            return self._step(ids_B.unsqueeze(1))
+        x_BD, angles, place = self._embedded(ids_B), None, self.seen
+        index = place if self.pads is None else place - self.pads
+        if self.places is not None:
+            x_BD = x_BD + self.places[index]
+        if self.angles is not None:
+            angles = (self.angles[0][index], self.angles[1][index])
+        self.seen += 1
+        return chain(x_BD, self.seen, angles)
+
+    def _chain_for(self, sequences: int) -> TokenChain | None:
+        """Return the one call for a token of each sequence; None where there is none, or it would not be faster."""
+        layers = [(block.attention, block.ffn) for block in self.blocks]
+        modes = [own.mode() for _, own in layers if isinstance(own, ByNeuron)]
+        purpose = (sequences, torch.get_num_threads(), modes)
+        if self.chain is None or self.chain[0] != purpose:
+            found = chainable(layers, self.head, sequences)
+            width = self.head.weight.rows_ND.shape[1]
+            self.chain = (
+                purpose,
+                None
+                if found is None
+                else TokenChain(found, self.head, width, sequences, parallel=self.parallel),
+            )
+        return self.chain[1]
 
     def _step(self, ids_BS: Tensor) -> Tensor:
         sequences, length = ids_BS.shape

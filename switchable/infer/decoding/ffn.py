@@ -133,16 +133,24 @@ class ByNeuron:
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor) -> Tensor:
         """Return add + FFN(norm(x))."""
-        tokens, (chosen, mass) = x_TD.shape[0], self._mode()
-        if tokens > (MOST_DENSE if self._is_whole(chosen, mass) else MOST_SPARSE):
-            return self._many(self.norm(x_TD), add_TD, chosen, mass)
-        key = (tokens, chosen, mass, torch.get_num_threads())
+        tokens = x_TD.shape[0]
+        if not self.compiles(tokens):
+            return self._many(self.norm(x_TD), add_TD, *self.mode())
+        return self.call_for(tokens)(x_TD, add_TD)
+
+    def compiles(self, tokens: int) -> bool:
+        """Whether one compiled call is fastest for so many tokens in the mode that the layer is in."""
+        return tokens <= (MOST_DENSE if self._is_whole(*self.mode()) else MOST_SPARSE)
+
+    def call_for(self, tokens: int) -> DecodeCall:
+        """Return that call."""
+        key = (tokens, *self.mode(), torch.get_num_threads())
         call = self.calls.get(key)
         if call is None:
-            call = self.calls[key] = self._prepared(tokens, chosen, mass)
-        return call(x_TD, add_TD)
+            call = self.calls[key] = self._prepared(tokens, *self.mode())
+        return call
 
-    def _mode(self) -> tuple[int, float]:
+    def mode(self) -> tuple[int, float]:
         """Return K, and what the shares of a token's experts must add up to; E and 1 in dense mode."""
         if self.ssd is not None and self.ssd.mode == "sparse":
             return self.ssd.experts_per_token, self.ssd.mass

@@ -81,12 +81,16 @@ class Matrix:
             x_TD = x_TD if self.norm is None else self.norm(x_TD)
             y_TN = linear(x_TD.to(self.many), self.weight.wide(self.many, self.scratch), self.bias_many)
             return y_TN if add_TN is None else add_TN + y_TN
-        key = (tokens, torch.get_num_threads(), add_TN is not None)
+        return self.call_for(tokens, adds=add_TN is not None)(x_TD, add_TN)
+
+    def call_for(self, tokens: int, *, adds: bool = False) -> LinearCall:
+        """Return the call of our loops for so many tokens, at most `most`."""
+        key = (tokens, torch.get_num_threads(), adds)
         call = self.calls.get(key)
         if call is None:
-            call = LinearCall(tokens, *self.weight, self.bias_N, adds=key[2], norm=self.norm)
+            call = LinearCall(tokens, *self.weight, self.bias_N, adds=adds, norm=self.norm)
             self.calls[key] = call
-        return call(x_TD, add_TN)
+        return call
 
 
 class Matrices:

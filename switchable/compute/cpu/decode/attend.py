@@ -82,16 +82,22 @@ class AttendCall:
         sin with the sign of the half that it is multiplied with, [B or 1, 1, 1, turned], contiguous.
         """
         y = torch.empty(self.shape)
-        run = self.in_threads if end * self.bytes >= WORTH_THREADS else self.alone
+        run = self.told(q_BHC, y, in_threads=end * self.bytes >= WORTH_THREADS)
         record, places = run.record, self.places
         record[places["end"]] = end
-        record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
-        record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
         if angles is not None:
             record[places["cos"]], record[places["sin"]] = (each.data_ptr() for each in angles)
             record[places["angle_step"]] = angles[0].shape[-1] if len(angles[0]) > 1 else 0
         run()
         return y
+
+    def told(self, q_BHC: Tensor, y: Tensor, *, in_threads: bool = True) -> Run:
+        """Return what writes y once it knows `end` and angles."""
+        run = self.in_threads if in_threads else self.alone
+        record, places = run.record, self.places
+        record[places["q"]], record[places["y"]] = q_BHC.data_ptr(), y.data_ptr()
+        record[places["q_step"]], record[places["head_step"]] = q_BHC.stride(0), q_BHC.stride(1)
+        return run
 
 
 @functools.cache

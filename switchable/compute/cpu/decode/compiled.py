@@ -92,11 +92,16 @@ class DecodeCall:
         """
         wide = x.float().contiguous()
         y = torch.empty_like(wide)
-        self.run.record[self.x], self.run.record[self.y] = wide.data_ptr(), y.data_ptr()
-        if add is not None:
-            self.run.record[self.add] = add.data_ptr()
-        self.run()
+        self.told(wide, y, add)()
         return y.to(x.dtype)
+
+    def told(self, x: Tensor, y: Tensor, add: Tensor | None = None) -> Run:
+        """Return what writes y; all float32 and contiguous."""
+        record = self.run.record
+        record[self.x], record[self.y] = x.data_ptr(), y.data_ptr()
+        if add is not None:
+            record[self.add] = add.data_ptr()
+        return self.run
 
 
 def prepare_call(

@@ -78,12 +78,16 @@ class LinearCall:
     def __call__(self, x_TD: Tensor, start_TN: Tensor | None = None) -> Tensor:
         """Return y_TN; all float32 and contiguous."""
         y_TN = torch.empty(self.shape)
+        self.told(x_TD, y_TN, start_TN)()
+        return y_TN
+
+    def told(self, x_TD: Tensor, y_TN: Tensor, start_TN: Tensor | None = None) -> Run:
+        """Return what writes y."""
         record = self.run.record
         record[self.x], record[self.y] = x_TD.data_ptr(), y_TN.data_ptr()
         if start_TN is not None:
             record[self.start] = start_TN.data_ptr()
-        self.run()
-        return y_TN
+        return self.run
 
 
 @functools.cache
