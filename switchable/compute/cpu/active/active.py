@@ -36,6 +36,7 @@ from switchable.compute.cpu.experts.packing import multiplied
 from switchable.compute.cpu.limits import LANE_BYTES, why_no_loops, why_not_in_memory
 from switchable.compute.cpu.llvm import Machine, this_machine
 from switchable.compute.eager import eager
+from switchable.ranks import is_sharded
 
 MOST_ACTIVE = {torch.bfloat16: 0.2}
 """Share of active neurons from which dense products are as fast, where their library is so much faster: the break-even
@@ -60,7 +61,8 @@ def has_active(x_TD: Tensor, weights: FFNWeights, activation: str, share: float 
     return (
         why_not_dtype(call, (dtype,)) is None
         and all(t.device.type == device for t in weights.tensors)
-        and why_not_in_memory(x_TD, *weights.tensors) is None
+        # Asked between forward passes, where ranks hold parts of weights that are whole in them.
+        and why_not_in_memory(*(t for t in weights.tensors if not is_sharded(t))) is None
         and skips_idle_neurons(x_TD.shape[-1], activation, dtype, device, share)
     )
 
