@@ -153,14 +153,11 @@ class Decoder:
         modes = [own.mode() for _, own in layers if isinstance(own, ByNeuron)]
         purpose = (sequences, torch.get_num_threads(), modes)
         if self.chain is None or self.chain[0] != purpose:
-            found = chainable(layers, self.head, sequences)
-            width = self.head.weight.rows_ND.shape[1]
-            self.chain = (
-                purpose,
-                None
-                if found is None
-                else TokenChain(found, self.head, width, sequences, parallel=self.parallel),
-            )
+            found, chain = chainable(layers, self.head, sequences), None
+            if found is not None:
+                width = self.head.weight.rows_ND.shape[1]
+                chain = TokenChain(found, self.head, width, sequences, parallel=self.parallel)
+            self.chain = (purpose, chain)
         return self.chain[1]
 
     def _step(self, ids_BS: Tensor) -> Tensor:

@@ -143,9 +143,8 @@ def prepare_call(
         given_TK = choice.contiguous()
     router_dtype = _shared_dtype(router_ED, router_E)
     bias_dtype = _shared_dtype(weights.up_bias_F, weights.gate_bias_F, start_D)
-    if router_dtype not in NUMBERS or bias_dtype not in NUMBERS:
-        return None
-    if not fits(tokens, weights, num_experts, activation):
+    fit = fits(tokens, weights, num_experts, activation)
+    if router_dtype not in NUMBERS or bias_dtype not in NUMBERS or not fit:
         return None
     sizes = _sizes(tokens, weights, num_experts, experts_per_token, activation)._replace(
         start=start_D is not None,
@@ -156,6 +155,7 @@ def prepare_call(
         router_dtype=router_dtype,
         bias_dtype=bias_dtype,
     )
+    own = {} if norm is None else norm.fields
     scratch, places = _scratch(tokens, sizes)
     if given_TK is not None:
         places["ids"] = given_TK.data_ptr()
@@ -165,20 +165,21 @@ def prepare_call(
         "decode",
         *((1,) if sizes.alone else (1, num_experts, torch.get_num_threads())),
         tokens=tokens,
-        norm=None if norm is None else norm.weight,
-        norm_bias=None if norm is None else norm.bias,
         router=router_ED,
         router_bias=router_E,
-        gate=weights.gate_FD,
-        gate_bias=weights.gate_bias_F,
-        up=weights.up_FD,
-        bias=weights.up_bias_F,
-        down=weights.down_FD,
         start=start_D,
+        **_fields(weights),
+        **own,
         **places,
         **scales,
     )
-    return DecodeCall(run, scratch, given_TK, None if norm is None else norm.weight)
+    return DecodeCall(run, scratch, given_TK, *own.values())
+
+
+def _fields(weights: FFNWeights) -> dict[str, Tensor | None]:
+    """Those of a call's record."""
+    gate = {"gate": weights.gate_FD, "gate_bias": weights.gate_bias_F}
+    return {**gate, "up": weights.up_FD, "bias": weights.up_bias_F, "down": weights.down_FD}
 
 
 def _sizes(

@@ -69,8 +69,7 @@ class LinearCall:
         sizes = {"tokens": tokens, "rows": rows, "width": width}
         self.memory = {"weight": weight_ND, "scale": scale_N, "bias": bias_N}
         if norm is not None:
-            normed_TD = torch.empty(tokens, width)
-            self.memory |= {"norm": norm.weight, "norm_bias": norm.bias, "normed": normed_TD}
+            self.memory |= {**norm.fields, "normed": torch.empty(tokens, width)}
         tasks = (count,) if norm is None else (1, count)
         self.run, self.shape = Run(LINEAR, code, "linear", *tasks, **sizes, **self.memory), (tokens, rows)
         self.x, self.start, self.y = (self.run.places[name] for name in ("x", "start", "y"))

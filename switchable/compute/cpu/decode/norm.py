@@ -40,6 +40,11 @@ class Norm:
         self.weight, self.bias = weight_D, bias_D
         self.kind = NormKind(eps, is_rms, bias_D is not None)
 
+    @property
+    def fields(self) -> dict[str, Tensor | None]:
+        """Those of a call's record."""
+        return {"norm": self.weight, "norm_bias": self.bias}
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of the last dimension, in x's dtype, by torch."""
         if self.kind.is_rms:

@@ -135,14 +135,9 @@ class Prefill:
             fields["ids"] = ids_TK
         if own.terms == 1:
             fields["sums"] = y_TD
-        numbers = {
-            "experts": self.experts,
-            "chosen": chosen,
-            "per_chunk": per_chunk,
-            "token_count": len(x_TD),
-        }
+        numbers = {"chosen": chosen, "per_chunk": per_chunk, "token_count": len(x_TD)}
         first = 0 if parts.by_chunk and not own.amx else self.experts
-        fields |= {**self.fixed, **numbers, "x": x_TD, "y": y_TD}
+        fields |= {**self.fixed, **numbers, "experts": self.experts, "x": x_TD, "y": y_TD}
         PREFILL.run(_code(own, parts), "prefill", first, chunks, **fields)
         return y_TD
 
