@@ -29,13 +29,27 @@ class Code:
         self._engines: list[llvm.ExecutionEngine] = []  # they hold the code
         self._addresses: dict[str, int] = {}
 
+    @classmethod
+    def of(cls, module: ir.Module, name: str, machine: Machine) -> Code:
+        """Return one function of a module, compiled at once: nobody keeps the module, which takes megabytes."""
+        code = cls(_nothing_else, machine)
+        code._compile(module, name)
+        return code
+
     def address(self, name: str) -> int:
         """Return where a function begins."""
         if name not in self._addresses:
-            engine = _compiled("\n".join(map(str, self._write(name).global_values)), self.machine)
-            self._engines.append(engine)
-            self._addresses[name] = int(engine.get_function_address(name))
+            self._compile(self._write(name), name)
         return self._addresses[name]
+
+    def _compile(self, module: ir.Module, name: str) -> None:
+        engine = _compiled("\n".join(map(str, module.global_values)), self.machine)
+        self._engines.append(engine)
+        self._addresses[name] = int(engine.get_function_address(name))
+
+
+def _nothing_else(name: str) -> ir.Module:
+    raise LookupError(f"no function is called {name!r} here")
 
 
 def _compiled(text: str, machine: Machine) -> llvm.ExecutionEngine:

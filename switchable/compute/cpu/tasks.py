@@ -179,7 +179,7 @@ def _chain_code(machine: Machine) -> Code:
 
     w.each(w.integer(w.arguments[0], I64), run)
     w.b.ret_void()
-    return Code(lambda _: module, machine)
+    return Code.of(module, "chain", machine)
 
 
 class Scratch(threading.local):

@@ -95,7 +95,7 @@ def _code(experts: int, chosen: int, mass: float) -> Code:
         w.range(start, stop, 1, row)
 
     TASKS.write(w, rows)
-    return Code(lambda _: module, machine)
+    return Code.of(module, "select", machine)
 
 
 def write_selection(

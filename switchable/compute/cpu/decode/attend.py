@@ -142,7 +142,7 @@ def _code(dtype: torch.dtype, size: int, turned: int | None, machine: Machine) -
         w.each(record["shared"], head)
 
     ATTEND.write(w, task)
-    return Code(lambda _: module, machine)
+    return Code.of(module, "attend", machine)
 
 
 def _turned(

@@ -225,4 +225,4 @@ def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:
 def _code(sizes: Sizes, machine: Machine) -> Code:
     module = ir.Module("decode")
     DecodeKernels(module, sizes, machine)
-    return Code(lambda _: module, machine)
+    return Code.of(module, "decode", machine)

@@ -131,4 +131,4 @@ def _code(
         write_norm(w, cast(NormKind, norm), record["tokens"], given, record["normed"], record["width"])
 
     LINEAR.write(w, *([] if norm is None else [normalise]), stage)
-    return Code(lambda _: module, machine)
+    return Code.of(module, "linear", machine)

@@ -164,7 +164,7 @@ class Prefill:
 def _code(packing: Packing, parts: Parts) -> Code:
     module = ir.Module("prefill")
     write_prefill(Loops(module, packing), parts)
-    return Code(lambda _: module, packing.machine)
+    return Code.of(module, "prefill", packing.machine)
 
 
 def write_prefill(loops: Loops, parts: Parts) -> None:
