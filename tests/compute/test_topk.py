@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+from compute.machines import machine_seen_by
 
 from switchable.compute.cpu import topk as selection
 from switchable.compute.cpu.topk import top_experts
 
+machine = machine_seen_by(selection)
 
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("tokens", "experts", "chosen"),
     [(300, 128, 18), (64, 6, 2), (257, 24, 23), (100, 7, 3), (70, 1024, 1), (1000, 32, 6)],
@@ -23,6 +27,7 @@ def test_equals_torch_topk(tokens: int, experts: int, chosen: int) -> None:
     assert torch.equal(ours.sort().values, true.sort().values)
 
 
+@pytest.mark.usefixtures("machine")
 def test_equal_scores_are_taken_once_each() -> None:
     torch.manual_seed(0)
     scores_TE = torch.randint(-2, 3, (500, 16)).float()

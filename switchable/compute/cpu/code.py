@@ -31,25 +31,19 @@ class Code:
 
     @classmethod
     def of(cls, module: ir.Module, name: str, machine: Machine) -> Code:
-        """Return one function of a module, compiled at once: nobody keeps the module, which takes megabytes."""
-        code = cls(_nothing_else, machine)
-        code._compile(module, name)
+        """Return one function of a module, compiled at once."""
+        code = cls(lambda _: module, machine)
+        code.address(name)
+        del code._write  # it holds the module, which takes megabytes
         return code
 
     def address(self, name: str) -> int:
         """Return where a function begins."""
         if name not in self._addresses:
-            self._compile(self._write(name), name)
+            engine = _compiled("\n".join(map(str, self._write(name).global_values)), self.machine)
+            self._engines.append(engine)
+            self._addresses[name] = int(engine.get_function_address(name))
         return self._addresses[name]
-
-    def _compile(self, module: ir.Module, name: str) -> None:
-        engine = _compiled("\n".join(map(str, module.global_values)), self.machine)
-        self._engines.append(engine)
-        self._addresses[name] = int(engine.get_function_address(name))
-
-
-def _nothing_else(name: str) -> ir.Module:
-    raise LookupError(f"no function is called {name!r} here")
 
 
 def _compiled(text: str, machine: Machine) -> llvm.ExecutionEngine:

@@ -206,14 +206,30 @@ class Writer:
         empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
         return self.shuffle(self.b.insert_element(empty, value, I32(0)), [0] * lanes)
 
+    def compress(self, vector: ir.Value, taken: ir.Value) -> ir.Value:
+        """The lanes that are taken one after another, and anything behind them; AVX-512 has an instruction for it."""
+        kind, anything = vector.type, ir.Constant(vector.type, ir.Undefined)
+        name = f"llvm.experimental.vector.compress.v{kind.count}{kind.element.intrinsic_name}"
+        return vector if kind.count == 1 else self.call(name, kind, vector, taken, anything)
+
+    def count(self, taken: ir.Value) -> ir.Value:
+        """How many lanes are taken."""
+        return self.b.zext(self.b.ctpop(self.b.bitcast(taken, ir.IntType(taken.type.count))), I64)
+
+    def reduce_each(self, vectors: Values) -> ir.Value:
+        """A vector of the sums of 1, 2, 4, ... vectors' numbers, halves added first; as many as lanes at most."""
+        sums, size = list(vectors), vectors[0].type.count
+        while size := size // 2:
+            pairs = list(zip(sums[::2], sums[1::2], strict=False)) or [(sums[0], None)]
+            numbers = sums[0].type.count * (1 if len(sums) == 1 else 2)
+            lower = [i for i in range(numbers) if i % (2 * size) < size]
+            upper = [i + size for i in lower]
+            sums = [self.b.fadd(self.shuffle(a, lower, b), self.shuffle(a, upper, b)) for a, b in pairs]
+        return sums[0]
+
     def reduce_add(self, vector: ir.Value) -> ir.Value:
         """The sum of a vector's numbers, halves added first."""
-        lanes = vector.type.count
-        while lanes > 1:
-            lanes //= 2
-            low, high = (self.shuffle(vector, range(first, first + lanes)) for first in (0, lanes))
-            vector = self.b.fadd(low, high)
-        return self.b.extract_element(vector, I32(0))
+        return self.b.extract_element(self.reduce_each([vector]), I32(0))
 
     def shuffle(self, first: ir.Value, lanes: Sequence[int], second: ir.Value | None = None) -> ir.Value:
         """A vector of some lanes of one or two vectors; the second one's numbers count on."""

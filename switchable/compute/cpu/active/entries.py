@@ -21,6 +21,8 @@ from switchable.compute.cpu.llvm import BFLOAT16, I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
+COMPRESSED = 64
+"""Bytes of a vector that has an instruction that compresses it: AVX-512's."""
 ENTRIES = ("base", "starts", "neurons", "values")
 COLLECT = Tasks((*SIZES, "first_chunk"), ("starts", "neurons", "values", "rows"))
 """Reads `rows` [.., F], the tokens from `first_chunk` on; writes `starts` and, for each chunk as if all were active,
@@ -41,14 +43,19 @@ def write_collect(w: Writer, *, paired: bool) -> None:
         rows = w.at(record["rows"], room, stored)
         starts = _starts(w, record, w.add(number, record["first_chunk"]))
 
-        def neuron(row: ir.Value, j: ir.Value, count: ir.Value) -> ir.Value:
-            value = b.load(w.at(row, j, stored), typ=stored)
-            value = b.fpext(value, w.number) if paired else value
-            b.store(value, w.at(values, count))
-            w.put32(j, w.at(neurons, count, I32))
-            # No branch to guess: an entry that is not active is overwritten by the next one. A NaN is kept.
-            active = b.not_(b.fcmp_ordered("<=", value, ir.Constant(w.number, 0.0)))
-            return w.add(count, b.zext(active, I64))
+        def some(row: ir.Value, lanes: int) -> Callable[[ir.Value, Values], Values]:
+            def write(j: ir.Value, carried: Values) -> Values:
+                (count,), each = carried, ir.VectorType(I32, lanes)
+                value = b.load(w.at(row, j, stored), align=2, typ=ir.VectorType(stored, lanes))
+                value = b.fpext(value, w.vector_of(lanes)) if paired else value
+                active = b.not_(b.fcmp_ordered("<=", value, w.zero(value.type)))  # a NaN is kept
+                numbers = b.add(w.broadcast(b.trunc(j, I32), lanes), ir.Constant(each, [*range(lanes)]))
+                # No branch to guess: what lies behind the entries is overwritten by the next ones.
+                w.store(w.compress(value, active), w.at(values, count))
+                w.store(w.compress(numbers, active), w.at(neurons, count, I32))
+                return [w.add(count, w.count(active))]
+
+            return write
 
         def block(number: ir.Value, carried: Values) -> Values:
             begin = w.mul(number, record["per_block"])
@@ -59,17 +66,9 @@ def write_collect(w: Writer, *, paired: bool) -> None:
                 w.put32(carried[0], w.at(places, t, I32))
                 row = w.at(rows, w.mul(t, width), stored)
 
-                def several(j: ir.Value, carried: Values) -> Values:
-                    count = carried[0]
-                    if paired:
-                        return [_write_compressed(w, row, j, neurons, values, count)]
-                    for further in range(8):
-                        count = neuron(row, w.add(j, further), count)
-                    return [count]
-
-                step = w.lanes if paired else 8
-                j, carried = w.loop(begin, w.sub(end, step - 1), step, carried, several)
-                _, carried = w.loop(j, end, 1, carried, lambda j, carried: [neuron(row, j, carried[0])])
+                j = begin
+                for lanes in (w.lanes, 1) if w.lanes * w.itemsize == COMPRESSED else (1,):
+                    j, carried = w.loop(j, w.sub(end, lanes - 1), lanes, carried, some(row, lanes))
                 return carried
 
             _, carried = w.loop(0, tokens, 1, carried, token)
@@ -81,26 +80,6 @@ def write_collect(w: Writer, *, paired: bool) -> None:
         w.put32(count, w.at(starts, w.mul(record["blocks"], per_chunk), I32))
 
     COLLECT.write(w, chunk)
-
-
-def _write_compressed(
-    w: Writer, row: ir.Value, j: ir.Value, neurons: ir.Value, values: ir.Value, count: ir.Value
-) -> ir.Value:
-    """Write the entries among a vector of bfloat16s behind the first `count`; return the new count.
-
-    AVX-512 has an instruction for it.
-    """
-    b, lanes, whole = w.b, w.lanes, ir.VectorType(I32, w.lanes)
-    neurons, values = w.at(neurons, count, I32), w.at(values, count)
-    halves = b.load(w.at(row, j, BFLOAT16), align=2, typ=ir.VectorType(BFLOAT16, lanes))
-    value = b.fpext(halves, w.vector)
-    active = b.not_(b.fcmp_ordered("<=", value, w.zero()))
-    numbers = b.add(w.broadcast(b.trunc(j, I32), lanes), ir.Constant(whole, list(range(lanes))))
-    for vector, kind, place in ((value, "f", values), (numbers, "i", neurons)):
-        name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}32"
-        w.store(w.call(name, vector.type, vector, w.zero(vector.type), active), place)
-    bits = b.bitcast(active, ir.IntType(lanes))
-    return w.add(count, b.zext(b.ctpop(bits), I64))
 
 
 def write_transpose(w: Writer) -> None:

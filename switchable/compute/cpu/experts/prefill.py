@@ -219,12 +219,10 @@ def _route(loops: Loops, w: Writer, record: Record, number: ir.Value, routing: R
                 [w.at(record[name], w.mul(w.add(first, i), loops.words_D)) for i in range(many)]
                 for name, first, many in (("router", e, count), ("x", t, size))
             )
-            sums = iter(_dots(loops, w, rows, inputs))
-            for r in range(count):
-                bias = w.load(w.at(record["router_bias"], w.add(e, r)), w.number)
-                for i in range(size):
-                    place = w.add(w.mul(w.add(t, i), routing.experts), w.add(e, r))
-                    w.store(w.b.fadd(next(sums), bias), w.at(record["scores"], place))
+            bias = w.load(w.at(record["router_bias"], e), w.vector_of(count))
+            for i, sums in enumerate(_dots(loops, w, inputs, rows)):
+                place = w.add(w.mul(w.add(t, i), routing.experts), e)
+                w.store(w.b.fadd(w.reduce_each(sums), bias), w.at(record["scores"], place))
 
         w.tiles(routing.experts, TILE, some)
 
@@ -237,17 +235,17 @@ def _route(loops: Loops, w: Writer, record: Record, number: ir.Value, routing: R
     w.range(begin, end, 1, choose)
 
 
-def _dots(loops: Loops, w: Writer, rows: Values, inputs: Values) -> list[ir.Value]:
-    """The product of each row with each input, given their addresses."""
+def _dots(loops: Loops, w: Writer, inputs: Values, rows: Values) -> list[Values]:
+    """For each input its products with the rows, not added up yet, given their addresses."""
 
     def step(d: ir.Value, sums: Values) -> Values:
-        left, right = ([w.load(w.at(address, d)) for address in each] for each in (rows, inputs))
+        left, right = ([w.load(w.at(address, d)) for address in each] for each in (inputs, rows))
         pairs = itertools.product(left, right)
         return [loops.multiply_add(w, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
 
     zeros = [w.zero()] * (len(rows) * len(inputs))
     _, sums = w.loop(0, loops.words_D, loops.L, zeros, step)
-    return [w.reduce_add(total) for total in sums]
+    return [sums[first : first + len(rows)] for first in range(0, len(sums), len(rows))]
 
 
 def _finish(loops: Loops, w: Writer, record: Record, number: ir.Value, *, starts: bool) -> None:
