@@ -175,8 +175,9 @@ def _scores(
 
     def tile(i: ir.Value, count: int) -> None:
         addresses = [rows.at(w, keys, w.mul(w.add(i, r), size)) for r in range(2 * count)]
-        for r, (total,) in enumerate(rows.dots(w, addresses[:count], addresses[count:], [q], size)):
-            value = w.b.fmul(total, scale)
+        (sums,) = rows.dots(w, addresses[:count], addresses[count:], [q], size)
+        for r, each in enumerate(sums):
+            value = w.b.fmul(w.reduce_add(each), scale)
             w.store(value, w.at(scores, w.add(i, r)))
             before = w.load(highest, w.number)
             larger = w.b.fcmp_unordered(">", value, before)

@@ -102,7 +102,7 @@ class DecodeKernels:
                 self.rows,
                 None,
                 factor,
-                lambda w, total, place: w.b.fmul(total, w.load(place, w.number)),
+                lambda w, total, place: w.b.fmul(total, w.load(place, total.type)),
             )
         if sizes.alone:
             DECODE.write(w, self._all)
@@ -122,10 +122,10 @@ class DecodeKernels:
             self._route(record)
         self._gather(record)
 
-    def _activation(self, w: Writer, total: ir.Value, _place: ir.Value) -> ir.Value:
-        zero = w.zero(w.number)
-        total = w.b.select(w.b.fcmp_ordered("<", total, zero), zero, total)
-        return w.b.fmul(total, total) if self.sizes.squared else total
+    def _activation(self, w: Writer, totals: ir.Value, _place: ir.Value) -> ir.Value:
+        zero = w.zero(totals.type)
+        totals = w.b.select(w.b.fcmp_ordered("<", totals, zero), zero, totals)
+        return w.b.fmul(totals, totals) if self.sizes.squared else totals
 
     def _write_dots(
         self,
@@ -138,8 +138,7 @@ class DecodeKernels:
         """out_r = finish(matrix_r · x + bias_r, where it goes) for so many rows of a matrix; None: for those listed."""
         listing = [POINTER, I64] if count is None else []
         w = Writer(self.module, f"{name}_dots", [*[POINTER] * 5, *listing], wide=False, lanes=self.lanes)
-        matrix, scale, bias, x, out, *listed = w.arguments
-        width = self.sizes.d_model
+        (matrix, scale, bias, x, out, *listed), width = w.arguments, self.sizes.d_model
 
         def tile(r: ir.Value, rows: int) -> None:
             def number(row: int) -> ir.Value:
@@ -148,14 +147,16 @@ class DecodeKernels:
             numbers = [number(row) for row in range(2 * rows)]
             addresses = [kind.at(w, matrix, w.mul(place, width)) for place in numbers]
             # What is prefetched is the next tile's, while this one is multiplied.
-            sums = kind.dots(w, addresses[:rows], addresses[rows:], [x], width)
-            for place, (value,) in zip(numbers, sums, strict=False):
+            (sums,) = kind.dots(w, addresses[:rows], addresses[rows:], [x], width)
+            # Of rows that are no neighbours each is finished by itself.
+            for place, some in zip(numbers, [[each] for each in sums] if listed else [sums], strict=False):
+                totals, goes_to = w.reduce_each(some), w.at(out, place)
                 if kind.scaled:
-                    value = w.b.fmul(value, w.load(w.at(scale, place), w.number))
+                    totals = w.b.fmul(totals, w.load(w.at(scale, place), totals.type))
                 if biases is not None:
-                    value = w.b.fadd(value, biases.number(w, bias, place))
-                goes_to = w.at(out, place)
-                w.store(finish(w, value, goes_to), goes_to)
+                    own = biases.at(w, bias, place)
+                    totals = w.b.fadd(totals, biases.load(w, own, totals.type.count))
+                w.store(finish(w, totals, goes_to), goes_to)
 
         w.tiles(listed[1] if count is None else count, ROWS, tile)
         w.b.ret_void()

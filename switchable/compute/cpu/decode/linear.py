@@ -98,29 +98,28 @@ def _code(
     rows = Rows(dtype, lanes * in_line, lanes)
     parts = [name for name, there in (("bias", bias), ("start", adds)) if there]
 
-    def finish(record: Record, total: ir.Value, n: ir.Value, place: ir.Value) -> None:
+    def finish(record: Record, totals: ir.Value, n: ir.Value, place: ir.Value) -> None:
         if rows.scaled:
-            total = w.b.fmul(total, w.load(w.at(record["scale"], n), w.number))
+            totals = w.b.fmul(totals, w.load(w.at(record["scale"], n), totals.type))
         for name in parts:
             address = w.at(record[name], n if name == "bias" else place)
-            total = w.b.fadd(total, w.load(address, w.number))
-        w.store(total, w.at(record["y"], place))
+            totals = w.b.fadd(totals, w.load(address, totals.type))
+        w.store(totals, w.at(record["y"], place))
 
     def stage(record: Record, task: ir.Value) -> None:
         first, after = w.share(record["rows"], task, record["tasks" if norm is None else "tasks1"])
 
         def tile(n: ir.Value, count: int) -> None:
-            numbers = [w.add(n, r) for r in range(2 * count)]
-            places = [rows.at(w, record["weight"], w.mul(r, record["width"])) for r in numbers]
+            starts = [w.mul(w.add(n, r), record["width"]) for r in range(2 * count)]
+            places = [rows.at(w, record["weight"], start) for start in starts]
 
             def side_by_side(t: ir.Value, tokens: int) -> None:
                 ts = [w.add(t, k) for k in range(tokens)]
                 x = record["x" if norm is None else "normed"]
                 inputs = [w.at(x, w.mul(t, record["width"])) for t in ts]
                 sums = rows.dots(w, places[:count], places[count:], inputs, record["width"])
-                for number, totals in zip(numbers, sums, strict=False):
-                    for t, total in zip(ts, totals, strict=True):
-                        finish(record, total, number, w.add(w.mul(t, record["rows"]), number))
+                for t, own in zip(ts, sums, strict=True):
+                    finish(record, w.reduce_each(own), n, w.add(w.mul(t, record["rows"]), n))
 
             w.tiles(record["tokens"], TOKENS, side_by_side)
 

@@ -64,10 +64,6 @@ class Rows:
         upper = w.b.shl(w.b.zext(read, wide), ir.Constant(wide, [16] * lanes))
         return w.b.bitcast(upper, vector)
 
-    def number(self, w: Writer, base: ir.Value, index: Index) -> ir.Value:
-        """A single weight, widened."""
-        return w.b.extract_element(self.load(w, self.at(w, base, index), 1), I32(0))
-
     def store(self, w: Writer, value: ir.Value, address: ir.Value) -> None:
         """Write a vector, rounded; not of int8."""
         if self.dtype == torch.bfloat16:
@@ -86,7 +82,10 @@ class Rows:
     def dots(
         self, w: Writer, rows: Values, following: Values, inputs: Values, width: Index
     ) -> list[list[ir.Value]]:
-        """The sums of each row with each of some inputs, whose addresses are given; prefetch the following rows."""
+        """For each of some inputs its products with each row, given their addresses, as vectors to be added up.
+
+        The following rows are prefetched.
+        """
 
         def step(d: ir.Value, sums: Values) -> Values:
             for address in following:
@@ -98,13 +97,13 @@ class Rows:
                 for r, row in enumerate(rows):
                     weights = self.load(w, self.at(w, row, place))
                     for t, x in enumerate(xs):
-                        total[r * len(xs) + t] = w.fma(weights, x, total[r * len(xs) + t])
+                        own = t * len(rows) + r
+                        total[own] = w.fma(weights, x, total[own])
             return total
 
         zeros = [w.zero()] * (len(rows) * len(inputs))
         _, sums = w.loop(0, width, self.lanes * self.in_line, zeros, step)
-        totals = [w.reduce_add(total) for total in sums]
-        return [totals[first : first + len(inputs)] for first in range(0, len(totals), len(inputs))]
+        return [list(sums[first : first + len(rows)]) for first in range(0, len(sums), len(rows))]
 
 
 def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
