@@ -10,6 +10,8 @@ Shapes: T tokens, D d_model, F d_ff, E experts.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,16 @@ def product(rows_TD: Tensor, rows_FD: Tensor) -> Tensor:
     """Return the products of rows in 8 bits: whole numbers, in float32 where the device has no such product."""
     kind, sizes = rows_TD.device.type, (*rows_TD.shape, len(rows_FD))
     fits = len(rows_TD) >= CUDA_ROWS and not any(size % CUDA_MULTIPLE for size in sizes[1:])
-    if kind == "cpu" or (kind == "cuda" and fits):
+    if (kind == "cpu" and _is_exact_on_cpu()) or (kind == "cuda" and fits):
         return torch._int_mm(rows_TD, rows_FD.t())
     return in_float32(rows_TD, rows_FD)
+
+
+@functools.cache
+def _is_exact_on_cpu() -> bool:
+    """Whether torch's product is: without VNNI instructions it adds pairs up in 16 bits, which do not hold them."""
+    rows = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(rows, rows.t()) == 64 * 127 * 127).all())
 
 
 def in_float32(rows_TD: Tensor, rows_FD: Tensor) -> Tensor:

@@ -18,15 +18,7 @@ from switchable.ffn.layer import SwitchableFFN
 from switchable.ranks import from_main, gathered
 from switchable.structure.features import weight_features
 from switchable.structure.groups import cluster_layers, groups_layer
-from switchable.switching.measures import (
-    Inputs,
-    LayerSums,
-    Precision,
-    jaccard,
-    pack,
-    routes_changed,
-    show,
-)
+from switchable.switching.measures import Inputs, LayerSums, Precision, jaccard, pack, routes_changed, show
 
 
 @dataclass(frozen=True)

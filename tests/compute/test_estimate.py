@@ -62,3 +62,14 @@ def test_a_tokens_row_depends_on_that_token_alone_whoever_multiplies(monkeypatch
     assert product(*on_another_device).dtype == torch.float32
     monkeypatch.setattr(estimate, "product", in_float32)
     torch.testing.assert_close(estimated_mass(x_TD, given, "relu2", 16), whole_TE)
+
+
+def test_products_are_exact_whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of the largest numbers, which do not fit into 16 bits, as some processors add them up."""
+    rows = torch.tensor([[127] * 96, [-127] * 96, [127, -127] * 48], dtype=torch.int8)
+    wanted = rows.double() @ rows.double().t()
+    assert torch.equal(product(rows, rows).double(), wanted)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1))
+    estimate._is_exact_on_cpu.cache_clear()
+    assert torch.equal(product(rows, rows).double(), wanted)
+    estimate._is_exact_on_cpu.cache_clear()

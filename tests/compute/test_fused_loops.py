@@ -66,7 +66,7 @@ def test_large_experts_take_no_longer_to_compile(name: str) -> None:
     small, large = (
         len(str(Library(Packing(64, neurons, torch.float32, HERE))._written(name))) for neurons in (344, 1024)
     )
-    assert large < 1.1 * small
+    assert large < 1.2 * small
 
 
 def test_weights_are_reordered_as_the_loops_read_them() -> None:
@@ -125,6 +125,8 @@ def test_memory_is_kept_and_grows_with_what_is_asked_for() -> None:
 
 
 def test_machines_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
     class Features(dict[str, bool]):
         def flatten(self) -> str:
             return ",".join(self)

@@ -23,6 +23,8 @@ from switchable.compute.cpu.llvm import Machine, this_machine
 pytestmark = needs_instructions
 HERE = this_machine()
 HALF = torch.bfloat16
+MULTIPLIED = [torch.float32, *([HALF] if HERE is not None and HERE.pairs else [])]
+"""Dtypes of calls that need no conversion first."""
 PLAIN = Case(tokens=75, width=96, neurons=12, experts=8)
 CASES = {
     "plain": PLAIN,
@@ -108,7 +110,7 @@ def test_a_router_chooses_and_a_bias_is_added(
     assert relative_error(y_TD, want_TD) < (4e-3 if dtype == HALF else 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", MULTIPLIED, ids=str)
 def test_threads_and_chunks_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(PLAIN, dtype=dtype)
     *router, start_D = router_of(case, dtype)
@@ -141,7 +143,7 @@ def test_what_there_is_no_code_for() -> None:
         assert given(replace(PLAIN, **change)) is None, change
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", MULTIPLIED, ids=str)
 def test_a_token_that_is_nan_stays_alone(dtype: torch.dtype) -> None:
     case = replace(PLAIN, dtype=dtype)
     found, (router_ED, router_E, start_D) = problem(case), router_of(case, dtype)

@@ -46,7 +46,7 @@ def test_the_runs_last_losses_are_found_again_in_its_precision_only(
             found = [loss_in_mode(model, batches, mode) for mode in ("dense", "sparse")]
         reported = [figures["val_loss_dense"], figures["val_loss_sparse"]]
         # In bfloat16 the run's attention is `eager`, which rounds elsewhere.
-        close = pytest.approx(reported, rel=1e-7 if precision == "float32" else 4e-6)
+        close = pytest.approx(reported, rel=1e-7 if precision == "float32" else 8e-6)
         assert (found == close) == (given == precision)
 
 

@@ -134,9 +134,9 @@ def test_projections_quantised_after_convert_have_no_sparse_mode(part: str) -> N
 
 
 def test_where_there_is_no_code_the_layer_goes_step_by_step(preparations: list[str]) -> None:
-    layer = layers_of(model_of_one_layer(d_model=24))[0]
+    layer = layers_of(model_of_one_layer(d_model=18))[0]  # no whole vectors on any machine
     for tokens in (3, 40):
-        assert_right(layer, torch.randn(1, tokens, 24))
+        assert_right(layer, torch.randn(1, tokens, 18))
     assert preparations == ["NoneType", "NoneType"]
 
 

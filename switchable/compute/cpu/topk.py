@@ -25,17 +25,7 @@ from torch import Tensor
 
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.limits import why_not_in_memory
-from switchable.compute.cpu.llvm import (
-    I32,
-    I64,
-    POINTER,
-    Index,
-    Machine,
-    Values,
-    Writer,
-    i64,
-    this_machine,
-)
+from switchable.compute.cpu.llvm import I32, I64, POINTER, Index, Machine, Values, Writer, i64, this_machine
 from switchable.compute.cpu.tasks import Record, Tasks
 
 FEWEST_TOKENS = 64

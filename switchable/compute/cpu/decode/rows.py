@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from switchable.compute.cpu.llvm import BFLOAT16, CACHE_LINE, I32, Index, Values, Writer
+from switchable.compute.cpu.llvm import CACHE_LINE, I32, Index, Values, Writer
 
 TYPES = {torch.float32: ir.FloatType(), torch.bfloat16: ir.IntType(16), torch.int8: ir.IntType(8)}
 """Of the numbers in memory."""
@@ -66,10 +66,16 @@ class Rows:
 
     def store(self, w: Writer, value: ir.Value, address: ir.Value) -> None:
         """Write a vector, rounded; not of int8."""
-        if self.dtype == torch.bfloat16:
-            w.b.store(w.b.fptrunc(value, ir.VectorType(BFLOAT16, self.lanes)), address, align=2)
-        else:
+        if self.dtype == torch.float32:
             w.store(value, address)
+            return
+        # By whole numbers: only AVX512-BF16 has an instruction, elsewhere LLVM calls a function that is not here.
+        b, wide = w.b, ir.VectorType(I32, self.lanes)
+        half, one, sixteen, nan = (ir.Constant(wide, [n] * self.lanes) for n in (0x7FFF, 1, 16, 0x7FC0))
+        bits = b.bitcast(value, wide)
+        even = b.add(half, b.and_(b.lshr(bits, sixteen), one))
+        upper = b.select(b.fcmp_unordered("uno", value, value), nan, b.lshr(b.add(bits, even), sixteen))
+        b.store(b.trunc(upper, ir.VectorType(self.kind, self.lanes)), address, align=2)
 
     def vectors(self, w: Writer, address: ir.Value, count: int) -> list[ir.Value]:
         """Neighbouring vectors."""
