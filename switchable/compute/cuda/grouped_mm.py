@@ -24,9 +24,9 @@ from switchable.compute.cuda.sort import sort_by_expert
 
 
 def _supports(call: ExpertCall) -> str | None:
-    # On CUDA, torch has a kernel for bfloat16 alone; for other dtypes it waits for the ends of the rows and loops.
-    cuda = call.x_TD.is_cuda
-    dtypes = (torch.bfloat16,) if cuda else (torch.bfloat16, torch.float16, torch.float32)
+    # On CUDA torch has a kernel for bfloat16 alone, else it waits and loops; traced, it takes no other type anywhere.
+    narrow = call.x_TD.is_cuda or torch.compiler.is_compiling()
+    dtypes = (torch.bfloat16,) if narrow else (torch.bfloat16, torch.float16, torch.float32)
     reason = why_not_dtype(call, dtypes)
     if reason is not None:
         return reason
