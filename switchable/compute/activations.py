@@ -50,7 +50,7 @@ def activation_name(module: nn.Module) -> str | None:
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
     from transformers.activations import ACT2CLS, ACT2FN
 
-    x = torch.linspace(-12, 12, 97, device="cpu")
+    x = torch.linspace(-12, 12, 97, dtype=torch.float32, device="cpu")
     for name, kind in ACT2CLS.items():
         same_class = type(module) is (kind[0] if isinstance(kind, tuple) else kind)
         if same_class and torch.allclose(ACT2FN[name](x), module(x)):  # settings count: a slope, a bound

@@ -77,7 +77,7 @@ def product(rows_TD: Tensor, rows_FD: Tensor) -> Tensor:
 @functools.cache
 def _is_exact_on_cpu() -> bool:
     """Whether torch's product is: without VNNI instructions it adds pairs up in 16 bits, which do not hold them."""
-    rows = torch.full((32, 64), 127, dtype=torch.int8)
+    rows = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(rows, rows.t()) == 64 * 127 * 127).all())
 
 

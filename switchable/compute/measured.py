@@ -159,7 +159,7 @@ def _skipping(ffn: FFN) -> Way:
 
 
 def _sparse(ffn: FFN, num_experts: int, experts_per_token: int, estimates: bool) -> Way:
-    router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, device=ffn.device)
+    router_ED = torch.linspace(-1, 1, num_experts * ffn.d_model, dtype=torch.float32, device=ffn.device)
     router_ED = (1e3 * router_ED).sin().view(num_experts, -1)
 
     def sparse(x_TD: Tensor, weights: FFNWeights) -> Tensor:
@@ -182,10 +182,12 @@ def _timed(ffn: FFN, ways: Mapping[str, Way], precision: str = "float32", share:
     generator = torch.Generator().manual_seed(0)
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * scale).to(ffn.device).requires_grad_()
+        return (
+            (torch.randn(rows, columns, generator=generator).float() * scale).to(ffn.device).requires_grad_()
+        )
 
     sizes = ffn.d_ff, ffn.d_model
-    bias_F = torch.full((ffn.d_ff,), NormalDist().inv_cdf(share), device=ffn.device).requires_grad_()
+    bias_F = torch.full((ffn.d_ff,), NormalDist().inv_cdf(share), device=ffn.device).float().requires_grad_()
     gate_FD = normal(*sizes, ffn.d_model**-0.5) if ffn.gated else None
     weights = FFNWeights(
         normal(*sizes, ffn.d_model**-0.5),

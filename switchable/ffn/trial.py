@@ -243,7 +243,7 @@ def _rows(model: nn.Module, _name: str) -> Tensor | None:
 
 
 def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
 def _ramp(like: Tensor) -> Tensor:

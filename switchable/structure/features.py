@@ -63,7 +63,7 @@ def coactivation_features(active_TF: Tensor, width: int = 64) -> Tensor:
     width = min(width, tokens, neurons)
     mean_F, inverse_F = _moments(active_TF)
     generator = torch.Generator().manual_seed(0)
-    basis_FR = torch.randn(neurons, width, generator=generator).to(active_TF.device)
+    basis_FR = torch.randn(neurons, width, generator=generator, device="cpu").to(mean_F)
     for _ in range(SUBSPACE_STEPS):
         basis_FR = torch.linalg.qr(_correlate(active_TF, mean_F, inverse_F, basis_FR)).Q
     # Rayleigh and Ritz: diagonalise C within the subspace found. In float64: with few neurons alive most eigenvalues

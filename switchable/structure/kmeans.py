@@ -157,7 +157,7 @@ def _assign(rows_ND: Tensor, centers_ED: Tensor, prices_E: Floats | None) -> tup
 def _centers(rows_ND: Tensor, labels_N: Tensor, clusters: int) -> Tensor:
     """Return the clusters' means."""
     if rows_ND.is_cpu:
-        sum_ED = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, labels_N, rows_ND)
+        sum_ED = rows_ND.new_zeros(clusters, rows_ND.shape[1]).index_add_(0, labels_N, rows_ND)
     else:  # elsewhere index_add adds in a different order on every run
         sum_ED = torch.nn.functional.one_hot(labels_N, clusters).T.to(rows_ND) @ rows_ND
     return sum_ED * (clusters / len(rows_ND))

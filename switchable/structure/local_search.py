@@ -58,7 +58,7 @@ def sketch(rows_ND: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Return the (centred) rows' coordinates in about their `width` leading principal directions."""
     if width >= rows_ND.shape[1]:
         return rows_ND
-    basis_DR = torch.randn(rows_ND.shape[1], width, generator=generator).to(rows_ND.device)
+    basis_DR = torch.randn(rows_ND.shape[1], width, generator=generator, device="cpu").to(rows_ND)
     for _ in range(SUBSPACE_STEPS):
         basis_DR = torch.linalg.qr(rows_ND.T @ (rows_ND @ basis_DR)).Q
     return rows_ND @ basis_DR
@@ -146,13 +146,13 @@ def _split(pool_PJR: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     pool_PJR = pool_PJR - pool_PJR.mean(1, keepdim=True)
     # Centred, S_a = -S_b: the squared norm of S_a alone is the gain to compare.
     old_P = pool_PJR[:, :half].sum(1).square().sum(1)
-    direction_PR1 = torch.randn(pairs, width, 1, generator=generator).to(pool_PJR.device)
+    direction_PR1 = torch.randn(pairs, width, 1, generator=generator, device="cpu").to(pool_PJR)
     for _ in range(POWER_STEPS):
         direction_PR1 = pool_PJR.mT @ (pool_PJR @ direction_PR1)
         direction_PR1 = torch.nn.functional.normalize(direction_PR1, dim=1)
     for _ in range(SPLIT_STEPS):
         top_PI = (pool_PJR @ direction_PR1).squeeze(2).topk(half, dim=1).indices
-        chosen_PJ = torch.zeros(pairs, pooled, device=pool_PJR.device).scatter_(1, top_PI, 1.0)
+        chosen_PJ = pool_PJR.new_zeros(pairs, pooled).scatter_(1, top_PI, 1.0)
         direction_PR1 = (chosen_PJ[:, None] @ pool_PJR).mT
     new_P = direction_PR1.square().sum((1, 2))
     order_PJ = chosen_PJ.argsort(dim=1, descending=True, stable=True)

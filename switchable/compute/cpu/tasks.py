@@ -26,7 +26,8 @@ from switchable.errors import InputError
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """The type of a compiled function: takes the address of its record."""
-
+floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+"""New memory for float32 numbers, as compiled code knows it, whatever torch's default dtype and device are."""
 
 Record: TypeAlias = Mapping[str, ir.Value]
 """A record in compiled code: the fields' values by name."""
@@ -193,7 +194,7 @@ class Scratch(threading.local):
         size = math.prod(shape)
         cached: Tensor | None = self.__dict__.get(name)
         if cached is None or cached.numel() < size or cached.dtype != dtype:
-            cached = self.__dict__[name] = torch.empty(size, dtype=dtype)
+            cached = self.__dict__[name] = torch.empty(size, dtype=dtype, device="cpu")
         return cached[:size].view(*shape)
 
 

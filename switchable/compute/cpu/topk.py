@@ -53,7 +53,7 @@ def top_experts(scores_TE: Tensor, experts_per_token: int, mass: float = 1.0) ->
         or why_not_in_memory(scores_TE) is not None
     ):
         return _in_torch(scores_TE, experts_per_token, mass)
-    ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64)
+    ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int64, device="cpu")
     code, tasks = _code(experts, experts_per_token, mass, machine), -(-tokens // TASK_TOKENS)
     TASKS.run(code, "select", tasks, scores=scores_TE.detach().contiguous(), ids=ids_TK, tokens=tokens)
     return ids_TK

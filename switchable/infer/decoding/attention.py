@@ -81,7 +81,7 @@ class Attention:
     ) -> None:
         """Get memory for keys and values, of which each sequence's begin somewhere; of a head `turned` numbers turn."""
         sequences = len(first_B)
-        self.cache = torch.empty(2, sequences, self.groups, places, self.size, dtype=dtype)
+        self.cache = torch.empty(2, sequences, self.groups, places, self.size, dtype=dtype, device="cpu")
         if why_no_loops(self.size, torch.float32) is None:
             scores = scratch("scores", (sequences * self.groups, places + SPARE), torch.float32)
             self.joins = self.joins and why_no_loops(turned // 2, torch.float32) is None

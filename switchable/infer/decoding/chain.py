@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from switchable.compute.cpu.tasks import Chain, Run
+from switchable.compute.cpu.tasks import Chain, Run, floats
 from switchable.infer.decoding.attention import Attention
 from switchable.infer.decoding.ffn import FFN, ByNeuron
 from switchable.infer.decoding.matrices import Matrix
@@ -47,14 +46,13 @@ class TokenChain:
     """
 
     def __init__(self, layers: Sequence[Layer], head: Matrix, width: int, sequences: int, *, parallel: bool):
-        x_BD, other_BD, after_BD = torch.empty(3, sequences, width).unbind(0)
+        x_BD, other_BD, after_BD = floats(3, sequences, width).unbind(0)
         self.x_BD, self.attends, runs = x_BD, list[int](), list[Run]()
         self.memory: list[Tensor] = [x_BD, other_BD, after_BD]
         for attention, own in layers:
             attend = attention.attend
             assert attend is not None
-            qkv_BN = torch.empty(sequences, len(attention.qkv.weight.rows_ND))
-            mixed_BN = torch.empty(attend.shape)
+            qkv_BN, mixed_BN = floats(sequences, len(attention.qkv.weight.rows_ND)), floats(attend.shape)
             self.memory += [qkv_BN, mixed_BN]
             runs.append(attention.qkv.call_for(sequences).told(x_BD, qkv_BN))
             self.attends.append(len(runs))
@@ -72,7 +70,7 @@ class TokenChain:
         `angles` are cos and signed sin, [turned] or [B, turned], contiguous; None where nothing is turned.
         """
         self.x_BD.copy_(x_BD)
-        logits_BV = torch.empty(self.head.shape)
+        logits_BV = floats(self.head.shape)
         self.chain.tell(-1, y=logits_BV)
         told: dict[str, Tensor | int] = {"end": end}
         if angles is not None:

@@ -91,7 +91,7 @@ def skeleton(facts: Mapping[str, Any], shapes: Shapes) -> Skeleton:
 
 def _nothing(*shape: int) -> nn.Parameter:
     """Return a parameter of one number, repeated. On the device "meta" torch would load 0.1 GB for it."""
-    return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    return nn.Parameter(torch.zeros((), dtype=torch.float32).expand(shape), requires_grad=False)
 
 
 def _layer(number: int, facts: Mapping[str, Any], shapes: Shapes) -> nn.Module:

@@ -21,8 +21,7 @@ from switchable.compute.cpu.llvm import BFLOAT16, I32, I64, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
 SIZES = ("per_chunk", "blocks", "per_block", "neuron_count", "token_count")
-COMPRESSED = 64
-"""Bytes of a vector that has an instruction that compresses it: AVX-512's."""
+COMPRESSED = 64  # bytes of a vector that an instruction of AVX-512 compresses
 ENTRIES = ("base", "starts", "neurons", "values")
 COLLECT = Tasks((*SIZES, "first_chunk"), ("starts", "neurons", "values", "rows"))
 """Reads `rows` [.., F], the tokens from `first_chunk` on; writes `starts` and, for each chunk as if all were active,

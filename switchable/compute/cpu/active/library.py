@@ -88,7 +88,7 @@ class ActiveLibrary:
             self.scratch(name, (together, CHUNK_TOKENS * width), dtype)
             for name, dtype in (("rows", x_TD.dtype), ("found", torch.int32), ("values", self.sums))
         )
-        starts = torch.empty(chunks, blocks * CHUNK_TOKENS + 1, dtype=torch.int32)
+        starts = torch.empty(chunks, blocks * CHUNK_TOKENS + 1, dtype=torch.int32, device="cpu")
         active_neurons, active_values, lengths = [found.new_empty(0)], [values.new_empty(0)], [0]
         for first in range(0, chunks, together):
             part = x_TD[first * CHUNK_TOKENS : (first + together) * CHUNK_TOKENS]
@@ -104,7 +104,8 @@ class ActiveLibrary:
                 active_neurons.append(found[c, :count].clone())
                 active_values.append(values[c, :count].clone())
                 lengths.append(count)
-        base, neurons = torch.tensor(lengths).cumsum(0)[:-1].contiguous(), torch.cat(active_neurons)
+        base = torch.tensor(lengths, device="cpu").cumsum(0)[:-1].contiguous()
+        neurons = torch.cat(active_neurons)
         memory = {"base": base, "starts": starts, "neurons": neurons}
         return Entries(tokens, width, base, neurons, torch.cat(active_values), {**sizes, **memory})
 
@@ -123,7 +124,7 @@ class ActiveLibrary:
     def by_neuron(self, entries: Entries) -> ByNeuron:
         """Return the entries in the order of their neurons."""
         written = {
-            "firsts": torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32),
+            "firsts": torch.empty(entries.chunks, entries.width + 2, dtype=torch.int32, device="cpu"),
             "order": torch.empty_like(entries.neurons),
             "tokens": torch.empty_like(entries.neurons),
         }

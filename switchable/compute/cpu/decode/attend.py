@@ -26,7 +26,7 @@ from torch import Tensor
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Machine, Values, Writer, this_machine
-from switchable.compute.cpu.tasks import Record, Run, Tasks
+from switchable.compute.cpu.tasks import Record, Run, Tasks, floats
 
 TERMS = 8
 """Of the series of 2^f, for |f| up to 1/2."""
@@ -81,7 +81,7 @@ class AttendCall:
         Unless `turned` is None keys and values follow, [B, H + 2G, C], and what they are turned by is given: cos, and
         sin with the sign of the half that it is multiplied with, [B or 1, 1, 1, turned], contiguous.
         """
-        y = torch.empty(self.shape)
+        y = floats(self.shape)
         run = self.told(q_BHC, y, in_threads=end * self.bytes >= WORTH_THREADS)
         record, places = run.record, self.places
         record[places["end"]] = end

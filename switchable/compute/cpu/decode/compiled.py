@@ -38,7 +38,7 @@ from switchable.compute.cpu.decode.norm import Norm
 from switchable.compute.cpu.decode.rows import NUMBERS, TYPES
 from switchable.compute.cpu.limits import why_no_loops, why_not_in_memory
 from switchable.compute.cpu.llvm import Machine, this_machine
-from switchable.compute.cpu.tasks import Run
+from switchable.compute.cpu.tasks import Run, floats
 from switchable.compute.cpu.topk import MOST_EXPERTS
 
 MOST_TOKENS = 64
@@ -208,16 +208,16 @@ def _scratch(tokens: int, sizes: Sizes) -> tuple[Tensor, dict[str, int]]:
     scores, pairs = tokens * sizes.experts, tokens * sizes.chosen
     # int64 numbers take two float32 places each.
     normed = 0 if sizes.norm is None else tokens * sizes.d_model
-    scratch = torch.empty(2 * (sizes.experts + 1 + pairs) + scores + normed + tokens * sizes.d_ff)
+    scratch = floats(2 * (sizes.experts + 1 + pairs) + scores + normed + tokens * sizes.d_ff)
     token_sets = scratch.data_ptr()
     ids = token_sets + 8 * (sizes.experts + 1)
-    floats = ids + 8 * pairs
+    numbers = ids + 8 * pairs
     return scratch, {
         "token_sets": token_sets,
         "ids": ids,
-        "scores": floats,
-        "normed": floats + 4 * scores,
-        "hidden": floats + 4 * (scores + normed),
+        "scores": numbers,
+        "normed": numbers + 4 * scores,
+        "hidden": numbers + 4 * (scores + normed),
     }
 
 

@@ -97,8 +97,8 @@ def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:
     if picked_ND is not None:
         return torch.mv(picked_ND.t(), hidden_N)
     neurons = len(hidden_N) // len(ids_K)
-    rows = torch.add(ids_K.unsqueeze(1) * neurons, torch.arange(neurons)).view(-1)
-    starts = torch.arange(0, len(rows), neurons)  # one sum per expert: they are shared out over threads
+    rows = torch.add(ids_K.unsqueeze(1) * neurons, torch.arange(neurons, device="cpu")).view(-1)
+    starts = torch.arange(0, len(rows), neurons, device="cpu")  # a sum per expert: shared out over threads
     if activation in RELU_TYPES:
         firing = hidden_N.nonzero().squeeze(1)
         rows, hidden_N, starts = rows[firing], hidden_N[firing], torch.searchsorted(firing, starts)

@@ -21,7 +21,7 @@ from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.decode.norm import Norm, NormKind, write_norm
 from switchable.compute.cpu.decode.rows import Rows
 from switchable.compute.cpu.llvm import POINTER, Machine, Writer, this_machine
-from switchable.compute.cpu.tasks import Record, Run, Tasks
+from switchable.compute.cpu.tasks import Record, Run, Tasks, floats
 
 ROWS, TOKENS = (4, 2, 1), (4, 2, 1)
 """Rows of weights, and tokens, that are multiplied side by side."""
@@ -69,14 +69,14 @@ class LinearCall:
         sizes = {"tokens": tokens, "rows": rows, "width": width}
         self.memory = {"weight": weight_ND, "scale": scale_N, "bias": bias_N}
         if norm is not None:
-            self.memory |= {**norm.fields, "normed": torch.empty(tokens, width)}
+            self.memory |= {**norm.fields, "normed": floats(tokens, width)}
         tasks = (count,) if norm is None else (1, count)
         self.run, self.shape = Run(LINEAR, code, "linear", *tasks, **sizes, **self.memory), (tokens, rows)
         self.x, self.start, self.y = (self.run.places[name] for name in ("x", "start", "y"))
 
     def __call__(self, x_TD: Tensor, start_TN: Tensor | None = None) -> Tensor:
         """Return y_TN; all float32 and contiguous."""
-        y_TN = torch.empty(self.shape)
+        y_TN = floats(self.shape)
         self.told(x_TD, y_TN, start_TN)()
         return y_TN
 
@@ -110,8 +110,8 @@ def _code(
         first, after = w.share(record["rows"], task, record["tasks" if norm is None else "tasks1"])
 
         def tile(n: ir.Value, count: int) -> None:
-            starts = [w.mul(w.add(n, r), record["width"]) for r in range(2 * count)]
-            places = [rows.at(w, record["weight"], start) for start in starts]
+            numbers = (w.mul(w.add(n, r), record["width"]) for r in range(2 * count))
+            places = [rows.at(w, record["weight"], number) for number in numbers]
 
             def side_by_side(t: ir.Value, tokens: int) -> None:
                 ts = [w.add(t, k) for k in range(tokens)]

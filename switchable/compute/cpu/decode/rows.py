@@ -103,8 +103,7 @@ class Rows:
                 for r, row in enumerate(rows):
                     weights = self.load(w, self.at(w, row, place))
                     for t, x in enumerate(xs):
-                        own = t * len(rows) + r
-                        total[own] = w.fma(weights, x, total[own])
+                        total[t * len(rows) + r] = w.fma(weights, x, total[t * len(rows) + r])
             return total
 
         zeros = [w.zero()] * (len(rows) * len(inputs))
@@ -119,7 +118,7 @@ def quantised(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
     """
     device = weight_ND.device
     rounded_ND = torch.empty(weight_ND.shape, dtype=torch.int8, device=device)
-    scale_N = torch.empty(len(weight_ND), device=device)
+    scale_N = torch.empty(len(weight_ND), dtype=torch.float32, device=device)
     for first in range(0, len(weight_ND), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         scale_N[some] = weight_ND[some].abs().amax(1).float() / LARGEST

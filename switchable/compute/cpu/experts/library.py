@@ -75,7 +75,7 @@ class Library:
         tokens, chosen = ids_TK.shape
         per_chunk, chunks = self.chunks(tokens)
         tokens_P, starts, cursors = (
-            torch.zeros(size, dtype=torch.int32)
+            torch.zeros(size, dtype=torch.int32, device="cpu")
             for size in (tokens * chosen + AHEAD, *2 * [chunks * (num_experts + 1)])
         )
         numbers = {"experts": num_experts, "chosen": chosen, "per_chunk": per_chunk, "token_count": tokens}

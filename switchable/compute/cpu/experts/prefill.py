@@ -121,7 +121,7 @@ class Prefill:
         sizes = self._sizes(len(x_TD), chosen, chunks, parts)
         ends = [*itertools.accumulate(-(-size // CACHE_LINE) * CACHE_LINE for size in sizes.values())]
         if ends[-1] > MOST_KEPT:
-            memory = torch.empty(ends[-1], dtype=torch.uint8)
+            memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
         else:
             memory = self.loops.scratch("prefill", (ends[-1],), torch.uint8)
         fields: dict[str, Tensor | int | None] = {
