@@ -51,7 +51,7 @@ def write_collect(w: Writer, *, paired: bool) -> None:
                 numbers = b.add(w.broadcast(b.trunc(j, I32), lanes), ir.Constant(each, [*range(lanes)]))
                 # No branch to guess: what lies behind the entries is overwritten by the next ones.
                 w.store(w.compress(value, active), w.at(values, count))
-                w.store(w.compress(numbers, active), w.at(neurons, count, I32))
+                b.store(w.compress(numbers, active), w.at(neurons, count, I32), align=4)
                 return [w.add(count, w.count(active))]
 
             return write
