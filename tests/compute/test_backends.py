@@ -194,10 +194,6 @@ def test_autocast_computes_in_the_dtype_of_a_linear_layer(backend: str) -> None:
 
 # torch.compile looks at `.grad` of what a graph break hands over, and hides the warning unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-# It makes an object of autograd.Function itself where it has compiled much before.
-@pytest.mark.filterwarnings(
-    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
-)
 @pytest.mark.parametrize("case", [replace(PLAIN, tokens=2), replace(WIDE, tokens=70)], ids=["few", "many"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_under_torch_compile(case: Case, grad: bool) -> None:

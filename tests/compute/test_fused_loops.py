@@ -66,7 +66,7 @@ def test_large_experts_take_no_longer_to_compile(name: str) -> None:
     small, large = (
         len(str(Library(Packing(64, neurons, torch.float32, HERE))._written(name))) for neurons in (344, 1024)
     )
-    assert large < 1.2 * small
+    assert large < (1.1 if HERE.vector_bytes == 64 else 1.2) * small
 
 
 def test_weights_are_reordered_as_the_loops_read_them() -> None:

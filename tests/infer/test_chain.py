@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compute.machines import needs_instructions
 from infer.test_decoding import NEW, PROMPTS, model_of, padded
 from support import relative_error, threads
 
 from switchable import set_mode
 from switchable.compute.cpu.decode.linear import LinearCall
-from switchable.compute.cpu.llvm import this_machine
 from switchable.compute.cpu.tasks import Chain
 from switchable.infer.decoding.decoder import Decoder
 
-pytestmark = pytest.mark.skipif(
-    this_machine() is None, reason="a processor without multiply-add instructions"
-)
+pytestmark = needs_instructions
 CHAINED = ("gpt2", "opt", "mistral, heads of 32")
 """Families of which every part of a layer is a compiled call, on processors with AVX-512 too."""
 
