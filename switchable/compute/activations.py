@@ -58,6 +58,6 @@ def activation_name(module: nn.Module) -> str | None:
     return None
 
 
-def is_known(name: str) -> bool:
-    """Whether there is an activation of this name."""
-    return name in RELU_TYPES or name in names()
+def has_zeros(name: str) -> bool:
+    """Whether an activation is exactly zero at -1, as ReLU is, and GELU and SiLU are not."""
+    return bool(activation_named(name)(torch.tensor(-1.0, device="cpu")) == 0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from switchable.compute.activations import has_zeros
 from switchable.compute.choose import check_backend
 from switchable.errors import InputError
 from switchable.ffn.agreement import check_same_function, families_of, put_in_place
@@ -50,19 +51,20 @@ class ConversionReport:
     """Whether weights are stored neuron by neuron, one projection of each FFN not contiguous."""
     left_alone: Mapping[str, str] = field(default_factory=dict)
     """Why other parts that look like an FFN are not, by their output projections' names (* for a layer's number)."""
+    not_sparse: tuple[str, ...] = ()
+    """Activations of the FFNs that are zero almost nowhere, by their names in transformers' `ACT2FN`."""
 
     @property
     def ffns(self) -> str:
         """How many FFNs are switchable, and their experts, in words."""
-        return (
-            f"{self.converted} of {len(self.names)} FFNs are switchable: "
-            f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons"
-        )
+        experts = f"{self.num_experts} experts of {self.d_ff // self.num_experts} neurons"
+        return f"{self.converted} of {len(self.names)} FFNs are switchable: {experts}"
 
     def __str__(self) -> str:
         layout = "; stored neuron by neuron (for contiguous parameters: convert(..., neuron_major=False))"
         others = "".join(f"; left alone: {name}, {why}" for name, why in self.left_alone.items())
-        return f"{self.ffns}{layout * self.neuron_major}{others}"
+        never = f"; {' and '.join(self.not_sparse)}: zero almost nowhere, a sparse mode wants ReLU"
+        return f"{self.ffns}{never * bool(self.not_sparse)}{layout * self.neuron_major}{others}"
 
 
 def convert(
@@ -122,7 +124,8 @@ def convert(
             store_by_neuron(layer, shared)
     scale.watch(model)
     names = tuple(name for name, _, _ in found)
-    return ConversionReport(len(built), names, config.num_experts, first.d_ff, neuron_major, others)
+    dense = tuple(sorted(a for a in {layer.ssd.settings.activation for layer in layers} if not has_zeros(a)))
+    return ConversionReport(len(built), names, config.num_experts, first.d_ff, neuron_major, others, dense)
 
 
 def _in_order(

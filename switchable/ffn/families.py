@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from switchable.compute.activations import is_known, names
+from switchable.compute.activations import RELU_TYPES, names
 from switchable.errors import InputError
 from switchable.options import check
 from switchable.ranks import has_plain_type
@@ -70,7 +70,7 @@ class Family:
         check(self)
         if (self.activation is None) != (self.activation_fn is not None):
             raise InputError("say activation (a module), or activation=None and activation_fn (its name)")
-        if self.activation_fn is not None and not is_known(self.activation_fn):
+        if self.activation_fn not in (None, *RELU_TYPES) and self.activation_fn not in names():
             raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(names())}")
         if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
             raise InputError(

@@ -102,16 +102,12 @@ def distribute(model: nn.Module, config: TrainConfig) -> None:
             block.compile()
     if ranks.running() and config.parallel == "fsdp":
         for layer in layers_of(model):
-            store_by_row(layer)  # FSDP2 cuts contiguous parameters only
-            layer.register_forward_hook(_own_memory)
+            # FSDP2 cuts contiguous parameters only, and cannot attach its backward pass to a view.
+            store_by_row(layer)
+            layer.register_forward_hook(lambda _, _args, y: y.clone() if y._is_view() else y)
         # Sharded again after each use. FFNs are units of their own, so that a switch gathers one at a time.
         for unit in (*layers_of(model), *blocks, model):
             fully_shard(unit, reshard_after_forward=True)
-
-
-def _own_memory(module: nn.Module, args: Any, y: Tensor) -> Tensor:  # noqa: ARG001 - the signature of a hook
-    """Return the output in memory of its own: FSDP2 attaches its backward pass to it, and cannot to a view."""
-    return y.clone() if y._is_view() else y
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

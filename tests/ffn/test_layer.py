@@ -35,6 +35,7 @@ def test_conversion_changes_no_logits_and_no_gradient(
     report = convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
     logits, grads = loss_and_gradients(model, tokens)
     assert str(report).startswith("2 of 2 FFNs are switchable: 8 experts of 8 neurons; ")
+    assert ("gelu: zero almost nowhere" in str(report)) == (activation == "gelu")
     assert torch.equal(logits, plain_logits)
     for name, grad in plain_grads.items():
         assert torch.equal(grads[name], grad), name
