@@ -33,6 +33,9 @@ class LossScale:
     def __init__(self) -> None:
         self.unseen = 1.0
         """The factor where the loss is computed outside the model, which cannot be seen: for the loop to set."""
+        self.routers = 1 / 32
+        """What reaches the routers of their loss's gradient: little, so that it does not count where a loop clips by
+        the norm of all. Adam's steps are as large as ever, SGD's are not."""
         self.now = torch.ones(())
         """Of the forward pass under way. Backward passes hold on to it, and it gets its value under their hands."""
 
@@ -76,28 +79,25 @@ def _share(inputs: Mapping[str, Any]) -> Any:
 @eager  # compiled, `factor` is read too early
 def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
     """Pass `y` through unchanged and add `loss` to whatever is minimised downstream."""
-    attached: Tensor = _Attach.apply(y, loss, torch.ones_like(loss), factor)  # type: ignore[no-untyped-call]
-    return attached
+    return _Attach.apply(y, loss, torch.ones_like(loss), factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @eager
-def teach(y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor) -> Tensor:
-    """Do what attaching `router_loss(scores, mass)` to `y` does."""
+def teach(y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor, part: float) -> Tensor:
+    """Do what attaching `part · router_loss(scores, mass)` to `y` does."""
     with torch.no_grad():
         share_TE = mass_share(mass_TE).to(scores_TE.dtype)
         # A silent token's shares add up to 0, all others' to 1.
         slope_TE = scores_TE.softmax(dim=-1).mul_(share_TE.sum(dim=-1, keepdim=True)).sub_(share_TE)
-        slope_TE.div_(max(1, len(slope_TE)))
-    taught: Tensor = _Attach.apply(y, scores_TE, slope_TE, factor)  # type: ignore[no-untyped-call]
-    return taught
+        slope_TE.div_(max(1, len(slope_TE)) / part)
+    return _Attach.apply(y, scores_TE, slope_TE, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @eager
 def penalise(hidden: Tensor, l1: float, factor: Tensor) -> Tensor:
     """Pass activations [..., F] through; l1 · the mean over tokens of Σ |a_i| is minimised besides."""
     rows = max(1, hidden.shape[:-1].numel())
-    penalised: Tensor = _Penalise.apply(hidden, l1 / rows, factor)  # type: ignore[no-untyped-call]
-    return penalised
+    return _Penalise.apply(hidden, l1 / rows, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Attach(torch.autograd.Function):

@@ -190,7 +190,7 @@ class SwitchableFFN(nn.Module):
     def _teach(self, y: Tensor, x_BSD: Tensor, mass_TE: Tensor) -> Tensor:
         """Return y; whatever is learned from it, the router learns the mass of tokens."""
         scores_TE = self.router(x_BSD.detach().reshape(-1, self.ssd.d_model))
-        return teach(y, scores_TE, mass_TE, self.ssd.loss_scale.now)
+        return teach(y, scores_TE, mass_TE, self.ssd.loss_scale.now, self.ssd.loss_scale.routers)
 
     def extra_repr(self) -> str:
         """Say mode, K and E, and the mass, as in `mode=sparse, experts=6/32, mass=0.9`."""

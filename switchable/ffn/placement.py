@@ -49,8 +49,7 @@ class Held(nn.Linear):
 
     def project(self, x: Tensor) -> Tensor:
         """Multiply, as the projection did."""
-        y: Tensor = self._multiply(self, x)
-        return y
+        return self._multiply(self, x)
 
 
 class PerThread(threading.local):

@@ -65,6 +65,8 @@ class Controller:
 
     Gradients may be accumulated and the loss scaled: routers follow what the loop makes of the loss that the model
     returns. Of a loss computed outside the model they do not know: `layers[0].ssd.loss_scale.unseen` is its factor.
+    Clip gradients by the norm of all: routers' are a 32nd of their loss's (`loss_scale.routers`) and hardly count. Adam
+    and its kind divide that out again; with SGD give routers 32 times the learning rate.
 
     Args:
         model: a converted model.

@@ -24,7 +24,7 @@ from switchable.data.tokenizers import load_tokenizer
 from switchable.data.tokens import PreparedData, prepare
 from switchable.errors import InputError
 from switchable.ffn import builders
-from switchable.ffn.convert import ConversionReport, convert
+from switchable.ffn.convert import ConversionReport, convert, layers_of
 from switchable.ffn.layer import SwitchableFFN
 from switchable.infer.fill import check_prompt
 from switchable.infer.loss import positions_of
@@ -141,6 +141,7 @@ def _build(
     if train.sample_prompt is not None:
         check_prompt(name, tokenizer, train.sample_prompt, positions_of(model))
     report = convert(model, config.switch, layer_type=variant.layer)
+    layers_of(model)[0].ssd.loss_scale.routers = 1.0  # `clip_gradients` leaves routers out
     # The same probe on every rank, whole; all of it in pieces that fit where a micro-batch fits.
     probe = probe_inputs(model, validation(0, 1), train.probe_tokens)
     rows = micro_rows(train)

@@ -29,6 +29,7 @@ def gradients(loop: Loop, mode: str = "dense", *, compiled: bool = False) -> dic
     model = tiny_gpt2(dtype=torch.float64)
     convert(model, SwitchConfig(num_experts=8, experts_per_token=3, activation_l1=1e-2))
     Controller(model, IDS, total_steps=10)
+    layers_of(model)[0].ssd.loss_scale.routers = 1.0
     for layer in layers_of(model):
         layer.ssd.takes_part = True
     set_mode(model, mode)
@@ -129,6 +130,28 @@ def test_compiled_blocks_read_the_factor_too() -> None:
     expected, found = gradients(whole), gradients(halves, compiled=True)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_a_loop_that_clips_by_the_norm_of_all_gradients_hardly_feels_the_routers(mode: str) -> None:
+    model = tiny_gpt2(dtype=torch.float64)
+    convert(model, SwitchConfig(num_experts=8, experts_per_token=3))
+    set_mode(model.train(), mode)
+    routers = {name: p for name, p in model.named_parameters() if ".router." in name}
+    others = [p for name, p in model.named_parameters() if name not in routers]
+    scale, norms, kept = layers_of(model)[0].ssd.loss_scale, {}, {}
+    for part in (1.0, scale.routers):
+        scale.routers = part
+        model.zero_grad(set_to_none=True)
+        loss(model).backward()
+        kept[part] = {name: p.grad.clone() for name, p in routers.items() if p.grad is not None}
+        without = nn.utils.get_total_norm([p.grad for p in others if p.grad is not None])
+        norms[part] = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1) / without)
+    assert norms[1.0] > 1.05
+    assert 1 < norms[1 / 32] < 1.001
+    assert kept[1.0].keys() == routers.keys()
+    for name, gradient in kept[1.0].items():
+        assert torch.equal(kept[1 / 32][name], gradient / 32)
 
 
 def test_a_copy_watches_its_own_loss(switchable_gpt2: nn.Module) -> None:

@@ -91,9 +91,9 @@ def test_a_router_is_taught_the_gradient_of_its_loss_whatever_is_multiplied_in_h
         return torch.autograd.grad(out.sum(), (y_TD, router.weight, router.bias))
 
     for scale in (0.25, 1024.0):  # a GradScaler's is large, so that small numbers survive in half precision
-        true = gradients(attach_loss(1 * y_TD, router_loss(router(x_TD), mass_TE), factor), scale)
+        true = gradients(attach_loss(1 * y_TD, 0.5 * router_loss(router(x_TD), mass_TE), factor), scale)
         with torch.autocast("cpu", torch.bfloat16):
-            taught = teach(1 * y_TD, router(x_TD), mass_TE, factor)
+            taught = teach(1 * y_TD, router(x_TD), mass_TE, factor, 0.5)
         found = gradients(taught, scale)
         for ours, wanted in zip(found, true, strict=True):
             assert ours.dtype == wanted.dtype
