@@ -28,7 +28,7 @@ CUDA_MULTIPLE, CUDA_ROWS = 8, 17
 
 def expert_mass(hidden_TF: Tensor, down_FD: Tensor, num_experts: int) -> Tensor:
     """Return mass_TE, the activation mass of each expert: Σ over its neurons of |a_i| · ‖down_i‖."""
-    return _summed(hidden_TF, _norms(down_FD), num_experts)
+    return _summed(hidden_TF, down_FD.float().norm(dim=1), num_experts)
 
 
 @eager
@@ -38,7 +38,7 @@ def estimated_mass(x_TD: Tensor, weights: FFNWeights, activation: str, num_exper
 
     A token's row depends on that token alone.
     """
-    act, norms_F = activation_named(activation), _norms(weights.down_FD)
+    act, norms_F = activation_named(activation), weights.down_FD.float().norm(dim=1)
     read = _Product(weights.up_FD, weights.up_bias_F)
     gate = None if weights.gate_FD is None else _Product(weights.gate_FD, weights.gate_bias_F)
 
@@ -84,11 +84,6 @@ def _is_exact_on_cpu() -> bool:
 def in_float32(rows_TD: Tensor, rows_FD: Tensor) -> Tensor:
     """Return the products of rows in 8 bits, multiplied in float32."""
     return rows_TD.float() @ rows_FD.float().t()
-
-
-def _norms(down_FD: Tensor) -> Tensor:
-    norms_F: Tensor = down_FD.float().norm(dim=1)
-    return norms_F
 
 
 def _summed(hidden_TF: Tensor, norms_F: Tensor, num_experts: int) -> Tensor:

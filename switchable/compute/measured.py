@@ -150,8 +150,7 @@ def active_break_even(ffn: FFN, precision: str) -> float:
 
 
 def _dense(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
-    y_TD: Tensor = linear(weights.activations(x_TD, activation), weights.down_FD.t())
-    return y_TD
+    return linear(weights.activations(x_TD, activation), weights.down_FD.t())
 
 
 def _skipping(ffn: FFN) -> Way:

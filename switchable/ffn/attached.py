@@ -36,6 +36,8 @@ class LossScale:
         self.routers = 1 / 32
         """What reaches the routers of their loss's gradient: little, so that it does not count where a loop clips by
         the norm of all. Adam's steps are as large as ever, SGD's are not."""
+        self.outside = 0
+        """Forward passes in training that returned no loss."""
         self.now = torch.ones(())
         """Of the forward pass under way. Backward passes hold on to it, and it gets its value under their hands."""
 
@@ -51,8 +53,9 @@ class LossScale:
             self.now = torch.full((), self.unseen, dtype=dtype, device=weight.device)
 
     @eager
-    def _end(self, _model: nn.Module, _args: Any, inputs: Mapping[str, Any], output: Any) -> None:
+    def _end(self, model: nn.Module, _args: Any, inputs: Mapping[str, Any], output: Any) -> None:
         loss, now, share = _loss_in(output), self.now, _share(inputs)
+        self.outside += loss is None and model.training and torch.is_grad_enabled()
 
         def note(gradient: Tensor) -> None:
             # Through `data`: autograd would refuse what was saved for a backward pass and has changed since.

@@ -117,8 +117,7 @@ class Exit(Held):
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """Multiply by a projection's weight and add its bias, wherever the projection stands."""
-    y: Tensor = projection.project(x) if isinstance(projection, Held) else projection(x)
-    return y
+    return projection.project(x) if isinstance(projection, Held) else projection(x)
 
 
 def put_into_layer(layer: nn.Module, family: Family, ffn: nn.Module) -> Callable[[], None]:

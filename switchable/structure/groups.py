@@ -83,8 +83,7 @@ def groups_layer(layer: int) -> bool:
 def _cluster_layer(rows_FD: Tensor, experts: int, start_F: Tensor | None, seed: int, fresh: bool) -> Tensor:
     """One layer: from its labels, from scratch, or the better of both."""
     if start_F is None:
-        scratch: Tensor = BalancedKMeans(experts, random_state=seed).fit(rows_FD).labels_
-        return scratch
+        return BalancedKMeans(experts, random_state=seed).fit(rows_FD).labels_
     warm = BalancedKMeans(experts, init=start_F, random_state=seed).fit(rows_FD)
     labels_F: Tensor = warm.labels_
     if not fresh or warm.inertia_ == 0:

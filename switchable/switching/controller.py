@@ -178,6 +178,13 @@ class Controller:
         if not self._checked:
             check_trained(self.layers, found)
             check_state(self.layers, found)
+            scale = self.layers[0].ssd.loss_scale
+            if scale.outside > 1 and scale.unseen == 1 and self.schedule.config.activation_l1 and is_main():
+                told = (
+                    "the loss of %d forward passes is computed outside the model: if it is their mean, set "
+                    "layers_of(model)[0].ssd.loss_scale.unseen = 1 / %d, or the penalty on activations counts in each"
+                )
+                logging.getLogger(__name__).warning(told, scale.outside, scale.outside)
             self.time_layers()
             self._checked = True
         before = self.mode

@@ -107,8 +107,7 @@ class LayerSums:
 
     def _shares(self, mass_E: Tensor) -> list[float]:
         total = max(float(self._best_E.sum()), torch.finfo(torch.float64).tiny)
-        shares: list[float] = (mass_E.cumsum(0) / total).tolist()
-        return shares
+        return (mass_E.cumsum(0) / total).tolist()
 
     @property
     def load_imbalance(self) -> float:

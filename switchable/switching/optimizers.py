@@ -117,8 +117,7 @@ def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tens
 
 def _state(optimizer: Any) -> Mapping[Any, Any]:
     """What an optimizer keeps of each parameter; one that remembers nothing may have no `state`."""
-    state: Mapping[Any, Any] = getattr(optimizer, "state", {})
-    return state
+    return getattr(optimizer, "state", {})
 
 
 def _entries(optimizer: Any, owner: Tensor) -> Mapping[Any, Any]:

@@ -154,6 +154,31 @@ def test_a_loop_that_clips_by_the_norm_of_all_gradients_hardly_feels_the_routers
         assert torch.equal(kept[1 / 32][name], gradient / 32)
 
 
+@pytest.mark.parametrize("case", ["outside", "inside", "without a penalty", "whole", "told"])
+def test_a_loop_that_accumulates_a_loss_of_its_own_is_told_of_its_factor(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_gpt2("relu2")
+    convert(model, SwitchConfig(num_experts=8, activation_l1=0.0 if case == "without a penalty" else 1e-4))
+    controller = Controller(model.train(), IDS, total_steps=10)
+    if case == "told":
+        layers_of(model)[0].ssd.loss_scale.unseen = 0.5
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        for ids in [IDS] if case == "whole" else IDS.chunk(2):
+            if case == "inside":
+                found = loss(model, ids)
+            else:
+                logits = model(input_ids=ids).logits[:, :-1]
+                found = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            (found / 2).backward()
+        optimizer.step()
+        controller.step(optimizer)
+    said = [record.getMessage() for record in caplog.records if "outside the model" in record.getMessage()]
+    assert len(said) == (case == "outside")
+    assert all("loss of 2 forward passes" in each and "unseen = 1 / 2" in each for each in said)
+
+
 def test_a_copy_watches_its_own_loss(switchable_gpt2: nn.Module) -> None:
     twin = copy.deepcopy(switchable_gpt2).train()
     (3 * loss(twin)).backward()
