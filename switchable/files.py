@@ -162,9 +162,7 @@ def check_apart(out: Path, sources: Iterable[Path | str]) -> None:
 def check_writable(path: Path) -> None:
     """Raise InputError for a path at which nothing can be made; folders on the way to it may be missing."""
     if not path.name:
-        raise InputError(
-            f"{str(path)!r} has no name of its own and is not replaced; choose another place with --out"
-        )
+        raise InputError(f"{str(path)!r} has no name of its own; choose another place with --out")
     try:
         place = next(above for above in path.absolute().parents if above.exists())
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:

@@ -25,9 +25,7 @@ GONE: dict[str, Gone] = {
     "structure": Gone(
         "neurons are grouped by weights; `switchable convert` groups by co-activation", ("weights",)
     ),
-    "router": Gone(
-        "routers learn; the paper's are in `switchable compare --methods ssd-paper`", ("learned",)
-    ),
+    "router": Gone("routers learn; the paper's: `switchable compare --methods ssd-paper`", ("learned",)),
     "router_objective": Gone("routers learn the activation mass", ("mass",)),
     "router_gate_gradient": Gone("routers learn the activation mass alone", (False,)),
     "router_noise": Gone("it did not help", (0,)),

@@ -119,9 +119,7 @@ class TrainConfig:
         advanced=True,
     )
     compile: bool = option(False, "torch.compile each block (needs a C++ compiler on the CPU)", advanced=True)
-    warmup_fraction: float = fraction(
-        0.05, "fraction of all steps with linearly rising learning rate", flag=False
-    )
+    warmup_fraction: float = fraction(0.05, "fraction of all steps with a rising learning rate", flag=False)
     decay_fraction: float = fraction(
         0.4, "fraction of all steps, at the end, with linearly falling learning rate", flag=False
     )

@@ -118,9 +118,7 @@ class SwitchConfig:
     router_token_fraction: float = fraction(
         BY_RECIPE, "fraction of a dense step's tokens that train the router", flag=False
     )
-    backend: str = option(
-        "auto", "what multiplies the experts, by name; auto = chosen for each call", advanced=True
-    )
+    backend: str = option("auto", "what multiplies the experts; auto = chosen for each call", advanced=True)
 
     def __post_init__(self) -> None:
         check(self, unset=BY_RECIPE)

@@ -27,9 +27,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     usual = ["dense", "ssd"]
     verb.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help="default: dense ssd")
     verb.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
-    place = (
-        "folder of the comparison; what is finished there is not trained again, what was interrupted goes on"
-    )
+    place = "folder of the comparison; what is finished is not trained again, what was interrupted goes on"
     add_out(verb, place, default="runs/compare")
     jobs = "runs at a time, each with cores / N threads unless threads are given (default %(default)s)"
     verb.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)

@@ -73,9 +73,7 @@ class Family:
         if self.activation_fn not in (None, *RELU_TYPES) and self.activation_fn not in names():
             raise InputError(f"activation_fn={self.activation_fn!r}; use one of {', '.join(names())}")
         if self.fused is not None and (self.fused not in FUSED or self.gate != self.up):
-            raise InputError(
-                f"fused={self.fused!r}; use one of {', '.join(FUSED)}, and one name for gate and up"
-            )
+            raise InputError(f"fused={self.fused!r}; use one of {', '.join(FUSED)}, one name for gate and up")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Family:

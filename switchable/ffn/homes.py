@@ -121,9 +121,7 @@ def _in_layer(search: _Search, home: str) -> Family | None:
     match, named = search.match, vars(search.model.get_submodule(home))
     for call in match.calls:
         if not isinstance(call.module, nn.Linear):
-            raise InputError(
-                f"{call.name} is a {type(call.module).__name__} within a layer; use nn.Linear there"
-            )
+            raise InputError(f"{call.name} is a {type(call.module).__name__} in a layer; use nn.Linear there")
     hidden = None
     if search.probability:
         hidden = next((n for n, v in named.items() if "drop" in n and _is_it(v, search.probability)), None)

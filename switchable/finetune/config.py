@@ -27,9 +27,7 @@ class FinetuneConfig(Precision):
         metavar="LR",
     )
     max_length: int = option(128, "longest input in tokens; longer ones are cut", least=1, metavar="TOKENS")
-    max_train_examples: int | None = option(
-        None, "use the first so many training examples only; none: all", least=1
-    )
+    max_train_examples: int | None = option(None, "the first so many training examples; none: all", least=1)
     seed: int = option(0, "random seed of head and order", least=0, most=2**32 - 1)
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
     threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)

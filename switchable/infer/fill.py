@@ -90,9 +90,7 @@ def fill_spans(
     """
     sentinels = sentinel_ids(tokenizer)
     if not sentinels:
-        raise InputError(
-            "the tokenizer has no sentinels (<extra_id_0>, ...): this model has no blanks to fill"
-        )
+        raise InputError("the tokenizer has no sentinels (<extra_id_0> ...): the model has no blanks to fill")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not set(ids) & set(sentinels):
         ids = [*ids, sentinels[0]]

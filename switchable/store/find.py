@@ -37,9 +37,7 @@ def find_model(folder: Path) -> Path:
             return place
     if rundir.steps():
         return rundir.checkpoint(rundir.steps()[-1])
-    raise InputError(
-        f"{folder} holds neither a finished run nor a checkpoint; train one with switchable pretrain"
-    )
+    raise InputError(f"{folder} holds no finished run and no checkpoint; train one with switchable pretrain")
 
 
 def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -53,9 +53,7 @@ def cluster_layers(
     """
     starts = [None] * len(rows_per_layer) if warm is None else warm
     if len(starts) != len(rows_per_layer):
-        raise InputError(
-            f"{len(starts)} warm starts for {len(rows_per_layer)} layers; give one each, or None"
-        )
+        raise InputError(f"{len(starts)} warm starts for {len(rows_per_layer)} layers; give one each or None")
 
     def one(layer: int) -> Tensor:
         rows_FD, start_F = rows_per_layer[layer], starts[layer]

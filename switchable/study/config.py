@@ -12,13 +12,9 @@ class StudyConfig(Precision):
     """What a user may choose."""
 
     text: tuple[str, ...] | None = option(None, "text to measure on; empty: Python's own files", flag=False)
-    tokenizer: str | None = option(
-        None, "folder of the models' tokenizer, if it is not with them", metavar="DIR"
-    )
+    tokenizer: str | None = option(None, "folder of the models' tokenizer, if not with them", metavar="DIR")
     probe_tokens: int | None = option(None, "tokens to measure on; none: the run's probe, or 2048", least=1)
-    sequence_length: int = option(
-        256, "tokens per sequence of --text, at most the model's positions", least=2
-    )
+    sequence_length: int = option(256, "tokens a sequence of --text, at most the model's positions", least=2)
     num_experts: int | None = option(
         None, "experts for models without any; none: near 32", least=1, metavar="E"
     )

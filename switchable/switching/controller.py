@@ -275,9 +275,7 @@ class Controller:
             )
         found = len(state["takes_part"])
         if found != len(self.layers):
-            raise InputError(
-                f"this state is that of {found} switchable FFNs, and the model has {len(self.layers)}"
-            )
+            raise InputError(f"this state is of {found} switchable FFNs; the model has {len(self.layers)}")
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]
         self.schedule.costs = from_plain(state.get("costs", ()))

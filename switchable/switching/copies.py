@@ -63,10 +63,7 @@ def _by_name(named: Mapping[str, nn.Parameter], copy: object) -> dict[str, Tenso
         return {name: copy[name] for name in named}
     if isinstance(copy, (list, tuple)) and len(copy) == len(named):
         return dict(zip(named, copy, strict=True))
-    kind = (
-        f"{type(copy).__name__} of {len(copy)}" if isinstance(copy, (Mapping, list)) else type(copy).__name__
-    )
     raise InputError(
-        f"a copy of the model is a {kind}; give a module such as AveragedModel(model), a state dict with the model's "
-        f"{len(named)} parameters under their names, or a list of them in the order of model.parameters()"
+        f"a copy of the model is a {type(copy).__name__}; give a module such as AveragedModel(model), a state dict "
+        f"with the model's {len(named)} parameters by their names, or a list of them in the order of model.parameters()"
     )

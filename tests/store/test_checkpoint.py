@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(
 def test_find_model_says_what_it_looked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not exist; give the folder of a run"):
         find_model(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"neither a finished run nor a checkpoint"):
+    with pytest.raises(InputError, match=r"no finished run and no checkpoint"):
         find_model(tmp_path)
 
 

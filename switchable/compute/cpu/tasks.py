@@ -118,9 +118,7 @@ class Run:
         for field, value in fields.items():
             number = value.data_ptr() if isinstance(value, Tensor) else value or 0
             if not number and isinstance(value, Tensor) and value.numel():  # it would end the process
-                raise InputError(
-                    f"compiled code reads memory, and a {type(value).__name__} has none of its own"
-                )
+                raise InputError(f"compiled code reads memory; a {type(value).__name__} has none of its own")
             record[kind.places[field]] = number
         self.address, self.counts = ctypes.addressof(record), 2 * kind.stages * ctypes.sizeof(ctypes.c_int64)
         self.work = _in_threads(self.entry, self.address, min(torch.get_num_threads(), max(tasks)))
