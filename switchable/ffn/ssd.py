@@ -12,6 +12,8 @@ Shapes: B batch, S sequence, D d_model, F d_ff, E experts, K experts per token.
 from __future__ import annotations
 
 import operator
+import uuid
+import weakref
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,6 +89,10 @@ class ActiveCount:
         return share
 
 
+COPIES: weakref.WeakSet[SSD] = weakref.WeakSet()
+"""Those alive that were made from another, by `copy.deepcopy` or pickle."""
+
+
 class SSD:
     """Settings, state and weights of one switchable FFN, the `layer` that has this as its `ssd`.
 
@@ -131,6 +137,8 @@ class SSD:
         self.activation_l1 = settings.config.activation_l1
         """Penalty on activations, in nats per unit."""
         self.loss_scale = LossScale()
+        self.lineage = uuid.uuid4().hex
+        """The same in a copy (`copy.deepcopy`), another in any other layer."""
         """The factor of the losses that the layer adds."""
         self.neuron_ids_F = torch.arange(settings.d_ff, device="cpu")
         """Which neuron stands in each row: its row when the layer was converted. Regrouping moves neurons; whoever
@@ -150,6 +158,10 @@ class SSD:
         """Return a module of the FFN by its path in the family's row."""
         child = self._home._modules.get(path)  # get_submodule takes 5 µs, seven times a layer
         return self._home.get_submodule(path) if child is None else child
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        COPIES.add(self)
 
     @property
     def holders(self) -> tuple[nn.Module, ...]:

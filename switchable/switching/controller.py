@@ -27,7 +27,7 @@ from switchable.ffn.plain import check_movable, check_readable
 from switchable.options import checked
 from switchable.ranks import is_main, reshard
 from switchable.settings import BY_RECIPE, SwitchConfig, settled
-from switchable.switching.copies import copied_tensors, describe_anew, twins
+from switchable.switching.copies import copied_tensors, describe_anew, not_given, twins
 from switchable.switching.costs import costs_of_layers, from_plain, in_bfloat16, plain
 from switchable.switching.measures import Precision
 from switchable.switching.monitor import Found, LayerMeasures, measure
@@ -39,6 +39,7 @@ from switchable.switching.switch import regroup
 
 MOST_SEED = 2**32 - 1
 """What NumPy takes."""
+OTHERS = "neurons move, but not in other copies of this model (%d); give averages: copies=[average]"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Controller:
         if not self.layers:
             raise InputError("the model has no switchable FFNs; call convert(model, config) first")
         self.model, self.seed = model, checked("seed", seed, int, least=0, most=MOST_SEED)
-        self._checked = False
+        self._checked = self._told = False
         self.precision = precision
         first = self.layers[0].ssd.settings
         given: SwitchConfig | None = checked("config", config, SwitchConfig | None)
@@ -221,6 +222,10 @@ class Controller:
     def _regroup(self, wanted: Sequence[Tensor | None], optimizers: Sequence[Any]) -> list[Tensor | None]:
         """Give layers new structures; return how the neurons of each moved."""
         copies = copied_tensors(self.model, self.copies)
+        if not self._told and any(label is not None for label in wanted):
+            self._told = (others := not_given(self.layers, self.twins)) > 0
+            if self._told and is_main():
+                logging.getLogger(__name__).warning(OTHERS, others)
         return regroup(self.layers, wanted, optimizers, copies, self.twins)
 
     @property

@@ -6,6 +6,7 @@ in the order of `model.parameters()`. It is looked at anew at each regrouping, s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from switchable.ffn.convert import layers_of
 from switchable.ffn.description import SavedRouter
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import neuron_parameters
+from switchable.ffn.ssd import COPIES
 
 
 def twins(layers: Sequence[SwitchableFFN], copies: Sequence[object]) -> list[list[SwitchableFFN]]:
@@ -28,6 +30,18 @@ def twins(layers: Sequence[SwitchableFFN], copies: Sequence[object]) -> list[lis
                 "it after convert(model), e.g. AveragedModel(model)"
             )
     return [[theirs[i] for theirs in models] for i in range(len(layers))]
+
+
+def not_given(layers: Sequence[SwitchableFFN], given: Sequence[Sequence[SwitchableFFN]]) -> int:
+    """Return how many copies of the model's first FFN are alive that are not among those given (`twins`)."""
+    known, lineage = {each.ssd for each in (layers[0], *given[0])}, layers[0].ssd.lineage
+
+    def alive() -> int:
+        return sum(ssd.lineage == lineage and ssd not in known for ssd in tuple(COPIES))
+
+    if alive():
+        gc.collect()  # what nobody has any more, but for a circle of references
+    return alive()
 
 
 def copied_tensors(model: nn.Module, copies: Sequence[object]) -> list[dict[int, Tensor]]:
@@ -63,7 +77,8 @@ def _by_name(named: Mapping[str, nn.Parameter], copy: object) -> dict[str, Tenso
         return {name: copy[name] for name in named}
     if isinstance(copy, (list, tuple)) and len(copy) == len(named):
         return dict(zip(named, copy, strict=True))
+    size = f" of {len(copy)}" if isinstance(copy, Mapping | list) else ""
     raise InputError(
-        f"a copy of the model is a {type(copy).__name__}; give a module such as AveragedModel(model), a state dict "
-        f"with the model's {len(named)} parameters by their names, or a list of them in the order of model.parameters()"
+        f"a copy of the model is a {type(copy).__name__}{size}; give a module such as AveragedModel(model), a state "
+        f"dict with the model's {len(named)} parameters by their names, or a list of them as in model.parameters()"
     )

@@ -108,3 +108,26 @@ def test_a_copy_of_something_else_is_refused_when_the_controller_is_made(
 ) -> None:
     with pytest.raises(InputError, match=message):
         Controller(switchable_gpt2, tokens, total_steps=20, config=CONFIG, copies=[average])
+
+
+@pytest.mark.parametrize("case", ["given", "forgotten", "gone", "another model's"])
+def test_a_copy_that_was_not_given_is_told_when_neurons_move(
+    tokens: Tensor, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, other = tiny_gpt2(), tiny_gpt2()
+    convert(model, CONFIG)
+    convert(other, CONFIG)
+    average = AveragedModel(other if case == "another model's" else model)
+    copies = [average] if case == "given" else []
+    if case == "gone":
+        average.itself = average  # type: ignore[assignment]
+        del average
+    controller = Controller(model, tokens, total_steps=40, config=CONFIG, copies=copies)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(6):
+        train(model, [optimizer], tokens, 1)
+        controller.step(optimizer)
+    assert controller.regroupings > 1
+    said = [record.getMessage() for record in caplog.records if "neurons move" in record.getMessage()]
+    assert len(said) == (case == "forgotten")
+    assert all("in other copies of this model (1)" in each for each in said)
