@@ -181,9 +181,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     given = {} if given is None else given
     if not isinstance(given, dict):
-        raise InputError(
-            f"config file {path} must hold sections ({', '.join(sections())}), not {type(given).__name__}"
-        )
+        raise InputError(f"{path} must hold sections ({', '.join(sections())}), not {type(given).__name__}")
     return given
 
 

@@ -85,9 +85,7 @@ class TrainConfig:
     )
     device: str | None = option(None, "torch device; none: cuda if there is one, else cpu")
     threads: int | None = option(None, "CPU threads; none: torch's choice", least=1, most=1024)
-    eval_every: int = option(
-        100, "steps between validations in both modes; 0 = only at the end", least=0, metavar="STEPS"
-    )
+    eval_every: int = option(100, "steps between validations; 0 = only at the end", least=0, metavar="STEPS")
     checkpoint_every: int = option(100, "steps between checkpoints", least=1, metavar="STEPS")
     sample_prompt: str | None = option(
         None, "text that the finished model continues in both modes; none: no sample", metavar="TEXT"
@@ -126,12 +124,10 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's first-moment decay, or SGD's momentum", least=0, below=1, flag=False)
     beta2: float = option(0.95, "AdamW's second-moment decay", least=0, below=1, flag=False)
     grad_clip: float = option(
-        1.0, "largest global gradient norm, routers apart; 0 = never clip", least=0, flag=False
+        1.0, "largest gradient norm, routers apart; 0 = never clip", least=0, flag=False
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1, flag=False)
-    eval_tokens: int = option(
-        65_536, "validation tokens used each time, the same ones every time", least=1, flag=False
-    )
+    eval_tokens: int = option(65_536, "validation tokens, the same ones every time", least=1, flag=False)
     probe_tokens: int = option(2048, "validation tokens on which layers are measured", least=1, flag=False)
     keep: int = option(3, "checkpoints to keep, newest first; 0 = all", least=0, flag=False)
     snapshots: int = option(

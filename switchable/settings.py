@@ -61,9 +61,7 @@ class SwitchConfig:
         usual="0.95, or none",
         metavar="SHARE",
     )
-    sparse_steps: int = option(
-        BY_RECIPE, "sparse steps in a row, between single dense ones", least=1, metavar="STEPS"
-    )
+    sparse_steps: int = option(BY_RECIPE, "sparse steps between single dense ones", least=1, metavar="STEPS")
     min_dense_fraction: float = fraction(
         BY_RECIPE, "fraction of all steps, at the start, that are always dense; 1 = never sparse"
     )

@@ -31,12 +31,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="in sparse mode the fewest of the K experts whose shares add up to this, e.g. 0.9; 1 = all K",
     )
-    verb.add_argument(
-        "--max-new-tokens", type=int, default=100, help="most tokens to write (default %(default)s)"
-    )
-    verb.add_argument(
-        "--temperature", type=float, default=0.8, help="0 = the likeliest (default %(default)s)"
-    )
+    verb.add_argument("--max-new-tokens", type=int, default=100, help="most new tokens (default %(default)s)")
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 = likeliest (default %(default)s)")
     verb.add_argument(
         "--top-k", type=int, default=50, help="draw among so many tokens; 0 = all (default %(default)s)"
     )

@@ -36,9 +36,7 @@ class DataConfig:
         "folder of a tokenizer (Hugging Face form, or the files of GPT-2, BERT or T5); none: train a BPE",
         metavar="DIR",
     )
-    vocab_size: int = option(
-        4096, "vocabulary of the BPE trained here (tokens, special ones included)", least=1, most=10**6
-    )
+    vocab_size: int = option(4096, "tokens of the BPE trained here, special ones too", least=1, most=10**6)
 
     def __post_init__(self) -> None:
         given: object = self.data
