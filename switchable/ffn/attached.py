@@ -36,8 +36,10 @@ class LossScale:
         self.routers = 1 / 32
         """What reaches the routers of their loss's gradient: little, so that it does not count where a loop clips by
         the norm of all. Adam's steps are as large as ever, SGD's are not."""
+        self.passes = {True: 0, False: 0}
+        """Forward passes with gradients, in training mode and in evaluation mode."""
         self.outside = 0
-        """Forward passes in training that returned no loss."""
+        """Those in training mode that returned no loss."""
         self.now = torch.ones(())
         """Of the forward pass under way. Backward passes hold on to it, and it gets its value under their hands."""
 
@@ -55,7 +57,9 @@ class LossScale:
     @eager
     def _end(self, model: nn.Module, _args: Any, inputs: Mapping[str, Any], output: Any) -> None:
         loss, now, share = _loss_in(output), self.now, _share(inputs)
-        self.outside += loss is None and model.training and torch.is_grad_enabled()
+        learns = torch.is_grad_enabled()
+        self.passes[model.training] += learns
+        self.outside += loss is None and model.training and learns
 
         def note(gradient: Tensor) -> None:
             # Through `data`: autograd would refuse what was saved for a backward pass and has changed since.

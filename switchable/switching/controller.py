@@ -179,13 +179,8 @@ class Controller:
         if not self._checked:
             check_trained(self.layers, found)
             check_state(self.layers, found)
-            scale = self.layers[0].ssd.loss_scale
-            if scale.outside > 1 and scale.unseen == 1 and self.schedule.config.activation_l1 and is_main():
-                told = (
-                    "the loss of %d forward passes is computed outside the model: if it is their mean, set "
-                    "layers_of(model)[0].ssd.loss_scale.unseen = 1 / %d, or the penalty on activations counts in each"
-                )
-                logging.getLogger(__name__).warning(told, scale.outside, scale.outside)
+            if is_main():
+                self._tell_of_the_loop()
             self.time_layers()
             self._checked = True
         before = self.mode
@@ -199,6 +194,18 @@ class Controller:
         if over and is_main() and not any(self.state.takes_part):
             logging.getLogger(__name__).warning("there is no sparse mode: %s", self.why_dense())
         return measurement
+
+    def _tell_of_the_loop(self) -> None:
+        """Tell what the first step shows and nothing else would."""
+        scale, say = self.layers[0].ssd.loss_scale, logging.getLogger(__name__).warning
+        if scale.passes[False] and not scale.passes[True]:
+            say("the model is in evaluation mode, in which routers learn nothing: call model.train()")
+        if scale.outside > 1 and scale.unseen == 1 and self.schedule.config.activation_l1:
+            told = (
+                "the loss of %d forward passes is computed outside the model: if it is their mean, set "
+                "layers_of(model)[0].ssd.loss_scale.unseen = 1 / %d, or the penalty on activations counts in each"
+            )
+            say(told, scale.outside, scale.outside)
 
     def why_dense(self) -> str | None:
         """Say which layers stay dense in sparse steps and what keeps them out; None if there are none."""

@@ -179,6 +179,25 @@ def test_a_loop_that_accumulates_a_loss_of_its_own_is_told_of_its_factor(
     assert all("loss of 2 forward passes" in each and "unseen = 1 / 2" in each for each in said)
 
 
+@pytest.mark.parametrize("case", ["evaluation", "training", "both", "no forward pass"])
+def test_a_loop_in_evaluation_mode_is_told_that_routers_do_not_learn(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_gpt2()
+    convert(model, SwitchConfig(num_experts=8))
+    controller = Controller(model, IDS, total_steps=10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for training in {"evaluation": [False], "training": [True], "both": [False, True]}.get(case, []):
+        loss(model.train(training)).backward()
+    optimizer.step()
+    controller.step(optimizer)
+    loss(model.eval()).backward()
+    controller.step(optimizer)
+    said = [record.getMessage() for record in caplog.records if "evaluation mode" in record.getMessage()]
+    assert len(said) == (case == "evaluation")
+    assert all(each.endswith("call model.train()") for each in said)
+
+
 def test_a_copy_watches_its_own_loss(switchable_gpt2: nn.Module) -> None:
     twin = copy.deepcopy(switchable_gpt2).train()
     (3 * loss(twin)).backward()
