@@ -107,7 +107,7 @@ def test_controller(switchable_gpt2: nn.Module, tokens: Tensor, given: dict[str,
 
 def test_a_controllers_state_of_a_model_with_other_layers(switchable_gpt2: nn.Module, tokens: Tensor) -> None:
     controller = Controller(switchable_gpt2, tokens, 10)
-    with pytest.raises(InputError, match="that of 1 switchable FFNs, and the model has 2"):
+    with pytest.raises(InputError, match="this state is of 1 switchable FFNs; the model has 2"):
         controller.load_state_dict(controller.state_dict() | {"takes_part": [False]})
     with pytest.raises(
         InputError, match="no state of a Controller, or a damaged one: it has no 'takes_part'"

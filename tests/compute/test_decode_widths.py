@@ -111,7 +111,7 @@ def test_a_norm_before_experts_and_their_router(kind: dict[str, bool]) -> None:
 
 
 def test_a_tensor_without_memory_of_its_own_is_refused() -> None:
-    with pytest.raises(InputError, match="reads memory, and a Holder has none of its own"):
+    with pytest.raises(InputError, match="reads memory; a Holder has none of its own"):
         LinearCall(1, Holder(torch.randn(16, 64)), None, None)
 
 
