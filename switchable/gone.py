@@ -31,9 +31,7 @@ GONE: dict[str, Gone] = {
     "router_noise": Gone("it did not help", (0,)),
     "router_sparse_fraction": Gone("it is always 1/16, in early sparse steps 1/8", (0.0625,)),
     "commitment": Gone("it did not help", (0,)),
-    "gate": Gone(
-        "experts are not scaled; a mixture of experts is `switchable compare --methods moe`", ("unit",)
-    ),
+    "gate": Gone("experts are unscaled; a mixture of experts: `switchable compare --methods moe`", ("unit",)),
     "load_balance": Gone("it belongs to `switchable compare --methods moe`", (0,)),
     "join": Gone("each layer joins by itself", ("each",)),
     "regroup": Gone("a structure in use stands", ("drift",)),

@@ -86,7 +86,8 @@ def _share(inputs: Mapping[str, Any]) -> Any:
 @eager  # compiled, `factor` is read too early
 def attach_loss(y: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
     """Pass `y` through unchanged and add `loss` to whatever is minimised downstream."""
-    return _Attach.apply(y, loss, torch.ones_like(loss), factor)  # type: ignore[no-any-return,no-untyped-call]
+    attached: Tensor = _Attach.apply(y, loss, torch.ones_like(loss), factor)  # type: ignore[no-untyped-call]
+    return attached
 
 
 @eager
@@ -97,14 +98,16 @@ def teach(y: Tensor, scores_TE: Tensor, mass_TE: Tensor, factor: Tensor, part: f
         # A silent token's shares add up to 0, all others' to 1.
         slope_TE = scores_TE.softmax(dim=-1).mul_(share_TE.sum(dim=-1, keepdim=True)).sub_(share_TE)
         slope_TE.div_(max(1, len(slope_TE)) / part)
-    return _Attach.apply(y, scores_TE, slope_TE, factor)  # type: ignore[no-any-return,no-untyped-call]
+    taught: Tensor = _Attach.apply(y, scores_TE, slope_TE, factor)  # type: ignore[no-untyped-call]
+    return taught
 
 
 @eager
 def penalise(hidden: Tensor, l1: float, factor: Tensor) -> Tensor:
     """Pass activations [..., F] through; l1 · the mean over tokens of Σ |a_i| is minimised besides."""
     rows = max(1, hidden.shape[:-1].numel())
-    return _Penalise.apply(hidden, l1 / rows, factor)  # type: ignore[no-any-return,no-untyped-call]
+    penalised: Tensor = _Penalise.apply(hidden, l1 / rows, factor)  # type: ignore[no-untyped-call]
+    return penalised
 
 
 class _Attach(torch.autograd.Function):

@@ -14,10 +14,8 @@ class StudyConfig(Precision):
     text: tuple[str, ...] | None = option(None, "text to measure on; empty: Python's own files", flag=False)
     tokenizer: str | None = option(None, "folder of the models' tokenizer, if not with them", metavar="DIR")
     probe_tokens: int | None = option(None, "tokens to measure on; none: the run's probe, or 2048", least=1)
-    sequence_length: int = option(256, "tokens a sequence of --text, at most the model's positions", least=2)
-    num_experts: int | None = option(
-        None, "experts for models without any; none: near 32", least=1, metavar="E"
-    )
+    sequence_length: int = option(256, "tokens per sequence, at most the model's positions", least=2)
+    num_experts: int | None = option(None, "experts if a model has none; none: near 32", least=1, metavar="E")
     experts_per_token: int | None = option(
         None, "experts per token; none: the run's, or 3/16 of them", least=1, metavar="K"
     )

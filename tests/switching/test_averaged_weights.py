@@ -120,8 +120,9 @@ def test_a_copy_that_was_not_given_is_told_when_neurons_move(
     average = AveragedModel(other if case == "another model's" else model)
     copies = [average] if case == "given" else []
     if case == "gone":
-        average.itself = average  # type: ignore[assignment]
-        del average
+        circle: list[Any] = [average]
+        circle.append(circle)
+        del average, circle
     controller = Controller(model, tokens, total_steps=40, config=CONFIG, copies=copies)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(6):
