@@ -55,8 +55,7 @@ def expert_ffn(call: ExpertCall, backend: str = "auto") -> Tensor:
         chosen: Backend = choose(call)
         return chosen.run(call)
     check_backend(backend)
-    why_not = BACKENDS[backend].supports(call)
-    if why_not is not None:
+    if (why_not := BACKENDS[backend].supports(call)) is not None:
         raise InputError(f"backend {backend!r} {why_not}; use 'auto', which takes {choose(call).name!r} here")
     return BACKENDS[backend].run(call)
 

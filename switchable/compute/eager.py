@@ -17,7 +17,6 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Return a function that is never traced: `torch.compiler.disable`, applied once there is a compiler."""
     disabled: list[Callable[P, R]] = []
 
-    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_dynamo_compiling() and "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
@@ -25,4 +24,6 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
             disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
-    return call
+    # The compiler counts by code object how often it compiled something anew, and gives up after eight.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    return functools.wraps(function)(call)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from switchable.compute.call import ExpertCall
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.topk import top_experts
+from switchable.compute.eager import eager
 from switchable.compute.estimate import estimated_mass, expert_mass
 from switchable.compute.reference import reference
 from switchable.errors import InputError
@@ -84,8 +85,7 @@ class SwitchableFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D] in the current mode."""
         y = self._sparse(hidden_states) if self.ssd.mode == "sparse" else self._dense(hidden_states)
-        name = self.ssd.settings.family.dropout
-        if name:
+        if name := self.ssd.settings.family.dropout:
             dropout = self.ssd.part(name)
             if dropout.training:  # decoding feels a call that does nothing
                 y = dropout(y)
@@ -114,10 +114,9 @@ class SwitchableFFN(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _sparse(self, x_BSD: Tensor) -> Tensor:
-        if self.has_dense_mode:  # a baseline that scales its experts' outputs goes step by step
-            done_BSD = in_one_call(self.ssd, self.training, x_BSD)
-            if done_BSD is not None:
-                return done_BSD
+        # A baseline that scales its experts' outputs goes step by step.
+        if self.has_dense_mode and (done_BSD := in_one_call(self.ssd, self.training, x_BSD)) is not None:
+            return done_BSD
         if not torch.compiler.is_compiling():  # `set_mode` has looked already
             check_plain(self.ssd)
         if self.ssd.estimates and self._trains:
@@ -137,7 +136,7 @@ class SwitchableFFN(nn.Module):
         mass_TE = estimated_mass(
             x_BSD.detach().reshape(-1, ssd.d_model), ssd.weights, ssd.settings.activation, ssd.num_experts
         )
-        ids_TK = top_experts(mass_TE, ssd.experts_per_token)
+        ids_TK = _chosen(ssd, mass_TE, 1.0)
         y_BSD = self._whole(self._experts(x_BSD.reshape(-1, ssd.d_model), ids_TK), x_BSD)
         if not ssd.router_learns:
             return y_BSD
@@ -145,8 +144,7 @@ class SwitchableFFN(nn.Module):
 
     def _whole(self, y_TD: Tensor, x_BSD: Tensor) -> Tensor:
         """Return what the experts write, with the bias of the output projection, in the shape of the input."""
-        bias = self.ssd.down_projection.bias
-        if bias is not None:
+        if (bias := self.ssd.down_projection.bias) is not None:
             y_TD = y_TD.add_(bias.to(y_TD.dtype))  # new memory: nobody else has it
         return y_TD.view(x_BSD.shape)
 
@@ -157,7 +155,7 @@ class SwitchableFFN(nn.Module):
         of x is that of the function computed, and with all experts on that of the dense layer.
         """
         with torch.no_grad():
-            ids_TK = top_experts(self.router(x_TD.detach()), self.ssd.experts_per_token, self.ssd.mass)
+            ids_TK = _chosen(self.ssd, self.router(x_TD.detach()), self.ssd.mass)
         return self._experts(x_TD, ids_TK)
 
     def _experts(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
@@ -197,3 +195,8 @@ class SwitchableFFN(nn.Module):
         ssd = self.ssd
         mass = f", mass={ssd.mass}" if ssd.mass < 1 else ""
         return f"mode={ssd.mode}, experts={ssd.experts_per_token}/{ssd.num_experts}{mass}"
+
+
+@eager  # each layer has its own K, and would be compiled anew for it
+def _chosen(ssd: SSD, scores_TE: Tensor, mass: float) -> Tensor:
+    return top_experts(scores_TE, ssd.experts_per_token, mass)

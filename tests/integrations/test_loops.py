@@ -50,6 +50,22 @@ def test_a_compiled_model_trains_as_an_uncompiled_one(alone: Result, whole: bool
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_each_layer_of_a_compiled_model_may_have_its_own_k() -> None:
+    """The compiler gives up on what it has compiled for eight numbers, and says so."""
+    model = tiny_gpt2(layers=10)
+    convert(model, SwitchConfig(num_experts=16, experts_per_token=3))
+    set_mode(model.train(), "sparse", experts_per_token=list(range(1, 11)))
+    losses = {}
+    for compiled in (False, True):
+        call: Any = torch.compile(model, backend="aot_eager") if compiled else model
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            losses[compiled] = call(input_ids=IDS, labels=IDS, use_cache=False).loss
+            losses[compiled].backward()
+    torch.testing.assert_close(losses[True], losses[False])
+    torch.compiler.reset()
+
+
 def test_accelerate_trains_as_the_plain_loop(alone: Result) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny_gpt2()
