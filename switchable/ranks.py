@@ -138,7 +138,7 @@ def is_unit(module: nn.Module) -> bool:
 
 def has_plain_type(tensor: Tensor) -> bool:
     """Return whether a tensor is of torch's own types; libraries that quantise have types of theirs."""
-    return type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
+    return type(tensor._local_tensor if is_sharded(tensor) else tensor) in (Tensor, nn.Parameter)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A neuron that moves without its moments is wrong without a word. State of a para
     [F, D]              of the same shape: moments, averages
     [F, 1], [1, D]      a factor; also as vectors [F] or [D], where F and D differ (Adafactor)
     [N, ...]            one tensor for the N parameters of a group, kept with one of them (as Muon is often written)
+    codes of 8 bits     with their scales: bitsandbytes, torchao (`packed.py`)
     one number, text    nothing to move
 
 Shapes: D d_model, F d_ff, N parameters of a group.
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from switchable.errors import InputError
 from switchable.ffn.layer import SwitchableFFN
 from switchable.ffn.layout import neuron_parameters
-from switchable.ranks import has_plain_type
+from switchable.ranks import has_plain_type, permute
+from switchable.switching.packed import Move, packed_in
 
 PLAIN = (bool, int, float, str, type(None))
 DEPTH = 4
@@ -82,6 +84,11 @@ def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> N
         for group in groups:
             for owner in group["params"]:
                 for key, value in _entries(optimizer, owner).items():
+                    if _is_laid_out_anew(value, owner):
+                        raise InputError(
+                            f"optimizer {type(optimizer).__name__} wants contiguous parameters: it has made them so, "
+                            f"and not its state {key!r}; begin anew with convert(..., neuron_major=False)"
+                        )
                     if not _is_understood(optimizer, key, owner, group["params"], id(owner) in neurons):
                         raise InputError(
                             f"the state {key!r} of optimizer {type(optimizer).__name__} ({_kind(value)}, of a "
@@ -92,8 +99,8 @@ def check_state(layers: Sequence[SwitchableFFN], optimizers: Sequence[Any]) -> N
             _check_elsewhere(_outside_groups(optimizer), least, optimizer)
 
 
-def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tensor, int]]:
-    """Yield what an optimizer keeps of a parameter with neurons along `dim`, each tensor with their dimension.
+def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tensor, int, Move]]:
+    """Yield what an optimizer keeps of a parameter with neurons along `dim`: tensor, their dimension, how it moves.
 
     `check_state` must have passed the optimizer.
     """
@@ -101,8 +108,12 @@ def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tens
         params = group["params"]
         place = next((i for i, each in enumerate(params) if each is parameter), None)
         for owner in () if place is None else params:
-            for key, value in _entries(optimizer, owner).items():
-                if not isinstance(value, Tensor) or value.numel() == 1:
+            entries = _entries(optimizer, owner)
+            packed = packed_in(entries, owner)
+            for key, value in entries.items():
+                if (move := packed.get(key)) is not None and owner is parameter:
+                    yield value, dim, move
+                if key in packed or not isinstance(value, Tensor) or value.numel() == 1:
                     continue
                 at: int | None = dim
                 if _is_stacked(optimizer, key, owner, params):
@@ -112,7 +123,7 @@ def state_of(parameter: Tensor, dim: int, optimizer: Any) -> Iterator[tuple[Tens
                 elif value.ndim < parameter.ndim:
                     at = 0 if len(value) == parameter.shape[dim] else None
                 if at is not None and value.shape[at] > 1:
-                    yield value, at
+                    yield value, at, permute
 
 
 def _state(optimizer: Any) -> Mapping[Any, Any]:
@@ -129,13 +140,21 @@ def _is_understood(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Ten
     value = _entries(optimizer, owner)[key]
     if isinstance(value, PLAIN) or (isinstance(value, Tensor) and value.numel() == 1):
         return True
-    # A subclass may hold blocks with a common scale, and so may whole numbers: they cannot move one by one.
+    if key in packed_in(_entries(optimizer, owner), owner):
+        return True
+    # Another subclass may hold blocks with a common scale, and so may whole numbers: they cannot move one by one.
     if not (isinstance(value, Tensor) and has_plain_type(value)) or not value.is_floating_point():
         return False
     if _is_stacked(optimizer, key, owner, params):
         return True
     # Of another parameter: nobody minds, unless it is so large that it may hold those of neurons.
     return _fits(value, owner) if neurons else value.numel() <= owner.numel()
+
+
+def _is_laid_out_anew(value: Any, owner: Tensor) -> bool:
+    """Whether state alone is still stored neuron by neuron: kernels that read both flat would take it for another's."""
+    of_one_shape = isinstance(value, Tensor) and value.shape == owner.shape
+    return of_one_shape and owner.is_contiguous() and not value.is_contiguous()
 
 
 def _is_stacked(optimizer: Any, key: Any, owner: Tensor, params: Sequence[Tensor]) -> bool:

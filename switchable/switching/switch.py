@@ -21,6 +21,7 @@ from switchable.ffn.plain import check_movable
 from switchable.ranks import gathered, permute
 from switchable.structure.groups import match_labels, permutation_from_labels
 from switchable.switching.optimizers import check_state, state_of
+from switchable.switching.packed import Move
 
 Copy = Mapping[int, Tensor]
 """Tensors that hold a model's parameters too, by the parameters' ids (`copied_tensors`)."""
@@ -89,14 +90,15 @@ def _permute(
     layer: SwitchableFFN, perm_F: Tensor, optimizers: Sequence[Any] = (), copies: Sequence[Copy] = ()
 ) -> None:
     for parameter, dim in neuron_parameters(layer):
-        moving = [(parameter.detach(), dim), *((copy[id(parameter)], dim) for copy in copies)]
+        kept = [parameter.detach(), *(copy[id(parameter)] for copy in copies)]
         if parameter.grad is not None:
-            moving.append((parameter.grad, dim))
+            kept.append(parameter.grad)
+        moving: list[tuple[Tensor, int, Move]] = [(tensor, dim, permute) for tensor in kept]
         for optimizer in optimizers:
             moving += state_of(parameter, dim, optimizer)
         # Wrappers and what they wrap may hold one tensor; twice moved it would be wrong.
-        for tensor, at in {id(tensor): (tensor, at) for tensor, at in moving}.values():
-            permute(tensor, at, entries(layer, perm_F, tensor.shape[at]))
+        for tensor, at, move in {id(each[0]): each for each in moving}.values():
+            move(tensor, at, entries(layer, perm_F, tensor.shape[at]))
     layer.ssd.neuron_ids_F = layer.ssd.neuron_ids_F[perm_F]
 
 

@@ -59,6 +59,16 @@ class _Listed(torch.optim.SGD):
             self.state[p]["history"] = [p.detach().clone()]
 
 
+class _Contiguous(torch.optim.SGD):
+    """Makes parameters contiguous when it has made its state like them, as bitsandbytes does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("moment", torch.zeros_like(p))
+            p.data = p.data.contiguous()
+        super().step(closure)
+
+
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "whole numbers": (lambda m: _Quantised(m.parameters(), lr=0.1), "'moment_8bit' of optimizer _Quantised"),
     "a tensor type": (
@@ -68,6 +78,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "one vector of all": (lambda m: _Flat(m.parameters(), lr=0.1), "'all' of optimizer _Flat"),
     "kept elsewhere": (lambda m: _Hidden(m.parameters(), lr=0.1), "_Hidden keeps a tensor .* 'kept'"),
     "a list": (lambda m: _Listed(m.parameters(), lr=0.1), "'history' of optimizer _Listed .*list"),
+    "contiguous parameters": (
+        lambda m: _Contiguous(m.parameters(), lr=0.1),
+        "_Contiguous wants contiguous parameters: .* 'moment'; begin anew with .*neuron_major=False",
+    ),
     "one of two": (lambda m: muon_and_adamw(m)[:1], "router of .* none of the optimizers"),
     "the other of two": (lambda m: muon_and_adamw(m)[1:], "FFN of .* none of the optimizers"),
     "none": (lambda _: "adamw", "no optimizer in"),
