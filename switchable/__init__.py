@@ -20,25 +20,15 @@ from typing import TYPE_CHECKING, Any
 from switchable.versions import __version__
 
 if TYPE_CHECKING:
-    from switchable.errors import InputError
-    from switchable.ffn.convert import ConversionReport, convert, in_mode, set_mode
-    from switchable.ffn.families import Family
-    from switchable.settings import SwitchConfig
-    from switchable.store.load import load
-    from switchable.switching.controller import Controller
-
-__all__ = [
-    "Controller",
-    "ConversionReport",
-    "Family",
-    "InputError",
-    "SwitchConfig",
-    "__version__",
-    "convert",
-    "in_mode",
-    "load",
-    "set_mode",
-]
+    from switchable.errors import InputError as InputError
+    from switchable.ffn.convert import ConversionReport as ConversionReport
+    from switchable.ffn.convert import convert as convert
+    from switchable.ffn.convert import in_mode as in_mode
+    from switchable.ffn.convert import set_mode as set_mode
+    from switchable.ffn.families import Family as Family
+    from switchable.settings import SwitchConfig as SwitchConfig
+    from switchable.store.load import load as load
+    from switchable.switching.controller import Controller as Controller
 
 _HOMES = {
     "Controller": "switchable.switching.controller",
@@ -51,6 +41,7 @@ _HOMES = {
     "load": "switchable.store.load",
     "set_mode": "switchable.ffn.convert",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

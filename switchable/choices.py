@@ -91,8 +91,7 @@ def skips_here(model: ModelConfig, train: TrainConfig, share: float = 0.0) -> bo
 
 def costs_of(model: ModelConfig, train: TrainConfig, num_experts: int) -> Costs:
     """Return what a layer of a run costs here, or where the device is not here, its FLOPs: no neuron is left out."""
-    ffn = timed_ffn(model, train)
-    if ffn is not None:
+    if (ffn := timed_ffn(model, train)) is not None:
         return costs(ffn, num_experts, train.precision, skips_here(model, train))
     products = 3 if BUILDABLE[model.family].gated else 2
     router = num_experts / (3 * products * d_ff(model))  # 2·D·E of 6·D·F FLOPs for each product

@@ -30,8 +30,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     if not here or bool(get_total_norm(list(here.values()), float("inf")).isfinite()):
         return None
     for name, tensor in here.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
+        if bad := int((~tensor.isfinite()).sum()):
             kind = "nan" if bool(tensor.isnan().any()) else "inf"
             return f"{name} holds {kind} ({bad:,} of {tensor.numel():,} numbers)"
     raise AssertionError("a norm is not finite, but every number is")
@@ -39,6 +38,5 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def check_finite(model: nn.Module, what: str, remedy: str) -> None:
     """Raise InputError, with the remedy, for a model (this rank's part of it) with a weight that is not finite."""
-    found = not_finite(dict(model.named_parameters()))
-    if found is not None:
+    if (found := not_finite(dict(model.named_parameters()))) is not None:
         raise InputError(f"{what} is not finite: {found}; {remedy}")

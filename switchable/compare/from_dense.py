@@ -152,8 +152,7 @@ def router_step_flops(model: nn.Module, flops: StepFlops) -> float:
 
 def _load_weights(final: Path, model: nn.Module) -> None:
     """Load a dense run's exported weights, but no routers; InputError if they are damaged, or another model's."""
-    damage = folders.verify(final)
-    if damage is not None:
+    if (damage := folders.verify(final)) is not None:
         summary = final.parent / "summary.json"
         raise InputError(f"{final} is damaged ({damage}); remove {summary} and start again")
     restore_model(final, model, routers=False)

@@ -8,12 +8,9 @@ takes over from the `switch` section is said in `keeps`; the rest of that sectio
 tuning `ssd` leaves the others alone, and a dense run serves any recipe.
 
 `ssd-paper` follows Zhang et al. 2024 (arXiv 2410.03440) as far as its abstract, figures and public clustering code
-tell: structure from the weights, a router that is the mean of its expert's neurons, every layer, dense at first until
-the pattern is stable and dense at the end, in between long sparse and dense phases, the structure found anew at each
-change to sparse. Our assumptions, where nothing is known to us: all layers switch together when the mean similarity of
-their activation patterns reaches the configuration's threshold, after 10 % of the run at the earliest, a sparse phase
-takes 7.5 % of the run and the dense one behind it 2.5 %, the last 5 % are dense, K is that of the configuration, and
-in sparse steps the router learns through the straight-through gate, at the model's learning rate.
+tell (docs/compare.md). Our assumptions, where nothing is known to us: all layers switch together when the mean
+similarity of their activation patterns reaches the configuration's threshold; the lengths of the phases; K is that of
+the configuration; in sparse steps the router learns through the straight-through gate, at the model's learning rate.
 
 `NAME@FACTOR` is a method with so many times the steps, its learning rate falling accordingly (docs/compare.md).
 """

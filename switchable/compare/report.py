@@ -115,8 +115,7 @@ def warnings(methods: Mapping[str, Any]) -> list[str]:
         said.append("there is no finished dense run to compare with, so there are no ratios")
     else:
         for name, found in methods.items():
-            lacking = [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]
-            if lacking:
+            if lacking := [seed for seed in found["seeds"] if seed not in methods["dense"]["seeds"]]:
                 alone = f"{name} has seeds without a dense run ({_list(lacking)})"
                 said.append(f"{alone}; its ratios leave them out")
     for name, found in methods.items():

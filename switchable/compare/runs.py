@@ -78,8 +78,7 @@ def runs_of(config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out
     runs = [Run(*each, folder(out, *each), method_config(config, *each)) for each in every]
     for run in runs:
         check_trainable(run.config)
-        difference = differs(run)
-        if difference:
+        if difference := differs(run):
             raise InputError(
                 f"{run.path} was trained with other settings ({'; '.join(difference)}); "
                 "compare into another folder with --out, or remove that one"

@@ -41,8 +41,7 @@ class Supervisor:
         self._pending = [run for run in runs if not run.finished()]
         self._active: dict[Run, _Child] = {}
         self._not_before: dict[Run, float] = {}
-        finished = [run.name for run in runs if run.finished()]
-        if finished:
+        if finished := [run.name for run in runs if run.finished()]:
             say(f"finished already: {', '.join(finished)}", self.shows)
 
     def train(self) -> int | None:

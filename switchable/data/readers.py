@@ -134,8 +134,7 @@ def text_of(record: Any, text_field: str, where: str) -> str:
             f"{where}: no field {text_field!r}{nearest(text_field, record)}; it has "
             f"{', '.join(map(repr, record)) or 'none'}; name the field of the text (--text-field)"
         )
-    text = record[text_field]
-    if text is None:
+    if (text := record[text_field]) is None:
         return ""
     if not isinstance(text, str):
         raise InputError(

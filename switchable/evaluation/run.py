@@ -111,8 +111,7 @@ def evaluate(folder: Path, config: EvalConfig, data: DataConfig, show: bool = Fa
 
 def _window(model: Any, wished: int | None, trained: int) -> int:
     """Return how many tokens of text the model sees at once: those asked for, or the training's that it can hold."""
-    positions = positions_of(model)
-    if positions is None:
+    if (positions := positions_of(model)) is None:
         return wished or trained
     if wished is not None and wished > positions:
         most = f"the {positions} positions of the model"

@@ -44,8 +44,7 @@ def families_of(
             families, others = find_families(model, trial)
             return families, trial, others
     listed = given if isinstance(given, list | tuple) else [given or row]
-    families = [checked("family", each, Family) for each in listed]
-    if not families:
+    if not (families := [checked("family", each, Family) for each in listed]):
         raise InputError(f"family={given} describes no FFN; {HOW_TO_DESCRIBE}")
     trusted = trusted or (row is not None and not row.in_layer and example_inputs is None)
     try:

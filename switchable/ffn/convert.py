@@ -96,11 +96,9 @@ def convert(
             something else with them, it is converted already, or E does not divide F. The model is unchanged then.
     """
     config = checked("config", config, SwitchConfig | None) or SwitchConfig()
-    before = layers_of(checked("model", model, nn.Module))
-    if before:
+    if before := layers_of(checked("model", model, nn.Module)):
         raise InputError(f"the model is converted already ({len(before)} switchable FFNs); convert it once")
-    taken = [name for name, _ in model.named_parameters() if is_router_parameter(name)]
-    if taken:
+    if taken := [name for name, _ in model.named_parameters() if is_router_parameter(name)]:
         raise InputError(f"the model has routers of its own ({taken[0]}): it is a mixture of experts already")
     check_backend(config.backend)
     check_finite(model, "the model", "convert one from before its training diverged")
@@ -195,8 +193,7 @@ def set_mode(
 
 def check_sparse(model: nn.Module) -> None:
     """Raise InputError for a model without a sparse mode, or where that with all experts is not the dense mode."""
-    taking_part = [layer.ssd for layer in layers_of(model) if layer.ssd.takes_part]
-    if not taking_part:
+    if not (taking_part := [layer.ssd for layer in layers_of(model) if layer.ssd.takes_part]):
         raise InputError(f"the model has no sparse mode: {why_dense(model)}; use dense mode")
     for ssd in taking_part:
         check_plain(ssd)
@@ -204,8 +201,7 @@ def check_sparse(model: nn.Module) -> None:
 
 def why_dense(model: nn.Module) -> str | None:
     """Say which FFNs sparse mode leaves dense, and why; None if there are none."""
-    layers = layers_of(model)
-    if not layers:
+    if not (layers := layers_of(model)):
         return NOT_SWITCHABLE
     names: dict[str, list[str]] = {}
     for ssd in (layer.ssd for layer in layers if not layer.ssd.takes_part):

@@ -43,16 +43,14 @@ def family_at(
     paths = [call.name for call in match.calls]
     search = _Search(model, match, seen, trained, _probability(match, trained))
     for home in _above(paths):
-        family = _as_module(search, home)
-        if family is not None:
+        if (family := _as_module(search, home)) is not None:
             return home, family
         if not isinstance(model.get_submodule(home), CONTAINERS):
             break
     for home in _above(paths):
         if isinstance(model.get_submodule(home), CONTAINERS):
             continue
-        family = _in_layer(search, home)
-        if family is not None:
+        if (family := _in_layer(search, home)) is not None:
             return home, family
     raise InputError(
         f"before {match.down.name} a dropout of {search.probability:.2g} is applied whose nn.Dropout or attribute is "

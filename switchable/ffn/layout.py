@@ -12,8 +12,7 @@ strides of their parameter by themselves.
 What wants its parameters contiguous (`fully_shard`, `parameters_to_vector`, LBFGS) is served by `store_by_row`, and
 so is everything where nothing would gain: a recipe without sparse steps, a GPU. On a CPU decoding in sparse mode has no
 other loops. Parameters that have several names (Zamba's layers share theirs) stay, too: `save_pretrained` looks for
-those that share memory, and takes them to be contiguous.
-Files are written contiguous in any case.
+those that share memory, and takes them to be contiguous. Files are written contiguous in any case.
 
 Shapes: D d_model, F d_ff, I neurons per expert.
 """

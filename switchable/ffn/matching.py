@@ -59,8 +59,7 @@ def consistent(seen: Sequence[Call]) -> tuple[dict[str, Match], dict[str, str]]:
     counts = Counter(call.name for call in calls)
     found: dict[str, list[Match]] = defaultdict(list)
     for i, down in enumerate(calls):
-        match = next(_matches(down, calls[max(0, i - NEAR) : i][::-1]), None)
-        if match is not None:
+        if (match := next(_matches(down, calls[max(0, i - NEAR) : i][::-1]), None)) is not None:
             found[down.name].append(match)
     alike, others = {}, {}
     for name, each in found.items():

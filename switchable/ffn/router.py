@@ -3,8 +3,6 @@
     scores = x · Wᵀ + b             (linear, one score per expert)
     ids    = the K highest scores
 
-What the chosen experts write is added up as it is, so that "all experts selected" *is* the dense layer.
-
 Where all neurons are computed, in dense steps and for a few tokens of sparse ones, every expert's true importance is
 at hand, and the router is trained on it directly. Its input is detached: no gradient that the function does not have
 reaches the model.

@@ -188,8 +188,7 @@ def made(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     rest = {"use_cache": False} if "use_cache" in known else {}
     two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
     for make in (_features, lambda *_: _ids(model, TOKENS), lambda *_: _ids(model, 8 * TOKENS), _rows):
-        value = make(model, first)
-        if value is None:
+        if (value := make(model, first)) is None:
             continue
         batch = {first: value}
         if "decoder_input_ids" in known and two_sides:

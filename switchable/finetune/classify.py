@@ -127,8 +127,7 @@ def load_classifier(run: Path, num_labels: int) -> tuple[nn.Module, PreTrainedTo
         raise InputError(f"transformers has no classification head for {settings.model_type}")
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     model, _ = load(run, kind, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
-    layers = layers_of(model)
-    if not layers:
+    if not (layers := layers_of(model)):
         raise InputError(NOT_SWITCHABLE)
     for layer in layers:
         # The routers of a model that was trained all dense have nothing to learn.

@@ -88,8 +88,7 @@ def fill_spans(
     Raises:
         InputError: the tokenizer has no sentinels.
     """
-    sentinels = sentinel_ids(tokenizer)
-    if not sentinels:
+    if not (sentinels := sentinel_ids(tokenizer)):
         raise InputError("the tokenizer has no sentinels (<extra_id_0> ...): the model has no blanks to fill")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not set(ids) & set(sentinels):

@@ -11,8 +11,6 @@ a model sharded by accelerate is refused.
 The model is in the loop's mode from the beginning of a step to its last backward pass. In between it is dense, so that
 evaluations and predictions compare across steps, and after training until `set_mode` says otherwise. Nothing is hooked
 into the layers: where training was broken off in the middle of a step, `set_mode` counts too.
-
-Needs `accelerate`, as the Trainer itself does.
 """
 
 from __future__ import annotations

@@ -45,8 +45,7 @@ def restore_experts(folder: Path, model: nn.Module) -> bool:
             scaled outputs.
     """
     stored = _stored(folder)
-    described = descriptions(folder, stored)
-    if described:
+    if described := descriptions(folder, stored):
         try:
             _restore(model, described, stored)
         except (KeyError, TypeError, AttributeError, InputError) as error:

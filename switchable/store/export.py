@@ -114,8 +114,7 @@ def export(
         "weight_files": len(list(out.glob("*.safetensors"))),
         "bytes": sum(path.stat().st_size for path in out.glob("*tensors")),
     }
-    ssds = [layer.ssd for layer in layers_of(model)]
-    if ssds:
+    if ssds := [layer.ssd for layer in layers_of(model)]:
         facts["num_experts"] = ssds[0].num_experts
         facts["experts_per_token"] = [ssd.experts_per_token for ssd in ssds]
         facts |= {"why_dense": why_dense(model), "engines": engines(model)}

@@ -58,8 +58,7 @@ def verify(folder: Path, skip: str = "") -> str | None:
 
 def check_whole(folder: Path, skip: str = "") -> None:
     """Raise InputError if a folder is not what its manifest says; see `verify`."""
-    damage = verify(folder, skip)
-    if damage is not None:
+    if (damage := verify(folder, skip)) is not None:
         raise InputError(f"{folder} is damaged ({damage}); give another checkpoint, or write it again")
 
 
@@ -67,7 +66,6 @@ def _not_finite(paths: Iterable[Path]) -> str | None:
     """Look at one tensor at a time, each in a file opened anew: the files may be larger than the memory."""
     for path in paths:
         for name in sorted(TensorFile(path).names):
-            found = not_finite({name: TensorFile(path).mapped(name)})
-            if found is not None:
+            if (found := not_finite({name: TensorFile(path).mapped(name)})) is not None:
                 return found
     return None

@@ -52,8 +52,7 @@ class QuantisedModel(NamedTuple):
 
 def check_int8(model: nn.Module) -> None:
     """Raise InputError if a model is none that is decoded in 8 bits."""
-    reason = why_not(model)
-    if reason is not None:
+    if (reason := why_not(model)) is not None:
         raise InputError(
             f"weights=int8 is for models of our own decoding, and this one {reason}; use weights=bfloat16"
         )
@@ -79,8 +78,7 @@ def load_int8(folder: Path, mode: str = "dense", sampling: Sampling | None = Non
         return None
     kept = (place / FILE).is_file()
     check_whole(place, skip="*.safetensors" if kept else "")
-    tokenizer = load_tokenizer_of(place)
-    if tokenizer is not None:
+    if (tokenizer := load_tokenizer_of(place)) is not None:
         tokenizer = without_copies(tokenizer, place)
     give_back_freed_memory()
     if kept:

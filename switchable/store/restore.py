@@ -60,8 +60,7 @@ def restore_model(folder: Path, model: nn.Module, routers: bool = True) -> None:
     for tensors in (state, stored):
         for name in [name for name in tensors if name.endswith((DESCRIPTION, NEURON_IDS))]:
             del tensors[name]
-    strange = sorted(state.keys() ^ stored.keys())
-    if strange:
+    if strange := sorted(state.keys() ^ stored.keys()):
         missing = len(state.keys() - stored.keys())
         raise InputError(
             f"{folder} does not fit the model: {missing} tensors missing, {len(strange) - missing} unexpected, "

@@ -47,8 +47,7 @@ def _mean_series(series: Series, layers: list[int]) -> list[tuple[float, float]]
 def _sparsity(study: Study) -> str:
     series = study.series("activation_ratio")
     layers = list(range(1, study.num_layers)) or list(range(study.num_layers))
-    points = _mean_series(series, layers)
-    if not points:
+    if not (points := _mean_series(series, layers)):
         return ""
     first_layer = f"; in the first layer {_percent(series[0][1][-1])}" if study.num_layers > 1 else ""
     whose = "the layers behind the first" if study.num_layers > 1 else "the layer"

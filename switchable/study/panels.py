@@ -68,8 +68,7 @@ def flops(study: Study, picture: Picture, axes: Axes) -> None:
     _shade(study, axes)
     tell = "step {:,}: {:.3g} FLOPs spent".format
     picture.line(axes, steps, spent, tell, color=DENSE, marker=".", ms=3, lw=1.2, label="spent")
-    all_dense = study.summary.get("flops_all_dense")
-    if all_dense:
+    if all_dense := study.summary.get("flops_all_dense"):
         per_step = all_dense / study.summary["steps"]
         dense = [s * per_step for s in steps]
         axes.plot(steps, dense, color=TRAIN, ls="--", label="the same steps all dense")

@@ -62,8 +62,7 @@ def listed_sources(patterns: Sequence[str]) -> dict[int, Path]:
                 f"no such folder: {pattern!r}; give folders of checkpoints, e.g. --checkpoints out/step*"
             )
         folders += matched
-    models = [f for f in folders if (f / "config.json").is_file()]
-    if not models:
+    if not (models := [f for f in folders if (f / "config.json").is_file()]):
         raise InputError(
             f"none of {', '.join(patterns)} is a folder with a model (config.json); give folders of checkpoints in "
             "Hugging Face form"

@@ -44,8 +44,7 @@ def study_run(folder: Path, config: StudyConfig, progress: bool = False) -> Stud
         last = max((int(record["step"]) for record in study.metrics), default=0)
         so_far = f"it has written figures up to step {last}"
         study.problems.append(f"{folder} is not finished ({so_far}); shown is what there is so far")
-    sources = run_sources(run)
-    if not sources:
+    if not (sources := run_sources(run)):
         study.problems.append(f"{folder} has no checkpoints; shown is what the run itself has recorded")
         if not study.metrics:
             raise InputError(f"{folder} has neither checkpoints nor figures yet; try again later")

@@ -47,7 +47,6 @@ def tokens_of(model: nn.Module, batches: Sequence[Inputs], precision: Precision)
             f"{type(model).__name__} fails with the probe ({why}); give what the loop gives the model, by the names of "
             "its inputs and on its device"
         ) from error
-    idle = [layer.ssd.name for layer in layers if not tokens[layer]]
-    if idle:
+    if idle := [layer.ssd.name for layer in layers if not tokens[layer]]:
         raise InputError(f"the probe does not come to {idle[0]}; give one that goes through the whole model")
     return tokens[layers[0]]

@@ -41,8 +41,7 @@ def agree(store: Store, rank: int, world_size: int, seconds: float) -> str:
 
 def _lead(store: Store, world_size: int, name: str, wait: timedelta) -> str:
     store.set(ANNOUNCED, name)
-    words = [f"{name}/word/{r}" for r in range(1, world_size)]
-    if words:
+    if words := [f"{name}/word/{r}" for r in range(1, world_size)]:
         store.wait(words, wait)
     for key in words:
         store.set(f"{name}/answer/{store.get(key).decode()}", "")

@@ -162,15 +162,13 @@ def _choose_checkpoint(rundir: RunDir, name: str | None) -> int:
 
     InputError: there is none, the name is unknown, or it is damaged (the newest good one is named).
     """
-    steps = rundir.steps()
-    if not steps:
+    if not (steps := rundir.steps()):
         raise InputError(f"{rundir.path} holds no checkpoint; start the run again with --overwrite")
     names = {rundir.checkpoint(step).name: step for step in steps}
     if name is not None and name not in names:
         raise InputError(f"{rundir.path} has no checkpoint {name!r}; it has {', '.join(names)}")
     step = steps[-1] if name is None else names[name]
-    damage = folders.verify(rundir.checkpoint(step))
-    if damage is None:
+    if (damage := folders.verify(rundir.checkpoint(step))) is None:
         return step
     others = (rundir.checkpoint(other) for other in reversed(steps) if other != step)
     good = next((folder for folder in others if folders.verify(folder) is None), None)

@@ -35,8 +35,7 @@ class AMX:
     def configure(self, b: ir.IRBuilder) -> None:
         """Give the thread its tiles, which are zero."""
         kind, name = ir.ArrayType(_I8, len(CONFIGURATION)), "amx_configuration"
-        memory = b.module.globals.get(name)
-        if memory is None:
+        if (memory := b.module.globals.get(name)) is None:
             memory = ir.GlobalVariable(b.module, kind, name)
             memory.initializer = ir.Constant(kind, bytearray(CONFIGURATION))
             memory.global_constant, memory.linkage = True, "internal"

@@ -31,13 +31,11 @@ def usable(features: Mapping[str, bool]) -> set[str]:
     If the system refuses AMX's registers to this process, a warning is logged that says so.
     """
     names = {name for name in LEVELS if features.get(name) and not beyond_limit(name)}
-    if names >= TILES:
-        refusal = ask_for_tiles()
-        if refusal is not None:
-            names -= TILES
-            logging.getLogger(__name__).warning(
-                "bfloat16 is multiplied without AMX, since the system refuses its registers: %s", refusal
-            )
+    if names >= TILES and (refusal := ask_for_tiles()) is not None:
+        names -= TILES
+        logging.getLogger(__name__).warning(
+            "bfloat16 is multiplied without AMX, since the system refuses its registers: %s", refusal
+        )
     return names
 
 

@@ -201,8 +201,7 @@ def _in_threads(entry: int, record: int, threads: int) -> Callable[[], object]:
     call = functools.partial(ENTRY(entry), record)
     if threads <= 1:
         return call
-    parallel = _openmp()
-    if parallel is not None:
+    if (parallel := _openmp()) is not None:
         # torch's own threads: others would share the cores with those, which wait for work by spinning.
         return functools.partial(parallel, entry, record, threads, 0)
 

@@ -27,8 +27,7 @@ def _supports(call: ExpertCall) -> str | None:
     # On CUDA torch has a kernel for bfloat16 alone, else it waits and loops; traced, it takes no other type anywhere.
     narrow = call.x_TD.is_cuda or torch.compiler.is_compiling()
     dtypes = (torch.bfloat16,) if narrow else (torch.bfloat16, torch.float16, torch.float32)
-    reason = why_not_dtype(call, dtypes)
-    if reason is not None:
+    if (reason := why_not_dtype(call, dtypes)) is not None:
         return reason
     multiple = 16 // compute_dtype(call).itemsize  # torch wants rows of whole 16 bytes
     d_model, neurons = call.x_TD.shape[1], call.neurons

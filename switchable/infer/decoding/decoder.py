@@ -42,11 +42,9 @@ def why_not(model: nn.Module, mode: str = "dense") -> str | None:
         return "is not on the CPU"
     if why_not_in_memory(*(each for each in model.parameters() if each.device.type == "cpu")):
         return "has weights that are no plain tensors"
-    reason = why_no_family(model)
-    if reason is not None:
+    if (reason := why_no_family(model)) is not None:
         return reason
-    found = ffns_of(model, parts_of(model))
-    if found is None:
+    if (found := ffns_of(model, parts_of(model))) is None:
         return "has FFNs that its family does not have"
     for each in found:
         if mode == "sparse" and not each.is_compiled:
@@ -135,8 +133,7 @@ class Decoder:
     @torch.inference_mode()
     def next(self, ids_B: Tensor) -> Tensor:
         """Return the logits [B, V] after one token more of each sequence."""
-        chain = self._chain_for(len(ids_B))
-        if chain is None:
+        if (chain := self._chain_for(len(ids_B))) is None:
             return self._step(ids_B.unsqueeze(1))
         x_BD, angles, place = self._embedded(ids_B), None, self.seen
         index = place if self.pads is None else place - self.pads
@@ -208,6 +205,5 @@ def _check_widths(parts: Parts, ffns: list[FFNParts]) -> None:
     widths = {parts.tokens.weight.shape[1], parts.heads * parts.head_dim}
     widths |= {d_in(each.down) for each in ffns if not each.is_compiled}
     for width in sorted(widths):
-        reason = why_no_loops(width, torch.float32)
-        if reason is not None:
+        if (reason := why_no_loops(width, torch.float32)) is not None:
             raise InputError(f"weights=int8 {reason}; use weights=bfloat16 or float32")

@@ -62,8 +62,7 @@ class FFNParts(NamedTuple):
 
 def ffns_of(model: nn.Module, parts: Parts) -> list[FFNParts] | None:
     """Return the FFNs of a model's layers; None where they are not what their family's usually are."""
-    layers = layers_of(model)
-    if layers:
+    if layers := layers_of(model):
         if len(layers) != len(parts.blocks) or any(layer.ssd.settings.family.fused for layer in layers):
             return None
         ssds = [layer.ssd for layer in layers]
@@ -145,8 +144,7 @@ class ByNeuron:
     def call_for(self, tokens: int) -> DecodeCall:
         """Return that call."""
         key = (tokens, *self.mode(), torch.get_num_threads())
-        call = self.calls.get(key)
-        if call is None:
+        if (call := self.calls.get(key)) is None:
             call = self.calls[key] = self._prepared(tokens, *self.mode())
         return call
 
@@ -193,8 +191,7 @@ class ByNeuron:
         assert self.router is not None
         no_ids_TK = torch.empty(0, chosen, dtype=torch.int64)
         call = ExpertCall(x_wide, weights, no_ids_TK, self.experts, self.activation, mass < 1)
-        prefill = prepare_prefill(call, self.router, self.bias_D, mass=mass)
-        if prefill is not None:
+        if (prefill := prepare_prefill(call, self.router, self.bias_D, mass=mass)) is not None:
             return add_TD + prefill(x_wide)
         ids_TK = top_experts(linear(x_TD, *self.router), chosen, mass)
         y_TD = expert_ffn(call._replace(expert_ids_TK=ids_TK))

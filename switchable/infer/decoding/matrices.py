@@ -86,8 +86,7 @@ class Matrix:
     def call_for(self, tokens: int, *, adds: bool = False) -> LinearCall:
         """Return the call of our loops for so many tokens, at most `most`."""
         key = (tokens, torch.get_num_threads(), adds)
-        call = self.calls.get(key)
-        if call is None:
+        if (call := self.calls.get(key)) is None:
             call = LinearCall(tokens, *self.weight, self.bias_N, adds=adds, norm=self.norm)
             self.calls[key] = call
         return call

@@ -93,8 +93,7 @@ def _one_token(call: ExpertCall, x_D: Tensor, ids_K: Tensor) -> Tensor:
     else:
         hidden_N = hidden_N.relu_() if activation == "relu" else activation_named(activation)(hidden_N)
     down_FD = weights.down_FD.detach()  # a parameter would make embedding_bag prepare a backward all the same
-    picked_ND = _gathered(down_FD, ids_K, experts, COPIED_DOWN_BYTES)
-    if picked_ND is not None:
+    if (picked_ND := _gathered(down_FD, ids_K, experts, COPIED_DOWN_BYTES)) is not None:
         return torch.mv(picked_ND.t(), hidden_N)
     neurons = len(hidden_N) // len(ids_K)
     rows = torch.add(ids_K.unsqueeze(1) * neurons, torch.arange(neurons, device="cpu")).view(-1)
@@ -110,8 +109,7 @@ def _project(
     x_D: Tensor, matrix_FD: Tensor, bias_F: Tensor | None, ids_K: Tensor, num_experts: int
 ) -> Tensor:
     """Return x · matrixᵀ + bias for the neurons of the experts chosen."""
-    picked_ND = _gathered(matrix_FD, ids_K, num_experts, COPIED_UP_BYTES)
-    if picked_ND is not None:
+    if (picked_ND := _gathered(matrix_FD, ids_K, num_experts, COPIED_UP_BYTES)) is not None:
         if bias_F is None:
             return torch.mv(picked_ND, x_D)
         return torch.addmv(bias_F.view(num_experts, -1).index_select(0, ids_K).view(-1), picked_ND, x_D)

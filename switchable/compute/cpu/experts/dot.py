@@ -51,8 +51,7 @@ def dot_stages(loops: Loops, w: Writer, name: str) -> tuple[Stage, Stage]:
     A part's name may also have "square", of what ReLU gave, and "times", with what stands in `act`.
     """
     once, packing = not name.endswith(BY_CHUNK), loops.packing
-    reorder = loops.module.globals.get("reorder_expert")
-    if reorder is None:
+    if (reorder := loops.module.globals.get("reorder_expert")) is None:
         own_writer = loops.writer("reorder_expert", [POINTER, POINTER])
         write_reorder(own_writer, packing)
         reorder = own_writer.function
