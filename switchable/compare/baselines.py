@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from switchable.compute.call import Rounded
 from switchable.compute.cpu.topk import top_experts
 from switchable.ffn.attached import attach_loss
 from switchable.ffn.layer import SwitchableFFN
@@ -149,7 +150,7 @@ class MixtureFFN(_ScaledFFN):
     has_dense_mode: ClassVar[bool] = False
     router_passes: ClassVar[float] = 3.0
 
-    def _mixed(self, x_TD: Tensor) -> Tensor:
+    def _mixed(self, x_TD: Tensor, _rounded: Rounded | None = None, /) -> Tensor:
         scores_TE = self.router(x_TD)  # the output depends on x through the gates too
         chosen = self.ssd.experts_per_token
         ids_TK = top_experts(scores_TE, chosen)
@@ -165,9 +166,9 @@ class PaperFFN(_ScaledFFN):
 
     router_passes: ClassVar[float] = 2.0
 
-    def _mixed(self, x_TD: Tensor) -> Tensor:
+    def _mixed(self, x_TD: Tensor, rounded: Rounded | None = None, /) -> Tensor:
         if not self._trains:
-            return super()._mixed(x_TD)
+            return super()._mixed(x_TD, rounded)
         scores_TE = self.router(x_TD.detach())
         ids_TK = top_experts(scores_TE, self.ssd.experts_per_token)
         p_TK = scores_TE.gather(-1, ids_TK).softmax(dim=-1)

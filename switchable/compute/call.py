@@ -10,7 +10,7 @@ Shapes: T tokens, D d_model, E experts, F d_ff, I = F/E neurons per expert, K ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,11 @@ class FFNWeights:
     gate_bias_F: Tensor | None = None
     """Bias of the gate projection."""
 
+    def to(self, dtype: torch.dtype) -> FFNWeights:
+        """The weights in another dtype."""
+        own = {name: each.to(dtype) for name, each in vars(self).items() if each is not None}
+        return replace(self, **own)
+
     def part(self, own: slice) -> FFNWeights:
         """The weights of some neurons."""
         rest = (self.up_bias_F, self.gate_FD, self.gate_bias_F)
@@ -69,6 +74,13 @@ class FFNWeights:
         return tuple(tensor for tensor in own if tensor is not None)
 
 
+class Rounded(NamedTuple):
+    """The numbers of a call in the dtype that it computes in, without gradients."""
+
+    x_TD: Tensor
+    weights: FFNWeights
+
+
 class ExpertCall(NamedTuple):
     """y_TD, to be computed, without the bias of the output projection."""
 
@@ -84,6 +96,8 @@ class ExpertCall(NamedTuple):
     """A name in transformers' `ACT2FN`."""
     ragged: bool = False
     """Whether tokens may have fewer than K experts: num_experts then stands for none, any number of times."""
+    rounded: Rounded | None = None
+    """If they are at hand: a backend need not round them once more."""
 
     @property
     def neurons(self) -> int:

@@ -13,14 +13,13 @@ Shapes: B batch, S sequence, T = B·S tokens, D d_model, F d_ff, E experts, K ex
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from switchable.compute.call import ExpertCall
+from switchable.compute.call import ExpertCall, Rounded
 from switchable.compute.choose import expert_ffn
 from switchable.compute.cpu.topk import top_experts
 from switchable.compute.eager import eager
@@ -121,14 +120,30 @@ class SwitchableFFN(nn.Module):
             check_plain(self.ssd)
         if self.ssd.estimates and self._trains:
             return self._sparse_by_estimate(x_BSD)
-        y_BSD = self._whole(self._mixed(x_BSD.reshape(-1, self.ssd.d_model)), x_BSD)
-        if self.ssd.router_learns and self._trains:
+        ssd, x_TD = self.ssd, x_BSD.reshape(-1, self.ssd.d_model)
+        rounded = self._rounded(x_TD)
+        y_BSD = self._whole(self._mixed(x_TD, rounded), x_BSD)
+        if ssd.router_learns and self._trains:
             # A few tokens compute all neurons, forward only, so that the router keeps up between dense steps.
-            seen = x_BSD[..., :: stride(SPARSE_TOKEN_FRACTION), :].detach().contiguous()
+            every = stride(SPARSE_TOKEN_FRACTION)
+            seen = x_BSD[..., ::every, :].detach().contiguous()
             with torch.no_grad():
-                hidden = self.ssd.activations(seen)
+                if rounded is None:
+                    hidden = ssd.activations(seen)
+                else:
+                    own = rounded.x_TD.view(x_BSD.shape)[..., ::every, :].contiguous()
+                    hidden = rounded.weights.activations(own, ssd.settings.activation)
             y_BSD = self._taught(y_BSD, seen, hidden)
         return y_BSD
+
+    def _rounded(self, x_TD: Tensor) -> Rounded | None:
+        """Round input and weights as autocast does, once for the experts, their choice and what the router learns."""
+        half = x_TD.is_cpu and x_TD.dtype != torch.float64 and torch.is_autocast_enabled("cpu")
+        if not (half and self._trains and self.ssd.router_learns) or self.ssd.own_forwards:
+            return None
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.no_grad():
+            return Rounded(x_TD.to(dtype), self.ssd.weights.to(dtype))
 
     def _sparse_by_estimate(self, x_BSD: Tensor) -> Tensor:
         """Return the output of the experts that have most mass by products in 8 bits; the router learns that mass."""
@@ -148,24 +163,24 @@ class SwitchableFFN(nn.Module):
             y_TD = y_TD.add_(bias.to(y_TD.dtype))  # new memory: nobody else has it
         return y_TD.view(x_BSD.shape)
 
-    def _mixed(self, x_TD: Tensor) -> Tensor:
+    def _mixed(self, x_TD: Tensor, rounded: Rounded | None = None, /) -> Tensor:
         """Return the sum of what each token's experts write, without the bias of the output projection.
 
         The output depends on x through the experts alone: which ones are chosen is piecewise constant. So the gradient
         of x is that of the function computed, and with all experts on that of the dense layer.
         """
         with torch.no_grad():
-            ids_TK = _chosen(self.ssd, self.router(x_TD.detach()), self.ssd.mass)
-        return self._experts(x_TD, ids_TK)
+            seen_TD = x_TD.detach() if rounded is None else rounded.x_TD
+            ids_TK = _chosen(self.ssd, self.router(seen_TD), self.ssd.mass)
+        return self._experts(x_TD, ids_TK, rounded)
 
-    def _experts(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+    def _experts(self, x_TD: Tensor, ids_TK: Tensor, rounded: Rounded | None = None) -> Tensor:
         ssd = self.ssd
         weights, dtype = ssd.weights, ssd.down_projection.weight.dtype
         if dtype != x_TD.dtype and not torch.is_autocast_enabled(x_TD.device.type):
-            cast = {name: each.to(x_TD.dtype) for name, each in vars(weights).items() if each is not None}
-            weights = replace(weights, **cast)
+            weights = weights.to(x_TD.dtype)
         call = ExpertCall(
-            x_TD, weights, ids_TK, ssd.num_experts, ssd.settings.activation, ragged=ssd.mass < 1
+            x_TD, weights, ids_TK, ssd.num_experts, ssd.settings.activation, ssd.mass < 1, rounded
         )
         if self.training and ssd.hidden_dropout:
             y_TD = reference(call, ssd.hidden_dropout)  # the only one that drops out between the projections

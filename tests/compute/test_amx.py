@@ -167,8 +167,8 @@ def test_four_tiles_are_read_for_four_products_and_nothing_else(
         products = block.count("tdpbf16ps")
         assert products in (2, 4)  # of one row of tiles and of two
         assert block.count("tileloadd") == {2: 3, 4: 4}[products]
-        moves = [line for line in block.splitlines() if "mov" in line and "(" in line]
-        assert not moves, moves  # from or to memory: a spill
+        spills = [line for line in block.splitlines() if "mov" in line and re.search(r"\(%r[bs]p\)", line)]
+        assert not spills, spills  # what `dot` copies of the next rows has addresses of its own
     assert any(block.count("tdpbf16ps") == 4 for block in inner)
     assert "vdpbf16ps" not in text
     assert text.count("ldtilecfg") == text.count("tilerelease") == (8 if gated else 6)

@@ -13,7 +13,6 @@ from support import relative_error
 
 from switchable.compute.cpu import limits, tasks
 from switchable.compute.cpu.experts import fused, packing
-from switchable.compute.cpu.experts import library as fused_library
 from switchable.compute.cpu.experts.dot import MOST_VECTORS
 from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.llvm import Machine
@@ -133,7 +132,7 @@ def test_threads_and_chunks_change_no_bit(
         (2, 100, False),
     ):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(fused_library, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(Packing, "chunk_tokens", chunk)
         if not openmp:
             monkeypatch.setattr(tasks, "_openmp", lambda: None)
         got = outcome(problem(case), "fused")

@@ -14,7 +14,6 @@ from llvmlite import ir
 
 from switchable.compute.cpu import code, llvm, tasks
 from switchable.compute.cpu.code import Code
-from switchable.compute.cpu.experts import library as fused_library
 from switchable.compute.cpu.experts.dot import _split
 from switchable.compute.cpu.experts.library import Library, library
 from switchable.compute.cpu.experts.packing import Packing
@@ -25,7 +24,7 @@ pytestmark = needs_instructions
 
 
 def test_pairs_stand_by_chunk_and_then_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_library, "CHUNK_TOKENS", 2)
+    monkeypatch.setattr(Packing, "chunk_tokens", 2)
     loops = library(16, 4, torch.float32, HERE)
     pairs = loops.sort(torch.tensor([[2, 0], [0, 1], [1, 2]]), 3)
     assert pairs.chunks == 2

@@ -38,6 +38,7 @@ CASES = {
     "experts of 12": replace(PLAIN, neurons=12, bias=False),
     "experts of 52": replace(PLAIN, neurons=52),
     "several chunks": replace(PLAIN, tokens=1301),
+    "experts with hundreds of tokens": replace(PLAIN, tokens=701, neurons=52, experts=4),
     "hardly a tile of tokens": replace(PLAIN, tokens=9),
     "one expert": replace(PLAIN, experts=1, chosen=1),
     "all experts": replace(PLAIN, chosen=8),

@@ -14,9 +14,8 @@ from support import relative_error, threads
 from torch import Tensor
 
 from switchable.compute.cpu.experts import fused
-from switchable.compute.cpu.experts import library as fused_library
 from switchable.compute.cpu.experts.fused import prepare_prefill
-from switchable.compute.cpu.experts.packing import multiplied
+from switchable.compute.cpu.experts.packing import Packing, multiplied
 from switchable.compute.cpu.experts.prefill import Prefill
 from switchable.compute.cpu.llvm import Machine, this_machine
 
@@ -118,7 +117,7 @@ def test_threads_and_chunks_change_no_bit(dtype: torch.dtype, monkeypatch: pytes
     assert alone is not None
     for count in (1, 2, 3, 5):
         for most in (512, 20, 7):
-            monkeypatch.setattr(fused_library, "CHUNK_TOKENS", most)
+            monkeypatch.setattr(Packing, "chunk_tokens", most)
             again = routed(case, (router[0], router[1]), start_D, count=count)
             assert again is not None
             assert torch.equal(again, alone), (count, most)

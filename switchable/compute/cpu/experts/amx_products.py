@@ -20,9 +20,9 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from switchable.compute.cpu.amx import ROWS
-from switchable.compute.cpu.experts.kernels import Loops
+from switchable.compute.cpu.experts.kernels import AHEAD, Loops
 from switchable.compute.cpu.experts.reorder import transpose
-from switchable.compute.cpu.llvm import I32, Index, Writer
+from switchable.compute.cpu.llvm import I1, I32, I64, POINTER, Index, Writer, i64
 
 BLOCK = 2 * ROWS
 """Rows, and columns, of a product."""
@@ -40,48 +40,21 @@ class Words(NamedTuple):
     """Words from one to the next."""
 
 
+class Kept(NamedTuple):
+    """Sums of 32 rows by 32 columns, which several calls may add to."""
+
+    address: ir.Value
+    new: ir.Value
+    """Whether this call is the first: sums begin with zero, whatever the memory holds."""
+    last: ir.Value
+
+
 class Blocks:
     """Writes products into a function."""
 
     def __init__(self, loops: Loops, w: Writer):
         assert loops.amx is not None
-        self.loops, self.amx, self.w, self.sums = loops, loops.amx, w, w.scratch(BLOCK * BLOCK)
-
-    def each(
-        self,
-        count: ir.Value,
-        width: int,
-        source: Callable[[ir.Value], ir.Value],
-        words: int,
-        body: Callable[[ir.Value, ir.Value, Words], None],
-    ) -> None:
-        """Copy up to 32 rows at a time side by side, and do something with them.
-
-        Args:
-            count: of rows.
-            width: words of a copied row; those after its own are zero.
-            source: the address of a row.
-            words: its own.
-            body: is given the first row's number, how many there are, and the copies.
-        """
-        w, memory = self.w, self.w.scratch(BLOCK * width)
-        if width > words:
-            w.range(0, BLOCK * width, ROWS, lambda word: w.store(w.zero(), w.at(memory, word)))
-
-        def block(i: ir.Value) -> None:
-            def copy(r: ir.Value) -> None:
-                own, target = source(w.add(i, r)), w.at(memory, w.mul(r, width))
-
-                def part(word: ir.Value, lanes: int) -> None:
-                    w.store(w.load(w.at(own, word), w.vector_of(lanes)), w.at(target, word))
-
-                w.tiles(words, self.loops.tails, part)
-
-            many = w.minimum(w.sub(count, i), BLOCK)
-            w.each(many, copy)
-            body(i, many, Words(memory, width))
-
-        w.range(0, count, BLOCK, block)
+        self.amx, self.w, self.sums = loops.amx, w, w.scratch(BLOCK * BLOCK)
 
     def multiply(
         self,
@@ -91,6 +64,8 @@ class Blocks:
         rows: ir.Value,
         finish: Callable[[ir.Value, int, ir.Value], None],
         panels: int = 2,
+        kept: Kept | None = None,
+        beside: Callable[[ir.Value], None] = lambda _: None,
     ) -> None:
         """Multiply up to 32 rows with one or two panels.
 
@@ -99,50 +74,40 @@ class Blocks:
             right: panels.
             steps: of 16 words.
             rows: how many results are wanted.
-            finish: is given a row's number, a panel's, and the vector of their sums.
+            finish: is given a row's number, a panel's, and the vector of their sums, by the last call.
             panels: how many.
+            kept: the sums; none if this is the only call.
+            beside: what is done in each step while tiles are multiplied, if there are more than 16 rows.
         """
-        w = self.w
+        w, own = self.w, kept or Kept(self.sums, I1(1), I1(1))
         with w.b.if_else(w.compare(rows, ">", ROWS)) as (two, one):
             with two:
-                self._sum(left, right, steps, 2, panels)
+                self._sum(left, right, steps, 2, panels, own, beside)
             with one:
-                self._sum(left, right, steps, 1, panels)
+                self._sum(left, right, steps, 1, panels, own, lambda _: None)
 
         def row(r: ir.Value) -> None:
             for panel in range(panels):
-                finish(r, panel, w.load(w.at(self.sums, w.add(w.mul(r, BLOCK), panel * ROWS))))
+                finish(r, panel, w.load(w.at(own.address, w.add(w.mul(r, BLOCK), panel * ROWS))))
 
-        w.each(rows, row)
+        with w.b.if_then(own.last):
+            w.each(rows, row)
 
-    def add(
-        self,
-        left: Words,
-        right: Words,
-        steps: Index,
-        rows: ir.Value,
-        place: Callable[[ir.Value], ir.Value],
-        new: ir.Value | None = None,
-    ) -> None:
-        """Add products to what stands at the place of each row, which is asked for before; to zero if it is `new`."""
-        w = self.w
-
-        def put(r: ir.Value, panel: int, sums: ir.Value) -> None:
-            address = w.at(place(r), panel * ROWS)
-            before = w.load(address)
-            # New memory may hold NaNs: a select ignores them, a product with 0 would not.
-            before = before if new is None else w.b.select(new, w.zero(), before)
-            w.store(w.b.fadd(before, sums), address)
-
-        w.each(rows, lambda r: w.prefetch(place(r), 2))
-        self.multiply(left, right, steps, rows, put)
-
-    def _sum(self, left: Words, right: Words, steps: Index, high: int, wide: int) -> None:
+    def _sum(
+        self, left: Words, right: Words, steps: Index, high: int, wide: int, kept: Kept,
+        beside: Callable[[ir.Value], None],
+    ) -> None:  # fmt: skip
         """Multiply and add up, `high` tiles of rows by `wide` panels."""
         amx, w, b = self.amx, self.w, self.w.b
         tiles = [(2 * r + panel, r, panel) for r in range(high) for panel in range(wide)]
-        for total, _, _ in tiles:
-            amx.zero(b, total)
+        places = [w.at(kept.address, r * ROWS * BLOCK + panel * ROWS) for _, r, panel in tiles]
+        with b.if_else(kept.new) as (from_zero, from_memory):
+            with from_zero:
+                for total, _, _ in tiles:
+                    amx.zero(b, total)
+            with from_memory:
+                for (total, _, _), place in zip(tiles, places, strict=True):
+                    amx.load(b, total, place, WORD * BLOCK)
 
         def step(number: ir.Value) -> None:
             for r in range(high):
@@ -153,79 +118,139 @@ class Blocks:
                 amx.load(b, RIGHT + panel, address, WORD * ROWS)
             for total, r, panel in tiles:
                 amx.multiply_add(b, total, LEFT + r, RIGHT + panel)
+            beside(number)
 
         w.each(steps, step)
-        for total, r, panel in tiles:
-            amx.store(b, total, w.at(self.sums, r * ROWS * BLOCK + panel * ROWS), WORD * BLOCK)
+        for (total, _, _), place in zip(tiles, places, strict=True):
+            amx.store(b, total, place, WORD * BLOCK)
 
 
 def dot_by_amx(loops: Loops, w: Writer, finish: Callable[[ir.Value, ir.Value, Index], None]) -> None:
-    """Multiply an expert's tokens with its neurons; `finish` is given sums, their row and first neuron."""
+    """Multiply an expert's tokens with its neurons; `finish` is given sums, their row and first neuron.
+
+    While 32 tokens are multiplied the next ones' rows are copied, a part of each row in a step.
+    """
     count, tokens, x, packed = w.arguments[:4]
     blocks, width = Blocks(loops, w), loops.words_D
     whole = loops.I // BLOCK * BLOCK
     rest = [min(ROWS, loops.I - neuron) for neuron in range(whole, loops.I, ROWS)]
+    own_rows = -(-BLOCK // -(-loops.I // BLOCK))  # that are copied while a block of neurons is multiplied
+    copied = BLOCK + own_rows % BLOCK  # the last ones are nobody's
+    memory, next_rows = w.scratch(2 * copied * width), w.scratch(copied, I64)
 
-    def block(i: ir.Value, many: ir.Value, rows: Words) -> None:
+    def copy(row: ir.Value, r: ir.Value, word: ir.Value, target: ir.Value) -> None:
+        w.store(w.load(w.at(row, word)), w.at(target, w.add(w.mul(r, width), word)))
+
+    def first(r: ir.Value) -> None:
+        row = loops.row(w, x, tokens, r, words=width)
+        w.range(0, width, ROWS, lambda word: copy(row, r, word, memory))
+
+    def block(i: ir.Value) -> None:
+        odd = w.b.and_(w.div(i, BLOCK), I64(1))
+        ours, others = (w.at(memory, w.mul(which, copied * width)) for which in (odd, w.sub(1, odd)))
+        many = w.minimum(w.sub(count, i), BLOCK)
+
+        def find(r: ir.Value) -> None:
+            later = w.minimum(w.add(i, w.add(r, BLOCK)), w.sub(count, 1))
+            row = loops.row(w, x, tokens, later, words=width)
+            w.b.store(w.b.ptrtoint(row, I64), w.at(next_rows, r, I64))
+
         def columns(neuron: Index, lanes: list[int]) -> None:
             def put(r: ir.Value, panel: int, sums: ir.Value) -> None:
                 present = sums if lanes[panel] == ROWS else w.shuffle(sums, range(lanes[panel]))
                 finish(present, w.add(i, r), w.add(neuron, panel * ROWS))
 
-            right = Words(w.at(packed, w.mul(neuron, width)), ROWS * width)
-            blocks.multiply(rows, right, width // ROWS, many, put, len(lanes))
+            def beside(step: ir.Value) -> None:
+                own = w.minimum(w.mul(w.div(neuron, BLOCK), own_rows), BLOCK)
+                for r in (w.add(own, further) for further in range(own_rows)):
+                    row = w.b.inttoptr(w.integer(w.at(next_rows, r, I64), I64), POINTER)
+                    copy(row, r, w.mul(step, ROWS), others)
 
+            right = Words(w.at(packed, w.mul(neuron, width)), ROWS * width)
+            rows, steps = Words(ours, width), width // ROWS
+            blocks.multiply(rows, right, steps, many, put, len(lanes), beside=beside)
+
+        w.each(copied, find)
         w.range(0, whole, BLOCK, lambda neuron: columns(neuron, [ROWS, ROWS]))
         if rest:
             columns(whole, rest)
 
-    blocks.each(count, width, lambda i: loops.row(w, x, tokens, i, words=width), width, block)
+    w.each(w.minimum(count, BLOCK), first)
+    w.range(0, count, BLOCK, block)
 
 
 def scatter_by_amx(loops: Loops, w: Writer) -> None:
     """Add an expert's part to its tokens' rows."""
     count, tokens, y, weights, z = w.arguments
     blocks, width, words = Blocks(loops, w), loops.packing.scatter_words, loops.words_I
+    memory = w.scratch(BLOCK * width)
+    if width > words:
+        w.range(0, BLOCK * width, ROWS, lambda word: w.store(w.zero(), w.at(memory, word)))
 
-    def block(i: ir.Value, many: ir.Value, rows: Words) -> None:
+    def copy(own: ir.Value, r: ir.Value) -> None:
+        def part(word: ir.Value, lanes: int) -> None:
+            place = w.at(memory, w.add(w.mul(r, width), word))
+            w.store(w.load(w.at(own, w.add(w.mul(r, words), word)), w.vector_of(lanes)), place)
+
+        w.tiles(words, loops.tails, part)
+
+    def block(i: ir.Value) -> None:
+        many, own = w.minimum(w.sub(count, i), BLOCK), w.at(z, w.mul(i, words))
+        # Values stand side by side. They are copied to be filled up: to whole words, or where other rows follow none.
+        as_they_are = w.compare(many, "==", BLOCK) if width == words else I1(0)
+        with w.b.if_then(w.b.not_(as_they_are)):
+            w.each(many, lambda r: copy(own, r))
+        rows = Words(w.b.select(as_they_are, own, memory), width)
+
         def columns(d: ir.Value) -> None:
             def place(r: ir.Value) -> ir.Value:
                 return w.at(loops.row(w, y, tokens, w.add(i, r), words=loops.D), d)
 
+            def add(r: ir.Value, panel: int, sums: ir.Value) -> None:
+                address = w.at(place(r), panel * ROWS)
+                w.store(w.b.fadd(w.load(address), sums), address)
+
             right = Words(w.at(weights, w.mul(d, width)), ROWS * width)
-            blocks.add(rows, right, width // ROWS, many, place)
+            w.each(many, lambda r: w.prefetch(place(r), 2))
+            blocks.multiply(rows, right, width // ROWS, many, add)
 
         w.range(0, loops.D, BLOCK, columns)
 
-    blocks.each(count, width, lambda i: w.at(z, w.mul(i, words)), words, block)
+    w.range(0, count, BLOCK, block)
     w.b.ret_void()
 
 
 def weights_by_amx(loops: Loops, w: Writer) -> None:
     """Add the products of tokens to some columns of their expert's gradient; to zero if the gradient is `new`."""
-    count, places, tokens, x, gradient, z, words, start, stop, new = w.arguments
-    most = loops.packing.gradient_tokens // 2
-    blocks, panels = Blocks(loops, w), w.scratch(most * BLOCK)
+    count, places, tokens, x, gradient, z, words, kept, start, stop, new, last = w.arguments
+    most, apart = loops.packing.gradient_tokens // 2, loops.packing.gradient_stride
+    blocks, panels = Blocks(loops, w), w.at(kept, loops.packing.gradient_kept)
+    x_rows, z_rows = (w.scratch(2 * most + AHEAD, I64) for _ in range(2))
+    nothing = w.scratch(-(-max(loops.words_D, loops.I) // ROWS) * ROWS)
     steps = w.div(w.add(count, BLOCK - 1), BLOCK)
 
-    def pair(i: ir.Value, address: Callable[[ir.Value], ir.Value], lanes: int) -> ir.Value:
-        """Words of the tokens 2i and 2i + 1, zero for one that is not there."""
-        first, second = w.mul(i, 2), w.add(w.mul(i, 2), 1)
-        left, right = (address(w.minimum(own, w.sub(count, 1))) for own in (first, second))
-        both = loops.pair_up(w, left, right, lanes, w.compare(second, ">=", count))
-        return w.b.select(w.compare(first, ">=", count), w.zero(both.type), both)
+    def find(i: ir.Value) -> None:
+        """Note where a token's input and values are; what fills the last step up is zero."""
+        there = w.compare(i, "<", count)
+        own = w.b.select(there, i, i64(0))
+        z_row = loops.at_z(w, z, w.mul(w.integer(w.at(places, own, I32)), loops.I))
+        for table, row in ((x_rows, loops.row(w, x, tokens, own, words=loops.words_D)), (z_rows, z_row)):
+            w.b.store(w.b.ptrtoint(w.b.select(there, row, nothing), I64), w.at(table, i, I64))
+
+    def row(table: ir.Value, i: ir.Value) -> ir.Value:
+        return w.b.inttoptr(w.integer(w.at(table, i, I64), I64), POINTER)
+
+    def pair(table: ir.Value, i: ir.Value, first: Index, numbers: int) -> ir.Value:
+        """Words of the tokens 2i and 2i + 1."""
+        left, right = (loops.at_z(w, row(table, w.add(w.mul(i, 2), own)), first) for own in range(2))
+        return loops.pair_up(w, left, right, numbers)
 
     def values(step: ir.Value, j: Index, lanes: int) -> None:
         """Transpose the values that some neurons have for 32 tokens."""
-
-        def at_value(own: ir.Value) -> ir.Value:
-            place = w.integer(w.at(places, own, I32))
-            return loops.at_z(w, z, w.add(w.mul(place, loops.I), j))
-
-        table = [pair(w.add(w.mul(step, ROWS), r), at_value, lanes) for r in range(ROWS)]
-        full = [w.shuffle(row, [min(lane, lanes - 1) for lane in range(ROWS)]) for row in table]
-        for r, row in enumerate(transpose(w, full, 1)):
-            w.store(row, w.at(words, w.add(w.mul(w.add(j, r), most), w.mul(step, ROWS))))
+        table = [pair(z_rows, w.add(w.mul(step, ROWS), r), j, lanes) for r in range(ROWS)]
+        full = [w.shuffle(words, [min(lane, lanes - 1) for lane in range(ROWS)]) for words in table]
+        for r, line in enumerate(transpose(w, full, 1)):
+            w.store(line, w.at(words, w.add(w.mul(w.add(j, r), apart), w.mul(step, ROWS))))
 
     def step_values(step: ir.Value) -> None:
         whole = loops.I // ROWS * ROWS
@@ -233,29 +258,43 @@ def weights_by_amx(loops: Loops, w: Writer) -> None:
         if whole < loops.I:
             values(step, whole, loops.I - whole)
 
-    def columns(d: ir.Value) -> None:
-        def at_x(own: ir.Value) -> ir.Value:
-            address = loops.at_z(w, loops.row(w, x, tokens, own, words=loops.words_D), d)
-            w.prefetch(w.at(address, ROWS), 1)  # the next columns
-            return address
+    def inputs(i: ir.Value) -> None:
+        """Pair up two tokens' rows: read at once, as they may come from far away."""
 
-        def inputs(i: ir.Value) -> None:
-            both = pair(i, at_x, BLOCK)
+        def part(d: ir.Value) -> None:
+            for own in range(2):
+                w.prefetch(loops.at_z(w, row(x_rows, w.add(w.mul(i, 2), own + AHEAD)), d), 1)
+            both = pair(x_rows, i, d, BLOCK)
             for panel in range(2):
-                own = w.shuffle(both, range(panel * ROWS, (panel + 1) * ROWS))
-                w.store(own, w.at(panels, w.mul(w.add(i, panel * most), ROWS)))
+                half = w.shuffle(both, range(panel * ROWS, (panel + 1) * ROWS))
+                place = w.mul(w.add(w.sub(d, start), panel * ROWS), most)
+                w.store(half, w.at(panels, w.add(place, w.mul(i, ROWS))))
+
+        w.range(start, stop, BLOCK, part)
+
+    def columns(d: ir.Value) -> None:
+        own_panels = Words(w.at(panels, w.mul(w.sub(d, start), most)), ROWS * most)
 
         def neurons(j: ir.Value) -> None:
+            at_once = w.b.and_(new, last)
+            own = w.b.select(at_once, blocks.sums, w.at(kept, w.add(w.mul(j, loops.D), w.mul(d, BLOCK))))
+            left, rows = Words(w.at(words, w.mul(j, apart)), apart), w.minimum(w.sub(loops.I, j), BLOCK)
+
             def place(r: ir.Value) -> ir.Value:
                 return w.at(gradient, w.add(w.mul(w.add(j, r), loops.D), d))
 
-            left = Words(w.at(words, w.mul(j, most)), most)
-            rows = w.minimum(w.sub(loops.I, j), BLOCK)
-            blocks.add(left, Words(panels, ROWS * most), steps, rows, place, new)
+            def put(r: ir.Value, panel: int, sums: ir.Value) -> None:
+                w.store(sums, w.at(place(r), panel * ROWS))
 
-        w.each(w.mul(steps, ROWS), inputs)
+            with w.b.if_then(last):
+                w.each(rows, lambda r: w.prefetch(place(r), 2))
+            blocks.multiply(left, own_panels, steps, rows, put, kept=Kept(own, new, last))
+
         w.range(0, loops.I, BLOCK, neurons)
 
+    w.range(0, max(loops.words_D, loops.I), ROWS, lambda word: w.store(w.zero(), w.at(nothing, word)))
+    w.each(w.add(w.mul(steps, BLOCK), AHEAD), find)
+    w.each(w.mul(steps, ROWS), inputs)
     w.each(steps, step_values)
     w.range(start, stop, BLOCK, columns)
     w.b.ret_void()

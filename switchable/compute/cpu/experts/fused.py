@@ -69,7 +69,7 @@ def _filled_up(call: ExpertCall, missing: int) -> ExpertCall:
     own, more = call.weights, (0, missing)
     gate_FD = None if own.gate_FD is None else pad(own.gate_FD, more)
     weights = replace(own, up_FD=pad(own.up_FD, more), down_FD=pad(own.down_FD, more), gate_FD=gate_FD)
-    return call._replace(x_TD=pad(call.x_TD, more), weights=weights)
+    return call._replace(x_TD=pad(call.x_TD, more), weights=weights, rounded=None)
 
 
 @eager
@@ -87,8 +87,12 @@ def run(call: ExpertCall) -> Tensor:
     loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
     if not call.learns:
         return _without_gradients(call, dtype, loops)
-    plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype)
     entrance, factor = weights.entrance_and_factor
+    at_hand = None
+    if call.rounded is not None:
+        own = call.rounded.weights
+        at_hand = (call.rounded.x_TD, own.down_FD, own.entrance_and_factor[0][0])
+    plan = _Plan(loops, loops.sort(ids_TK, experts), call.activation == "relu2", dtype, at_hand)
     y_TD: Tensor = _Fused.apply(x_TD, weights.down_FD, *entrance, *factor, plan)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -140,6 +144,8 @@ class _Plan(NamedTuple):
     squared: bool
     dtype: torch.dtype
     """That the call is computed in."""
+    at_hand: tuple[Tensor, Tensor, Tensor] | None
+    """x, down and the entrance rounded to it, if somebody has done so."""
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A tensor in the dtype of the call, stored as the loops read it."""
@@ -170,14 +176,18 @@ class _Fused(torch.autograd.Function):
         factor_bias_F: Tensor | None,
         plan: _Plan,
     ) -> Tensor:
-        x, down, entrance = plan.rounded(x_TD).contiguous(), plan.rounded(down_FD), plan.rounded(entrance_FD)
+        x, down, entrance = plan.at_hand or (x_TD, down_FD, entrance_FD)
+        x, down, entrance = plan.rounded(x).contiguous(), plan.rounded(down), plan.rounded(entrance)
         act_PI, factor, up_PI = plan.projected(x, entrance, entrance_bias_F, relu=True), None, None
         if factor_FD is not None:
             factor = plan.rounded(factor_FD)
             up_PI = plan.projected(x, factor, factor_bias_F, relu=False)
         y_TD = plan.loops.scatter(plan.hidden(act_PI, up_PI), down, plan.pairs, len(x))
         ctx.save_for_backward(x, down, entrance, factor, act_PI, up_PI)
-        ctx.plan, ctx.weights = plan, [w if w is None else w.dtype for w in (down_FD, entrance_FD, factor_FD)]
+        ctx.plan, ctx.weights = (
+            plan._replace(at_hand=None),
+            [w if w is None else w.dtype for w in (down_FD, entrance_FD, factor_FD)],
+        )
         return y_TD.to(x_TD.dtype)
 
     @staticmethod

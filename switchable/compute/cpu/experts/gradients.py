@@ -23,16 +23,17 @@ from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I1, I32, I64, POINTER, Values, Writer, i64
 from switchable.compute.cpu.tasks import Record, Tasks
 
-WEIGHTS = Tasks(("experts", "chunks"), (*PAIRS, "x", "gradient", "z", "words"))
+WEIGHTS = Tasks(("experts", "chunks"), (*PAIRS, "x", "gradient", "z", "words", "sums"))
 """A task is a range of columns; `gradient` [F, D] is written, in float32 or float64. Of `words` every task has
-`gradient_words` for itself, in bfloat16."""
+`gradient_words` for itself, in bfloat16, and of `sums` `gradient_sums`, for AMX."""
 BIAS = Tasks(("experts", "chunks"), (*PAIRS, "gradient", "z"))
 """A task is an expert; `gradient` [F] is added to."""
 
 
 def write_weights(loops: Loops) -> None:
     """Write the function "weights"."""
-    product = loops.writer("weights_expert", [I64, *[POINTER] * (6 if loops.paired else 4), I64, I64, I1])
+    addresses, flags = (7, 2) if loops.amx else (6, 1) if loops.paired else (4, 1)
+    product = loops.writer("weights_expert", [I64, *[POINTER] * addresses, I64, I64, *[I1] * flags])
     w = loops.writer("weights")
     if loops.paired:
         (weights_by_amx if loops.amx else _of_pairs)(loops, product)
@@ -65,13 +66,15 @@ def _collect(loops: Loops, w: Writer, product: ir.Function, record: Record, numb
     """Multiply each expert's tokens, `gradient_tokens` at a time, wherever its chunks begin and end."""
     b, bounds, most = w.b, _bounds(loops, w, record, number), loops.packing.gradient_tokens
     places, tokens = (w.scratch(most, I32) for _ in range(2))
+    sums = [w.at(record["sums"], w.mul(number, loops.packing.gradient_sums))] if loops.amx else []
     words = w.at(record["words"], w.mul(number, loops.packing.gradient_words))
 
     def expert(e: ir.Value) -> None:
         gradient = w.at(record["gradient"], w.mul(e, loops.I * loops.D))
 
-        def multiply(count: ir.Value, new: ir.Value) -> None:
-            b.call(product, [count, places, tokens, record["x"], gradient, record["z"], words, *bounds, new])
+        def multiply(count: ir.Value, new: ir.Value, last: int) -> None:
+            operands = [count, places, tokens, record["x"], gradient, record["z"], words, *sums, *bounds, new]
+            b.call(product, operands + [I1(last)] * len(sums))
 
         def in_chunk(chunk: ir.Value, carried: Values) -> Values:
             first, count = segment(w, record, chunk, e)
@@ -82,13 +85,13 @@ def _collect(loops: Loops, w: Writer, product: ir.Function, record: Record, numb
                 w.put32(w.integer(w.at(record["tokens"], place, I32)), w.at(tokens, filled, I32))
                 full = w.compare(filled, "==", most - 1)
                 with b.if_then(full):
-                    multiply(i64(most), new)
+                    multiply(i64(most), new, 0)
                 return [b.select(full, i64(0), w.add(filled, 1)), b.select(full, I1(0), new)]
 
             return w.loop(0, count, 1, carried, pair)[1]
 
         _, (filled, new) = w.loop(0, record["chunks"], 1, [i64(0), I1(1)], in_chunk)
-        multiply(filled, new)  # of no token: a new gradient is zero
+        multiply(filled, new, 1)  # of no token: a new gradient is zero
 
     w.each(record["experts"], expert)
 

@@ -24,8 +24,6 @@ from switchable.compute.cpu.experts.sort import SORT, write_sort
 from switchable.compute.cpu.llvm import Machine
 from switchable.compute.cpu.tasks import Scratch
 
-CHUNK_TOKENS = 512
-"""In a chunk: their rows should stay in the second-level cache, and an expert's share of them fill many tiles."""
 SMALLEST_CHUNK = 16
 """With fewer tokens, putting weights in order takes longer than multiplying."""
 WRITERS = {"scatter": write_scatter, "weights": write_weights, "bias": write_bias, "sort": write_sort}
@@ -67,7 +65,7 @@ class Library:
     def chunks(self, tokens: int) -> tuple[int, int]:
         """Return how many tokens a chunk has, and how many chunks there are."""
         per_thread = -(-tokens // torch.get_num_threads())
-        per_chunk = min(CHUNK_TOKENS, max(per_thread, SMALLEST_CHUNK))
+        per_chunk = min(self.packing.chunk_tokens, max(per_thread, SMALLEST_CHUNK))
         return per_chunk, -(-tokens // per_chunk)
 
     def sort(self, ids_TK: Tensor, num_experts: int) -> Pairs:
@@ -156,6 +154,8 @@ class Library:
         memory = {"x": x_TD, "gradient": total_FD, "z": z_PI}
         if own.terms > 1:
             memory["words"] = self.scratch("words", (tasks, own.gradient_words), self.sums)
+        if own.amx:
+            memory["sums"] = self.scratch("gradient", (tasks, own.gradient_sums), self.sums)
         WEIGHTS.run(self.code, "weights", tasks, **pairs.fields, chunks=pairs.chunks, **memory)
         return total_FD
 

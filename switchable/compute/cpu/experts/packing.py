@@ -77,6 +77,11 @@ class Packing:
         return max(v for v in range(1, most + 1) if (self.d_model // self.lanes) % v == 0)
 
     @property
+    def chunk_tokens(self) -> int:
+        """In a chunk: their rows should stay in the second-level cache, and an expert's share fill many tiles."""
+        return 1024 if self.amx else 512
+
+    @property
     def scatter_words(self) -> int:
         """Words of an expert's neurons that `scatter` adds up by AMX, filled up to whole tiles."""
         return -(-self.neurons // self.terms // ROWS) * ROWS
@@ -102,9 +107,26 @@ class Packing:
         return 256 if self.amx else 128
 
     @property
+    def gradient_stride(self) -> int:
+        """Words from one neuron's values to the next one's, for AMX: rows at even distances would share cache lines."""
+        return self.gradient_tokens // 2 + ROWS
+
+    @property
     def gradient_words(self) -> int:
         """Words of those tokens' values, of all neurons, filled up to whole tiles."""
-        return self.gradient_tokens // 2 * (-(-self.neurons // ROWS) * ROWS if self.amx else self.neurons)
+        if self.amx:
+            return self.gradient_stride * -(-self.neurons // ROWS) * ROWS
+        return self.gradient_tokens // 2 * self.neurons
+
+    @property
+    def gradient_kept(self) -> int:
+        """Sums of an expert that AMX keeps until all its tokens are added, filled up to whole products."""
+        return -(-self.neurons // (2 * ROWS)) * 2 * ROWS * self.d_model
+
+    @property
+    def gradient_sums(self) -> int:
+        """Words of those sums, and of the rows of `gradient_tokens` behind them."""
+        return self.gradient_kept + self.gradient_tokens // 2 * self.d_model
 
     @property
     def gradient_columns(self) -> int:
