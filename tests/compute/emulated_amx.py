@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
 from llvmlite import ir
 
 from switchable.compute.cpu.amx import ROWS, TILES
+from switchable.compute.cpu.experts import packing
 from switchable.compute.cpu.llvm import I32, I64, POINTER, Writer
 
 ROW_BYTES = 64
@@ -18,6 +20,12 @@ TILE_BYTES = ROWS * ROW_BYTES
 STATE_BYTES = 8 + TILES * TILE_BYTES  # whether they are configured, and the tiles
 SMALLEST = 2.0**-126  # smaller ones are taken for 0
 WORDS, FLOATS = ir.VectorType(I32, ROWS), ir.VectorType(ir.FloatType(), ROWS)
+
+
+def always_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let AMX multiply what is too small to be worth it, too."""
+    monkeypatch.setattr(packing, "FEWEST_IN_TILES", 0)
+    monkeypatch.setattr(packing, "SMALLEST_IN_TILES", 0)
 
 
 class EmulatedAMX:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compute.emulated_amx import EMULATED
+from compute.emulated_amx import EMULATED, always_in_tiles
 from compute.problems import Case, outcome, problem
 from llvmlite import binding
 
@@ -22,7 +22,7 @@ from switchable.compute.cpu import code, instructions, llvm
 from switchable.compute.cpu.amx import AMX, CONFIGURATION
 from switchable.compute.cpu.experts import fused
 from switchable.compute.cpu.experts.library import WRITERS, Library
-from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.experts.packing import Packing, suited
 from switchable.compute.cpu.llvm import Machine, this_machine
 
 HERE = this_machine()
@@ -179,6 +179,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This machine with emulated tiles, none of which are used wrongly."""
     assert HERE is not None
     monkeypatch.setattr(fused, "this_machine", lambda: replace(HERE, amx=EMULATED))
+    always_in_tiles(monkeypatch)
     before = EMULATED.products
     yield
     assert EMULATED.products > before
@@ -224,7 +225,27 @@ def test_a_gradient_of_33_tokens_is_filled_up_with_zeros_only(last: float, wante
     assert (gradient == wanted).all()
 
 
+def test_few_tokens_and_tiny_experts_are_multiplied_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(HERE, amx=EMULATED)
+    assert suited(machine, 8, 128.0).amx == suited(machine, 32, 32.0).amx == EMULATED
+    assert (
+        suited(machine, 8, 127.0).amx is suited(machine, 32, 31.0).amx is suited(machine, 7, 1e6).amx is None
+    )
+    monkeypatch.setattr(fused, "this_machine", lambda: machine)
+
+    def products(tokens: int, learns: bool) -> int:
+        before = EMULATED.products
+        with torch.set_grad_enabled(learns):
+            problem(Case(tokens, 64, 16, experts=4, chosen=2, dtype=HALF)).run("fused")
+        return EMULATED.products - before
+
+    for learns in (False, True):  # an expert has half of the tokens
+        assert products(126, learns) == 0
+        assert products(128, learns) > 0
+
+
 def test_without_amx_no_tile_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_in_tiles(monkeypatch)
     before = EMULATED.products
     case = Case(77, 64, 24, experts=4, dtype=HALF)
     machines = (

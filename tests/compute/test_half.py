@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.emulated_amx import EMULATED
+from compute.emulated_amx import EMULATED, always_in_tiles
 from compute.problems import Case, Problem, problem
 from support import relative_error
 from torch import Tensor
@@ -81,6 +81,7 @@ def results(found: Problem, backend: str, autocast: bool) -> dict[str, Tensor]:
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This machine, or one that lacks an instruction or wide vectors."""
     monkeypatch.setattr(fused, "this_machine", lambda: request.param)
+    always_in_tiles(monkeypatch)
     yield
     assert EMULATED.faults == 0
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compute.emulated_amx import EMULATED
+from compute.emulated_amx import EMULATED, always_in_tiles
 from compute.machines import MACHINES, needs_instructions
 from compute.problems import Case, problem
 from support import relative_error, threads
@@ -46,6 +46,7 @@ if HERE is not None and HERE.pairs:
 @pytest.fixture(params=OTHERS.values(), ids=OTHERS)
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(fused, "this_machine", lambda: request.param)
+    always_in_tiles(monkeypatch)
     yield request.param
     assert EMULATED.faults == 0
 

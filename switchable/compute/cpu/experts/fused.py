@@ -33,6 +33,7 @@ from torch.nn.functional import pad
 from switchable.compute.call import Backend, ExpertCall, compute_dtype, why_not_dtype
 from switchable.compute.cpu.decode.rows import NUMBERS
 from switchable.compute.cpu.experts.library import Library, Pairs, library
+from switchable.compute.cpu.experts.packing import suited
 from switchable.compute.cpu.experts.prefill import Prefill
 from switchable.compute.cpu.limits import (
     LANE_BYTES,
@@ -84,9 +85,11 @@ def run(call: ExpertCall) -> Tensor:
     x_TD, weights, ids_TK, experts = call.x_TD, call.weights, call.expert_ids_TK, call.num_experts
     check_ids(ids_TK, experts + call.ragged)
     dtype = compute_dtype(call)
-    loops = library(x_TD.shape[1], call.neurons, dtype, cast(Machine, this_machine()))
+    machine = cast(Machine, this_machine())
     if not call.learns:
-        return _without_gradients(call, dtype, loops)
+        return _without_gradients(call, dtype, library(x_TD.shape[1], call.neurons, dtype, machine))
+    machine = suited(machine, call.neurons, ids_TK.numel() / experts)
+    loops = library(x_TD.shape[1], call.neurons, dtype, machine)
     entrance, factor = weights.entrance_and_factor
     at_hand = None
     if call.rounded is not None:

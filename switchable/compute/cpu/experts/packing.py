@@ -12,7 +12,7 @@ Shapes: D d_model, I neurons per expert, L lanes of a vector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -142,6 +142,18 @@ class Packing:
     def tile_rows(self) -> tuple[int, ...]:
         """Rows of the tiles of results, the largest first."""
         return (8, 4, 2, 1) if self.machine.registers >= 32 else (4, 2, 1)
+
+
+FEWEST_IN_TILES = 1024
+"""Tokens of an expert times its neurons from which tiles pay: with fewer, making panels of weights takes longer."""
+SMALLEST_IN_TILES = 8
+"""Neurons of an expert; of fewer most of a tile would be filled up."""
+
+
+def suited(machine: Machine, neurons: int, tokens: float) -> Machine:
+    """Return the machine, without AMX where an expert has so few neurons or tokens that pairs are faster."""
+    few = neurons < SMALLEST_IN_TILES or tokens * neurons < FEWEST_IN_TILES
+    return replace(machine, amx=None) if few and machine.amx is not None else machine
 
 
 def multiplied(d_model: int, neurons: int, dtype: torch.dtype, machine: Machine | None) -> torch.dtype:

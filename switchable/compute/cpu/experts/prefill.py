@@ -24,8 +24,8 @@ from switchable.compute.call import FFNWeights
 from switchable.compute.cpu.code import Code
 from switchable.compute.cpu.experts.dot import BY_CHUNK, dot_stages
 from switchable.compute.cpu.experts.kernels import AHEAD, PAIRS, Loops
-from switchable.compute.cpu.experts.library import Library
-from switchable.compute.cpu.experts.packing import Packing
+from switchable.compute.cpu.experts.library import Library, library
+from switchable.compute.cpu.experts.packing import Packing, suited
 from switchable.compute.cpu.experts.scatter import scatter_stages
 from switchable.compute.cpu.experts.sort import sort_chunk
 from switchable.compute.cpu.llvm import CACHE_LINE, I64, Values, Writer, i64
@@ -114,21 +114,22 @@ class Prefill:
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor | None = None) -> Tensor:
         """Return y_TD in the dtype that is multiplied, as x is; x and ids are contiguous, and ids in range."""
-        (per_chunk, chunks), own = self.loops.chunks(len(x_TD)), self.loops.packing
+        chosen = cast(Routing, self.parts.routing).chosen if ids_TK is None else ids_TK.shape[1]
+        loops = self._suited(len(x_TD) * chosen / self.experts)
+        (per_chunk, chunks), own = loops.chunks(len(x_TD)), loops.packing
         parts = self.parts._replace(by_chunk=chunks <= torch.get_num_threads())
-        chosen = cast(Routing, parts.routing).chosen if ids_TK is None else ids_TK.shape[1]
         y_TD = torch.empty_like(x_TD)
-        sizes = self._sizes(len(x_TD), chosen, chunks, parts)
+        sizes = self._sizes(loops, len(x_TD), chosen, chunks, parts)
         ends = [*itertools.accumulate(-(-size // CACHE_LINE) * CACHE_LINE for size in sizes.values())]
         if ends[-1] > MOST_KEPT:
             memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
         else:
-            memory = self.loops.scratch("prefill", (ends[-1],), torch.uint8)
+            memory = loops.scratch("prefill", (ends[-1],), torch.uint8)
         fields: dict[str, Tensor | int | None] = {
             name: memory.data_ptr() + begin for name, begin in zip(sizes, (0, *ends), strict=False)
         }
         for name, bias in self.biases.items():  # anew each time: they may have other values by now
-            fields[name] = None if bias is None else bias.to(self.loops.sums).contiguous()
+            fields[name] = None if bias is None else bias.to(loops.sums).contiguous()
         if self.router_ED is not None:
             fields["router"] = self.router_ED.to(own.dtype).contiguous()
         if ids_TK is not None:
@@ -141,9 +142,15 @@ class Prefill:
         PREFILL.run(_code(own, parts), "prefill", first, chunks, **fields)
         return y_TD
 
-    def _sizes(self, tokens: int, chosen: int, chunks: int, parts: Parts) -> dict[str, int]:
+    def _suited(self, tokens: float) -> Library:
+        """Return the loops for so many tokens of an expert."""
+        own = self.loops.packing
+        machine = suited(own.machine, own.neurons, tokens)
+        return self.loops if machine is own.machine else library(own.d_model, own.neurons, own.dtype, machine)
+
+    def _sizes(self, loops: Library, tokens: int, chosen: int, chunks: int, parts: Parts) -> dict[str, int]:
         """Return how many bytes each part of what is computed on the way takes."""
-        own, number = self.loops.packing, self.loops.sums.itemsize
+        own, number = loops.packing, loops.sums.itemsize
         pairs, places = tokens * chosen, chunks * (self.experts + 1)
         packed = number * (chunks if parts.by_chunk else self.experts) * own.vectors * own.steps * own.lanes
         return {
