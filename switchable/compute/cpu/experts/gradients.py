@@ -17,7 +17,7 @@ from functools import partial
 
 from llvmlite import ir
 
-from switchable.compute.cpu.experts.amx_products import weights_by_amx
+from switchable.compute.cpu.experts.amx_gradient import weights_by_amx
 from switchable.compute.cpu.experts.kernels import AHEAD, PAIRS, Loops, Pace
 from switchable.compute.cpu.experts.sort import segment
 from switchable.compute.cpu.llvm import I1, I32, I64, POINTER, Values, Writer, i64
