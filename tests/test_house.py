@@ -43,7 +43,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """Arrows upwards that are meant, with their reason; at most two."""
 
 LONGEST_FILE = 300
-MOST_LINES = 27_506
+MOST_LINES = 27_500
 """What the package has now; lower it when code goes."""
 
 

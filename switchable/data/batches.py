@@ -89,8 +89,7 @@ class Batches:
         """Where the windows of an epoch start, in the epoch's order: [W]."""
         length, count = self.objective.window, self.windows_per_epoch
         raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(count + 1)
-        offsets = min(length, len(self.tokens) - count * length + 1)
-        offset = int(raw[0]) % offsets
+        offset = int(raw[0]) % min(length, len(self.tokens) - count * length + 1)
         return np.argsort(raw[1:], kind="stable") * length + offset
 
 
@@ -105,8 +104,7 @@ def validation_batches(
     """
     array, length = token_array(tokens), objective.window
     _check_batch(batch_size, length, rank, world_size)
-    count = min(len(array), eval_tokens) // length
-    if count < world_size:
+    if (count := min(len(array), eval_tokens) // length) < world_size:
         raise InputError(
             f"nothing to evaluate: {len(array):,} validation tokens and eval_tokens={eval_tokens:,} hold "
             f"{count} windows of {length} tokens, for {world_size} process(es); give more text, a "

@@ -46,8 +46,7 @@ def _next(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer written in Python
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:  # a tokenizer written in Python
         encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
         yield from encoded["input_ids"]
         return

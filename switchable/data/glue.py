@@ -79,7 +79,6 @@ def _example(task: GlueTask, line: str, path: Path, number: int) -> Example:
     columns = line.split("\t")
     if len(columns) <= max(*task.texts, task.label):
         raise InputError(f"{path}, line {number}: {len(columns)} columns, but the task has more")
-    label = columns[task.label].strip()
-    if label not in task.labels:
+    if (label := columns[task.label].strip()) not in task.labels:
         raise InputError(f"{path}, line {number}: label {label!r} is not one of {', '.join(task.labels)}")
     return Example(tuple(columns[i].strip() for i in task.texts), task.labels.index(label))

@@ -144,8 +144,7 @@ def _resolve_folder(folder: Path, found: Sources) -> None:
     files: list[SourceFile] = []
     skipped: dict[str, str] = {}
     for path in _below(folder):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
             skipped[str(path)] = "hidden"
             continue
         try:

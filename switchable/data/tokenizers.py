@@ -102,8 +102,7 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def special_tokens(objective: str) -> list[str]:
     """Return the special tokens of a tokenizer trained here for an objective, in the order of their ids."""
-    named = dict.fromkeys(SPECIAL_TOKENS[objective].values())
-    return [*named, *(SENTINELS if objective == "span" else [])]
+    return [*dict.fromkeys(SPECIAL_TOKENS[objective].values()), *(SENTINELS if objective == "span" else [])]
 
 
 def check_vocab_size(vocab_size: int, objective: str = "causal") -> None:

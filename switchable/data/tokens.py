@@ -252,8 +252,7 @@ def _tokenize(
     ahead, documents = itertools.tee(hashed_documents(config))
     encoded = encode(tokenizer, (text for text, _, _ in ahead), end_1.dtype)
     for (_, h, size), ids in zip(documents, encoded, strict=True):
-        side = val if h < scan.threshold else train
-        side.write(size, np.append(ids, end_1))
+        (val if h < scan.threshold else train).write(size, np.append(ids, end_1))
         bar.update(size)
     counts = train.documents + val.documents, train.text_bytes + val.text_bytes
     if counts != (scan.documents, scan.text_bytes):

@@ -98,8 +98,7 @@ class PreparedLayer:
         known = self.calls.get(kind)
         if known is None or known[0] != purpose:
             known = self.calls[kind] = (purpose, _few(ssd, tokens) if is_few else _many(ssd, x_BSD))
-        call = known[1]
-        if call is None:
+        if (call := known[1]) is None:
             return None
         if is_few:
             return call(x_BSD)

@@ -56,8 +56,7 @@ def own_forwards(ssd: SSD) -> frozenset[Any]:
     """Return forwards of classes that do what `nn.Linear`'s does, as casting weights; InputError if one does more."""
     found = set()
     for path, module in ssd.projections:
-        own = type(module).forward
-        if own in FORWARDS:
+        if (own := type(module).forward) in FORWARDS:
             continue
         if not _multiplies(module):
             raise InputError(

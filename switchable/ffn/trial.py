@@ -161,8 +161,7 @@ def module_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _random_state(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - some models draw from it
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng({p.device.index for p in model.parameters() if p.is_cuda}):
         try:
             yield
         finally:

@@ -65,8 +65,7 @@ def fill_masks(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
 ) -> tuple[str, int]:
     """Return the prompt with a token in place of each mask, all drawn at once, and their number."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=next(model.parameters()).device)
     masked = ids == tokenizer.mask_token_id
     logits_NV = model(input_ids=ids).logits[masked].float()
     logits_NV[:, tokenizer.all_special_ids] = -torch.inf

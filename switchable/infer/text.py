@@ -109,6 +109,5 @@ class EndOfTexts(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 - transformers' interface
         """Return whether each sequence has ended, after its last token."""
-        last = input_ids[:, -1].tolist()
-        ended = [text.put(token) for text, token in zip(self.texts, last, strict=True)]
+        ended = [text.put(token) for text, token in zip(self.texts, input_ids[:, -1].tolist(), strict=True)]
         return torch.tensor(ended, device=input_ids.device)

@@ -71,8 +71,7 @@ class BalancedKMeans:
         rows_ND = _unit_rows(rows, self.n_clusters)
         start_N = None if self.init is None else _checked_labels(self.init, rows_ND, self.n_clusters)
         lloyd = _Lloyd(rows_ND, self.n_clusters)
-        sweeps = self.sweeps
-        if sweeps is None:
+        if (sweeps := self.sweeps) is None:
             sweeps = SWEEPS_OF_A_FRESH_FIT if start_N is None else 0
         self.labels_ = _search(lloyd, start_N, sweeps, self.random_state)
         self.inertia_ = lloyd.inertia(_centers(rows_ND, self.labels_, self.n_clusters))
@@ -137,8 +136,7 @@ def _search(lloyd: _Lloyd, start_N: Tensor | None, sweeps: int, seed: int) -> Te
         with few_threads(sketch_NR):
             labels_N = resplit_pairs(sketch_NR, labels_N, clusters, rounds, generator)
         labels_N, inertia = lloyd.run(labels_N, SWEEP_TOLERANCE)
-        gained = best - inertia
-        if gained > 0:
+        if (gained := best - inertia) > 0:
             best_N, best = labels_N, inertia
         if gained <= SWEEP_GAIN * inertia:
             break
@@ -172,8 +170,7 @@ def _unit_rows(rows: Tensor, clusters: int) -> Tensor:
         given = f"{tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
         raise InputError(f"rows are {given}; give a tensor of real numbers, (number of rows, width)")
     rows_ND = rows.detach() if rows.is_floating_point() else rows.detach().float()
-    count = len(rows_ND)
-    if count < clusters:
+    if (count := len(rows_ND)) < clusters:
         raise InputError(f"{count} rows for n_clusters={clusters}; give at least as many, or fewer clusters")
     if count % clusters:
         allowed = ", ".join(map(str, divisors_near(count, clusters)))

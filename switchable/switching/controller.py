@@ -285,8 +285,7 @@ class Controller:
                 f"this run has schedule {name!r}, not {self.schedule.name!r}: it is a baseline of a comparison; go on "
                 "with it by the command that started it (switchable compare)"
             )
-        found = len(state["takes_part"])
-        if found != len(self.layers):
+        if (found := len(state["takes_part"])) != len(self.layers):
             raise InputError(f"this state is of {found} switchable FFNs; the model has {len(self.layers)}")
         self.steps_done, self.switches = state["steps_done"], state["switches"]
         self.regroupings = state["regroupings"]

@@ -29,8 +29,7 @@ ACTIVATION_TARGET = 0.12
 
 def experts_needed(config: SwitchConfig, measured: LayerMeasures, early: bool = False) -> int:
     """Return K: the fewest experts of the choice that catch the mass asked for, or the settings' K."""
-    target = config.mass_target
-    if target is None:
+    if (target := config.mass_target) is None:
         return config.experts_per_token
     least = round(LEAST_EARLY_FRACTION * config.num_experts) if early and config.recipe != AUTO else 1
     enough = (k for k, mass in enumerate(measured.mass_by_k, start=1) if mass >= target)

@@ -120,8 +120,7 @@ def show(model: nn.Module, probe: Iterable[Inputs], observers: Sequence[Observer
     # Observers are not worth compiling, and what a compiled block makes of them is beyond torch.compile.
     with in_mode(model, "dense"), torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         for observer, layer in zip(observers, layers_of(model), strict=True):
-            see = partial(_see, observer)
-            hooks.enter_context(layer.register_forward_pre_hook(see, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(_see, observer), with_kwargs=True))
         model.eval()
         for batch in probe:
             model(batch) if isinstance(batch, Tensor) else model(**batch)
@@ -153,8 +152,7 @@ def jaccard(a_TW: Tensor, b_TW: Tensor) -> float:
     """
     a, b = a_TW.numpy(), b_TW.numpy()
     both_T, either_T = (np.bitwise_count(bits).sum(axis=1, dtype=np.int64) for bits in (a & b, a | b))
-    index_T = np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1.0)
-    return float(index_T.mean())
+    return float(np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1.0).mean())
 
 
 def routes_changed(a_TK: Tensor, b_TK: Tensor) -> float | None:

@@ -133,8 +133,7 @@ def measure(
         Found(labels_F.cpu(), pack(seen.active_TF, layer.ssd.neuron_ids_F), seen.route_TK)
         for labels_F, seen, layer in zip(labels, watches, layers, strict=True)
     ]
-    measures = [_measures(*each) for each in zip(watches, last, found, strict=True)]
-    return from_main(measures), found
+    return from_main([_measures(*each) for each in zip(watches, last, found, strict=True)]), found
 
 
 def _measures(seen: Watch, last: Found | None, found: Found) -> LayerMeasures:

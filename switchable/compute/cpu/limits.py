@@ -45,8 +45,7 @@ def why_not_in_memory(*tensors: Tensor) -> str | None:
 @eager
 def why_no_loops(d_model: int, dtype: torch.dtype) -> str | None:
     """Return None if loops can be compiled here for rows of `d_model` numbers, or the reason why not."""
-    machine = this_machine()
-    if machine is None:
+    if (machine := this_machine()) is None:
         return "needs a processor with fused multiply-add on vectors (AVX2, AVX-512 or ARM64)"
     lanes = machine.vector_bytes // LANE_BYTES[dtype]
     return f"needs a d_model that is a multiple of {lanes}, not {d_model}" if d_model % lanes else None
@@ -66,8 +65,7 @@ def has_tiles() -> bool:
 
 def check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
     """Raise InputError unless all ids are in [0, num_experts): compiled code would read and write elsewhere."""
-    number = expert_ids_TK.numel()
-    if number:
+    if number := expert_ids_TK.numel():
         in_python = number <= PYTHON_IDS and expert_ids_TK.is_contiguous()
         ids = expert_ids_TK.view(-1).tolist() if in_python else [int(end) for end in expert_ids_TK.aminmax()]
         low, high = min(ids), max(ids)

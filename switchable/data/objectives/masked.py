@@ -62,8 +62,7 @@ class MaskedLM:
             raise InputError("the tokenizer has special tokens only: there is nothing to mask")
         cls_id, sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         around = None if cls_id is None or sep_id is None else (int(cls_id), int(sep_id))
-        window = sequence_length - (2 if around else 0)
-        if window < 2:
+        if (window := sequence_length - (2 if around else 0)) < 2:
             raise InputError(f"sequence_length={sequence_length} leaves no room for text; use 16 or more")
         words = word_parts(tokenizer) if config.whole_words else None
         return cls(window, config.mask_fraction, int(tokenizer.mask_token_id), special_V, around, words)

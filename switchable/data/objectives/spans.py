@@ -74,8 +74,7 @@ class SpanCorruption:
 
         InputError: it has too few sentinels or no end of sequence, or the sequence is too short.
         """
-        window = window_for(sequence_length, config.mask_fraction, config.mean_span_length)
-        if window == 0:
+        if (window := window_for(sequence_length, config.mask_fraction, config.mean_span_length)) == 0:
             raise InputError(f"sequence_length={sequence_length} is too short for spans; use 16 or more")
         found = lengths(window, config.mask_fraction, config.mean_span_length)
         sentinels = sentinel_ids(tokenizer)

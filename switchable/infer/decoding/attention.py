@@ -118,8 +118,7 @@ class Attention:
 
     def _split(self, qkv: Tensor, sequences: int) -> tuple[Tensor, ...]:
         if self.by_head:
-            each = qkv.view(sequences, -1, self.heads, 3, self.size).permute(3, 0, 2, 1, 4).unbind(0)
-            return tuple(each)
+            return tuple(qkv.view(sequences, -1, self.heads, 3, self.size).permute(3, 0, 2, 1, 4).unbind(0))
         whole = qkv.view(sequences, -1, self.heads + 2 * self.groups, self.size).transpose(1, 2)
         q, k, v = torch.split(whole, [self.heads, self.groups, self.groups], dim=1)
         if self.head_norms:
@@ -136,8 +135,7 @@ def _plain(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, bias_BSP: Tensor) -> 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first numbers of each head; `sin` has the sign of the half that it is multiplied with."""
-    turned = cos.shape[-1]
-    if turned < x.shape[-1]:
+    if (turned := cos.shape[-1]) < x.shape[-1]:
         own, rest = x[..., :turned], x[..., turned:]
         return torch.cat((rotated(own, cos, sin), rest), dim=-1)
     return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin).to(x.dtype)

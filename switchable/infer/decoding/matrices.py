@@ -70,8 +70,7 @@ class Matrix:
     ):
         self.weight, self.bias_N, self.many, self.scratch, self.norm = weight, bias_N, many, scratch, norm
         self.bias_many = None if bias_N is None else bias_N.to(many)
-        has_loops = why_no_loops(weight.rows_ND.shape[1], torch.float32) is None
-        self.most = MOST_COMPILED if has_loops else 0
+        self.most = MOST_COMPILED if why_no_loops(weight.rows_ND.shape[1], torch.float32) is None else 0
         self.calls: dict[tuple[int, int, bool], LinearCall] = {}
 
     def __call__(self, x_TD: Tensor, add_TN: Tensor | None = None) -> Tensor:
